@@ -1,0 +1,115 @@
+"""A cell: one planned training run, frozen, whose id is a hash of everything that defines its numbers.
+
+What is not in the id cannot change a loss: the study that asked, the grid that planned it, the evaluation points, the
+machine. How an attempt computes (threads, device kind, library versions) is its numerics, stored beside the result.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sweeps.accounting import Shape
+
+NUMERICS_VERSION = 1
+"""Bumped by hand when the same cell would give other losses; a golden-loss test fails when that is forgotten."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019): decay is decoupled, multiplied by the learning rate, on matrices only."""
+
+    name: str = "adamw"
+    learning_rate: float
+    """Peak."""
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    clip_norm: float
+    """Bound of the global gradient norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over tokens (sweeps/schedules.py)."""
+
+    name: str
+    warmup_tokens: int
+    final_fraction: float
+    cooldown_fraction: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """Everything that defines the numbers of one training run."""
+
+    numerics_version: int = NUMERICS_VERSION
+    family: str
+    family_version: str
+    options: tuple[tuple[str, float], ...] = ()
+    """The family's options, sorted by name."""
+    shape: Shape
+    init_std: float
+    corpus: str
+    """Fingerprint of the token shards."""
+    tokenizer: str
+    tokens: int
+    """Training tokens D, a whole number of batches."""
+    batch_tokens: int
+    """Tokens an optimizer step, a whole number of sequences."""
+    optimizer: Optimizer
+    schedule: Schedule
+    precision: str
+    seed: int
+    """Of the initial weights."""
+    data_seed: int
+    """Of the data order."""
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // self.batch_tokens
+
+    @property
+    def sequences(self) -> int:
+        """Sequences a batch."""
+        return self.batch_tokens // self.shape.context
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The cell as plain JSON values."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
+        return plain | nested | {"options": dict(self.options)}
+
+    @cached_property
+    def id(self) -> str:
+        """The first 16 hexadecimal digits of SHA-256 over the identity as canonical JSON."""
+        canonical = json.dumps(self.identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def cell_from_identity(identity: Mapping[str, Any]) -> Cell:
+    """The cell that `Cell.identity` described."""
+    return Cell(
+        **{
+            **identity,
+            "shape": Shape(**identity["shape"]),
+            "optimizer": Optimizer(**identity["optimizer"]),
+            "schedule": Schedule(**identity["schedule"]),
+            "options": tuple(sorted(identity["options"].items())),
+        }
+    )
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields in which two identities differ: (dotted name, value in one, value in the other)."""
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", a, b

@@ -1,0 +1,574 @@
+"""Families: one architecture recipe each, which yields a model at any size.
+
+A family is a record of traits; a target N becomes a `Shape` by one rule that all families share, in arithmetic that
+imports neither torch nor transformers; only `build_model` does. The failures this guards against: a size rule whose
+aspect ratios jump from one size to the next (a scaling study would fit the jumps), and a model that has not the
+parameters that its shape claims (`build_model` checks).
+
+To add a family, add one entry to `FAMILIES` and, if no existing one serves, one function that maps a shape to the
+fields of its `transformers` config. `tests/sweeps/test_families.py` then holds its counts against the real model.
+"""
+
+import hashlib
+import math
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sweeps.accounting import Shape, parameters
+from sweeps.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+LATTICE: tuple[float, ...] = tuple(1e4 * 2 ** (k / 2) for k in range(41))
+"""The target sizes that studies share: 10 thousand to 10.5 billion parameters, ratio sqrt 2."""
+
+Options = Mapping[str, float]
+"""Options of a family by name; booleans and integers where the default is one."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Family:
+    """One architecture recipe: what defines its shapes, and how a shape becomes a model."""
+
+    name: str
+    """The name in study files, or `file.py:function` for a user's own."""
+    version: int | str
+    """Raised when the same shape would give another model; part of a cell's identity."""
+    mlp_ratio: float
+    """Nominal MLP width over model width; the realised one stays within a factor 1.5 of it."""
+    mlp_matrices: int
+    """2: up and down; 3: gate, up and down."""
+    learned_positions: bool = False
+    """A trained position table; otherwise rotary."""
+    attention_bias: bool = False
+    """Biases on the attention projections."""
+    mlp_bias: bool = False
+    """Biases on the MLP matrices."""
+    norm_bias: bool = False
+    """LayerNorm with a bias; otherwise RMSNorm with a gain only."""
+    qk_norm: bool = False
+    """Norms on queries and keys, one gain of head_dim each."""
+    options: Mapping[str, float | None] = field(default_factory=lambda: {"tied": True})
+    """Option name -> default. `tied` (required), `heads_per_kv`, `experts` and `experts_per_token` are read by the size
+    rule; all others only by `config`. None: follows from the shape unless given."""
+    config: Callable[[Shape, Options], dict[str, Any]] | None = None
+    """Shape and options -> fields of a `transformers` config, `model_type` among them."""
+    build: "Callable[[Shape, float], torch.nn.Module] | None" = None
+    """In place of `config`: (shape, init_std) -> a module whose forward(input_ids) returns an object with `.logits`."""
+    extra: Callable[[Shape], tuple[int, int]] | None = None
+    """Parameters and forward matmul FLOPs per token beyond (or, negative, short of) the standard parts, for `build`."""
+
+
+# --- The families -------------------------------------------------------------------------------------------
+# What changes the numbers is written out (norm epsilons, rotary base, activations), so that a new default in
+# transformers cannot move a loss. Embedding and projection dropouts are 0 everywhere.
+
+
+def _rotary_config(shape: Shape, options: Options) -> dict[str, Any]:
+    """The fields that llama and its relatives share."""
+    return {
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.mlp_width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "attention_dropout": 0.0,
+    }
+
+
+def _gpt2_config(shape: Shape, options: Options) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "vocab_size": shape.vocab_size,
+        "n_positions": shape.context,
+        "n_embd": shape.width,
+        "n_layer": shape.depth,
+        "n_head": shape.heads,
+        "n_inner": shape.mlp_width,
+        "tie_word_embeddings": shape.tied,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def _gpt_neox_config(shape: Shape, options: Options) -> dict[str, Any]:
+    # A quarter of each head rotates, in pairs. The library truncates head_dim x factor: aim between two integers.
+    pairs = max(1, round(shape.head_dim / 8))
+    factor = 0.25 if shape.head_dim % 8 == 0 else (2 * pairs + 0.5) / shape.head_dim
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": factor}
+    return {
+        "model_type": "gpt_neox",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.mlp_width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": shape.context,
+        "tie_word_embeddings": shape.tied,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "rope_parameters": rope,
+        "use_parallel_residual": True,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+
+
+def _granite_config(shape: Shape, options: Options) -> dict[str, Any]:
+    # Granite 3.0 2B and 8B: attention_multiplier 1/64 and 1/128 = 1/head_dim, logits_scaling 8 and 16 = width/256.
+    return _rotary_config(shape, options) | {
+        "model_type": "granite",
+        "embedding_multiplier": options["embedding_multiplier"],
+        "residual_multiplier": options["residual_multiplier"],
+        "attention_multiplier": options.get("attention_multiplier", 1 / shape.head_dim),
+        "logits_scaling": options.get("logits_scaling", shape.width / 256),
+    }
+
+
+def _mixtral_config(shape: Shape, options: Options) -> dict[str, Any]:
+    return _rotary_config(shape, options) | {
+        "model_type": "mixtral",
+        "num_local_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "sliding_window": None,
+        "router_jitter_noise": 0.0,
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            name="gpt2",
+            version=1,
+            mlp_ratio=4,
+            mlp_matrices=2,
+            learned_positions=True,
+            attention_bias=True,
+            mlp_bias=True,
+            norm_bias=True,
+            config=_gpt2_config,
+        ),
+        Family(  # Pythia
+            name="gpt_neox",
+            version=1,
+            mlp_ratio=4,
+            mlp_matrices=2,
+            attention_bias=True,
+            mlp_bias=True,
+            norm_bias=True,
+            options={"tied": False},
+            config=_gpt_neox_config,
+        ),
+        Family(
+            name="llama",
+            version=1,
+            mlp_ratio=8 / 3,
+            mlp_matrices=3,
+            options={"tied": False, "heads_per_kv": 1},
+            config=lambda shape, options: _rotary_config(shape, options) | {"model_type": "llama"},
+        ),
+        Family(
+            name="qwen3",
+            version=1,
+            mlp_ratio=3,
+            mlp_matrices=3,
+            qk_norm=True,
+            options={"tied": True, "heads_per_kv": 2},
+            config=lambda shape, options: _rotary_config(shape, options) | {"model_type": "qwen3"},
+        ),
+        Family(
+            name="granite",
+            version=1,
+            mlp_ratio=4,
+            mlp_matrices=3,
+            options={
+                "tied": True,
+                "heads_per_kv": 4,
+                "embedding_multiplier": 12.0,
+                "attention_multiplier": None,
+                "residual_multiplier": 0.22,
+                "logits_scaling": None,
+            },
+            config=_granite_config,
+        ),
+        Family(
+            name="mixtral",
+            version=1,
+            mlp_ratio=3.5,
+            mlp_matrices=3,
+            options={"tied": False, "heads_per_kv": 4, "experts": 8, "experts_per_token": 2},
+            config=_mixtral_config,
+        ),
+    )
+}
+
+
+# --- Finding a family, reading its options ------------------------------------------------------------------
+
+
+def find_family(name: str, *, allow_code: bool = False, base_dir: Path = Path()) -> Family:
+    """The family called `name`: a built-in one, or `file.py:function`, whose function() returns a `Family`.
+
+    A file is looked up from `base_dir` and runs only with `allow_code`. Its family keeps `name` as given, and its
+    version carries a hash of the file's bytes: an edited file is a new family. Raises InputError.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    path_text, colon, function_name = name.rpartition(":")
+    if not colon or not path_text.endswith(".py"):
+        known = ", ".join(FAMILIES)
+        raise InputError(
+            f'no family "{name}"{nearest(name, FAMILIES)}. Built-in families: {known}. '
+            "A family of your own is written my_file.py:function."
+        )
+    if not allow_code:
+        raise InputError(
+            f'family "{name}" runs code from a file. Read {path_text}, then allow it with --allow-code '
+            "(allow_code=True in Python)."
+        )
+    path = Path(base_dir) / path_text
+    try:
+        source = path.read_bytes()
+    except OSError as error:
+        raise InputError(f'family "{name}": cannot read {path} ({error.strerror}). Check the path.') from error
+    return _run_family_file(name, path, source, function_name)
+
+
+@lru_cache(maxsize=16)
+def _run_family_file(name: str, path: Path, source: bytes, function_name: str) -> Family:
+    # The bytes that are hashed are the bytes that run: no import system, so no stale bytecode.
+    digest = hashlib.sha256(source).hexdigest()[:12]
+    module = types.ModuleType(f"escala_family_{digest}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
+        function = getattr(module, function_name, None)
+        family = function() if callable(function) else None
+    except Exception as error:
+        raise InputError(f'family "{name}": {path} fails with {type(error).__name__}: {error}. Mend it.') from error
+    if not callable(function):
+        there = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
+        raise InputError(
+            f"{path} has no function {function_name}{nearest(function_name, there)}. "
+            f"Its functions: {', '.join(there) or 'none'}."
+        )
+    if not isinstance(family, Family):
+        raise InputError(
+            f"{path}: {function_name}() returned {type(family).__name__}; it must return a sweeps.families.Family."
+        )
+    if (family.config is None) == (family.build is None) or "tied" not in family.options:
+        raise InputError(
+            f'{path}: the family of {function_name}() needs exactly one of config and build, and a "tied" option.'
+        )
+    return replace(family, name=name, version=f"{family.version}+{digest}")
+
+
+def resolve_options(family: Family, options: Options | None = None) -> dict[str, float]:
+    """Every option of `family` with its value, in the family's order; one that follows from the shape is left out.
+
+    Values take the type of the default (bool, int or float), so that equal options compare and hash alike. Raises
+    InputError for an unknown name or a value outside the option's range.
+    """
+    given = dict(options or {})
+    for name in given:
+        if name not in family.options:
+            raise InputError(
+                f'family {family.name} has no option "{name}"{nearest(name, family.options)}. '
+                f"Its options: {', '.join(family.options)}."
+            )
+    resolved: dict[str, float] = {}
+    for name, default in family.options.items():
+        value = given.get(name)
+        if value is None:
+            if default is not None:
+                resolved[name] = default
+        elif isinstance(default, bool):
+            if value not in (0, 1):
+                raise InputError(f"option {name} of family {family.name} is {value!r}; it must be true or false.")
+            resolved[name] = bool(value)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise InputError(f"option {name} of family {family.name} is {value!r}; it must be a positive number.")
+        elif isinstance(default, int):
+            if value != int(value):
+                raise InputError(f"option {name} of family {family.name} is {value!r}; it must be a whole number.")
+            resolved[name] = int(value)
+        else:
+            resolved[name] = float(value)
+    if resolved.get("experts_per_token", 0) > resolved.get("experts", 0):
+        raise InputError(
+            f"family {family.name}: experts_per_token is {resolved['experts_per_token']}, more than the "
+            f"{resolved.get('experts', 0)} experts. Lower it, or raise experts."
+        )
+    return resolved
+
+
+# --- The size rule ------------------------------------------------------------------------------------------
+# 1. Ideal shapes follow one curve: depth = sqrt(width)/2 (8 layers at 256 wide, 32 at 4,096), MLP at its nominal ratio.
+# 2. Real shapes are close to it: widths that split into heads of about the ideal size, whole layers, MLP widths in
+#    steps. Among those that give N within tolerance, the one nearest to the curve is taken.
+
+TOLERANCE_SMALL, TOLERANCE = 0.08, 0.03
+"""How far the realised N may lie from its target, relatively: below and above a million parameters."""
+_MLP_BAND = 1.5  # MLP ratio, and
+_DEPTH_BAND = 1.6  # depth, stay within these factors of the ideal
+_MAX_WIDTH = 16384
+_SMALLEST = 2500  # below, one step of MLP width is more than the tolerance
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """One permitted width. N = tables + depth * (layer + slope * mlp_width)."""
+
+    width: int
+    heads: int
+    misfit: float  # |log2| of head_dim over its ideal
+    tables: int
+    layer: int
+    slope: int
+
+    def size(self, depth: int, mlp_width: int) -> int:
+        return self.tables + depth * (self.layer + self.slope * mlp_width)
+
+
+def shape_for(family: Family, target: float, *, vocab_size: int, context: int, options: Options | None = None) -> Shape:
+    """The shape whose `Parameters.active` is `target`, within 8 % below a million parameters and 3 % above.
+
+    The same arguments always give the same shape. Raises InputError below the family's minimum for this vocabulary
+    and context (the message says it) and above what the widest shape holds.
+    """
+    resolved = tuple(resolve_options(family, options).items())
+    for name, value in (("vocab_size", vocab_size), ("context", context)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1.")
+    return _shape_for(family, float(target), int(vocab_size), int(context), resolved)
+
+
+def minimum_size(family: Family, *, vocab_size: int, context: int, options: Options | None = None) -> int:
+    """The smallest N from which on every target can be met.
+
+    Large vocabularies raise it: where the tables are most of a model, one step in width is more than the tolerance.
+    """
+    return _ladder(family, vocab_size, context, tuple(resolve_options(family, options).items()))[1]
+
+
+@lru_cache(maxsize=65536)
+def _shape_for(
+    family: Family, target: float, vocab_size: int, context: int, options: tuple[tuple[str, float], ...]
+) -> Shape:
+    rungs, minimum = _ladder(family, vocab_size, context, options)
+    largest = rungs[-1].size(_depth_range(rungs[-1].width)[1], _mlp_range(family, rungs[-1].width)[1])
+    if not minimum <= target <= largest:
+        raise InputError(
+            f"family {family.name} cannot have {target:,.0f} parameters with a vocabulary of {vocab_size:,} and "
+            f"context {context:,}: its smallest size is {minimum:,}, its largest {largest:,}. "
+            f"{'Raise the size, or use a smaller vocabulary' if target < minimum else 'Lower the size'}."
+        )
+    best: tuple[float, _Rung, int, int] | None = None
+    low, high = target * (1 - _tolerance(target)), target * (1 + _tolerance(target))
+    for rung in rungs:
+        if rung.tables + rung.layer > high:
+            break
+        ideal_depth, step = math.sqrt(rung.width) / 2, _mlp_step(rung.width)
+        ideal_mlp = family.mlp_ratio * rung.width
+        narrow, wide = _mlp_range(family, rung.width)
+        shallow, deep = _depth_range(rung.width)
+        if rung.size(deep, wide) < low:
+            continue
+        for depth in range(shallow, deep + 1):
+            mlp_width = round(((target - rung.tables) / depth - rung.layer) / rung.slope / step) * step
+            mlp_width = min(max(mlp_width, narrow), wide)
+            size = rung.size(depth, mlp_width)
+            if not low <= size <= high:
+                continue
+            # 5 % in the MLP ratio weighs as much as 1 % in N and as 3.5 % in depth
+            cost = (
+                2 * math.log(depth / ideal_depth) ** 2
+                + math.log(mlp_width / ideal_mlp) ** 2
+                + 25 * math.log(size / target) ** 2
+                + 0.1 * rung.misfit**2
+            )
+            if best is None or cost < best[0]:
+                best = (cost, rung, depth, mlp_width)
+    if best is None:  # the bands leave no gap (tested), but a user's `extra` may
+        raise InputError(
+            f"family {family.name} has no shape within {_tolerance(target):.0%} of {target:,.0f} parameters. "
+            "Choose a neighbouring size."
+        )
+    _, rung, depth, mlp_width = best
+    return _shape(family, rung.width, rung.heads, depth, mlp_width, vocab_size, context, dict(options))
+
+
+@lru_cache(maxsize=256)
+def _ladder(
+    family: Family, vocab_size: int, context: int, options: tuple[tuple[str, float], ...]
+) -> tuple[list[_Rung], int]:
+    """The permitted widths, rising, and the smallest N from which on they leave no gap."""
+    chosen, rungs = dict(options), []
+    width = 8
+    while width <= _MAX_WIDTH:
+        heads, misfit = _split(width, int(chosen.get("heads_per_kv", 1)))
+        if heads:
+            # N is linear in depth and in depth x mlp_width: three counts give its coefficients
+            one, two, wider = (
+                parameters(_shape(family, width, heads, depth, mlp, vocab_size, context, chosen)).active
+                for depth, mlp in ((1, 8), (2, 8), (1, 16))
+            )
+            slope = (wider - one) // 8
+            rungs.append(_Rung(width, heads, misfit, 2 * one - two, two - one - 8 * slope, slope))
+        width += max(2, 2 ** (width.bit_length() - 5)) if width < 2048 else 128
+    minimum, reached = _SMALLEST, 0.0
+    for rung in rungs:
+        smallest = rung.size(_depth_range(rung.width)[0], _mlp_range(family, rung.width)[0])
+        if smallest / (1 + _tolerance(smallest)) > reached:
+            minimum = max(_SMALLEST, smallest)
+        largest = rung.size(_depth_range(rung.width)[1], _mlp_range(family, rung.width)[1])
+        reached = largest / (1 - _tolerance(largest / (1 - TOLERANCE_SMALL)))
+    return rungs, minimum
+
+
+def _split(width: int, heads_per_kv: int) -> tuple[int, float]:
+    """(heads, misfit) for a width, heads 0 where it does not split well into heads of 8, 16, 32, 64 or 128."""
+    ideal = 8 if width < 64 else 16 if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
+    even = 2 if width < 512 else 8  # rotary turns pairs; wide models want what attention kernels like
+    best = (0, math.inf)
+    for head_dim in range(even, 2 * ideal, even):
+        heads, rest = divmod(width, head_dim)
+        misfit = abs(math.log2(head_dim / ideal))
+        grouped = heads % heads_per_kv == 0 or heads < heads_per_kv
+        if not rest and grouped and misfit <= math.log2(1.5) and misfit < best[1]:
+            best = (heads, misfit)
+    return best
+
+
+def _shape(
+    family: Family,
+    width: int,
+    heads: int,
+    depth: int,
+    mlp_width: int,
+    vocab_size: int,
+    context: int,
+    options: Options,
+) -> Shape:
+    shape = Shape(
+        width=width,
+        depth=depth,
+        heads=heads,
+        # fewer heads than one group: they all share one key and value head
+        kv_heads=max(1, heads // int(options.get("heads_per_kv", 1))),
+        head_dim=width // heads,
+        mlp_width=mlp_width,
+        vocab_size=vocab_size,
+        context=context,
+        mlp_matrices=family.mlp_matrices,
+        tied=bool(options["tied"]),
+        learned_positions=family.learned_positions,
+        attention_bias=family.attention_bias,
+        mlp_bias=family.mlp_bias,
+        norm_bias=family.norm_bias,
+        qk_norm=family.qk_norm,
+        experts=int(options.get("experts", 0)),
+        experts_per_token=int(options.get("experts_per_token", 0)),
+    )
+    if family.extra is None:
+        return shape
+    extra_parameters, extra_flops = family.extra(shape)
+    return replace(shape, extra_parameters=extra_parameters, extra_flops=extra_flops)
+
+
+def _tolerance(size: float) -> float:
+    return TOLERANCE_SMALL if size < 1e6 else TOLERANCE
+
+
+def _depth_range(width: int) -> tuple[int, int]:
+    ideal = math.sqrt(width) / 2
+    return max(1, round(ideal / _DEPTH_BAND)), math.ceil(ideal * _DEPTH_BAND)
+
+
+def _mlp_step(width: int) -> int:
+    return 8 if width < 256 else 16 if width < 512 else 32 if width < 1024 else 64 if width < 2048 else 128
+
+
+def _mlp_range(family: Family, width: int) -> tuple[int, int]:
+    step, ideal = _mlp_step(width), family.mlp_ratio * width
+    return max(step, math.ceil(ideal / _MLP_BAND / step) * step), math.floor(ideal * _MLP_BAND / step) * step
+
+
+# --- Models -------------------------------------------------------------------------------------------------
+
+
+def build_model(
+    family: Family,
+    shape: Shape,
+    *,
+    init_std: float,
+    seed: int,
+    options: Options | None = None,
+    device: str = "cpu",
+) -> "torch.nn.Module":
+    """A model with random float32 weights; forward(input_ids) gives `.logits` (batch, tokens, vocab_size).
+
+    Weights depend on `seed` alone: they are drawn on the CPU, bit-equal in every process, and moved to `device`
+    afterwards; the global random state is left as it was. `device="meta"` allocates nothing. Raises InputError when
+    the model has not the parameters of `shape`, which only a user's own family can bring about.
+    """
+    import torch
+
+    if not 0 < init_std < math.inf:
+        raise InputError(f"init_std is {init_std!r}; it must be a positive number, such as 0.02.")
+    place = torch.device("meta" if device == "meta" else "cpu")
+    # The CPU generator alone: torch.manual_seed would also seed the accelerators, which fork_rng(devices=[]) leaves.
+    with torch.random.fork_rng(devices=[]), place:
+        torch.default_generator.manual_seed(seed)
+        if family.build is not None:
+            model = family.build(shape, init_std)
+        else:
+            model = _transformers_model(family, shape, init_std, resolve_options(family, options))
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(f"family {family.name}: build returned {type(model).__name__}, not a torch.nn.Module.")
+    built, counted = sum(p.numel() for p in model.parameters()), parameters(shape).total
+    if built != counted:
+        raise InputError(
+            f"family {family.name} built {built:,} parameters where its shape counts {counted:,}. "
+            "Mend the traits of the family, or state the difference in its `extra`."
+        )
+    return model if device in ("cpu", "meta") else model.to(device)
+
+
+def _transformers_model(family: Family, shape: Shape, init_std: float, options: Options) -> Any:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert family.config is not None, "a family has a config or a build"
+    fields = family.config(shape, options)
+    config = AutoConfig.for_model(
+        **fields,
+        initializer_range=init_std,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    # Eager experts: plain matmuls per expert, which run for every width, precision and device. The library's grouped
+    # kernel refuses narrow models, was no more than 12 % faster on a CPU, and is chosen by what hardware is there.
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa", experts_implementation="eager", dtype=torch.float32
+    )

@@ -1,0 +1,355 @@
+"""Grids: from a study and its corpus to the list of cells, by torch-free arithmetic.
+
+A grid yields points (family, target size, token count, seeds); each point crossed with `vary` and the seeds is a
+cell. Equal cells are planned once. Every fault is collected, so that all are reported at once.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from sweeps import accounting
+from sweeps.cell import Cell, Optimizer, Schedule
+from sweeps.corpora import CorpusInfo
+from sweeps.errors import InputError
+from sweeps.families import LATTICE, Family, find_family, resolve_options, shape_for
+from sweeps.rules import evaluate
+from sweeps.study import Factors, IsoflopGrid, LadderGrid, LogVary, Study, Training, listed
+
+MAX_CELLS = 100_000
+MAX_EPOCHS = 4.0
+FEW_STEPS = 500
+SMALL_BATCH_SEQUENCES = 128
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """A cell with what the plan knows of it."""
+
+    cell: Cell
+    counts: Mapping[str, Any]
+    """N, N_nonembedding, N_nonembedding_head, N_total, flops_per_token, C, C_6nd, steps, epochs."""
+    labels: Mapping[str, Any]
+    """Its place in the grid: budget, size, and what was varied. Not part of its identity."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a study, each once, with what the researcher should know before they run."""
+
+    study: Study
+    corpus: CorpusInfo
+    cells: tuple[PlannedCell, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One place of a grid for one family: a target size and one way to say how long."""
+
+    size: float
+    tokens: float | None = None
+    flops: float | None = None
+    tokens_per_parameter: float | None = None
+    extra_seeds: int = 0
+    overrides: tuple[tuple[str, Any], ...] = ()
+    labels: tuple[tuple[str, Any], ...] = ()
+
+
+def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, base_dir: Path = Path()) -> Plan:
+    """Plan every cell of a study.
+
+    Raises InputError that lists what is wrong: an unknown family, sizes below a family's minimum, cells shorter than
+    one batch, a context longer than the corpus, more than four epochs without `repeat: true`.
+    """
+    if min(corpus.train_tokens, corpus.validation_tokens) <= study.context:
+        raise InputError(
+            f"context is {study.context:,} tokens, but the corpus has only {corpus.train_tokens:,} training and "
+            f"{corpus.validation_tokens:,} validation tokens. Use a shorter context or a larger corpus."
+        )
+    planned: dict[str, PlannedCell] = {}
+    faults: dict[str, None] = {}
+    for name, declared in study.families.items():
+        family = find_family(name, allow_code=allow_code, base_dir=base_dir)
+        options = resolve_options(family, declared)
+        for point in _points(study, family, corpus.vocab_size, options):
+            for variation in _variations(study):
+                for seed in _seeds(study, point):
+                    try:
+                        one = _plan_cell(study, corpus, family, options, point, variation, seed)
+                    except ValueError as error:
+                        faults[str(error)] = None
+                        continue
+                    planned.setdefault(one.cell.id, one)
+                    if len(planned) > MAX_CELLS:
+                        raise InputError(f"the study plans more than {MAX_CELLS:,} cells. Split it, or vary less.")
+    faults |= dict.fromkeys(_epoch_faults(study, corpus, planned.values()))
+    if faults:
+        shown = "\n".join(f"  {fault}" for fault in itertools.islice(faults, 10))
+        more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise InputError(f"the study cannot be planned:\n{shown}{more}")
+    cells = tuple(planned.values())
+    return Plan(study, corpus, cells, tuple(_warnings(cells)))
+
+
+# --- points ------------------------------------------------------------------------------------------------------
+
+
+def _points(study: Study, family: Family, vocab_size: int, options: Mapping[str, Any]) -> Iterator[_Point]:
+    grid = study.grid
+    if isinstance(grid, IsoflopGrid):
+        yield from _isoflop_points(grid, family, vocab_size, study.context, options)
+    elif isinstance(grid, LadderGrid):
+        for size in dict.fromkeys(LATTICE[lattice_index(size)] for size in listed(grid.sizes)):
+            for ratio in listed(grid.tokens_per_parameter):
+                yield _Point(size, tokens_per_parameter=ratio, labels=(("size", size),))
+    else:
+        for point in grid.points:
+            size = LATTICE[lattice_index(point.size)]
+            yield _Point(
+                size,
+                tokens=point.tokens,
+                flops=point.flops,
+                tokens_per_parameter=point.tokens_per_parameter,
+                overrides=tuple(point.training.items()),
+                labels=(("size", size),),
+            )
+
+
+def _isoflop_points(
+    grid: IsoflopGrid, family: Family, vocab_size: int, context: int, options: Mapping[str, Any]
+) -> Iterator[_Point]:
+    """Sizes around the expected optimum of each budget, on the sublattice of the stride, so that budgets share them."""
+    budgets = listed(grid.budgets)
+    for order, budget in enumerate(budgets):
+        centre = _expected_optimum(grid, budget, family, vocab_size, context, options)
+        middle = round(centre / grid.stride) * grid.stride
+        first = middle - grid.stride * ((grid.sizes - 1) // 2)
+        indices = range(first, first + grid.stride * grid.sizes, grid.stride)
+        if indices[0] < 0 or indices[-1] >= len(LATTICE):
+            raise InputError(
+                f"budget {budget:g}: {grid.sizes} sizes around {LATTICE[0] * 2 ** (centre / 2):,.0f} parameters leave "
+                f"the lattice of {LATTICE[0]:,.0f} to {LATTICE[-1]:,.0f}. Use fewer sizes, a smaller stride, or "
+                "another budget."
+            )
+        for index in indices:
+            replicated = grid.replicates is not None and order < grid.replicates.budgets and index == middle
+            extra = grid.replicates.seeds - 1 if replicated and grid.replicates else 0
+            size = LATTICE[index]
+            yield _Point(size, flops=budget, extra_seeds=extra, labels=(("budget", budget), ("size", size)))
+
+
+def _expected_optimum(
+    grid: IsoflopGrid, budget: float, family: Family, vocab_size: int, context: int, options: Mapping[str, Any]
+) -> float:
+    """The lattice position (a fraction) of the size expected to be best for this budget."""
+    optimum = grid.optimum
+    if optimum.N is not None and optimum.C is not None:
+        return lattice_position(optimum.N * (budget / optimum.C) ** optimum.exponent)
+
+    def log_ratio(index: int) -> float:  # of the budget that this size spends at the expected D/N
+        shape = _shape(family, LATTICE[index], vocab_size, context, tuple(sorted(options.items())))
+        tokens = optimum.tokens_per_parameter * accounting.parameters(shape).active
+        return math.log(accounting.flops_per_token(shape) * tokens / budget)
+
+    feasible = [index for index in range(len(LATTICE)) if _is_feasible(family, index, vocab_size, context, options)]
+    return float(min(feasible, key=lambda index: abs(log_ratio(index))))
+
+
+def lattice_position(size: float) -> float:
+    """Where a size stands on the lattice: 0 for its first, 1 for its second size."""
+    return 2 * math.log2(size / LATTICE[0])
+
+
+def lattice_index(size: float) -> int:
+    """The nearest place on the lattice. InputError where the size lies more than one step outside it."""
+    position = lattice_position(size)
+    if not -0.5 <= position <= len(LATTICE) - 0.5:
+        raise InputError(
+            f"size {size:,.0f} is outside the lattice of {LATTICE[0]:,.0f} to {LATTICE[-1]:,.0f} parameters."
+        )
+    return min(max(round(position), 0), len(LATTICE) - 1)
+
+
+@lru_cache(maxsize=4096)
+def _shape(
+    family: Family, size: float, vocab_size: int, context: int, options: tuple[tuple[str, Any], ...]
+) -> accounting.Shape:
+    return shape_for(family, size, vocab_size=vocab_size, context=context, options=dict(options))
+
+
+def _is_feasible(family: Family, index: int, vocab_size: int, context: int, options: Mapping[str, Any]) -> bool:
+    try:
+        _shape(family, LATTICE[index], vocab_size, context, tuple(sorted(options.items())))
+    except InputError:
+        return False
+    return True
+
+
+# --- variations and seeds ----------------------------------------------------------------------------------------
+
+
+def _variations(study: Study) -> Iterator[dict[str, tuple[str, Any]]]:
+    """Every combination of varied hyperparameters: {name: ("value", v)} or {name: ("times", factor)}."""
+    axes = []
+    for name, variation in study.vary.items():
+        if isinstance(variation, Factors):
+            axes.append([(name, ("times", factor)) for factor in variation.times])
+        else:
+            values = variation.log.values() if isinstance(variation, LogVary) else variation
+            axes.append([(name, ("value", value)) for value in values])
+    for combination in itertools.product(*axes):
+        yield dict(combination)
+
+
+def _seeds(study: Study, point: _Point) -> tuple[int, ...]:
+    """The study's seeds, and as many more as the point is replicated with."""
+    wanted = max(len(study.seeds), 1 + point.extra_seeds)
+    fresh = (seed for seed in itertools.count() if seed not in study.seeds)
+    return (*study.seeds, *itertools.islice(fresh, wanted - len(study.seeds)))
+
+
+# --- one cell ----------------------------------------------------------------------------------------------------
+
+
+def _plan_cell(
+    study: Study,
+    corpus: CorpusInfo,
+    family: Family,
+    options: Mapping[str, Any],
+    point: _Point,
+    variation: Mapping[str, tuple[str, Any]],
+    seed: int,
+) -> PlannedCell:
+    shape = _shape(family, point.size, corpus.vocab_size, study.context, tuple(sorted(options.items())))
+    counts = _counts(shape)
+    flops_per_token = counts["flops_per_token"]
+    recipe = {name: getattr(study.training, name) for name in Training.model_fields} | dict(point.overrides)
+    recipe |= {name: value for name, (kind, value) in variation.items() if kind == "value"}
+    recipe = _validated(recipe, point, variation)
+    times = {name: value for name, (kind, value) in variation.items() if kind == "times"}
+
+    # 1. How long: D from the grid, then whole batches. A batch may depend on the unrounded D.
+    if point.tokens is not None:
+        wanted = point.tokens
+    elif point.flops is not None:
+        wanted = point.flops / flops_per_token
+    else:
+        wanted = (point.tokens_per_parameter or 0) * counts["N"]
+    known = {
+        "N": counts["N"],
+        "D": wanted,
+        "C": wanted * flops_per_token,
+        "width": shape.width,
+        "depth": shape.depth,
+    }
+    batch = evaluate(recipe["batch_tokens"], known) * times.get("batch_tokens", 1)
+    batch_tokens = max(1, round(batch / study.context)) * study.context
+    steps = round(wanted / batch_tokens)
+    if steps < 1:
+        raise ValueError(
+            f"{family.name} with {counts['N']:,} parameters: {wanted:,.0f} training tokens are less than one batch of "
+            f"{batch_tokens:,}. Lower batch_tokens, or raise the budget."
+        )
+    tokens = steps * batch_tokens
+
+    # 2. Hyperparameters, at the realised D.
+    known |= {"D": tokens, "C": tokens * flops_per_token, "batch_tokens": batch_tokens}
+
+    def value(name: str, default: float | None = None) -> float:
+        rule = recipe[name] if recipe[name] is not None else default
+        return float(f"{evaluate(rule, known) * times.get(name, 1):.6g}")
+
+    optimizer = Optimizer(
+        learning_rate=value("learning_rate"),
+        weight_decay=value("weight_decay"),
+        beta1=value("beta1"),
+        beta2=value("beta2", 0.99 if batch_tokens < SMALL_BATCH_SEQUENCES * study.context else 0.95),
+        eps=value("eps"),
+        clip_norm=value("clip_norm"),
+    )
+    schedule = Schedule(
+        name=recipe["schedule"],
+        warmup_tokens=int(value("warmup_tokens", min(counts["N"], 0.1 * tokens))),
+        final_fraction=value("final_fraction"),
+        cooldown_fraction=value("cooldown_fraction"),
+    )
+    cell = Cell(
+        family=family.name,
+        family_version=str(family.version),
+        options=tuple(sorted(options.items())),
+        shape=shape,
+        init_std=value("init_std"),
+        corpus=corpus.fingerprint,
+        tokenizer=corpus.tokenizer,
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        optimizer=optimizer,
+        schedule=schedule,
+        precision=recipe["precision"],
+        seed=seed,
+        data_seed=seed,
+    )
+    realised = {
+        "C": tokens * flops_per_token,
+        "C_6nd": 6 * counts["N"] * tokens,
+        "steps": steps,
+        "epochs": round(tokens / corpus.train_tokens, 4),
+    }
+    labels = dict(point.labels) | {f"{name}_times": factor for name, factor in times.items()}
+    return PlannedCell(cell, counts | realised, labels)
+
+
+@lru_cache(maxsize=4096)
+def _counts(shape: accounting.Shape) -> dict[str, int]:
+    parameters = accounting.parameters(shape)
+    return {
+        "N": parameters.active,
+        "N_nonembedding": parameters.non_embedding,
+        "N_nonembedding_head": parameters.non_embedding_head,
+        "N_total": parameters.total,
+        "flops_per_token": accounting.flops_per_token(shape),
+    }
+
+
+def _validated(recipe: dict[str, Any], point: _Point, variation: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Overrides come from the file as they stand; give them the types that the recipe's own fields have."""
+    if not point.overrides and not variation:
+        return recipe
+    checked = Training.model_validate(recipe)
+    return {name: getattr(checked, name) for name in recipe}
+
+
+# --- what to say -------------------------------------------------------------------------------------------------
+
+
+def _epoch_faults(study: Study, corpus: CorpusInfo, cells: Any) -> Iterator[str]:
+    if study.corpus.repeat:
+        return
+    over = [one for one in cells if one.counts["epochs"] > MAX_EPOCHS]
+    if over:
+        worst = max(over, key=lambda one: one.counts["epochs"])
+        yield (
+            f"{len(over)} of the cells repeat the corpus more than {MAX_EPOCHS:g} times: the longest wants "
+            f"{worst.cell.tokens:,} tokens of {corpus.train_tokens:,} ({worst.counts['epochs']:.1f} epochs). "
+            "Lower the budgets, use a larger corpus, or set `repeat: true` under `corpus:`."
+        )
+
+
+def _warnings(cells: tuple[PlannedCell, ...]) -> Iterator[str]:
+    short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
+    if short:
+        yield (
+            f"{len(short)} of {len(cells)} cells have fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
+            "their losses may say more about the warm-up than about size. Use a smaller batch_tokens."
+        )
+    repeated = [one.counts["epochs"] for one in cells if one.counts["epochs"] > 1]
+    if repeated:
+        yield (
+            f"{len(repeated)} of {len(cells)} cells see the corpus more than once (most: {max(repeated):.2f} epochs); "
+            "fits of single-epoch laws leave out those above 1.5."
+        )

@@ -1,0 +1,457 @@
+"""Study files: what a researcher declares, checked whole before anything runs.
+
+`load_study` reads a YAML file into a frozen Study. Every fault is reported at once, each with its file, line, field,
+what was found and what is allowed.
+"""
+
+import re
+import typing
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sweeps.errors import InputError, nearest
+from sweeps.rules import Count, Number, Positive, PowerRule, Rule, Whole, rule_or_number
+
+MAX_FILE_BYTES = 1_000_000
+SHIPPED = Path(__file__).parent / "studies"
+
+
+class Declared(BaseModel):
+    """A part of a study file: unknown keys, NaN and infinity are errors, and nothing changes after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class CorpusSource(Declared):
+    """Where the text comes from."""
+
+    source: Literal["pystdlib", "folder", "jsonl", "parquet", "hf", "markov"] = "pystdlib"
+    """pystdlib is the source text of Python's standard library, on every machine; markov is synthetic."""
+    path: str | None = None
+    """The folder or file (folder, jsonl, parquet), relative to the study file, or the dataset's name (hf)."""
+    options: dict[str, str | int | float] = {}
+    """Options of the source: text_field (jsonl, parquet, hf), split (hf), vocab_size, order, tokens, seed (markov)."""
+    fingerprint: str | None = None
+    """Pins the corpus: any other content is an error."""
+    repeat: bool = False
+    """Allows cells of more than four epochs."""
+
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> "CorpusSource":
+        if self.source in ("folder", "jsonl", "parquet", "hf") and not self.path:
+            raise ValueError(f'source {self.source} needs "path"')
+        if self.source in ("pystdlib", "markov") and self.path:
+            raise ValueError(f'source {self.source} takes no "path"')
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class LogRange(Declared):
+    """`points` numbers from `first` to `last`, evenly spaced in the logarithm."""
+
+    first: Positive = Field(alias="from")
+    last: Positive = Field(alias="to")
+    points: Count
+
+    def values(self) -> tuple[float, ...]:
+        if self.points == 1:
+            return (self.first,)
+        ratio = (self.last / self.first) ** (1 / (self.points - 1))
+        return tuple(float(f"{self.first * ratio**i:.6g}") for i in range(self.points))
+
+
+def _list_or_range(value: Any) -> str:
+    return "@range" if isinstance(value, dict | LogRange) else "@list"
+
+
+# A discriminator keeps an error about one form from being reported for the other as well.
+Positives = Annotated[
+    Annotated[list[Positive], Field(min_length=1), Tag("@list")] | Annotated[LogRange, Tag("@range")],
+    Discriminator(_list_or_range),
+]
+
+
+def listed(values: list[float] | LogRange) -> tuple[float, ...]:
+    """The values of a list or a range, ascending, each once."""
+    return tuple(sorted(set(values.values() if isinstance(values, LogRange) else values)))
+
+
+class Optimum(Declared):
+    """Where the compute-optimal size is expected, so that the grid is centred on it."""
+
+    tokens_per_parameter: Positive = 20.0
+    """The expected D/N at the optimum of every budget, if no reference point is given."""
+    N: Positive | None = None
+    """The expected optimal size at the reference budget C."""
+    C: Positive | None = None
+    exponent: Number = 0.5
+    """The expected growth: N* = N (C / C_reference) ** exponent."""
+
+    @model_validator(mode="after")
+    def _reference_is_whole(self) -> "Optimum":
+        if (self.N is None) != (self.C is None):
+            raise ValueError("N and C stand together: the expected optimal size at one budget")
+        return self
+
+
+class Replicates(Declared):
+    """Extra seeds at the central size of the cheapest budgets: they measure the noise floor."""
+
+    budgets: Count = 2
+    seeds: Annotated[Whole, Field(ge=2)] = 3
+
+
+class IsoflopGrid(Declared):
+    """For each budget of training FLOPs, several sizes around the expected optimum."""
+
+    type: Literal["isoflop"]
+    budgets: Positives
+    """Training FLOPs C of the cells."""
+    sizes: Count = 5
+    """How many sizes a budget gets."""
+    stride: Count = 2
+    """Steps on the lattice between sizes: 2 is a factor of 2, 1 a factor of sqrt 2."""
+    optimum: Optimum = Optimum()
+    replicates: Replicates | None = None
+
+
+class LadderGrid(Declared):
+    """Every size at every number of tokens per parameter."""
+
+    type: Literal["ladder"]
+    sizes: Positives
+    """Target sizes N; each is snapped to the lattice."""
+    tokens_per_parameter: Positives
+
+
+def check_hyperparameter(name: str, value: Any) -> None:
+    """Raise ValueError where the recipe has no such hyperparameter, or it cannot have this value (None: no check)."""
+    if name not in Training.model_fields:
+        hint = nearest(name, Training.model_fields)
+        raise ValueError(f"unknown hyperparameter {name!r}{hint}; allowed: {', '.join(Training.model_fields)}")
+    if value is not None:
+        try:
+            Training.model_validate({name: value})
+        except ValidationError as error:
+            raise ValueError(f"{name}: found {value!r}; {_plain(error.errors()[0])}") from None
+
+
+class Point(Declared):
+    """One cell by hand: a size, one of tokens, flops or tokens_per_parameter, and any training override."""
+
+    size: Positive
+    """Target size N; snapped to the lattice."""
+    tokens: Positive | None = None
+    flops: Positive | None = None
+    tokens_per_parameter: Positive | None = None
+    training: dict[str, Any] = {}
+    """Hyperparameters of this cell alone."""
+
+    @field_validator("training", mode="after")
+    @classmethod
+    def _known_hyperparameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, single in value.items():
+            check_hyperparameter(name, single)
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Point":
+        given = [name for name in ("tokens", "flops", "tokens_per_parameter") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of tokens, flops, tokens_per_parameter; found {given or 'none'}")
+        return self
+
+
+class PointsGrid(Declared):
+    """An explicit list of cells."""
+
+    type: Literal["points"]
+    points: Annotated[list[Point], Field(min_length=1)]
+
+
+Grid = Annotated[IsoflopGrid | LadderGrid | PointsGrid, Field(discriminator="type")]
+
+
+Decay = Annotated[
+    Annotated[Number, Field(ge=0), Tag("@number")] | Annotated[PowerRule, Tag("@rule")], Discriminator(rule_or_number)
+]
+
+
+class Training(Declared):
+    """The recipe. Every number may be varied; a Rule may be a number or a power law in N, D, C, width, depth."""
+
+    batch_tokens: Rule = 16_384.0
+    """Tokens an optimizer step; rounded to whole sequences."""
+    learning_rate: Rule = 1e-3
+    """Peak learning rate."""
+    weight_decay: Decay = 0.1
+    """Decoupled decay, multiplied by the learning rate each step; on matrices only."""
+    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Default .99 below 128 sequences a batch, .95 from there on (Porian et al. 2024)."""
+    eps: Positive = 1e-8
+    clip_norm: Positive = 1.0
+    """The global gradient norm is clipped here."""
+    warmup_tokens: Annotated[Number, Field(ge=0)] | None = None
+    """Linear warm-up. Default min(N, 10 % of D)."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    final_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """The last learning rate as a fraction of the peak (cosine, linear, wsd)."""
+    cooldown_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.2
+    """The share of D in which wsd cools down."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    init_std: Rule = 0.02
+    """Standard deviation of the initial matrices."""
+
+
+class Factors(Declared):
+    """Multiples of the recipe's own value."""
+
+    times: Annotated[list[Positive], Field(min_length=1)]
+
+
+class LogVary(Declared):
+    """A range of values, evenly spaced in the logarithm."""
+
+    log: LogRange
+
+
+def _variation_form(value: Any) -> str:
+    if isinstance(value, Factors) or (isinstance(value, dict) and "times" in value):
+        return "@times"
+    return "@log" if isinstance(value, dict | LogVary) else "@list"
+
+
+Variation = Annotated[
+    Annotated[list[Any], Field(min_length=1), Tag("@list")]
+    | Annotated[Factors, Tag("@times")]
+    | Annotated[LogVary, Tag("@log")],
+    Discriminator(_variation_form),
+]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Study(Declared):
+    """A declared question: families x sizes x token counts x hyperparameters x seeds, on one corpus."""
+
+    name: str
+    """Names the study's folder in the store and its MLflow experiment."""
+    question: str = ""
+    """What the study asks; printed at the head of the report."""
+    corpus: CorpusSource = CorpusSource()
+    tokenizer: str = "bytes"
+    """bytes, bpe:<vocabulary size>, or the path of a local Hugging Face tokenizer."""
+    context: Annotated[Whole, Field(ge=2, le=1_048_576)] = 128
+    """Tokens a sequence."""
+    families: dict[str, dict[str, Number | bool]]
+    """Family names, each with its options; a list of names will do."""
+    grid: Grid
+    training: Training = Training()
+    seeds: Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
+    """Each seed sets both the initial weights and the data order."""
+    vary: dict[str, Variation] = {}
+    """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError("letters, digits, dot, dash and underscore only, at most 100")
+        return value
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _corpus_by_name(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _families_by_name(cls, value: Any) -> Any:
+        value = _listed(value)
+        if isinstance(value, list):
+            value = {name: {} for name in value}
+        if value == {}:
+            raise ValueError("name at least one family")
+        return {name: options or {} for name, options in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seed_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+    @field_validator("seeds", mode="after")
+    @classmethod
+    def _seeds_once(cls, value: list[int]) -> list[int]:
+        return list(dict.fromkeys(value))
+
+    @field_validator("vary", mode="after")
+    @classmethod
+    def _known_hyperparameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, variation in value.items():
+            check_hyperparameter(name, None)
+            if not isinstance(variation, Factors):
+                for single in variation.log.values() if isinstance(variation, LogVary) else variation:
+                    check_hyperparameter(name, single)
+        return value
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def find_study_file(study: str) -> Path:
+    """The file that the command line's STUDY means: a path, or the name of a shipped study."""
+    path = Path(study)
+    if path.is_file():
+        return path
+    shipped = {entry.stem: entry for entry in sorted(SHIPPED.glob("*.yaml"))}
+    if study in shipped:
+        return shipped[study]
+    raise InputError(
+        f"no study file {study!r}{nearest(study, shipped)}. Give the path of a YAML file, "
+        f"or the name of a shipped study: {', '.join(shipped)}."
+    )
+
+
+def load_study(path: Path) -> Study:
+    """Read and check a study file. Raises InputError that lists every fault with its line."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the study file {path}: {error.strerror}.") from None
+    if len(content) > MAX_FILE_BYTES:
+        raise InputError(f"{path} has {len(content):,} bytes; a study file has at most {MAX_FILE_BYTES:,}.")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}{_yaml_fault(error)}") from None
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply for a study file.") from None
+    if not isinstance(root, yaml.MappingNode):
+        raise InputError(f"{path} is no study: a mapping with the keys {', '.join(Study.model_fields)} is wanted.")
+    try:
+        declared = yaml.load(text, Loader=_Loader)
+        return Study.model_validate(declared)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}{_yaml_fault(error)}") from None
+    except ValidationError as error:
+        lines = sorted({(_line_of(root, fault["loc"]), _describe(fault)) for fault in error.errors()})
+        faults = "\n".join(f"  {path}:{line}: {text}" for line, text in lines)
+        raise InputError(f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the study file:\n{faults}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also refuses anchors (which can explode), and keys that stand twice."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.composer.ComposerError(
+                None, None, "anchors and aliases (& and *) are not allowed in study files", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = str(getattr(error, "problem", None) or error)
+    if "could not determine a constructor for the tag" in problem:
+        problem += "; tags are not allowed in study files"
+    return f":{mark.line + 1}: {problem}." if mark else f": {problem}."
+
+
+def _line_of(root: yaml.Node, location: tuple[str | int, ...]) -> int:
+    """The line of the deepest node on the way; parts that name a union's member are passed over."""
+    node, line = root, root.start_mark.line
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    node, line = value, key.start_mark.line
+                    break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line
+    return line + 1
+
+
+def _describe(fault: Mapping[str, Any]) -> str:
+    location = fault["loc"]
+    names = [part for i, part in enumerate(location) if not _is_union_member(location, i)]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".") or "the study"
+    if fault["type"] == "extra_forbidden":
+        allowed = _keys_at(location[:-1])
+        return f"{field}: unknown key{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if fault["type"] == "missing":
+        return f"{field}: missing; it must be given"
+    found = repr(fault["input"])
+    return f"{field}: found {found if len(found) < 80 else found[:77] + '...'}; {_plain(fault)}"
+
+
+def _plain(fault: Mapping[str, Any]) -> str:
+    """Pydantic's sentence without its prefix, with the nearest match where a name was wanted."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    expected = fault.get("ctx", {}).get("expected") or fault.get("ctx", {}).get("expected_tags")
+    if expected and isinstance(fault["input"], str | dict):
+        found = fault["input"].get("type", "") if isinstance(fault["input"], dict) else fault["input"]
+        allowed = [word.strip(" '") for word in re.split(r",| or ", str(expected))]
+        return f"allowed: {', '.join(allowed)}{nearest(str(found), allowed)}"
+    return message[:1].lower() + message[1:]
+
+
+def _is_union_member(location: tuple[str | int, ...], index: int) -> bool:
+    """Whether a part of a fault's location names a form (a tag of ours, or the grid's type) and no key of the file."""
+    return str(location[index]).startswith("@") or (index == 1 and location[0] == "grid")
+
+
+def _keys_at(location: tuple[str | int, ...]) -> list[str]:
+    """The keys that the model at `location` allows."""
+    models: list[Any] = [Study]
+    for part in location:
+        fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        if fields:
+            models = [model for field in fields for model in _models_in(field)]
+        else:
+            models = [model for model in models if _form_of(model) == part] or models
+    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def _form_of(model: Any) -> str:
+    """The tag under which a union holds this model."""
+    if "type" in model.model_fields:
+        return str(typing.get_args(model.model_fields["type"].annotation)[0])
+    return {PowerRule: "@rule", LogRange: "@range", Factors: "@times", LogVary: "@log"}.get(model, "")

@@ -1,0 +1,451 @@
+"""The size rule, and the counts held against the models that transformers builds."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from sweeps.accounting import Shape, forward_flops, parameters
+from sweeps.errors import InputError
+from sweeps.families import (
+    FAMILIES,
+    LATTICE,
+    Family,
+    build_model,
+    find_family,
+    minimum_size,
+    resolve_options,
+    shape_for,
+)
+
+ROOT = Path(__file__).parents[2]
+VARIANTS: list[tuple[str, dict[str, float]]] = [
+    *((name, {}) for name in FAMILIES),
+    ("gpt2", {"tied": False}),
+    ("gpt_neox", {"tied": True}),
+    ("llama", {"tied": True, "heads_per_kv": 4}),
+    ("qwen3", {"tied": False, "heads_per_kv": 1}),
+    ("granite", {"tied": False, "heads_per_kv": 8}),
+    ("mixtral", {"tied": True, "heads_per_kv": 1, "experts": 16, "experts_per_token": 1}),
+]
+
+
+def lattice_shapes(family: Family, vocab_size: int, context: int, **options: float) -> list[tuple[float, Shape]]:
+    minimum = minimum_size(family, vocab_size=vocab_size, context=context, options=options)
+    return [
+        (target, shape_for(family, target, vocab_size=vocab_size, context=context, options=options))
+        for target in LATTICE
+        if target >= minimum
+    ]
+
+
+def tolerance(target: float) -> float:
+    return 0.08 if target < 1e6 else 0.03
+
+
+def weight_hash(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- The size rule ------------------------------------------------------------------------------------------
+
+
+def test_the_lattice_runs_from_ten_thousand_to_ten_billion_in_half_octaves() -> None:
+    assert LATTICE[0] == 1e4
+    assert LATTICE[-1] == pytest.approx(1.048576e10)
+    assert all(b / a == pytest.approx(math.sqrt(2)) for a, b in pairwise(LATTICE))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize(("vocab_size", "context"), [(256, 128), (4096, 512), (50257, 1024), (128256, 2048)])
+def test_sizes_are_met_and_rise_along_the_lattice(
+    name: str, options: dict[str, float], vocab_size: int, context: int
+) -> None:
+    found = lattice_shapes(FAMILIES[name], vocab_size, context, **options)
+    sizes = [parameters(shape).active for _, shape in found]
+    assert all(abs(size / target - 1) <= tolerance(target) for size, (target, _) in zip(sizes, found, strict=True))
+    assert all(a < b for a, b in pairwise(sizes))
+    assert all(a.width <= b.width for (_, a), (_, b) in pairwise(found))
+    if vocab_size == 256 and not options:
+        assert len(found) == len(LATTICE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shapes_change_smoothly_along_the_lattice(name: str) -> None:
+    family = FAMILIES[name]
+    for (_, a), (target, b) in pairwise(lattice_shapes(family, 256, 128)):
+        jump = math.exp(abs(math.log((b.width / b.depth) / (a.width / a.depth))))
+        assert jump <= (1.5 if target < 1e6 else 1.3), f"aspect ratio jumps by {jump:.2f} at {target:,.0f}"
+        assert b.depth >= a.depth
+        from_ideal = abs(math.log(b.depth / (math.sqrt(b.width) / 2)))
+        assert from_ideal <= math.log(1.3 if target < 1e6 else 1.15)
+        assert abs(math.log(b.mlp_width / b.width / family.mlp_ratio)) <= math.log(1.5 if target < 1e6 else 1.2)
+
+
+@pytest.mark.parametrize(("vocab_size", "context"), [(50257, 1024), (128256, 2048)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_large_vocabularies_stay_smooth_but_for_the_smallest_sizes(name: str, vocab_size: int, context: int) -> None:
+    found = lattice_shapes(FAMILIES[name], vocab_size, context)
+    for k, ((_, a), (target, b)) in enumerate(pairwise(found)):
+        jump = math.exp(abs(math.log((b.width / b.depth) / (a.width / a.depth))))
+        assert jump <= (1.65 if k < 4 else 1.35), f"aspect ratio jumps by {jump:.2f} at {target:,.0f}"
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_heads_divide_the_width_and_share_keys_as_asked(name: str, options: dict[str, float]) -> None:
+    per_kv = resolve_options(FAMILIES[name], options).get("heads_per_kv", 1)
+    for _, shape in lattice_shapes(FAMILIES[name], 256, 128, **options):
+        assert shape.heads * shape.head_dim == shape.width
+        assert shape.head_dim % (2 if shape.width < 512 else 8) == 0
+        assert shape.heads == shape.kv_heads * per_kv or (shape.heads < per_kv and shape.kv_heads == 1)
+
+
+def test_the_shapes_of_the_smallest_llamas_are_pinned() -> None:
+    # A change here changes what every study trains: raise the family's version with it.
+    found = lattice_shapes(FAMILIES["llama"], 256, 128)[:14:3]
+    assert [(s.width, s.depth, s.heads, s.mlp_width, parameters(s).active) for _, s in found] == [
+        (12, 2, 2, 40, 10236),
+        (24, 2, 3, 80, 28536),
+        (40, 3, 5, 112, 80280),
+        (64, 4, 4, 168, 227904),
+        (96, 5, 6, 280, 637728),
+    ]
+
+
+options_of = st.fixed_dictionaries(
+    {"tied": st.booleans()},
+    optional={"heads_per_kv": st.sampled_from([1, 2, 4, 8]), "experts": st.sampled_from([2, 4, 8, 64])},
+)
+
+
+@settings(deadline=None, max_examples=60, derandomize=True)
+@given(
+    st.sampled_from(sorted(FAMILIES)),
+    options_of,
+    st.integers(16, 300000),
+    st.integers(16, 8192),
+    st.lists(st.floats(0, 1), min_size=5, max_size=5),
+)
+def test_any_feasible_size_is_met_for_any_vocabulary(
+    name: str, options: dict[str, float], vocab_size: int, context: int, places: list[float]
+) -> None:
+    family = FAMILIES[name]
+    options = {key: value for key, value in options.items() if key in family.options}
+    minimum = minimum_size(family, vocab_size=vocab_size, context=context, options=options)
+    targets = sorted(minimum * (max(2e10, 4 * minimum) / minimum) ** place for place in places)
+    sizes = []
+    for target in targets:
+        shape = shape_for(family, target, vocab_size=vocab_size, context=context, options=options)
+        assert (shape.vocab_size, shape.context, shape.tied) == (vocab_size, context, options["tied"])
+        sizes.append(parameters(shape).active)
+        assert abs(sizes[-1] / target - 1) <= tolerance(target)
+    for (low, small), (high, large) in pairwise(zip(targets, sizes, strict=True)):
+        assert high < 1.2 * low or small < large
+
+
+def test_the_smallest_size_itself_is_feasible_and_one_below_is_refused_with_reasons() -> None:
+    family = FAMILIES["gpt2"]
+    minimum = minimum_size(family, vocab_size=50257, context=1024)
+    shape = shape_for(family, minimum, vocab_size=50257, context=1024)
+    assert parameters(shape).active == pytest.approx(minimum, rel=0.03)
+    with pytest.raises(InputError, match=rf"gpt2 .* vocabulary of 50,257 and context 1,024: .*{minimum:,}"):
+        shape_for(family, minimum - 1, vocab_size=50257, context=1024)
+
+
+@pytest.mark.parametrize("target", [math.nan, -1.0, 1e15, math.inf])
+def test_impossible_sizes_are_refused(target: float) -> None:
+    with pytest.raises(InputError, match="cannot have"):
+        shape_for(FAMILIES["llama"], target, vocab_size=256, context=128)
+
+
+def test_ten_thousand_cells_are_counted_in_seconds() -> None:
+    start = time.perf_counter()
+    for k in range(10000):
+        family = list(FAMILIES.values())[k % 6]
+        shape_for(family, 1e4 * 1.0005**k, vocab_size=256, context=128)
+    assert time.perf_counter() - start < 20  # takes about 3; a generous limit, since machines differ
+
+
+# --- Options ------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_option_names_its_neighbour() -> None:
+    with pytest.raises(InputError, match=r'no option "heads_per_kw" \(did you mean "heads_per_kv"\?\)'):
+        resolve_options(FAMILIES["llama"], {"heads_per_kw": 2})
+    with pytest.raises(InputError, match="no option"):
+        resolve_options(FAMILIES["gpt2"], {"heads_per_kv": 2})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tied": 2},
+        {"tied": "yes"},
+        {"heads_per_kv": 0},
+        {"heads_per_kv": 1.5},
+        {"heads_per_kv": True},
+        {"experts": math.inf},
+        {"experts": 4, "experts_per_token": 5},
+    ],
+)
+def test_option_values_out_of_range_are_refused(options: Mapping[str, Any]) -> None:
+    with pytest.raises(InputError):
+        resolve_options(FAMILIES["mixtral"], options)
+
+
+def test_equal_options_resolve_alike() -> None:
+    assert resolve_options(FAMILIES["llama"], {"tied": 1, "heads_per_kv": 2.0}) == {"tied": True, "heads_per_kv": 2}
+    assert repr(resolve_options(FAMILIES["llama"], {"heads_per_kv": 2.0, "tied": 0})) == repr(
+        resolve_options(FAMILIES["llama"], {"tied": False, "heads_per_kv": 2})
+    )
+
+
+def test_granite_multipliers_reach_the_model() -> None:
+    family = FAMILIES["granite"]
+    shape = shape_for(family, 1e5, vocab_size=256, context=64)
+    config: Any = build_model(family, shape, init_std=0.02, seed=0, device="meta").config
+    assert (config.embedding_multiplier, config.residual_multiplier) == (12, 0.22)
+    assert (config.attention_multiplier, config.logits_scaling) == (1 / shape.head_dim, shape.width / 256)
+    chosen = {"embedding_multiplier": 3, "attention_multiplier": 0.5, "residual_multiplier": 0.1, "logits_scaling": 2}
+    config = build_model(family, shape, init_std=0.02, seed=0, options=chosen, device="meta").config
+    assert {name: getattr(config, name) for name in chosen} == chosen
+
+
+# --- Counts against the models ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocab_size", "context"), [(256, 128), (50257, 1024)])
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_counts_equal_the_model_over_the_whole_lattice(
+    name: str, options: dict[str, float], vocab_size: int, context: int
+) -> None:
+    family = FAMILIES[name]
+    for _, shape in lattice_shapes(family, vocab_size, context, **options):
+        model: Any = build_model(family, shape, init_std=0.02, seed=0, options=options, device="meta")
+        count, unique = parameters(shape), dict(model.named_parameters())
+        assert sum(p.numel() for p in unique.values()) == count.total
+        idle = sum(p.numel() for key, p in unique.items() if ".experts." in key)
+        if shape.experts:
+            idle = idle * (shape.experts - shape.experts_per_token) // shape.experts
+        assert count.total - idle == count.active
+        tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+        assert len(tables) == (1 if shape.tied else 2)
+        if shape.learned_positions:
+            tables.add(model.transformer.wpe.weight)
+        assert count.active - sum(p.numel() for p in tables) == count.non_embedding
+
+
+def _sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_forward_flops_equal_what_torch_counts(name: str, options: dict[str, float]) -> None:
+    family, sequences, context = FAMILIES[name], 2, 48
+    # torch counts every attention kernel but the CPU's
+    formulas = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
+    for target in (2e4, 3e5, 2e6):
+        shape = shape_for(family, target, vocab_size=300, context=context, options=options)
+        model = build_model(family, shape, init_std=0.02, seed=0, options=options)
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            model(torch.zeros(sequences, context, dtype=torch.long))
+        matmuls = sum(n for op, n in forward_flops(shape).items() if op not in ("softmax", "embedding_lookup"))
+        assert counter.get_total_flops() == sequences * context * matmuls
+
+
+# --- Models -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_untrained_model_of_the_smallest_size_predicts_nearly_uniformly(name: str) -> None:
+    family = FAMILIES[name]
+    options = {"logits_scaling": 1.0} if name == "granite" else {}  # its own would magnify logits below 256 wide
+    shape = shape_for(family, 1e4, vocab_size=256, context=64)
+    model = build_model(family, shape, init_std=0.02, seed=3, options=options).eval()
+    tokens = torch.arange(2 * 64).reshape(2, 64)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    assert logits.shape == (2, 64, 256)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(loss.item() - math.log(256)) < 0.3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_token_sees_its_future(name: str) -> None:
+    family = FAMILIES[name]
+    model = build_model(family, shape_for(family, 3e4, vocab_size=256, context=16), init_std=0.1, seed=3).eval()
+    tokens = torch.arange(16)[None]
+    changed = tokens.clone()
+    changed[0, 10] = 99
+    with torch.no_grad():
+        difference = (model(tokens).logits - model(changed).logits).abs().amax(-1)[0]
+    assert difference[:10].max() < 1e-5
+    assert difference[10:].min() > 1e-4
+
+
+HASH_CODE = """
+import hashlib
+from sweeps.families import FAMILIES, build_model, shape_for
+for family in FAMILIES.values():
+    shape = shape_for(family, 5e4, vocab_size=256, context=64)
+    digest = hashlib.sha256()
+    for name, tensor in build_model(family, shape, init_std=0.02, seed=11).state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    print(family.name, digest.hexdigest())
+"""
+
+
+def test_a_seed_gives_the_same_bits_in_another_process() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [sys.executable, "-c", HASH_CODE], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    )
+    for line in result.stdout.splitlines():
+        name, there = line.split()
+        family = FAMILIES[name]
+        shape = shape_for(family, 5e4, vocab_size=256, context=64)
+        assert weight_hash(build_model(family, shape, init_std=0.02, seed=11)) == there
+        assert weight_hash(build_model(family, shape, init_std=0.02, seed=12)) != there
+    assert len(result.stdout.splitlines()) == len(FAMILIES)
+
+
+def test_building_leaves_the_global_random_state_alone() -> None:
+    family = FAMILIES["llama"]
+    shape = shape_for(family, 5e4, vocab_size=256, context=64)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_model(family, shape, init_std=0.02, seed=1)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_init_std_is_the_spread_of_the_weights(name: str) -> None:
+    family = FAMILIES[name]
+    shape = shape_for(family, 3e5, vocab_size=256, context=64)
+    for init_std in (0.005, 0.08):
+        model: Any = build_model(family, shape, init_std=init_std, seed=1)
+        weights = model.get_input_embeddings().weight
+        assert weights.dtype == torch.float32
+        assert weights.std().item() == pytest.approx(init_std, rel=0.03)
+    with pytest.raises(InputError, match="init_std"):
+        build_model(family, shape, init_std=0.0, seed=1)
+
+
+# --- Families from a file -----------------------------------------------------------------------------------
+
+OWN_FAMILY = """
+from types import SimpleNamespace
+import torch
+from sweeps.families import Family
+
+class Bag(torch.nn.Module):
+    def __init__(self, shape, init_std):
+        super().__init__()
+        self.table = torch.nn.Embedding(shape.vocab_size, shape.width)
+        self.head = torch.nn.Linear(shape.width, shape.vocab_size, bias=False)
+        self.mix = torch.nn.ModuleList(torch.nn.Linear(shape.width, shape.mlp_width) for _ in range(shape.depth))
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=init_std)
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.head(self.table(input_ids)))
+
+def extra(shape):
+    standard = shape.depth * (4 * shape.width**2 + 2 * shape.width * shape.mlp_width + 2 * shape.width) + shape.width
+    mine = shape.depth * (shape.width + 1) * shape.mlp_width
+    return mine - standard, 0
+
+def bag():
+    return Family(name="bag", version=1, mlp_ratio=4, mlp_matrices=2, options={"tied": False}, build=Bag, extra=extra)
+
+def wrong():
+    return "llama"
+
+def wrong_count():
+    return Family(name="bag", version=1, mlp_ratio=4, mlp_matrices=2, options={"tied": False}, build=Bag)
+
+def incomplete():
+    return Family(name="bag", version=1, mlp_ratio=4, mlp_matrices=2)
+
+def breaks():
+    return 1 / 0
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(OWN_FAMILY)
+    return tmp_path
+
+
+def test_a_family_from_a_file_counts_builds_and_is_sized_like_any_other(own: Path) -> None:
+    family = find_family("mine.py:bag", allow_code=True, base_dir=own)
+    assert family.name == "mine.py:bag"
+    for target in (1e4, 1e5, 1e6):
+        shape = shape_for(family, target, vocab_size=256, context=32)
+        count = parameters(shape)
+        assert abs(count.active / target - 1) <= tolerance(target)
+        model = build_model(family, shape, init_std=0.05, seed=4)
+        assert sum(p.numel() for p in model.parameters()) == count.total
+        assert model(torch.zeros(1, 32, dtype=torch.long)).logits.shape == (1, 32, 256)
+    again = build_model(family, shape, init_std=0.05, seed=4)
+    assert weight_hash(again) == weight_hash(model)
+
+
+def test_an_edited_file_is_a_new_family(own: Path) -> None:
+    before = find_family("mine.py:bag", allow_code=True, base_dir=own)
+    same = find_family("mine.py:bag", allow_code=True, base_dir=own)
+    assert str(before.version).startswith("1+")
+    assert before.version == same.version
+    (own / "mine.py").write_text(OWN_FAMILY.replace("mlp_ratio=4", "mlp_ratio=3"))  # the same length, at once
+    after = find_family("mine.py:bag", allow_code=True, base_dir=own)
+    assert after.version != before.version
+    assert after.mlp_ratio == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lama", r'no family "lama" \(did you mean "llama"\?\)'),
+        ("mine.py", "my_file.py:function"),
+        ("absent.py:bag", "cannot read .*absent.py"),
+        ("mine.py:bga", r'no function bga \(did you mean "bag"\?\)'),
+        ("mine.py:wrong", "returned str; it must return a"),
+        ("mine.py:incomplete", "exactly one of config and build"),
+        ("mine.py:breaks", "ZeroDivisionError"),
+    ],
+)
+def test_what_is_wrong_with_a_family_is_said(own: Path, name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        find_family(name, allow_code=True, base_dir=own)
+
+
+def test_code_runs_only_when_allowed(own: Path) -> None:
+    (own / "mine.py").write_text("raise SystemExit('this must not run')")
+    with pytest.raises(InputError, match="--allow-code"):
+        find_family("mine.py:bag", base_dir=own)
+
+
+def test_a_model_with_other_parameters_than_its_shape_is_refused(own: Path) -> None:
+    family = find_family("mine.py:wrong_count", allow_code=True, base_dir=own)
+    shape = shape_for(family, 1e5, vocab_size=256, context=32)
+    with pytest.raises(InputError, match="parameters where its shape counts"):
+        build_model(family, shape, init_std=0.02, seed=0)

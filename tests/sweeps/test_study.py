@@ -1,0 +1,134 @@
+"""A study file is checked whole: every fault at once, with its line, what was found and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from sweeps.errors import InputError
+from sweeps.study import SHIPPED, IsoflopGrid, LogRange, find_study_file, listed, load_study
+
+GOOD = """
+name: small
+families: [llama]
+grid: {type: isoflop, budgets: [1e9, 2e9], sizes: 3}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def faults(folder: Path, text: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_study(write(folder, text))
+    return str(caught.value)
+
+
+def test_a_short_file_gets_sane_defaults(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, GOOD))
+    assert study.corpus.source == "pystdlib"
+    assert study.tokenizer == "bytes"
+    assert study.seeds == [0]
+    assert study.families == {"llama": {}}
+    assert isinstance(study.grid, IsoflopGrid)
+    assert listed(study.grid.budgets) == (1e9, 2e9), "1e9 without a dot is text in YAML 1.1, and meant as a number"
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_loads_and_is_named_after_its_file(path: Path) -> None:
+    assert load_study(path).name == path.stem
+    assert find_study_file(path.stem) == path
+
+
+def test_all_faults_come_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = faults(
+        tmp_path,
+        """name: bad name!
+corpus: pystdlibb
+familes: [llama]
+families: [llama]
+grid:
+  type: isoflop
+  budgets: [1e11, -5, .nan]
+  sizess: 5
+training:
+  learning_rat: 3
+  schedule: cosin
+seeds: []
+""",
+    )
+    for line, words in [
+        (1, "name: found 'bad name!'"),
+        (2, "corpus.source: found 'pystdlibb'; allowed: pystdlib, folder, jsonl, parquet, hf, markov (did you mean \""),
+        (3, 'familes: unknown key (did you mean "families"?)'),
+        (7, "grid.budgets[1]: found -5; input should be greater than 0"),
+        (7, "grid.budgets[2]: found nan; input should be a finite number"),
+        (8, 'grid.sizess: unknown key (did you mean "sizes"?); allowed: type, budgets, sizes, stride'),
+        (10, 'training.learning_rat: unknown key (did you mean "learning_rate"?)'),
+        (11, "training.schedule: found 'cosin'; allowed: cosine, linear, constant, wsd (did you mean \"cosine\"?)"),
+        (12, "seeds: found []"),
+    ]:
+        assert f"study.yaml:{line}: {words}" in text
+    assert text.startswith("9 faults")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("grid: {type: isoflopp, budgets: [1e9]}", 'did you mean "isoflop"'),
+        ("grid: {type: isoflop, budgets: []}", "at least 1 item"),
+        ("grid: {type: isoflop, budgets: [true]}", "not true or false"),
+        ("grid: {type: isoflop}", "grid.budgets: missing"),
+        ("grid: {type: points, points: [{size: 1e4, tokens: 1, flops: 2}]}", "exactly one of tokens, flops"),
+        ("grid: {type: points, points: [{size: 1e4, tokens: 9, training: {lr: 1}}]}", "unknown hyperparameter 'lr'"),
+        ("grid: {type: ladder, sizes: {from: 1e4, to: 1e5}, tokens_per_parameter: [20]}", "points: missing"),
+        ("vary: {learning_rat: [1]}", 'did you mean "learning_rate"'),
+        ("vary: {beta1: [2]}", "beta1: found 2"),
+        ("vary: {learning_rate: {times: []}}", "at least 1 item"),
+        ("context: 1.5", "context: found 1.5"),
+        ("training: {learning_rate: {value: 1, at: {width: 1}, power: {depth: 1}}}", "they must name the same"),
+        ("training: {learning_rate: {value: 1, at: {height: 1}, power: {height: 1}}}", "allowed: N, D, C, width"),
+        ("corpus: {source: folder}", 'needs "path"'),
+        ("families: {}", "at least one family"),
+        ("seeds: [-1]", "greater than or equal to 0"),
+    ],
+)
+def test_a_fault_says_what_was_found_and_what_is_allowed(tmp_path: Path, change: str, words: str) -> None:
+    key = change.split(":")[0]
+    kept = "\n".join(line for line in GOOD.splitlines() if not line.startswith(f"{key}:"))
+    assert words in faults(tmp_path, f"{kept}\n{change}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: !!python/object/apply:os.system [id]", "tags are not allowed"),
+        ("a: &x [1]\nb: [*x, *x]", "anchors and aliases"),
+        ("name: [", "expected"),
+        ("x: 1\nx: 2", "key 'x' stands twice"),
+        ("- 1", "a mapping with the keys name"),
+        ("", "a mapping with the keys name"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_yaml_that_would_execute_or_explode_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    assert words in faults(tmp_path, text)
+
+
+def test_files_that_are_no_text_or_too_large_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_study(path)
+    path.write_bytes(b"#" * 1_000_001)
+    with pytest.raises(InputError, match="at most 1,000,000"):
+        load_study(path)
+    with pytest.raises(InputError, match='did you mean "quickstart"'):
+        find_study_file("quickstrat")
+
+
+def test_a_log_range_hits_both_ends_and_is_even_in_the_logarithm() -> None:
+    values = LogRange(**{"from": 1e9, "to": 1.6e10, "points": 5}).values()
+    assert values == (1e9, 2e9, 4e9, 8e9, 1.6e10)
