@@ -1,0 +1,1 @@
+"""Where and how cells run: Ray workers, the driver, the ledger, the MLflow mirror."""

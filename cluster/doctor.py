@@ -1,0 +1,82 @@
+"""What `escala doctor` checks: each finding says what was found and, where something is wrong, what to do."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from sweeps.errors import InputError
+from sweeps.store import open_store
+
+TESTED = {"torch": "2.13", "transformers": "5.23", "ray": "2.60", "mlflow": "3.17", "optuna": "5.0", "pandas": "3.1"}
+"""The versions that constraints.txt pins, to their minor number."""
+LOW_DISK_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check."""
+
+    what: str
+    ok: bool
+    found: str
+    advice: str = ""
+
+
+def check(store: Path) -> list[Finding]:
+    """All checks; none of them trains, starts Ray or writes to the store."""
+    return [*_python(), *_packages(), _device(), _auth(), *_store(store)]
+
+
+def _python() -> Iterator[Finding]:
+    ok = sys.version_info >= (3, 11)
+    yield Finding("Python", ok, platform.python_version(), "" if ok else "Escala needs Python 3.11 or newer.")
+
+
+def _packages() -> Iterator[Finding]:
+    for name, tested in TESTED.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding(name, False, "not installed", f"pip install -c constraints.txt {name}")
+            continue
+        same = found.startswith(f"{tested}.")
+        yield Finding(name, True, found, "" if same else f"tested with {tested}; constraints.txt pins the tested set.")
+
+
+def _device() -> Finding:
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("device", False, str(error), "see PyTorch's install page for this machine's build.")
+    if not torch.cuda.is_available():
+        return Finding("device", True, f"CPU, {os.cpu_count()} cores, no GPU")
+    names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return Finding("device", True, names)
+
+
+def _auth() -> Finding:
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode:
+        return Finding("Ray token auth", True, f"RAY_AUTH_MODE={mode}")
+    if os.access(Path.home(), os.W_OK):
+        return Finding("Ray token auth", True, "a token under the home folder, made by Ray")
+    return Finding("Ray token auth", True, "the home folder is not writable: a token for each run")
+
+
+def _store(store: Path) -> Iterator[Finding]:
+    if not (store / "store.json").exists():
+        yield Finding("store", True, f"none yet at {store}", "the first plan or run makes it.")
+        return
+    try:
+        place = open_store(store)
+    except InputError as error:
+        yield Finding("store", False, str(error))
+        return
+    free = shutil.disk_usage(place.root).free
+    advice = "" if free > LOW_DISK_BYTES else "free some space: checkpoints and logs need it."
+    yield Finding("store", free > LOW_DISK_BYTES, f"{place.root}, {free / 1024**3:.1f} GiB free", advice)

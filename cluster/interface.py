@@ -1,0 +1,70 @@
+"""The MLflow UI on a store, for `escala ui`: bound to 127.0.0.1, opened where the curves are."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+
+from sweeps.errors import InputError
+from sweeps.store import Store
+
+START_SECONDS = 60.0
+
+
+def experiment_url(store: Store, study: str | None, port: int) -> str:
+    """The page of a study's charts, or the list of experiments."""
+    base = f"http://127.0.0.1:{port}"
+    if study is None:
+        return base
+    from mlflow.tracking import MlflowClient
+
+    experiment = MlflowClient(tracking_uri=store.tracking_uri).get_experiment_by_name(study)
+    if experiment is None:
+        raise InputError(f"study {study} is not in MLflow yet: run it, or `escala sync {study}`.")
+    return f"{base}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
+
+
+def serve(store: Store, study: str | None, port: int, open_browser: bool) -> None:
+    """Run the UI until Ctrl-C. InputError where there is nothing to show or the port is taken."""
+    if not (store.root / "mlflow" / "mlflow.db").exists():
+        raise InputError(f"the store {store.root} has no MLflow database yet: run a study first.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} on 127.0.0.1 cannot be used ({error.strerror}). Name another: --port."
+            ) from None
+    url = experiment_url(store, study, port)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.tracking_uri]
+    command += ["--artifacts-destination", (store.root / "mlflow" / "artifacts").as_uri()]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait_until_up(port, server)
+        print(f"MLflow UI: {url}   (Ctrl-C ends it)", flush=True)
+        if open_browser:
+            webbrowser.open(url)
+        server.wait()
+    except KeyboardInterrupt:
+        print()
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+def _wait_until_up(port: int, server: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            if server.poll() is not None:
+                raise InputError(f"the MLflow server ended with code {server.returncode} before it answered.") from None
+            time.sleep(0.3)
+    raise InputError(f"the MLflow server did not answer within {START_SECONDS:.0f} s.")

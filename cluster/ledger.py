@@ -1,0 +1,121 @@
+"""The ledger: a study's plan on record, and the state of each of its cells, read from files alone."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sweeps.grids import Plan
+from sweeps.rules import adamw_timescale
+from sweeps.store import (
+    FORMAT,
+    CellState,
+    Store,
+    cell_state,
+    iterate_cells,
+    read_plan,
+    study_names,
+    timestamp,
+    write_bytes,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How a plan differs from the one on record, and what of it is done."""
+
+    new: int
+    """Cells that this study did not plan before."""
+    kept: int
+    dropped: int
+    """Cells that it planned before and no longer does; they stay in the store."""
+    done: int
+    """Planned cells that have ended already, in this study or in another on the same store."""
+    first: bool
+    """Whether the study is new to this store."""
+
+    def __str__(self) -> str:
+        if self.first:
+            return f"{self.new} cells" + (f", {self.done} of them done already in this store" if self.done else "")
+        parts = [f"+{self.new} cells, {self.kept} reused"]
+        if self.dropped:
+            parts.append(f"{self.dropped} no longer planned")
+        return ", ".join([*parts, f"{self.done} done"])
+
+
+def compare(store: Store, plan: Plan) -> Change:
+    """Hold a plan against the store without writing anything."""
+    planned = {one.cell.id for one in plan.cells}
+    known = plan.study.name in study_names(store)
+    before = {entry["id"] for entry in read_plan(store, plan.study.name)["cells"]} if known else set()
+    done = sum((store.cell(cell_id) / "result.json").exists() for cell_id in planned)
+    return Change(len(planned - before), len(planned & before), len(before - planned), done, not known)
+
+
+def register(store: Store, plan: Plan, text: bytes) -> None:
+    """Put a plan on record: each cell's cell.json, then the study's plan.json and the text of its file."""
+    for one in plan.cells:
+        path = store.cell(one.cell.id) / "cell.json"
+        if not path.exists():
+            record = {"format": FORMAT, "id": one.cell.id, "identity": one.cell.identity, "counts": dict(one.counts)}
+            write_json(path, record, sync=False)
+    folder = store.study(plan.study.name)
+    write_bytes(folder / "study.yaml", text)
+    write_json(
+        folder / "plan.json",
+        {
+            "format": FORMAT,
+            "planned": timestamp(),
+            "study": plan.study.model_dump(mode="json", by_alias=True),
+            "corpus": asdict(plan.corpus),
+            "cells": [{"id": one.cell.id, "labels": dict(one.labels)} for one in plan.cells],
+        },
+    )
+
+
+def plan_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:
+    """One plain row per planned cell, with its state in this store."""
+    return [
+        _row(one.cell.id, one.cell.identity, one.counts, one.labels, cell_state(store, one.cell.id))
+        for one in plan.cells
+    ]
+
+
+def ledger_rows(store: Store, name: str) -> list[dict[str, Any]]:
+    """The same rows for a study on record."""
+    return [
+        _row(entry["id"], record["identity"], record["counts"], entry["labels"], state)
+        for entry, record, state in iterate_cells(store, name)
+    ]
+
+
+def count_states(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """How many cells are in each state."""
+    return dict(Counter(row["state"] for row in rows))
+
+
+def _row(cell_id: str, identity: Any, counts: Any, labels: Any, state: CellState) -> dict[str, Any]:
+    rate, decay = identity["optimizer"]["learning_rate"], identity["optimizer"]["weight_decay"]
+    result = state.result or {}
+    return {
+        "id": cell_id,
+        "family": identity["family"],
+        "N": counts["N"],
+        "N_nonembedding": counts["N_nonembedding"],
+        "N_nonembedding_head": counts["N_nonembedding_head"],
+        "N_total": counts["N_total"],
+        "D": identity["tokens"],
+        "C": counts["C"],
+        "C_6nd": counts["C_6nd"],
+        "tokens_per_parameter": identity["tokens"] / counts["N"],
+        "steps": counts["steps"],
+        "epochs": counts["epochs"],
+        "learning_rate": rate,
+        "adamw_timescale": adamw_timescale(rate, decay, identity["batch_tokens"], identity["tokens"]),
+        "seed": identity["seed"],
+        "labels": dict(labels),
+        "state": state.state,
+        "reason": state.reason,
+        "attempts": state.attempts,
+        "val_loss_final": result.get("val_loss_final"),
+    }
