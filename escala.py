@@ -107,7 +107,7 @@ def run(
     if as_json:
         print(json.dumps(vars(tally)))
     else:
-        _summary(place, planned, tally, study)
+        _summary(place, planned, tally)
     if tally.failed or tally.interrupted:
         raise typer.Exit(1)
 
@@ -369,9 +369,10 @@ def _warn(warnings: tuple[str, ...]) -> None:
         console.print(f"[yellow]note:[/] {warning}", highlight=False)
 
 
-def _summary(place: "Store", planned: "Plan", tally: Any, study: str) -> None:
+def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
     from cluster.display import console, duration
 
+    study = planned.study.name
     if tally.skipped == len(planned.cells):
         console.print(f"nothing to train: all {tally.skipped} cells have ended already.")
     else:

@@ -102,7 +102,6 @@ class LiveProgress:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._live = Live(console=console, refresh_per_second=4, transient=True)
-        self._latest: str | None = None
         self._printed = time.monotonic()
 
     def __enter__(self) -> "LiveProgress":
@@ -122,9 +121,8 @@ class LiveProgress:
             return
         ended = progress.counts["finished"] + progress.counts["diverged"] + progress.counts["failed"]
         eta = f"ETA {duration(progress.eta_seconds)}" if progress.eta_seconds is not None else "ETA unknown yet"
-        if progress.latest != self._latest:
-            self._latest = progress.latest
-            console.print(f"[{ended}/{progress.total}] {progress.latest}", markup=False)
+        for order, words in enumerate(progress.ended, ended - len(progress.ended) + 1):
+            console.print(f"[{order}/{progress.total}] {words}", markup=False)
             self._printed = time.monotonic()
         if self._live.is_started:
             self._live.update(self._picture(progress, ended, eta))

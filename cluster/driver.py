@@ -47,8 +47,8 @@ class Progress:
     eta_seconds: float | None
     workers: int
     mirror_fault: str | None
-    latest: str | None
-    """The cell that ended last, in words."""
+    ended: tuple[str, ...]
+    """The cells that ended since the last moment, in words."""
 
 
 @dataclass
@@ -137,7 +137,7 @@ class _Pool:
         self.tasks: dict[Any, tuple[Any, PlannedCell]] = {}
         self.idle: list[Any] = []
         self.tails: dict[str, _Tail] = {}
-        self.latest: str | None = None
+        self.ended: list[str] = []
         self.flops_done = 0.0
 
     def run(self, tally: Tally, address: str, limit: int | None) -> None:
@@ -188,9 +188,10 @@ class _Pool:
             tally.diverged += 1
         else:
             tally.finished += 1
-        self.latest = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state}" + (
-            f" ({reason})" if reason else f", loss {tail.loss:.4f}" if tail.loss else ""
-        )
+        tail.read(self.store, cell_id)
+        loss = f", loss {tail.loss:.4f}" if tail.loss else ""
+        words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state}"
+        self.ended.append(words + (f" ({reason})" if reason else loss))
 
     def _after_death(self, cell_id: str, message: str) -> tuple[str, str | None]:
         """A worker died with a cell in hand: its result may stand all the same; else it is tried again, three times."""
@@ -227,7 +228,8 @@ class _Pool:
             "planned": len(self.queue),
         }
         eta = elapsed * left / done if done else None
-        return Progress(counts, len(self.plan.cells), tuple(running), eta, workers, self.mirror.fault, self.latest)
+        ended, self.ended = tuple(self.ended), []
+        return Progress(counts, len(self.plan.cells), tuple(running), eta, workers, self.mirror.fault, ended)
 
 
 class _Tail:

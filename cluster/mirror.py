@@ -75,10 +75,11 @@ class Mirror:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import logging
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
+
+        for name in ("alembic", "mlflow"):  # set at their import, so after it
+            logging.getLogger(name).setLevel(logging.WARNING)
 
         if self.tracking_uri == self.store.tracking_uri:
             (self.store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
@@ -274,7 +275,8 @@ class Mirror:
 def human(number: float, style: str = "k") -> str:
     """20,480 -> 20k, 1.5e9 -> 1.5B; style "e": 2.2e+11 -> 2.2e11."""
     if style == "e":
-        return f"{number:.2g}".replace("e+", "e")
+        mantissa, _, exponent = f"{number:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     if not number:
         return "0"
     power = min(int(math.log10(abs(number)) // 3), 4)

@@ -66,7 +66,7 @@ def _train_and_commit(
             append_rows(stream, [{"time": round(time.time(), 3), "tokens": tokens, "metrics": dict(metrics)}])
 
         outcome = train(cell, corpus, numerics, log, base_dir=base_dir)
-    if outcome.document_losses is not None:
+    if outcome.document_losses is not None and outcome.document_tokens is not None:
         _write_documents(attempt.folder / "documents.npz", outcome.document_losses, outcome.document_tokens)
     tokens = outcome.steps * cell.batch_tokens
     result = {
@@ -78,7 +78,7 @@ def _train_and_commit(
         "tokens": tokens,
         "flops": tokens * counts["flops_per_token"],
         "steps": outcome.steps,
-        "epochs": round(corpus.epochs(tokens, cell.shape.context), 4),
+        "epochs": round(corpus.info.epochs(tokens, cell.shape.context), 4),
         "seconds": {name: round(value, 3) for name, value in outcome.seconds.items()}
         | {"total": round(time.time() - started, 3)},
         "tokens_per_second": round(outcome.tokens_per_second, 1),
@@ -109,7 +109,7 @@ def _corpus(root: Path, fingerprint: str) -> Corpus:
     return open_corpus(root, fingerprint)
 
 
-def _write_documents(path: Path, losses: np.ndarray, tokens: np.ndarray | None) -> None:
+def _write_documents(path: Path, losses: np.ndarray, tokens: np.ndarray) -> None:
     import io
 
     buffer = io.BytesIO()

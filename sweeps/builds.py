@@ -59,6 +59,34 @@ class CorpusInfo:
     """markov: nats per token of the stream, separators included; the loss of a perfect model."""
     description: str
 
+    def windows(self, context: int) -> int:
+        """Training windows in an epoch. Raises InputError where the context is too long for the corpus.
+
+        One window less than fit, so that the grid can shift by up to a window from epoch to epoch.
+        """
+        count = self.train_tokens // context - 1 if context > 0 else 0
+        if count < 1:
+            raise InputError(
+                f"a context of {context:,} tokens does not fit the corpus {self.name}: its training split has "
+                f"{self.train_tokens:,} tokens and must have at least two contexts. Shorten the context or use a "
+                "larger corpus."
+            )
+        return count
+
+    def epochs(self, tokens: int, context: int) -> float:
+        """How often `tokens` training tokens go through the corpus. Raises InputError as `windows` does."""
+        return tokens / (self.windows(context) * context)
+
+    def validation_windows(self, context: int) -> int:
+        """Full, non-overlapping windows of the validation stream. Raises InputError where there is none."""
+        count = (self.validation_tokens - 1) // context if context > 0 else 0
+        if count < 1:
+            raise InputError(
+                f"a context of {context:,} tokens does not fit the validation split of the corpus {self.name}, "
+                f"which has {self.validation_tokens:,} tokens. Shorten the context or use a larger corpus."
+            )
+        return count
+
     def bits_per_byte(self, loss: float) -> float:
         """Validation loss in nats per token to bits per byte of validation text."""
         return loss * self.validation_tokens / self.validation_bytes / math.log(2)

@@ -38,24 +38,6 @@ class Corpus:
         self._validation = shards.StreamReader(folder, streams["validation"])
         self._ends = np.load(folder / "validation_ends.npy", allow_pickle=False)
 
-    def windows(self, context: int) -> int:
-        """Training windows in an epoch. Raises InputError where the context is too long for the corpus.
-
-        One window less than fit, so that the grid can shift by up to a window from epoch to epoch.
-        """
-        count = self._train.tokens // context - 1 if context > 0 else 0
-        if count < 1:
-            raise InputError(
-                f"a context of {context:,} tokens does not fit the corpus {self.info.name}: its training split has "
-                f"{self._train.tokens:,} tokens and must have at least two contexts. Shorten the context or use a "
-                "larger corpus."
-            )
-        return count
-
-    def epochs(self, tokens: int, context: int) -> float:
-        """How often `tokens` training tokens go through the corpus."""
-        return tokens / (self.windows(context) * context)
-
     def batch(self, data_seed: int, step: int, sequences: int, context: int) -> np.ndarray:
         """The training batch of one step: int64 (sequences, context + 1), inputs and the targets one to the right.
 
@@ -63,7 +45,7 @@ class Corpus:
         stream per data seed: epoch p // windows shows every window once, in a random order, on a grid shifted at
         random by 0 to context - 1 tokens. So batch sizes only group the stream and no horizon enters.
         """
-        windows = self.windows(context)
+        windows = self.info.windows(context)
         first, last = step * sequences, (step + 1) * sequences
         starts = []
         for epoch in range(first // windows, (last - 1) // windows + 1):
@@ -74,14 +56,8 @@ class Corpus:
         return self._train.rows(starts[0] if len(starts) == 1 else np.concatenate(starts), context + 1)
 
     def validation_windows(self, context: int) -> int:
-        """Full, non-overlapping windows of the validation stream. Raises InputError where there is none."""
-        count = (self._validation.tokens - 1) // context if context > 0 else 0
-        if count < 1:
-            raise InputError(
-                f"a context of {context:,} tokens does not fit the validation split of the corpus {self.info.name}, "
-                f"which has {self._validation.tokens:,} tokens. Shorten the context or use a larger corpus."
-            )
-        return count
+        """Full windows of the validation stream, as `CorpusInfo.validation_windows` counts them."""
+        return self.info.validation_windows(context)
 
     def validation_batch(self, start: int, count: int, context: int) -> tuple[np.ndarray, np.ndarray]:
         """Validation windows start .. start + count - 1.

@@ -16,11 +16,13 @@ from sweeps import accounting
 from sweeps.cell import Cell, Optimizer, Schedule
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
-from sweeps.families import LATTICE, Family, find_family, resolve_options, shape_for
-from sweeps.rules import evaluate
-from sweeps.study import Factors, IsoflopGrid, LadderGrid, LogVary, Study, Training, listed
+from sweeps.families import Family, find_family, resolve_options
+from sweeps.rules import PowerRule, evaluate
+from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
+from sweeps.study import Factors, IsoflopGrid, LadderGrid, LogVary, Study, Training, check_hyperparameter, listed
 
 MAX_CELLS = 100_000
+MAX_TOKENS = 1e16
 MAX_EPOCHS = 4.0
 FEW_STEPS = 500
 SMALL_BATCH_SEQUENCES = 128
@@ -34,7 +36,7 @@ class PlannedCell:
     counts: Mapping[str, Any]
     """N, N_nonembedding, N_nonembedding_head, N_total, flops_per_token, C, C_6nd, steps, epochs."""
     labels: Mapping[str, Any]
-    """Its place in the grid: budget, size, and what was varied. Not part of its identity."""
+    """Its place in the grid: budget, size, and the factors of what was varied by `times`. Not part of its identity."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +68,29 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
     Raises InputError that lists what is wrong: an unknown family, sizes below a family's minimum, cells shorter than
     one batch, a context longer than the corpus, more than four epochs without `repeat: true`.
     """
-    if min(corpus.train_tokens, corpus.validation_tokens) <= study.context:
-        raise InputError(
-            f"context is {study.context:,} tokens, but the corpus has only {corpus.train_tokens:,} training and "
-            f"{corpus.validation_tokens:,} validation tokens. Use a shorter context or a larger corpus."
-        )
+    corpus.windows(study.context)  # raise where the context does not fit
+    corpus.validation_windows(study.context)
     planned: dict[str, PlannedCell] = {}
     faults: dict[str, None] = {}
-    for name, declared in study.families.items():
-        family = find_family(name, allow_code=allow_code, base_dir=base_dir)
-        options = resolve_options(family, declared)
-        for point in _points(study, family, corpus.vocab_size, options):
-            for variation in _variations(study):
-                for seed in _seeds(study, point):
-                    try:
-                        one = _plan_cell(study, corpus, family, options, point, variation, seed)
-                    except ValueError as error:
-                        faults[str(error)] = None
-                        continue
-                    planned.setdefault(one.cell.id, one)
-                    if len(planned) > MAX_CELLS:
-                        raise InputError(f"the study plans more than {MAX_CELLS:,} cells. Split it, or vary less.")
+    declared = 0
+    for name, given in study.families.items():
+        try:
+            family = find_family(name, allow_code=allow_code, base_dir=base_dir)
+            options = resolve_options(family, given)
+            points = list(_points(study, family, corpus.vocab_size, options))
+        except InputError as error:
+            faults[str(error)] = None
+            continue
+        for point, variation, seed in _crossed(study, points):
+            declared += 1
+            if declared > MAX_CELLS:
+                raise InputError(f"the study declares more than {MAX_CELLS:,} cells. Split it, or vary less.")
+            try:
+                one = _plan_cell(study, corpus, family, options, point, variation, seed)
+            except ValueError as error:
+                faults[str(error)] = None
+            else:
+                planned.setdefault(one.cell.id, one)
     faults |= dict.fromkeys(_epoch_faults(study, corpus, planned.values()))
     if faults:
         shown = "\n".join(f"  {fault}" for fault in itertools.islice(faults, 10))
@@ -132,7 +136,7 @@ def _isoflop_points(
         indices = range(first, first + grid.stride * grid.sizes, grid.stride)
         if indices[0] < 0 or indices[-1] >= len(LATTICE):
             raise InputError(
-                f"budget {budget:g}: {grid.sizes} sizes around {LATTICE[0] * 2 ** (centre / 2):,.0f} parameters leave "
+                f"budget {budget:g}: {grid.sizes} sizes around {LATTICE[0] * 2 ** (centre / 2):.3g} parameters leave "
                 f"the lattice of {LATTICE[0]:,.0f} to {LATTICE[-1]:,.0f}. Use fewer sizes, a smaller stride, or "
                 "another budget."
             )
@@ -149,7 +153,8 @@ def _expected_optimum(
     """The lattice position (a fraction) of the size expected to be best for this budget."""
     optimum = grid.optimum
     if optimum.N is not None and optimum.C is not None:
-        return lattice_position(optimum.N * (budget / optimum.C) ** optimum.exponent)
+        position = lattice_position(optimum.N) + 2 * optimum.exponent * math.log2(budget / optimum.C)
+        return min(max(position, -len(LATTICE)), 2 * len(LATTICE))  # far off the lattice is far enough
 
     def log_ratio(index: int) -> float:  # of the budget that this size spends at the expected D/N
         shape = _shape(family, LATTICE[index], vocab_size, context, tuple(sorted(options.items())))
@@ -157,22 +162,12 @@ def _expected_optimum(
         return math.log(accounting.flops_per_token(shape) * tokens / budget)
 
     feasible = [index for index in range(len(LATTICE)) if _is_feasible(family, index, vocab_size, context, options)]
-    return float(min(feasible, key=lambda index: abs(log_ratio(index))))
-
-
-def lattice_position(size: float) -> float:
-    """Where a size stands on the lattice: 0 for its first, 1 for its second size."""
-    return 2 * math.log2(size / LATTICE[0])
-
-
-def lattice_index(size: float) -> int:
-    """The nearest place on the lattice. InputError where the size lies more than one step outside it."""
-    position = lattice_position(size)
-    if not -0.5 <= position <= len(LATTICE) - 0.5:
+    if not feasible:
         raise InputError(
-            f"size {size:,.0f} is outside the lattice of {LATTICE[0]:,.0f} to {LATTICE[-1]:,.0f} parameters."
+            f"family {family.name} has no size on the lattice with a vocabulary of {vocab_size:,} and context "
+            f"{context:,}. Use a smaller vocabulary."
         )
-    return min(max(round(position), 0), len(LATTICE) - 1)
+    return float(min(feasible, key=lambda index: abs(log_ratio(index))))
 
 
 @lru_cache(maxsize=4096)
@@ -193,6 +188,14 @@ def _is_feasible(family: Family, index: int, vocab_size: int, context: int, opti
 # --- variations and seeds ----------------------------------------------------------------------------------------
 
 
+def _crossed(study: Study, points: list[_Point]) -> Iterator[tuple[_Point, dict[str, tuple[str, Any]], int]]:
+    """Every point with every combination of varied hyperparameters and every seed."""
+    for point in points:
+        for variation in _variations(study):
+            for seed in _seeds(study, point):
+                yield point, variation, seed
+
+
 def _variations(study: Study) -> Iterator[dict[str, tuple[str, Any]]]:
     """Every combination of varied hyperparameters: {name: ("value", v)} or {name: ("times", factor)}."""
     axes = []
@@ -207,10 +210,9 @@ def _variations(study: Study) -> Iterator[dict[str, tuple[str, Any]]]:
 
 
 def _seeds(study: Study, point: _Point) -> tuple[int, ...]:
-    """The study's seeds, and as many more as the point is replicated with."""
-    wanted = max(len(study.seeds), 1 + point.extra_seeds)
-    fresh = (seed for seed in itertools.count() if seed not in study.seeds)
-    return (*study.seeds, *itertools.islice(fresh, wanted - len(study.seeds)))
+    """The study's seeds and those of a replicated point, which follow from the first: seeds added later drop none."""
+    others = (seed for seed in itertools.count() if seed != study.seeds[0])
+    return tuple(dict.fromkeys((*study.seeds, *itertools.islice(others, point.extra_seeds))))
 
 
 # --- one cell ----------------------------------------------------------------------------------------------------
@@ -240,6 +242,11 @@ def _plan_cell(
         wanted = point.flops / flops_per_token
     else:
         wanted = (point.tokens_per_parameter or 0) * counts["N"]
+    if wanted > MAX_TOKENS:
+        raise ValueError(
+            f"{family.name} with {counts['N']:,} parameters: {wanted:.3g} training tokens are more than "
+            f"{MAX_TOKENS:g}. Lower the budget."
+        )
     known = {
         "N": counts["N"],
         "D": wanted,
@@ -247,7 +254,7 @@ def _plan_cell(
         "width": shape.width,
         "depth": shape.depth,
     }
-    batch = evaluate(recipe["batch_tokens"], known) * times.get("batch_tokens", 1)
+    batch = _realised("batch_tokens", recipe["batch_tokens"], known, times)
     batch_tokens = max(1, round(batch / study.context)) * study.context
     steps = round(wanted / batch_tokens)
     if steps < 1:
@@ -261,8 +268,7 @@ def _plan_cell(
     known |= {"D": tokens, "C": tokens * flops_per_token, "batch_tokens": batch_tokens}
 
     def value(name: str, default: float | None = None) -> float:
-        rule = recipe[name] if recipe[name] is not None else default
-        return float(f"{evaluate(rule, known) * times.get(name, 1):.6g}")
+        return _realised(name, default if recipe[name] is None else recipe[name], known, times)
 
     optimizer = Optimizer(
         learning_rate=value("learning_rate"),
@@ -298,7 +304,7 @@ def _plan_cell(
         "C": tokens * flops_per_token,
         "C_6nd": 6 * counts["N"] * tokens,
         "steps": steps,
-        "epochs": round(tokens / corpus.train_tokens, 4),
+        "epochs": round(corpus.epochs(tokens, study.context), 4),
     }
     labels = dict(point.labels) | {f"{name}_times": factor for name, factor in times.items()}
     return PlannedCell(cell, counts | realised, labels)
@@ -314,6 +320,16 @@ def _counts(shape: accounting.Shape) -> dict[str, int]:
         "N_total": parameters.total,
         "flops_per_token": accounting.flops_per_token(shape),
     }
+
+
+def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[str, float]) -> float:
+    """A hyperparameter's value: a plain number as it stands, one that was computed to six digits and within range."""
+    value = evaluate(rule, known)
+    if name in times:
+        value = float(f"{value * times[name]:.6g}")
+    if name in times or isinstance(rule, PowerRule):
+        check_hyperparameter(name, value)
+    return value
 
 
 def _validated(recipe: dict[str, Any], point: _Point, variation: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:

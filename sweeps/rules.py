@@ -74,7 +74,7 @@ def evaluate(rule: float | PowerRule, known: Mapping[str, float]) -> float:
     """The rule's value, rounded to six significant digits so that the cell id is the same on every machine.
 
     `known` maps the VARIABLES that are settled so far to their values. Raises ValueError where the rule asks for
-    one that is not (the batch size cannot depend on itself).
+    one that is not (the batch size cannot depend on itself), or overflows.
     """
     if not isinstance(rule, PowerRule):
         return float(rule)
@@ -82,7 +82,10 @@ def evaluate(rule: float | PowerRule, known: Mapping[str, float]) -> float:
     for name, exponent in rule.power.items():
         if name not in known:
             raise ValueError(f"this rule cannot depend on {name}; allowed here: {', '.join(known)}")
-        value *= (known[name] / rule.at[name]) ** exponent
+        try:
+            value *= (known[name] / rule.at[name]) ** exponent
+        except OverflowError:
+            raise ValueError(f"this rule overflows at {name} = {known[name]:g}; lower its power of {name}") from None
     return float(f"{value:.6g}")
 
 

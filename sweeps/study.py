@@ -140,12 +140,12 @@ class LadderGrid(Declared):
     tokens_per_parameter: Positives
 
 
-def check_hyperparameter(name: str, value: Any) -> None:
-    """Raise ValueError where the recipe has no such hyperparameter, or it cannot have this value (None: no check)."""
+def check_hyperparameter(name: str, *values: Any) -> None:
+    """Raise ValueError where the recipe has no such hyperparameter, or it cannot have one of these values."""
     if name not in Training.model_fields:
         hint = nearest(name, Training.model_fields)
         raise ValueError(f"unknown hyperparameter {name!r}{hint}; allowed: {', '.join(Training.model_fields)}")
-    if value is not None:
+    for value in values:
         try:
             Training.model_validate({name: value})
         except ValidationError as error:
@@ -305,10 +305,11 @@ class Study(Declared):
     @classmethod
     def _known_hyperparameters(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, variation in value.items():
-            check_hyperparameter(name, None)
+            check_hyperparameter(name)
             if not isinstance(variation, Factors):
-                for single in variation.log.values() if isinstance(variation, LogVary) else variation:
-                    check_hyperparameter(name, single)
+                check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
+            elif name in ("schedule", "precision"):
+                raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value
 
 
@@ -364,7 +365,7 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that also refuses anchors (which can explode), and keys that stand twice."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise yaml.composer.ComposerError(
                 None, None, "anchors and aliases (& and *) are not allowed in study files", event.start_mark

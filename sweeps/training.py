@@ -147,7 +147,9 @@ def train(cell: Cell, corpus: Corpus, numerics: Numerics, log: Log, *, base_dir:
         if step in evaluations:
             with clock("evaluate"):
                 metrics["val_loss"] = evaluate(model, corpus, cell.shape.context, device, amplify, subset).loss
-        log(tokens, {name: value for name, value in metrics.items() if math.isfinite(value)})
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if step < cell.steps:  # the last row waits for the final evaluation
+            log(tokens, metrics)
 
     final = None
     if reason is None:
@@ -155,10 +157,10 @@ def train(cell: Cell, corpus: Corpus, numerics: Numerics, log: Log, *, base_dir:
             final = evaluate(model, corpus, cell.shape.context, device, amplify)
         if not math.isfinite(final.loss) or final.loss > start:
             reason, final = f"final validation loss {final.loss:.4g} is above its start ({start:.4g})", None
-    if final is not None:
-        on_subset = final.window_sums[subset].sum() / (len(subset) * cell.shape.context)
-        bits = corpus.info.bits_per_byte(final.loss)
-        log(cell.tokens, {"val_loss": float(on_subset), "val_loss_final": final.loss, "val_bpb_final": bits})
+        if final is not None:
+            metrics["val_loss"] = float(final.window_sums[subset].sum() / (len(subset) * cell.shape.context))
+            metrics |= {"val_loss_final": final.loss, "val_bpb_final": corpus.info.bits_per_byte(final.loss)}
+        log(cell.tokens, metrics)
     return Outcome(
         state="finished" if final else "diverged",
         reason=reason,

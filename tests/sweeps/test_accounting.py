@@ -260,8 +260,8 @@ def test_counts_respond_to_a_shape_as_the_architecture_does(shape: Shape) -> Non
 
 def test_counting_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, sweeps.accounting, sweeps.families as f\n"
-        "f.shape_for(f.FAMILIES['llama'], 1e6, vocab_size=256, context=128)\n"
+        "import sys, sweeps.accounting, sweeps.families as f, sweeps.sizes as s\n"
+        "s.shape_for(f.FAMILIES['llama'], 1e6, vocab_size=256, context=128)\n"
         "print([name for name in ('torch', 'transformers', 'numpy', 'ray') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

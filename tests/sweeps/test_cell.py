@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from sweeps.accounting import Shape
 from sweeps.cell import Cell, Optimizer, Schedule, cell_from_identity, differences
-from sweeps.families import FAMILIES, shape_for
+from sweeps.families import FAMILIES
+from sweeps.sizes import shape_for
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -317,7 +317,7 @@ def test_the_window_order_looks_random_and_reaches_huge_corpora() -> None:
 def test_an_epoch_shows_every_window_once_however_it_is_batched(
     context: int, seed: int, epoch: int, split: int, small: Corpus
 ) -> None:
-    count = small.windows(context)
+    count = small.info.windows(context)
     whole = small.batch(seed, epoch, count, context)  # one step of a whole epoch
     # Windows are distinct, aligned on one grid and cover it without a gap.
     tokens = np.concatenate(small._train.shards)
@@ -342,11 +342,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def test_different_data_seeds_and_epochs_give_different_orders(small: Corpus) -> None:
-    count = small.windows(64)
+    count = small.info.windows(64)
     batches = [small.batch(seed, step, count, 64) for seed, step in ((0, 0), (0, 1), (1, 0))]
     assert not np.array_equal(batches[0], batches[1])
     assert not np.array_equal(batches[0], batches[2])
-    assert small.epochs(count * 64, 64) == pytest.approx(1.0)
+    assert small.info.epochs(count * 64, 64) == pytest.approx(1.0)
 
 
 def test_validation_windows_tile_the_stream_and_know_their_documents(folder: Path, tmp_path: Path) -> None:

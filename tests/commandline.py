@@ -1,0 +1,56 @@
+"""The command line as the tests call it, and the tiny study that they share."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = """
+name: tiny
+question: How should a small budget be split?
+corpus: {source: markov, options: {vocab_size: 16, tokens: 200000, seed: 1}}
+context: 32
+families: [llama]
+grid:
+  type: isoflop
+  budgets: [4e8, 8e8]
+  sizes: 3
+  stride: 1
+  optimum: {N: 14142, C: 4e8, exponent: 0.0}
+  replicates: {budgets: 1, seeds: 2}
+training: {batch_tokens: 256, learning_rate: 0.01}
+"""
+
+
+@dataclass(frozen=True)
+class Escala:
+    """Runs the command line as a user would, in a folder of its own."""
+
+    folder: Path
+
+    def __call__(self, *arguments: object, ok: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "escala.py"), *map(str, arguments)]
+        run = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
+        assert run.returncode == ok, f"{arguments}: exit {run.returncode}\n{run.stdout}\n{run.stderr}"
+        return run
+
+    def start(self, *arguments: object) -> "subprocess.Popen[str]":
+        command = [sys.executable, str(ROOT / "escala.py"), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def study(self, text: str, name: str = "study.yaml") -> Path:
+        path = self.folder / name
+        path.write_text(text)
+        return path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The tiny study, run: treat the store as read-only."""
+
+    escala: Escala
+    study: Path
+    store: Path
+    output: str

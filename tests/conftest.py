@@ -1,0 +1,39 @@
+"""What the tests share: one tiny study, run once a session through the real command line."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commandline import TINY, Escala, Finished
+
+# No test run may reach out, and none may see the user's own settings.
+os.environ.update(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1")
+for name in ("ESCALA_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture
+def escala(tmp_path: Path) -> Escala:
+    return Escala(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    escala = Escala(tmp_path_factory.mktemp("finished"))
+    study = escala.study(TINY, "tiny.yaml")
+    store = escala.folder / "store"
+    run = escala("run", study, "--store", store, "--workers", 2)
+    return Finished(escala, study, store, run.stdout)
+
+
+@pytest.fixture
+def copy_of_finished(finished: Finished, tmp_path: Path) -> Callable[[], Finished]:
+    """A fresh copy of the finished store, for tests that change it."""
+
+    def copy() -> Finished:
+        shutil.copytree(finished.store, tmp_path / "store")
+        return Finished(Escala(tmp_path), finished.study, tmp_path / "store", finished.output)
+
+    return copy

@@ -1,0 +1,222 @@
+"""Training learns, repeats itself to the bit, evaluates exactly, and says when it diverged."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sweeps.accounting import parameters
+from sweeps.attempt import run_attempt
+from sweeps.cell import Cell, Optimizer, Schedule
+from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.devices import choose_numerics, peak_flops
+from sweeps.families import FAMILIES, build_model, resolve_options
+from sweeps.optimizers import make_optimizer
+from sweeps.sizes import shape_for
+from sweeps.store import Store, open_store, read_json, read_metrics, write_json
+from sweeps.training import evaluate, evaluation_steps, subset_windows, train
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return open_store(tmp_path_factory.mktemp("training") / "store")
+
+
+@pytest.fixture(scope="module")
+def corpus(store: Store) -> Corpus:
+    source = make_source("markov", None, {"vocab_size": 8, "tokens": 400_000, "seed": 3})
+    return open_corpus(store.root, prepare(source, "bytes", store.root).fingerprint)
+
+
+def make_cell(corpus: Corpus, steps: int = 40, learning_rate: float = 0.01, **changes: object) -> Cell:
+    shape = shape_for(FAMILIES["llama"], 10_000, vocab_size=corpus.info.vocab_size, context=CONTEXT)
+    optimizer = Optimizer(learning_rate=learning_rate, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_norm=1.0)
+    fields = {
+        "family": "llama",
+        "family_version": "1",
+        "options": tuple(sorted(resolve_options(FAMILIES["llama"]).items())),
+        "shape": shape,
+        "init_std": 0.05,
+        "corpus": corpus.info.fingerprint,
+        "tokenizer": corpus.info.tokenizer,
+        "tokens": steps * 512,
+        "batch_tokens": 512,
+        "optimizer": optimizer,
+        "schedule": Schedule(name="cosine", warmup_tokens=steps * 51, final_fraction=0.1, cooldown_fraction=0.2),
+        "precision": "float32",
+        "seed": 0,
+        "data_seed": 0,
+    }
+    return Cell(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def put(store: Store, cell: Cell) -> str:
+    counts = {"flops_per_token": 1}
+    write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": cell.identity, "counts": counts})
+    return cell.id
+
+
+def record(rows: list[tuple[int, dict[str, float]]]):  # type: ignore[no-untyped-def]
+    def log(tokens: int, metrics: Mapping[str, float]) -> None:
+        rows.append((tokens, {k: v for k, v in metrics.items() if k != "tokens_per_second"}))
+
+    return log
+
+
+def test_a_small_model_reaches_the_entropy_rate_of_its_source_from_above(corpus: Corpus) -> None:
+    cell = make_cell(corpus, steps=500, learning_rate=0.02)
+    outcome = train(cell, corpus, choose_numerics(cell.sequences), record([]))
+    rate = corpus.info.entropy_rate
+    assert outcome.state == "finished"
+    assert rate is not None
+    assert outcome.val_loss_final is not None
+    assert rate - 0.01 < outcome.val_loss_final < rate + 0.06
+    assert outcome.loss_at_start == pytest.approx(math.log(corpus.info.vocab_size), abs=0.15)
+
+
+def test_equal_numerics_give_bit_equal_losses(corpus: Corpus) -> None:
+    cell = make_cell(corpus)
+    runs: list[list[tuple[int, dict[str, float]]]] = [[], []]
+    finals = [train(cell, corpus, choose_numerics(cell.sequences), record(rows)).val_loss_final for rows in runs]
+    assert finals[0] == finals[1]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"data_seed": 1}])
+def test_each_seed_moves_the_losses(corpus: Corpus, changes: dict[str, int]) -> None:
+    one, other = make_cell(corpus, 10), make_cell(corpus, 10, **changes)
+    losses = [train(cell, corpus, choose_numerics(cell.sequences), record([])).val_loss_final for cell in (one, other)]
+    assert losses[0] != losses[1]
+
+
+def test_bfloat16_stays_near_float32(corpus: Corpus) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        cell = make_cell(corpus, precision=precision)
+        losses.append(train(cell, corpus, choose_numerics(cell.sequences), record([])).val_loss_final)
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_a_learning_rate_far_too_high_ends_as_diverged_and_never_as_infinite(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, steps=60, learning_rate=1000.0)
+    assert run_attempt(store, put(store, cell), study="s")["state"] == "diverged"
+    result = read_json(store.cell(cell.id) / "result.json")
+    assert result["state"] == "diverged"
+    assert result["val_loss_final"] is None
+    assert "start" in result["reason"]
+    for row in read_metrics(store, cell.id):
+        assert all(math.isfinite(value) for value in row["metrics"].values())
+
+
+def test_the_evaluation_is_the_mean_over_the_validation_stream(corpus: Corpus) -> None:
+    cell = make_cell(corpus)
+    model = build_model(FAMILIES["llama"], cell.shape, init_std=0.3, seed=1)
+    windows = corpus.validation_windows(CONTEXT)
+    found = evaluate(model, corpus, CONTEXT, torch.device("cpu"), torch.no_grad())
+    tokens, documents = corpus.validation_batch(0, windows, CONTEXT)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens[:, :-1])).logits.double()
+    losses = -torch.log_softmax(logits, -1).gather(2, torch.from_numpy(tokens[:, 1:, None]))[..., 0].numpy()
+    assert found.loss == pytest.approx(losses.mean(), rel=1e-6)
+    assert found.window_sums == pytest.approx(losses.sum(axis=1), rel=1e-5)
+    assert found.document_tokens.sum() == windows * CONTEXT
+    for document in (0, documents.max()):
+        assert found.document_sums[document] == pytest.approx(losses[documents == document].sum(), rel=1e-5)
+    subset = subset_windows(windows, CONTEXT)
+    part = evaluate(model, corpus, CONTEXT, torch.device("cpu"), torch.no_grad(), subset)
+    assert part.loss == pytest.approx(losses[subset].mean(), rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 10**6))
+def test_evaluations_are_ten_a_decade_and_inside_the_run(steps: int) -> None:
+    wanted = evaluation_steps(steps)
+    assert all(1 <= step < steps for step in wanted)
+    assert len(wanted) <= 10 * 2 + 2
+    if steps >= 10_000:
+        decade = [step for step in wanted if steps / 20 <= step < steps / 2]
+        assert len(decade) in (9, 10, 11)
+
+
+def test_decay_is_on_matrices_only(corpus: Corpus) -> None:
+    cell = make_cell(corpus)
+    model = build_model(FAMILIES["llama"], cell.shape, init_std=0.02, seed=0)
+    decayed, kept = make_optimizer(model, cell.optimizer).param_groups
+    assert decayed["weight_decay"] == 0.1
+    assert kept["weight_decay"] == 0.0
+    assert all(tensor.ndim >= 2 for tensor in decayed["params"])
+    assert all(tensor.ndim == 1 for tensor in kept["params"])
+    assert sum(t.numel() for group in (decayed, kept) for t in group["params"]) == parameters(cell.shape).total
+
+
+def test_an_attempt_needs_neither_ray_nor_mlflow_and_leaves_a_whole_record(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, steps=30, seed=5)
+    put(store, cell)
+    code = (
+        "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None\n"
+        "from pathlib import Path; from sweeps.store import Store; from sweeps.attempt import run_attempt\n"
+        f"print(run_attempt(Store(Path({str(store.root)!r})), {cell.id!r}, study='s')['state'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "finished"
+    result = read_json(store.cell(cell.id) / "result.json")
+    assert (result["tokens"], result["steps"], result["attempt"]) == (30 * 512, 30, 0)
+    assert result["val_bpb_final"] == pytest.approx(corpus.info.bits_per_byte(result["val_loss_final"]))
+    rows = read_metrics(store, cell.id)
+    assert rows[0]["tokens"] == 0
+    assert rows[-1]["tokens"] == cell.tokens
+    assert rows[-1]["metrics"]["val_loss_final"] == result["val_loss_final"]
+    assert len({key for row in rows for key in row["metrics"]}) < 50
+    with np.load(store.attempt(cell.id, 0) / "documents.npz", allow_pickle=False) as documents:
+        assert documents["loss_sum"].sum() / documents["tokens"].sum() == pytest.approx(result["val_loss_final"])
+    again = train(cell, corpus, choose_numerics(cell.sequences), record([]))
+    assert again.val_loss_final == result["val_loss_final"], "another process, the same bits"
+
+
+def test_an_error_in_the_code_is_recorded_with_its_traceback_and_not_raised(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, family="gone.py:family")
+    ended = run_attempt(store, put(store, cell), study="s")
+    assert ended["state"] == "failed"
+    text = (store.attempt(cell.id, 0) / "error.txt").read_text()
+    assert text.startswith("code: InputError: ")
+    assert "Traceback" in text
+    assert not (store.cell(cell.id) / "result.json").exists()
+
+
+def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, steps=3, seed=9)
+    put(store, cell)
+    os.environ["OMP_NUM_THREADS"] = "2"
+    try:
+        first = dataclasses.replace(cell, corpus="missing")
+        write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": first.identity, "counts": {}})
+        assert run_attempt(store, cell.id, study="s")["state"] == "failed"
+    finally:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    put(store, cell)
+    assert run_attempt(store, cell.id, study="s")["state"] == "finished"
+    numerics = [read_json(store.attempt(cell.id, epoch) / "attempt.json")["numerics"] for epoch in (0, 1)]
+    assert numerics[0] == numerics[1]
+    assert numerics[1]["threads"] == 2
+    assert json.dumps(read_json(store.cell(cell.id) / "result.json")["numerics"]) == json.dumps(numerics[1])
+
+
+def test_mfu_is_given_only_where_the_peak_is_known() -> None:
+    assert peak_flops("NVIDIA H200", "bfloat16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA H200", "float32") is None
+    assert peak_flops("cpu", "bfloat16") is None
