@@ -86,18 +86,18 @@ def run(
     """Train what is missing of a study. Run it again after a crash or an edit: only what is missing trains."""
     from cluster.display import LiveProgress, console
     from cluster.driver import run_study
-    from cluster.ledger import compare, register
+    from cluster.ledger import compare
 
     place, planned, path = _plan(study, store, allow_code, accept_corpus)
     change = compare(place, planned)
     if not as_json:
         console.print(f"[bold]{planned.study.name}[/]: {change}.")
         _warn(planned.warnings)
-    register(place, planned, path.read_bytes())
     with _terminable(), LiveProgress(quiet=as_json) as display:
         tally = run_study(
             place,
             planned,
+            path.read_bytes(),
             watch=display.update,
             address=address,
             tracking_uri=tracking_uri,
@@ -244,9 +244,12 @@ def ui(
 ) -> None:
     """The MLflow UI on this store, on 127.0.0.1."""
     from cluster.interface import serve
+    from sweeps.store import study_names
 
     place = _store(store)
-    serve(place, _name(study, place) if study else None, port, open_browser)
+    known = study_names(place)
+    name = _name(study, place) if study else known[0] if len(known) == 1 else None
+    serve(place, name, port, open_browser)
 
 
 @app.command()
@@ -276,7 +279,7 @@ def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tu
     from sweeps.errors import InputError
     from sweeps.grids import plan_study
     from sweeps.store import open_store, read_plan, study_names
-    from sweeps.study import find_study_file, load_study
+    from sweeps.studyfile import find_study_file, load_study
 
     path = find_study_file(study)
     declared = load_study(path)
@@ -326,7 +329,7 @@ def _name(study: str, store: "Store | None") -> str:
     """A study's name, from the name itself or from its file."""
     from sweeps.errors import InputError
     from sweeps.store import study_names
-    from sweeps.study import find_study_file, load_study
+    from sweeps.studyfile import find_study_file, load_study
 
     known = study_names(store) if store else []
     if study in known:

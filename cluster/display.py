@@ -64,7 +64,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
             *(str(row["labels"].get(name, "-")) for name in varied),
             f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
             f"{row['steps']:,}",
-            Text(f"{row['epochs']:.2f}", style="yellow" if row["epochs"] > 1 else ""),
+            Text(f"{row['epochs']:.2f}!", style="yellow") if row["epochs"] > 1 else f"{row['epochs']:.2f}",
             str(row["seed"]),
             f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
             state,

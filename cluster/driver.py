@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.ledger import register
 from cluster.mirror import Mirror
 from cluster.placement import Slots, choose_slots
 from sweeps.errors import InputError
@@ -68,6 +69,7 @@ class Tally:
 def run_study(
     store: Store,
     plan: Plan,
+    text: bytes,
     *,
     watch: Callable[[Progress], None],
     address: str = "local",
@@ -75,15 +77,16 @@ def run_study(
     workers: int | None = None,
     base_dir: Path | None = None,
 ) -> Tally:
-    """Train the cells of a registered plan that have not ended, and mirror them to MLflow.
+    """Put a plan on record, train its cells that have not ended, and mirror them to MLflow.
 
-    Starts neither Ray nor MLflow when there is nothing to do. `address` is "local" for an own Ray on this machine, or
-    a cluster's. Ctrl-C ends the workers and leaves the rest planned. Raises InputError where Ray or MLflow cannot be
-    reached, or another driver holds the study.
+    `text` is the study file, kept beside the plan. `address` is "local" for an own Ray on this machine, or a
+    cluster's. Starts neither Ray nor MLflow when there is nothing to do. Ctrl-C ends the workers and leaves the rest
+    planned. Raises InputError where Ray or MLflow cannot be reached, or another driver holds the study.
     """
     began = time.monotonic()
     claim = claim_study(store, plan.study.name)
     try:
+        register(store, plan, text)
         missing = [one for one in plan.cells if cell_state(store, one.cell.id).result is None]
         missing.sort(key=lambda one: -one.counts["C"])
         tally = Tally(skipped=len(plan.cells) - len(missing))

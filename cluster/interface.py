@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 import webbrowser
 
+from cluster.charts import SHARE_KEY
 from sweeps.errors import InputError
 from sweeps.store import Store
 
@@ -24,7 +25,7 @@ def experiment_url(store: Store, study: str | None, port: int) -> str:
     experiment = MlflowClient(tracking_uri=store.tracking_uri).get_experiment_by_name(study)
     if experiment is None:
         raise InputError(f"study {study} is not in MLflow yet: run it, or `escala sync {study}`.")
-    return f"{base}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART"
+    return f"{base}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={SHARE_KEY}"
 
 
 def serve(store: Store, study: str | None, port: int, open_browser: bool) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from cluster import charts
 from sweeps.errors import InputError
 from sweeps.store import (
     CellState,
@@ -231,7 +232,7 @@ class Mirror:
 
         entry = {"id": cell_id, "labels": self._labels[cell_id]}
         cell = {key: value for key, value in read_cell(self.store, cell_id).items() if key != "format"}
-        record = {"entry": entry, "cell": cell, "state": state.state, "reason": state.reason}
+        record: dict[str, Any] = {"entry": entry, "cell": cell, "state": state.state, "reason": state.reason}
         record |= {"attempts": state.attempts, "result": state.result}
         tags = {
             "escala.state": state.state,
@@ -261,6 +262,7 @@ class Mirror:
         )
         note += "reason to take a run out of every fit."
         client.set_experiment_tag(experiment_id, "mlflow.note.content", note)
+        client.set_experiment_tag(experiment_id, charts.TAG, charts.shared_view())
 
     def _read_state(self) -> dict[str, Any]:
         try:

@@ -1,7 +1,9 @@
 """The one exception for input that a user can mend, and the hint that goes with it."""
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -12,3 +14,14 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     """`' (did you mean "llama"?)'` when one of `allowed` is close to `word`, else an empty string."""
     close = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def plain_fault(fault: Mapping[str, Any]) -> str:
+    """One entry of a pydantic ValidationError as a clause: what is allowed, with the nearest match where a name was."""
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    expected = fault.get("ctx", {}).get("expected") or fault.get("ctx", {}).get("expected_tags")
+    if expected and isinstance(fault["input"], str | dict):
+        found = fault["input"].get("type", "") if isinstance(fault["input"], dict) else fault["input"]
+        allowed = [word.strip(" '") for word in re.split(r",| or ", str(expected))]
+        return f"allowed: {', '.join(allowed)}{nearest(str(found), allowed)}"
+    return message[:1].lower() + message[1:]

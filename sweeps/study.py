@@ -1,16 +1,8 @@
-"""Study files: what a researcher declares, checked whole before anything runs.
-
-`load_study` reads a YAML file into a frozen Study. Every fault is reported at once, each with its file, line, field,
-what was found and what is allowed.
-"""
+"""A study as a researcher declares it: frozen, validated models (sweeps/studyfile.py reads them from YAML)."""
 
 import re
-import typing
-from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,11 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from sweeps.errors import InputError, nearest
+from sweeps.errors import nearest, plain_fault
 from sweeps.rules import Count, Number, Positive, PowerRule, Rule, Whole, rule_or_number
-
-MAX_FILE_BYTES = 1_000_000
-SHIPPED = Path(__file__).parent / "studies"
 
 
 class Declared(BaseModel):
@@ -39,7 +28,8 @@ class CorpusSource(Declared):
     """Where the text comes from."""
 
     source: Literal["pystdlib", "folder", "jsonl", "parquet", "hf", "markov"] = "pystdlib"
-    """pystdlib is the source text of Python's standard library, on every machine; markov is synthetic."""
+    """pystdlib is the source text of Python's standard library, on every machine; markov is synthetic. `hf:<name>` is
+    short for source hf with that path."""
     path: str | None = None
     """The folder or file (folder, jsonl, parquet), relative to the study file, or the dataset's name (hf)."""
     options: dict[str, str | int | float] = {}
@@ -149,7 +139,7 @@ def check_hyperparameter(name: str, *values: Any) -> None:
         try:
             Training.model_validate({name: value})
         except ValidationError as error:
-            raise ValueError(f"{name}: found {value!r}; {_plain(error.errors()[0])}") from None
+            raise ValueError(f"{name}: found {value!r}; {plain_fault(error.errors()[0])}") from None
 
 
 class Point(Declared):
@@ -279,7 +269,11 @@ class Study(Declared):
     @field_validator("corpus", mode="before")
     @classmethod
     def _corpus_by_name(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = {"source": value}
+        if isinstance(value, dict) and str(value.get("source")).startswith("hf:"):
+            value = {**value, "source": "hf", "path": value["source"].removeprefix("hf:")}
+        return value
 
     @field_validator("families", mode="before")
     @classmethod
@@ -311,148 +305,3 @@ class Study(Declared):
             elif name in ("schedule", "precision"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-def find_study_file(study: str) -> Path:
-    """The file that the command line's STUDY means: a path, or the name of a shipped study."""
-    path = Path(study)
-    if path.is_file():
-        return path
-    shipped = {entry.stem: entry for entry in sorted(SHIPPED.glob("*.yaml"))}
-    if study in shipped:
-        return shipped[study]
-    raise InputError(
-        f"no study file {study!r}{nearest(study, shipped)}. Give the path of a YAML file, "
-        f"or the name of a shipped study: {', '.join(shipped)}."
-    )
-
-
-def load_study(path: Path) -> Study:
-    """Read and check a study file. Raises InputError that lists every fault with its line."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the study file {path}: {error.strerror}.") from None
-    if len(content) > MAX_FILE_BYTES:
-        raise InputError(f"{path} has {len(content):,} bytes; a study file has at most {MAX_FILE_BYTES:,}.")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}).") from None
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}{_yaml_fault(error)}") from None
-    except RecursionError:
-        raise InputError(f"{path} is nested too deeply for a study file.") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise InputError(f"{path} is no study: a mapping with the keys {', '.join(Study.model_fields)} is wanted.")
-    try:
-        declared = yaml.load(text, Loader=_Loader)
-        return Study.model_validate(declared)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}{_yaml_fault(error)}") from None
-    except ValidationError as error:
-        lines = sorted({(_line_of(root, fault["loc"]), _describe(fault)) for fault in error.errors()})
-        faults = "\n".join(f"  {path}:{line}: {text}" for line, text in lines)
-        raise InputError(f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the study file:\n{faults}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also refuses anchors (which can explode), and keys that stand twice."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise yaml.composer.ComposerError(
-                None, None, "anchors and aliases (& and *) are not allowed in study files", event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = str(getattr(error, "problem", None) or error)
-    if "could not determine a constructor for the tag" in problem:
-        problem += "; tags are not allowed in study files"
-    return f":{mark.line + 1}: {problem}." if mark else f": {problem}."
-
-
-def _line_of(root: yaml.Node, location: tuple[str | int, ...]) -> int:
-    """The line of the deepest node on the way; parts that name a union's member are passed over."""
-    node, line = root, root.start_mark.line
-    for part in location:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if key.value == str(part):
-                    node, line = value, key.start_mark.line
-                    break
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line
-    return line + 1
-
-
-def _describe(fault: Mapping[str, Any]) -> str:
-    location = fault["loc"]
-    names = [part for i, part in enumerate(location) if not _is_union_member(location, i)]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names).lstrip(".") or "the study"
-    if fault["type"] == "extra_forbidden":
-        allowed = _keys_at(location[:-1])
-        return f"{field}: unknown key{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
-    if fault["type"] == "missing":
-        return f"{field}: missing; it must be given"
-    found = repr(fault["input"])
-    return f"{field}: found {found if len(found) < 80 else found[:77] + '...'}; {_plain(fault)}"
-
-
-def _plain(fault: Mapping[str, Any]) -> str:
-    """Pydantic's sentence without its prefix, with the nearest match where a name was wanted."""
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    expected = fault.get("ctx", {}).get("expected") or fault.get("ctx", {}).get("expected_tags")
-    if expected and isinstance(fault["input"], str | dict):
-        found = fault["input"].get("type", "") if isinstance(fault["input"], dict) else fault["input"]
-        allowed = [word.strip(" '") for word in re.split(r",| or ", str(expected))]
-        return f"allowed: {', '.join(allowed)}{nearest(str(found), allowed)}"
-    return message[:1].lower() + message[1:]
-
-
-def _is_union_member(location: tuple[str | int, ...], index: int) -> bool:
-    """Whether a part of a fault's location names a form (a tag of ours, or the grid's type) and no key of the file."""
-    return str(location[index]).startswith("@") or (index == 1 and location[0] == "grid")
-
-
-def _keys_at(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the model at `location` allows."""
-    models: list[Any] = [Study]
-    for part in location:
-        fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
-        if fields:
-            models = [model for field in fields for model in _models_in(field)]
-        else:
-            models = [model for model in models if _form_of(model) == part] or models
-    return [field.alias or name for model in models for name, field in model.model_fields.items()]
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
-
-
-def _form_of(model: Any) -> str:
-    """The tag under which a union holds this model."""
-    if "type" in model.model_fields:
-        return str(typing.get_args(model.model_fields["type"].annotation)[0])
-    return {PowerRule: "@rule", LogRange: "@range", Factors: "@times", LogVary: "@log"}.get(model, "")

@@ -17,10 +17,16 @@ from sweeps.families import FAMILIES, resolve_options
 from sweeps.sizes import shape_for
 from sweeps.training import train
 
-WORDS = "the law of large models is a line on paper until someone pays for the tokens that bend it".split()
+WORDS = ("the law of large models is a line on paper until someone pays for the tokens that bend it").split()  # noqa: SIM905
 
 # NUMERICS_VERSION -> family -> (training loss after 12 steps, final validation loss)
-GOLDEN = {1: {"gpt2": (0.0, 0.0), "llama": (0.0, 0.0), "mixtral": (0.0, 0.0)}}
+GOLDEN = {
+    1: {
+        "gpt2": (4.026494026184082, 4.069443388105328),
+        "llama": (4.2114858627319336, 4.207877998810206),
+        "mixtral": (4.4640116691589355, 4.451781796096866),
+    }
+}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mixtral"])

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from sweeps.errors import InputError
-from sweeps.study import SHIPPED, IsoflopGrid, LogRange, find_study_file, listed, load_study
+from sweeps.study import IsoflopGrid, LogRange, listed
+from sweeps.studyfile import SHIPPED, find_study_file, load_study
 
 GOOD = """
 name: small
@@ -87,6 +88,8 @@ seeds: []
         ("vary: {learning_rat: [1]}", 'did you mean "learning_rate"'),
         ("vary: {beta1: [2]}", "beta1: found 2"),
         ("vary: {learning_rate: {times: []}}", "at least 1 item"),
+        ("vary: {learning_rate: [null]}", "learning_rate: found None"),
+        ("vary: {schedule: {times: [2]}}", "schedule is no number, so it has no multiples; list its values"),
         ("context: 1.5", "context: found 1.5"),
         ("training: {learning_rate: {value: 1, at: {width: 1}, power: {depth: 1}}}", "they must name the same"),
         ("training: {learning_rate: {value: 1, at: {height: 1}, power: {height: 1}}}", "allowed: N, D, C, width"),
@@ -132,3 +135,9 @@ def test_files_that_are_no_text_or_too_large_are_refused(tmp_path: Path) -> None
 def test_a_log_range_hits_both_ends_and_is_even_in_the_logarithm() -> None:
     values = LogRange(**{"from": 1e9, "to": 1.6e10, "points": 5}).values()
     assert values == (1e9, 2e9, 4e9, 8e9, 1.6e10)
+
+
+def test_a_hugging_face_dataset_is_named_in_short(tmp_path: Path) -> None:
+    for corpus in ("hf:roneneldan/TinyStories", "{source: 'hf:roneneldan/TinyStories'}"):
+        source = load_study(write(tmp_path, f"{GOOD}corpus: {corpus}\n")).corpus
+        assert (source.source, source.path) == ("hf", "roneneldan/TinyStories")
