@@ -95,7 +95,7 @@ def _gpt2_config(shape: Shape, options: Options) -> dict[str, Any]:
         "n_head": shape.heads,
         "n_inner": shape.mlp_width,
         "tie_word_embeddings": shape.tied,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_pytorch_tanh",  # GPT-2's own approximation, as one fused kernel
         "layer_norm_epsilon": 1e-5,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,

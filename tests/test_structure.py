@@ -78,7 +78,7 @@ def test_no_circle_inside_a_package(package: str) -> None:
     [
         "import escala",
         "import sweeps.grids, sweeps.study, sweeps.store, sweeps.corpora, cluster.ledger",
-        "import sweeps.families, sweeps.accounting",
+        "import sweeps.sizes, sweeps.accounting",
         "import analysis, analysis.runs",
     ],
 )
