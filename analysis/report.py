@@ -1,0 +1,427 @@
+"""The report of a study: one self-contained HTML page that answers its question, or says honestly why it cannot.
+
+The order is that of a reader's questions: what was asked, what is the answer and how sure is it, how big is the
+noise, did the fit predict what it had not seen, what must be kept in mind, the pictures, every cell, and where it
+all comes from. Text from studies and errors is escaped; pictures are embedded; nothing is loaded from elsewhere.
+"""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import plots
+from analysis.backtest import Forecast, forecast_dearest
+from analysis.fitting import fit
+from analysis.plots import flops, human
+from analysis.runs import load_curves, load_runs
+from analysis.selection import PENDING
+from analysis.uncertainty import Noise, paired_errors, seed_noise
+from analysis.verdicts import Estimate, Fit, Interval, Verdict, plural
+from sweeps.store import Store, open_store, read_plan, timestamp, write_bytes
+
+DASH = "–"
+MAX_CELLS = 1000
+"""Rows of the table of cells; a page with more cannot be read."""
+
+
+def write_report(study: str, store: str | Path | Store, path: str | Path | None = None) -> Path:
+    """Write the report of a study as it stands now, finished or not; returns its path.
+
+    path: by default report.html in the study's folder of the store. Raises InputError where the store lacks the study
+    or the page cannot be written.
+    """
+    place = store if isinstance(store, Store) else open_store(store, create=False)
+    plan = read_plan(place, study)
+    target = Path(path) if path is not None else place.study(study) / "report.html"
+    runs, curves = load_runs(study, place), load_curves(study, place)
+    pairs = paired_errors(study, place)
+    findings = [_find(family, group, pairs) for family, group in runs.groupby("family", sort=True)]
+    body = [
+        _head(plan, runs, findings),
+        *(_family(finding, curves, several=len(findings) > 1) for finding in findings),
+        _cells(runs),
+        _provenance(plan, place, runs),
+    ]
+    title = escape(f"{study}: report")
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+    write_bytes(target, page.encode())
+    return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Finding:
+    """What one family's runs say. isoflop and forecast are None where the study has no budgets."""
+
+    family: str
+    runs: pd.DataFrame
+    isoflop: Fit | None
+    chinchilla: Fit
+    forecast: Forecast | None
+    noise: Noise | None
+    pairs: pd.DataFrame
+
+
+def _find(family: Any, runs: pd.DataFrame, pairs: pd.DataFrame) -> _Finding:
+    runs = runs.reset_index(drop=True)
+    usable = runs[runs["excluded"].isna()]
+    dearest = [float(usable["C"].max())] if len(usable) else []
+    budgets = usable["budget"].nunique()
+    return _Finding(
+        family=str(family),
+        runs=runs,
+        isoflop=fit(runs, "isoflop") if runs["budget"].notna().any() else None,
+        chinchilla=fit(runs, "chinchilla", targets=dearest),
+        forecast=forecast_dearest(runs) if budgets >= 2 else None,
+        noise=seed_noise(runs),
+        pairs=pairs[pairs["cell_small"].isin(runs["cell"])],
+    )
+
+
+# --- the answer --------------------------------------------------------------------------------------------------
+
+
+def _head(plan: dict[str, Any], runs: pd.DataFrame, findings: Sequence[_Finding]) -> str:
+    declared, pending = plan["study"], int(runs["state"].isin(PENDING).sum())
+    parts = [f"<p class=study>{escape(str(declared.get('name', '')))}</p>"]
+    parts.append(f"<h1>{escape(str(declared.get('question') or 'No question was declared.'))}</h1>")
+    if pending:
+        parts.append(f"<p class=partial>Provisional: {pending} of {len(runs)} planned cells are still to come.</p>")
+    for finding in findings:
+        name = f"<b>{escape(finding.family)}.</b> " if len(findings) > 1 else ""
+        parts.append(f"<p class=answer>{name}{_answer(finding)}</p>")
+    return "".join(parts)
+
+
+def _answer(finding: _Finding) -> str:
+    """The answer in two sentences with its uncertainty, or the refusal."""
+    if finding.isoflop is None:
+        return _answer_of_law(finding.chinchilla, finding.runs)
+    path = finding.isoflop
+    a, b = (path.params[f"{v}_exponent"] for v in ("N", "D"))
+    kept = [budget for budget in path.budgets if budget.accepted]
+    if np.isfinite([a, b]).all():
+        growth = (
+            f"Between {flops(kept[0].C)} and {flops(kept[-1].C)} FLOPs the best size grows as C<sup>{a:.2f}</sup> "
+            f"(95 % interval {_range(path.intervals['N_exponent'])}) and the best token count as C<sup>{b:.2f}</sup> "
+            f"({_range(path.intervals['D_exponent'])})."
+        )
+    else:
+        why = _reasons(path.verdicts, ("fit", "parameter"))
+        growth = f"These runs do not settle how the best size and token count grow with compute: {why}"
+    if not kept:
+        return growth
+    best = kept[-1]
+    where = "At the dearest budget" if best is path.budgets[-1] else "At the dearest budget with a usable minimum"
+    ratio = best.tokens_per_parameter
+    return (
+        f"{growth} {where}, {flops(best.budget)} FLOPs, training is best spent at {ratio.value:.3g} tokens per "
+        f"parameter ({_range(ratio.interval)}): {human(best.N.value)} parameters on {human(best.D.value)} tokens."
+    )
+
+
+def _answer_of_law(law: Fit, runs: pd.DataFrame) -> str:
+    target = next(iter(law.decisions.get("targets", [])), None)
+    exponent = law.decisions.get("N_exponent", Estimate())
+    if target is None or not np.isfinite([exponent.value, target["N"].value]).all():
+        return f"These runs do not settle the question: {_reasons(law.verdicts, ('fit', 'parameter', 'decision'))}"
+    tokens = law.decisions["D_exponent"]
+    return (
+        f"By the Chinchilla law fitted to {law.n_runs} runs, the best size grows as C<sup>{exponent.value:.2f}</sup> "
+        f"(95 % interval {_range(exponent.interval)}) and the best token count as C<sup>{tokens.value:.2f}</sup> "
+        f"({_range(tokens.interval)}). At {flops(target['C'])} FLOPs, the dearest run, that is "
+        f"{target['tokens_per_parameter'].value:.3g} tokens per parameter "
+        f"({_range(target['tokens_per_parameter'].interval)}): {human(target['N'].value)} parameters on "
+        f"{human(target['D'].value)} tokens."
+    )
+
+
+def _reasons(verdicts: Iterable[Verdict], scopes: Sequence[str]) -> str:
+    found = dict.fromkeys(v.message for v in verdicts if v.severity == "refuse" and v.scope in scopes)
+    return escape(" ".join(found)) or "no run has finished yet."
+
+
+# --- one family --------------------------------------------------------------------------------------------------
+
+
+def _family(finding: _Finding, curves: pd.DataFrame, *, several: bool) -> str:
+    parts = [f"<h2>{escape(finding.family)}</h2>"] if several else []
+    if finding.isoflop is not None:
+        parts.append(_budget_table(finding.isoflop))
+    parts += [_law_table(finding.chinchilla), _noise(finding), _forecast(finding.forecast)]
+    fits = [f for f in (finding.isoflop, finding.chinchilla) if f is not None]
+    parts += [_verdicts(fits), _pictures(finding, curves)]
+    return "".join(parts)
+
+
+def _budget_table(path: Fit) -> str:
+    rows = []
+    for b in path.budgets:
+        numbers = (_estimate(b.N), _estimate(b.D), _estimate(b.tokens_per_parameter), _plain(b.loss, "{:.4f}".format))
+        rows.append([flops(b.budget), flops(b.C), str(len(b.sizes)), *numbers, "yes" if b.accepted else "refused"])
+    head = ["budget (FLOPs)", "spent", "sizes", "best N", "best D", "tokens per parameter", "loss there", "used"]
+    return "<h3>The best size at each budget</h3>" + _table(head, rows)
+
+
+def _law_table(law: Fit) -> str:
+    rows = [
+        [name, _number(v), _range(law.intervals[name]) if np.isfinite(v) else DASH] for name, v in law.params.items()
+    ]
+    for key, label in (("N_exponent", "exponent of best N"), ("D_exponent", "exponent of best D")):
+        estimate = law.decisions.get(key, Estimate())
+        known = np.isfinite(estimate.value)
+        rows.append([label, _number(estimate.value), _range(estimate.interval) if known else DASH])
+    note = f"fitted to {law.n_runs} runs; loss in nats per token, N in parameters, D in tokens."
+    return f"<h3>The loss surface: L = E + A/N<sup>α</sup> + B/D<sup>β</sup></h3><p class=note>{note}</p>" + _table(
+        ["", "value", "95 % interval"], rows
+    )
+
+
+def _noise(finding: _Finding) -> str:
+    lines = []
+    if finding.noise is None:
+        lines.append("No cell is replicated with another seed, so the noise between seeds is not known.")
+    else:
+        lines.append(
+            f"Runs that differ only in their seed differ by <b>{finding.noise.sd:.2%}</b> of the loss (standard "
+            f"deviation, pooled over {plural(finding.noise.groups, 'replicated cell')}, "
+            f"{plural(round(finding.noise.freedom), 'degree')} of freedom)."
+        )
+    pairs = finding.pairs
+    if len(pairs):
+        closest = float(pairs["difference"].abs().min())
+        lines.append(
+            f"Scored on the same {int(pairs['documents'].median())} validation documents, neighbouring sizes can be "
+            f"told apart to <b>{pairs['paired_error'].median():.2f} %</b> of the loss (paired standard error, median "
+            f"of {len(pairs)} pairs; the closest pair differs by {closest:.2f} %). The error that all "
+            f"cells share, because these documents are a sample, is {pairs['level_error'].median():.2f} %."
+        )
+    return "<h3>How big is the noise?</h3>" + "".join(f"<p>{line}</p>" for line in lines)
+
+
+def _forecast(found: Forecast | None) -> str:
+    if found is None:
+        return ""
+    lines = []
+    if np.isfinite(found.budget):
+        lines.append(f"The dearest budget, {flops(found.budget)} FLOPs, was left out and forecast from the others.")
+    if np.isfinite(found.N_error):
+        lines.append(
+            f"Best size: forecast {_estimate(found.N_predicted)}, found {_estimate(found.N_found)}, "
+            f"<b>{found.N_error:+.1%}</b> off{_hit(found.N_inside)}."
+        )
+    if found.sizes:
+        inside = sum(bool(s.inside) for s in found.sizes)
+        lines.append(
+            f"Loss: off by <b>{found.mean_absolute_error:.2%}</b> on average over {len(found.sizes)} sizes, {inside} "
+            "of them inside their 95 % interval"
+            + (f"; at the minimum {found.loss_error:+.2%}." if np.isfinite(found.loss_error) else ".")
+        )
+    lines += [escape(v.message[0].upper() + v.message[1:]) for v in found.verdicts]
+    return "<h3>Did the cheaper budgets foretell the dearest?</h3>" + "".join(f"<p>{line}</p>" for line in lines)
+
+
+def _hit(inside: bool | None) -> str:
+    return {True: ", within their 95 % intervals", False: ", <b>beyond</b> their 95 % intervals", None: ""}[inside]
+
+
+def _verdicts(fits: Sequence[Fit]) -> str:
+    seen: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
+    for law, verdict in ((f.law, v) for f in fits for v in f.verdicts):
+        seen.setdefault((verdict.severity, verdict.message), (verdict, []))[1].append(law)
+    if not seen:
+        return "<h3>What to keep in mind</h3><p>Nothing: no verdict was raised.</p>"
+    order = {"refuse": 0, "caution": 1, "info": 2}
+    items = [
+        f"<li><span class={v.severity}>{v.severity}</span> {escape(v.message)} "
+        f"<span class=code>{escape(', '.join(dict.fromkeys(laws)))}: {escape(v.code)}</span></li>"
+        for v, laws in sorted(seen.values(), key=lambda entry: order[entry[0].severity])
+    ]
+    return f"<h3>What to keep in mind</h3><ul class=verdicts>{''.join(items)}</ul>"
+
+
+def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
+    own = curves[curves["cell"].isin(finding.runs["cell"])]
+    parts = ["<h3>Pictures</h3>"]
+    path, law, runs = finding.isoflop, finding.chinchilla, finding.runs
+    if path is not None and path.budgets:
+        parts.append(
+            _picture(
+                plots.isoflop_curves(path),
+                "Final loss against size at each compute budget. Lines are the fitted parabolas, diamonds their minima "
+                "with 95 % intervals. Hollow points on dashed lines belong to a refused budget; crosses are sizes too "
+                "far from the minimum to be fitted.",
+            )
+        )
+        if sum(b.accepted for b in path.budgets) >= 2:
+            parts.append(
+                _picture(
+                    plots.optimum_paths(path),
+                    "Best size and best token count against compute, with the fitted power law and its 95 % band "
+                    "unless it is refused; an interval's end that the noise leaves open is not drawn. The "
+                    "dashed line has the slope published by Hoffmann et al. (2022, approach 2), drawn through the "
+                    "centre of the minima.",
+                )
+            )
+    if len(own) and own["val_loss"].notna().any():
+        for axis, text in (("tokens", "training tokens"), ("flops", "training compute")):
+            figure = plots.loss_curves(own, runs, axis)  # type: ignore[arg-type]
+            parts.append(_picture(figure, f"Validation loss during training against {text}; dots are final losses."))
+    if np.isfinite(list(law.params.values())).all():
+        parts.append(
+            _picture(
+                plots.residuals(law, runs),
+                "Residuals of the loss surface: how far each run lies from the fit, in percent of its loss.",
+            )
+        )
+    if finding.forecast is not None and finding.forecast.sizes:
+        parts.append(
+            _picture(
+                plots.forecast(finding.forecast),
+                "The dearest budget as forecast from the cheaper ones, and as measured. Intervals are for a new run.",
+            )
+        )
+    return "".join(parts) if len(parts) > 1 else ""
+
+
+# --- cells and provenance ----------------------------------------------------------------------------------------
+
+
+def _cells(runs: pd.DataFrame) -> str:
+    rows = []
+    for row in runs.head(MAX_CELLS).to_dict("records"):
+        state = row["state"] if row["excluded"] is None or row["state"] == "finished" else row["excluded"]
+        note = row["excluded"] if row["state"] == "finished" and row["excluded"] else state
+        rows.append(
+            [
+                escape(str(row["family"])),
+                *(human(row["N"]), human(row["D"]), flops(row["C"]), _number(row["tokens_per_parameter"], 3)),
+                *(_number(row["learning_rate"], 3), _number(row["adamw_timescale"], 3), f"{row['steps']:,}"),
+                *(_number(row["epochs"], 2), str(row["seed"]), _plain(row["val_loss_final"], "{:.4f}".format)),
+                escape(str(note)),
+            ]
+        )
+    head = ["family", "N", "D", "C (FLOPs)", "tokens per parameter", "learning rate", "AdamW timescale", "steps"]
+    more = f"<p class=note>The first {MAX_CELLS} of {len(runs)} cells.</p>" if len(runs) > MAX_CELLS else ""
+    note = (
+        "<p class=note>The AdamW timescale is batch tokens / (learning rate x weight decay x D), as a fraction of the "
+        "run. Losses are nats per token.</p>"
+    )
+    return f"<h2>Cells</h2>{note}" + _table([*head, "epochs", "seed", "final loss", "state"], rows) + more
+
+
+def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
+    corpus = plan.get("corpus", {})
+    states = runs["state"].value_counts()
+    left_out = runs["excluded"].dropna().value_counts()
+    lines = {
+        "study": plan["study"].get("name", DASH),
+        "corpus": f"{corpus.get('description', DASH)} (fingerprint {corpus.get('fingerprint', DASH)})",
+        "tokenizer": f"{corpus.get('tokenizer', DASH)}, vocabulary {corpus.get('vocab_size', DASH)}",
+        "tokens": f"{corpus.get('train_tokens', 0):,} to train on, {corpus.get('validation_tokens', 0):,} to validate "
+        f"on ({corpus.get('validation_documents', 0):,} documents)",
+        "cells": f"{len(runs)} planned: " + ", ".join(f"{count} {state}" for state, count in states.items()),
+        "left out of fits": "; ".join(f"{count} {why}" for why, count in left_out.items()) or "none",
+        "training time": f"{runs['seconds'].sum() / 3600:.2f} hours, {flops(float(runs['C'].sum()))} FLOPs planned",
+        "versions": ", ".join(f"{name} {_version(name)}" for name in ("escala", "numpy", "scipy", "pandas")),
+        "written": timestamp(),
+    }
+    rows = [[escape(key), escape(str(value))] for key, value in lines.items()]
+    return "<h2>Where this comes from</h2>" + _table(None, rows, kind="facts")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "from source"
+
+
+# --- parts of a page ---------------------------------------------------------------------------------------------
+
+
+def _picture(figure: Figure, caption: str) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=150)
+    data = base64.b64encode(stream.getvalue()).decode()
+    text = escape(caption)
+    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
+def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
+    """A table of cells that are HTML already."""
+    top = "<thead><tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr></thead>" if head else ""
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=scroll><table class={kind}>{top}<tbody>{body}</tbody></table></div>"
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    if value is None or not np.isfinite(value):
+        return DASH
+    text = f"{value:.{digits}g}"
+    return flops(value) if "e" in text else text
+
+
+def _plain(value: Any, form: Any) -> str:
+    number = value.value if isinstance(value, Estimate) else value
+    return DASH if number is None or not np.isfinite(number) else form(number)
+
+
+def _estimate(estimate: Estimate) -> str:
+    if not np.isfinite(estimate.value):
+        return DASH
+    low, high = (human(bound) if np.isfinite(bound) else "open" for bound in estimate.interval)
+    text = "interval open" if low == high == "open" else f"{low} to {high}"
+    return f"{human(estimate.value)} <span class=range>{text}</span>"
+
+
+def _range(bounds: Interval) -> str:
+    low, high = (_number(bound, 3) for bound in bounds)
+    if DASH in (low, high):
+        return "interval open" if low == high else f"above {low}" if high == DASH else f"below {high}"
+    return f"{low} to {high}"
+
+
+_STYLE = """
+:root{color-scheme:light}
+body{margin:0;background:#fff;color:#1d1d1f;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:62rem;margin:0 auto;padding:2.5rem 1.5rem 4rem}
+.study{margin:0;color:#6a6a70;font-size:.9rem;letter-spacing:.02em}
+h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0 1rem}
+h2{font-size:1.3rem;margin:2.6rem 0 .6rem;border-bottom:1px solid #ddd;padding-bottom:.25rem}
+h3{font-size:1.05rem;margin:2rem 0 .5rem}
+sup{line-height:0}
+p{margin:.4rem 0;max-width:48rem}
+.answer{font-size:1.12rem;border-left:4px solid #3b6fb6;padding:.2rem 0 .2rem 1rem;margin:1rem 0}
+.partial{color:#8a4b00;font-weight:600}
+.note,.range,.code,figcaption{color:#6a6a70;font-size:.86rem}
+.range{white-space:nowrap}
+.code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.78rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
+th,td{padding:.28rem .7rem;border-bottom:1px solid #e6e6ea;vertical-align:top;text-align:right}
+th{font-weight:600;color:#444;vertical-align:bottom}
+th:first-child,td:first-child,table.facts td{text-align:left}
+table.facts td:first-child{color:#6a6a70;white-space:nowrap}
+ul.verdicts{padding:0;list-style:none;max-width:52rem}
+ul.verdicts li{margin:.45rem 0;padding-left:5rem;text-indent:-5rem}
+.info,.caution,.refuse{display:inline-block;width:4.3rem;margin-right:.7rem;text-indent:0;text-align:center;
+ border-radius:.25rem;font-size:.76rem;font-weight:600}
+.info{background:#e8eef7;color:#23508f}.caution{background:#fdf0d9;color:#8a4b00}.refuse{background:#fbe3e1;color:#a1231a}
+figure{margin:1.2rem 0 1.8rem;break-inside:avoid}
+img{max-width:100%;height:auto}
+@media print{main{max-width:none;padding:0}body{font-size:11pt}h2,h3{break-after:avoid}tr,li{break-inside:avoid}
+ .scroll{overflow:visible}table{font-size:8pt}th,td{padding:.15rem .35rem}}
+"""

@@ -1,0 +1,315 @@
+"""The runs of a study as data frames. The one file of the analysis that knows the store and MLflow.
+
+The same frame comes out of both: a cell becomes a row by one function, whether its record was read from the store's
+files or from the `escala.record` tag that the mirror keeps on its MLflow run. Nothing is dropped here: a cell that a
+fit must leave out stays in the frame and says why in the column `excluded`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from sweeps.errors import InputError
+from sweeps.store import Store, iterate_cells, open_store, read_metrics, study_names
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_EPOCHS = 1.5
+"""Laws of N and D hold for fresh tokens; up to four epochs cost little, but not nothing (Muennighoff et al. 2023)."""
+
+_TEXT = ("cell", "study", "family", "state", "reason", "excluded", "corpus", "tokenizer", "precision")
+_WHOLE = ("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context", "attempts")
+COLUMNS = (
+    *("cell", "study", "family", "state", "reason", "excluded"),
+    *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd"),
+    *("flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
+    *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
+    *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
+    *("val_loss_final", "val_bpb_final", "seconds", "tokens_per_second", "attempts"),
+)
+METRICS = (
+    *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
+    *("tokens_per_second", "flops", "mfu", "optimizer_step"),
+)
+_CURVE_COLUMNS = ("cell", "family", "seed", "N", "D", "C", "budget", "size", "tokens", *METRICS)
+
+
+def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_uri: str | None = None) -> pd.DataFrame:
+    """One row per planned cell of a study, sorted by budget, N, D and seed.
+
+    N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte).
+    `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time as a fraction of the
+    run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the cell out.
+
+    store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
+    hold the study, the frame is read from the MLflow server `tracking_uri`.
+    Raises InputError where neither has the study.
+    """
+    rows = [_row(study, *source) for source in _sources(study, store, tracking_uri)]
+    frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+    frame = frame.astype({c: "object" if c in _TEXT else "int64" if c in _WHOLE else "float64" for c in COLUMNS})
+    return frame.sort_values(["budget", "N", "D", "seed", "data_seed", "cell"], ignore_index=True)
+
+
+def load_curves(
+    study: str, store: str | Path | Store | None = None, *, tracking_uri: str | None = None
+) -> pd.DataFrame:
+    """One row per cell and logged token count: what every run logged, joined with its family, seed, N, D and C.
+
+    A metric that was not logged there is NaN. Arguments and errors as for `load_runs`.
+    """
+    runs = load_runs(study, store, tracking_uri=tracking_uri)
+    found = _visible(study, store, tracking_uri)
+    logged = _curves_of_store(found, runs["cell"]) if found else _curves_of_mlflow(study, str(tracking_uri))
+    rows = [{"cell": cell, "tokens": tokens, **metrics} for cell, tokens, metrics in logged]
+    curves = pd.DataFrame(rows, columns=["cell", "tokens", *METRICS]).astype(
+        {"cell": "object", "tokens": "int64"} | dict.fromkeys(METRICS, "float64")
+    )
+    known = runs[["cell", "family", "seed", "N", "D", "C", "budget", "size"]].reset_index(names="order")
+    joined = known.merge(curves, on="cell", how="inner").sort_values(["order", "tokens"], ignore_index=True)
+    return joined[list(_CURVE_COLUMNS)]
+
+
+def load_documents(study: str, store: str | Path | Store | None = None) -> pd.DataFrame:
+    """Losses per validation document: one row per finished cell and document, with `loss_sum` (nats) and `tokens`.
+
+    Documents are numbered as in the corpus, so that equal numbers of two cells are the same text. Cells without a
+    document file are absent. Raises InputError where the store is not visible: MLflow does not hold documents.
+    """
+    found = _visible(study, store, None)
+    assert found is not None
+    frames = []
+    for entry, _, state in _cells(found, study):
+        if state.result is None:
+            continue
+        path = found.attempt(entry["id"], state.result["attempt"]) / "documents.npz"
+        if not path.exists():
+            continue
+        with np.load(path, allow_pickle=False) as arrays:
+            loss_sum, tokens = arrays["loss_sum"].astype("float64"), arrays["tokens"].astype("int64")
+        frames.append(
+            pd.DataFrame(
+                {"cell": entry["id"], "document": np.arange(len(tokens)), "loss_sum": loss_sum, "tokens": tokens}
+            )
+        )
+    columns = ["cell", "document", "loss_sum", "tokens"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+# --- one cell, one row -------------------------------------------------------------------------------------------
+
+
+def _row(
+    study: str,
+    entry: Mapping[str, Any],
+    cell: Mapping[str, Any],
+    state: str,
+    reason: str | None,
+    attempts: int,
+    result: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    identity, counts, labels = cell["identity"], cell["counts"], entry.get("labels", {})
+    optimizer, schedule, shape, end = identity["optimizer"], identity["schedule"], identity["shape"], result or {}
+    tokens, batch = identity["tokens"], identity["batch_tokens"]
+    rate, decay = optimizer.get("learning_rate"), optimizer.get("weight_decay")
+    row = {
+        "cell": entry["id"],
+        "study": study,
+        "family": identity["family"],
+        "state": state,
+        "reason": reason,
+        "excluded": None,
+        **{name: counts[name] for name in ("N", "N_nonembedding", "N_nonembedding_head", "N_total")},
+        **{name: counts[name] for name in ("C", "C_6nd", "flops_per_token", "steps", "epochs")},
+        "D": tokens,
+        "tokens_per_parameter": tokens / counts["N"],
+        "budget": labels.get("budget"),
+        "size": labels.get("size"),
+        "seed": identity["seed"],
+        "data_seed": identity["data_seed"],
+        "learning_rate": rate,
+        "weight_decay": decay,
+        "beta2": optimizer.get("beta2"),
+        "batch_tokens": batch,
+        "warmup_tokens": schedule.get("warmup_tokens"),
+        "adamw_timescale": batch / (rate * decay * tokens) if rate and decay else None,
+        **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
+        **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
+        "val_loss_final": end.get("val_loss_final"),
+        "val_bpb_final": end.get("val_bpb_final"),
+        "seconds": end.get("seconds", {}).get("total"),
+        "tokens_per_second": end.get("tokens_per_second"),
+        "attempts": attempts,
+    }
+    row["excluded"] = _excluded(row)
+    return row
+
+
+def _excluded(row: Mapping[str, Any]) -> str | None:
+    """Why a fit must leave the cell out, or None."""
+    state, because = row["state"], f": {row['reason']}" if row["reason"] else ""
+    if state in ("quarantined", "diverged"):
+        return f"{state}{because}"
+    if state != "finished":
+        return f"not finished ({state}{because})"
+    if row["val_loss_final"] is None:
+        return "finished without a final loss"
+    if row["epochs"] > MAX_EPOCHS:
+        return f"repeats its corpus ({row['epochs']:.3g} epochs; these laws hold for up to {MAX_EPOCHS})"
+    return None
+
+
+# --- the store ---------------------------------------------------------------------------------------------------
+
+
+def _visible(study: str, store: str | Path | Store | None, tracking_uri: str | None) -> Store | None:
+    """The store that holds the study; None where it is not here and MLflow is to be asked instead."""
+    if isinstance(store, Store):
+        found = store
+    else:
+        try:
+            found = open_store(store or os.environ.get("ESCALA_STORE") or "escala-store", create=False)
+        except InputError:
+            if tracking_uri is None:
+                raise
+            return None
+    if tracking_uri is not None and study not in study_names(found):
+        return None
+    return found
+
+
+def _cells(store: Store, study: str) -> Iterator[tuple[Any, Any, Any]]:
+    try:
+        yield from iterate_cells(store, study)
+    except FileNotFoundError as error:
+        raise InputError(f"the store {store.root} lacks the record {error.filename}: plan the study again.") from None
+
+
+def _sources(study: str, store: str | Path | Store | None, tracking_uri: str | None) -> Iterator[tuple[Any, ...]]:
+    """(plan entry, cell record, state, reason, attempts, result) of every planned cell."""
+    found = _visible(study, store, tracking_uri)
+    if found is not None:
+        for entry, cell, state in _cells(found, study):
+            yield entry, cell, state.state, state.reason, state.attempts, state.result
+        return
+    for cell, _, tags in _mirrored(_client(str(tracking_uri)), study):
+        try:
+            record = json.loads(tags["escala.record"])
+        except ValueError as error:
+            raise InputError(
+                f"the MLflow run of cell {cell} holds a damaged record ({error}): sync the study again."
+            ) from error
+        state, reason = record["state"], record["reason"]
+        if tags.get("escala.quarantine"):  # set in the MLflow UI; counts at once, whether synced back or not
+            state, reason = "quarantined", tags["escala.quarantine"]
+        yield record["entry"], record["cell"], state, reason, record["attempts"], record["result"]
+
+
+def _curves_of_store(store: Store, cells: pd.Series) -> Iterator[tuple[str, int, dict[str, float]]]:
+    for cell in cells:
+        for row in read_metrics(store, cell):
+            yield cell, row["tokens"], {k: v for k, v in row["metrics"].items() if k in METRICS}
+
+
+# --- MLflow ------------------------------------------------------------------------------------------------------
+
+
+def _client(tracking_uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient  # 2 s to import; only where it is asked for
+
+    return MlflowClient(tracking_uri)
+
+
+def _mirrored(client: "MlflowClient", study: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """(cell id, MLflow run id, tags) of the runs that mirror the study's cells, page by page."""
+    experiment = client.get_experiment_by_name(study)
+    if experiment is None:
+        raise InputError(
+            f"MLflow at {client.tracking_uri} has no experiment {study!r}. Run the study, or sync it first."
+        )
+    token, seen = None, set()
+    while True:
+        page = client.search_runs([experiment.experiment_id], max_results=500, page_token=token)
+        for run in page:
+            cell = run.data.tags.get("escala.cell")
+            if cell and cell not in seen and "escala.record" in run.data.tags:
+                seen.add(cell)
+                yield cell, run.info.run_id, run.data.tags
+        token = page.token
+        if not token:
+            return
+
+
+def _curves_of_mlflow(study: str, tracking_uri: str) -> Iterator[tuple[str, int, dict[str, float]]]:
+    client = _client(tracking_uri)
+    for cell, run_id, _ in _mirrored(client, study):
+        merged: dict[int, dict[str, float]] = {}
+        keys = [key for key in METRICS if key in client.get_run(run_id).data.metrics]
+        for key in keys:
+            for metric in client.get_metric_history(run_id, key):  # pages by itself on a server
+                merged.setdefault(metric.step, {}).setdefault(key, metric.value)
+        yield from ((cell, tokens, metrics) for tokens, metrics in merged.items())
+
+
+# --- any table ---------------------------------------------------------------------------------------------------
+
+_NAMES = {
+    "N": ("n", "params", "n_params", "parameters", "num_params", "model size", "model_size"),
+    "D": ("d", "tokens", "n_tokens", "num_tokens", "training tokens", "train_tokens"),
+    "C": ("c", "flops", "flop", "compute", "training flop", "training flops", "training_flops"),
+    "loss": ("loss", "val_loss_final", "val_loss", "final_loss", "validation_loss", "eval_loss"),
+    "budget": ("budget", "flop_budget", "compute_budget"),
+    "seed": ("seed",),
+}
+
+
+def read_table(path: str | Path) -> pd.DataFrame:
+    """Any CSV, JSONL or Parquet table of finished runs, with N, D, C and loss found under their common names.
+
+    Names are matched without regard to case; an exact match wins. D is C / (6 N) where only C is there. Where C is
+    missing it is 6 N D, and the column `C_assumed` says so. Other columns are kept as they are.
+    Raises InputError where N, loss or both of D and C cannot be found; the message names the columns that were.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        elif path.suffix in (".jsonl", ".ndjson"):
+            table = pd.read_json(path, lines=True)
+        else:
+            table = pd.read_csv(path)
+    except FileNotFoundError:
+        raise InputError(f"no such table: {path}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a table: {error}") from error
+    found = {}
+    for column, names in _NAMES.items():
+        folded = {str(c).strip().lower(): c for c in reversed(table.columns)}
+        match = next((c for c in (column, *(folded.get(n) for n in names)) if c in table.columns), None)
+        if match is not None:
+            found[column] = match
+    missing = [c for c in ("N", "loss") if c not in found]
+    if "D" not in found and "C" not in found:
+        missing.append("D (or C)")
+    if missing:
+        wanted = "; ".join(f"{c}: {', '.join(_NAMES[c.split()[0]])}" for c in missing)
+        raise InputError(
+            f"{path} lacks {', '.join(missing)}. It has the columns {', '.join(map(str, table.columns))}. "
+            f"Rename one to a name that is understood ({wanted})."
+        )
+    frame = table.copy()
+    for column, match in found.items():
+        numbers = pd.to_numeric(table[match], errors="coerce")
+        frame[column] = numbers.astype("int64" if column == "seed" and numbers.notna().all() else "float64")
+    if "D" not in found:
+        frame["D"] = frame["C"] / (6.0 * frame["N"])
+    frame["C_assumed"] = "C" not in found
+    if "C" not in found:
+        frame["C"] = 6.0 * frame["N"] * frame["D"]
+    return frame

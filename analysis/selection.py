@@ -1,0 +1,154 @@
+"""Which runs a fit uses. Every row of the table is either used or named with the reason why not.
+
+Losses are comparable only at equal corpus, tokenizer and context, and one law describes one family: a table that
+mixes them is refused, not averaged. Where a study tried several settings at one size and token count, the best
+setting stands for it, since the laws describe tuned models.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.uncertainty import SEEDS, SETTINGS, Noise, seed_noise
+from analysis.verdicts import Verdict
+from sweeps.errors import InputError
+
+PENDING = ("planned", "running", "failed")
+"""States of cells that may yet give a loss."""
+FEW_STEPS = 300
+"""Below so many optimiser steps the loss says more about warmup than about N and D."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """The rows that a fit uses, with the columns N, D, C and loss (all positive), and what was said on the way.
+
+    loss: the name of the column that `loss` was taken from. noise: between seeds, or None.
+    planned, finished: rows in the table, and rows with a loss. excluded: {"cell", "reason"} of each row left out.
+    """
+
+    rows: pd.DataFrame
+    loss: str
+    noise: Noise | None
+    planned: int
+    finished: int
+    excluded: tuple[dict[str, str], ...]
+    verdicts: tuple[Verdict, ...]
+
+
+def select(runs: pd.DataFrame, loss: str | None = None) -> Selection:
+    """Choose the rows of a run table that a fit may use.
+
+    loss: the column to fit; by default `val_loss_final`, else `loss`. C defaults to 6 N D.
+    Raises InputError where N, D or the loss column is missing.
+    """
+    name = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
+    missing = [c for c in ("N", "D", name) if c not in runs.columns]
+    if missing:
+        raise InputError(
+            f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, runs.columns))}. "
+            "Read a file of your own with analysis.read_table, which finds common names."
+        )
+    verdicts: list[Verdict] = []
+    table = runs.reset_index(drop=True)
+    table["loss"] = table[name].astype(float)
+    if "cell" not in table.columns:
+        table["cell"] = [f"row {i}" for i in range(len(table))]
+    if "C" not in table.columns or ("C_assumed" in table.columns and table["C_assumed"].all()):
+        table["C"] = 6.0 * table["N"].astype(float) * table["D"].astype(float)
+        message = "the table has no compute column: C is taken to be 6 N D."
+        verdicts.append(Verdict("compute_assumed", "info", "fit", None, message))
+
+    # 1. what the table itself says must be left out, and what is no number
+    reason = table["excluded"].astype(object) if "excluded" in table.columns else pd.Series(None, table.index, object)
+    numbers = table[["N", "D", "C", "loss"]].astype(float)
+    broken = ~((numbers > 0) & (numbers < np.inf)).all(axis=1)
+    reason = reason.where(reason.notna() | ~broken, "N, D, C or the loss is missing or not positive")
+
+    # 2. of several settings at one size and token count, the best one
+    usable = table[reason.isna()]
+    beaten = _beaten_settings(usable)
+    if len(beaten):
+        reason = reason.where(~table.index.isin(beaten), "a better setting was tried at this size and token count")
+        message = (
+            f"{len(beaten)} runs with other settings are left out: at each size and token count the setting with the "
+            "lowest mean loss stands for it. The best of several is a little too good by luck."
+        )
+        verdicts.append(Verdict("best_settings", "info", "fit", None, message))
+
+    rows = table[reason.isna()].reset_index(drop=True)
+    verdicts += _comparable(rows, name)
+    if "steps" in rows.columns and (few := int((rows["steps"] < FEW_STEPS).sum())):
+        message = (
+            f"{few} of {len(rows)} runs took fewer than {FEW_STEPS} optimiser steps; their losses still carry the "
+            "warmup. Lower batch_tokens, or train longer."
+        )
+        verdicts.append(Verdict("few_steps", "caution", "fit", None, message))
+    finished = int((table["state"] == "finished").sum()) if "state" in table.columns else int((~broken).sum())
+    pending = int(table["state"].isin(PENDING).sum()) if "state" in table.columns else 0
+    if pending:
+        message = f"{pending} of {len(table)} planned cells are still to come; the fit may move as they do."
+        verdicts.append(Verdict("partial", "info", "fit", None, message))
+    return Selection(
+        rows=rows,
+        loss=name,
+        noise=seed_noise(rows, "loss"),
+        planned=len(table),
+        finished=finished,
+        excluded=tuple({"cell": str(table["cell"][i]), "reason": str(reason[i])} for i in table.index[reason.notna()]),
+        verdicts=tuple(verdicts),
+    )
+
+
+def _beaten_settings(rows: pd.DataFrame) -> pd.Index:
+    """The rows whose hyperparameters did worse, in the mean over seeds, than others at the same size and tokens."""
+    settings = [c for c in SETTINGS if c in rows.columns and rows[c].notna().any()]
+    if not settings or rows.empty:
+        return rows.index[:0]
+    # Two batch sizes round one budget to slightly different D, so the budget names the cell where there is one.
+    budget = rows["budget"] if "budget" in rows.columns else pd.Series(np.nan, rows.index)
+    family = rows["family"] if "family" in rows.columns else pd.Series("", rows.index)
+    place = pd.DataFrame({"family": family, "N": rows["N"], "budget": budget})
+    place["D"] = rows["D"].where(budget.isna())
+    at = place.groupby(list(place.columns), dropna=False).ngroup()
+    setting = rows[settings].groupby(settings, dropna=False).ngroup()
+    mean = rows["loss"].groupby([at, setting]).transform("mean")
+    best = mean.groupby(at).transform("min")
+    return rows.index[mean > best]
+
+
+def _comparable(rows: pd.DataFrame, loss: str) -> list[Verdict]:
+    verdicts = []
+    if "family" in rows.columns and (families := sorted(map(str, rows["family"].dropna().unique())))[1:]:
+        message = f"the runs are of several families ({', '.join(families)}); a law holds for one. Fit them apart."
+        verdicts.append(Verdict("mixed_families", "refuse", "fit", None, message))
+    mixed = [c for c in ("corpus", "tokenizer", "context") if c in rows.columns and rows[c].nunique() > 1]
+    if mixed and loss != "val_bpb_final":
+        message = (
+            f"the runs differ in {', '.join(mixed)}, so their losses per token cannot be compared. Fit them apart, or "
+            'ask for bits per byte (loss="val_bpb_final").'
+        )
+        verdicts.append(Verdict("mixed_losses", "refuse", "fit", None, message))
+    return verdicts
+
+
+def provenance(selection: Selection, **settings: object) -> dict[str, object]:
+    """Where the numbers of a fit come from: studies, corpora, cells, conventions, settings, versions, time."""
+    import platform
+
+    import scipy
+
+    from sweeps.store import timestamp
+
+    rows = selection.rows
+    names = ("study", "family", "corpus", "tokenizer", "context", "precision")
+    return {
+        **{c: sorted(rows[c].dropna().unique().tolist()) for c in names if c in rows.columns},
+        "cells": rows["cell"].astype(str).tolist(),
+        "seeds": int(rows[[c for c in SEEDS if c in rows.columns]].drop_duplicates().shape[0]),
+        "loss": selection.loss,
+        "settings": settings,
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__},
+        "fitted": timestamp(),
+    }

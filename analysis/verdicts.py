@@ -1,0 +1,275 @@
+"""What a fit may say. A verdict qualifies numbers; a Fit carries both, and nulls what its verdicts refuse.
+
+A refusal cannot be overlooked because the number is gone: `Fit.settle` replaces exactly what a verdict of severity
+`refuse` names by NaN, in the parameters, intervals, budgets and decisions alike. NaN is null in JSON and a dash in
+tables. What the optimiser returned stays under `diagnostics`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+Severity = Literal["info", "caution", "refuse"]
+Scope = Literal["fit", "budget", "parameter", "decision"]
+Interval = tuple[float, float]
+
+NAN = float("nan")
+OPEN: Interval = (NAN, NAN)
+"""An interval of which nothing is known."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One statement about a fit.
+
+    code: a stable word for programs, such as "edge_minimum".
+    severity: info (good to know), caution (read the number with it in mind), refuse (there is no such number).
+    scope: what it is about: the whole fit, one budget, one parameter or one decision.
+    target: which budget (`budget_name`), parameter or decision; None for all of that scope.
+    message: for people: what was found and what would mend it.
+    """
+
+    code: str
+    severity: Severity
+    scope: Scope
+    target: str | None
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "severity": self.severity,
+            "scope": self.scope,
+            "target": self.target,
+            "message": self.message,
+        }
+
+
+def budget_name(budget: float) -> str:
+    """The name of a compute budget in verdicts and tables, in six digits: 1.5e15 FLOPs is "1.5e15"."""
+    mantissa, exponent = f"{budget:.5e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def plural(count: int, word: str) -> str:
+    """ "1 budget", "2 budgets"."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def refused(verdicts: Iterable[Verdict], scope: Scope = "fit", target: str | None = None) -> bool:
+    """Whether a verdict takes this number away. A refused fit takes everything with it."""
+    return any(
+        v.severity == "refuse" and (v.scope == "fit" or (v.scope == scope and v.target in (None, target)))
+        for v in verdicts
+    )
+
+
+DECADES = 1.5
+"""A span of compute below which exponents are poorly determined."""
+FAR, TOO_FAR = 10.0, 1000.0
+"""Extrapolation in compute that is cautioned against, and that is refused."""
+
+
+def narrow_span(C: np.ndarray) -> list[Verdict]:
+    """A caution where the runs span too little compute to tell exponents apart."""
+    decades = float(np.ptp(np.log10(C)))
+    if decades >= DECADES:
+        return []
+    message = f"the runs span {decades:.2f} decades of compute; below {DECADES} exponents are poorly determined."
+    return [Verdict("narrow_span", "caution", "fit", None, message)]
+
+
+def extrapolation(C: float, dearest: float) -> list[Verdict]:
+    """What to say of a decision at compute C when the dearest run used `dearest`."""
+    ratio = C / dearest
+    if not ratio > FAR:
+        return []
+    refuse = ratio > TOO_FAR
+    message = f"{budget_name(C)} FLOPs is {ratio:.3g} times the dearest run" + (
+        "; no law fitted here can be trusted that far." if refuse else "; laws bend, and the interval does not know."
+    )
+    severity = "refuse" if refuse else "caution"
+    return [Verdict("extrapolation", severity, "decision", budget_name(C), message)]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number with its 95 % interval. A bound that the data leave open is NaN."""
+
+    value: float = NAN
+    interval: Interval = OPEN
+
+    def __str__(self) -> str:
+        low, high = (f"{bound:.4g}" if math.isfinite(bound) else "open" for bound in self.interval)
+        if not math.isfinite(self.value):
+            return "-"
+        return f"{self.value:.4g}" if low == high == "open" else f"{self.value:.4g} ({low} .. {high})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"value": self.value, "interval": list(self.interval)}
+
+
+NOTHING = Estimate()
+"""The estimate of a number that is not known or was refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One isoFLOP budget: the parabola through its sizes and where its minimum lies.
+
+    budget: the target compute in FLOPs. C: the compute that its cells spent (geometric mean).
+    sizes: N of its points, ascending. losses: mean loss per size. runs: cells behind each point.
+    far: (N, loss) of sizes too far from the minimum to be fitted.
+    curve: (k0, k1, k2) of ln loss = k0 + k1 x + k2 x^2 with x = ln N - center.
+    N, D, loss: the minimum. tokens_per_parameter: D / N there.
+    """
+
+    budget: float
+    C: float
+    sizes: tuple[float, ...]
+    losses: tuple[float, ...]
+    runs: tuple[int, ...]
+    center: float
+    curve: tuple[float, float, float]
+    far: tuple[tuple[float, float], ...] = ()
+    curvature_se: float = NAN
+    interior: float = NAN
+    """Share of the bootstrap resamples whose minimum lies inside the grid."""
+    accepted: bool = False
+    N: Estimate = NOTHING
+    D: Estimate = NOTHING
+    loss: Estimate = NOTHING
+    tokens_per_parameter: Estimate = NOTHING
+
+    @property
+    def name(self) -> str:
+        return budget_name(self.budget)
+
+    def to_json(self) -> dict[str, Any]:
+        numbers = {key: getattr(self, key).to_json() for key in ("N", "D", "loss", "tokens_per_parameter")}
+        return {
+            "budget": self.budget,
+            "C": self.C,
+            "accepted": self.accepted,
+            "sizes": list(self.sizes),
+            "losses": list(self.losses),
+            "runs": list(self.runs),
+            "far": [list(point) for point in self.far],
+            "center": self.center,
+            "curve": list(self.curve),
+            "curvature_se": self.curvature_se,
+            "interior": self.interior,
+        } | numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A law fitted to runs, or the refusal to fit it. Look at `refused` and `verdicts` before the numbers.
+
+    params, intervals: by parameter name; intervals are 95 % bootstrap percentiles. See the law for units.
+    decisions: what the fit recommends; `decisions["targets"]` holds one entry for each compute asked for.
+    budgets: the isoFLOP budgets (empty for other laws).
+    excluded: the runs left out, each with its reason. planned, finished: how many cells there were.
+    noise: the scale of ln loss between equal runs, and where it comes from.
+    draws: bootstrap samples of the parameters, arrays of shape (resamples,); not in the JSON.
+    """
+
+    law: str
+    loss: str
+    params: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    verdicts: tuple[Verdict, ...]
+    n_runs: int
+    planned: int
+    finished: int
+    excluded: tuple[Mapping[str, str], ...]
+    noise: Mapping[str, Any]
+    decisions: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    diagnostics: Mapping[str, Any]
+    budgets: tuple[Budget, ...] = ()
+    draws: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the whole fit is refused: then no number of it stands."""
+        return refused(self.verdicts)
+
+    def settle(self) -> "Fit":
+        """The same fit with every refused number taken out."""
+
+        def gone(scope: Scope, target: str) -> bool:
+            return refused(self.verdicts, scope, target)
+
+        return replace(
+            self,
+            params={k: NAN if gone("parameter", k) else v for k, v in self.params.items()},
+            intervals={k: OPEN if gone("parameter", k) else v for k, v in self.intervals.items()},
+            budgets=tuple(
+                replace(b, accepted=False, N=NOTHING, D=NOTHING, loss=NOTHING, tokens_per_parameter=NOTHING)
+                if gone("budget", b.name)
+                else b
+                for b in self.budgets
+            ),
+            decisions={k: _blank(v) if gone("decision", k) else v for k, v in self.decisions.items()}
+            | {
+                "targets": [
+                    _blank(entry) if gone("decision", budget_name(entry["C"])) else entry
+                    for entry in self.decisions.get("targets", [])
+                ]
+            },
+            draws={} if self.refused else {k: v for k, v in self.draws.items() if not gone("parameter", k)},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The fit as JSON values: NaN and infinity are null."""
+        return clean(
+            {
+                "law": self.law,
+                "loss": self.loss,
+                "refused": self.refused,
+                "params": dict(self.params),
+                "intervals": {k: list(v) for k, v in self.intervals.items()},
+                "budgets": [b.to_json() for b in self.budgets],
+                "decisions": dict(self.decisions),
+                "verdicts": [v.to_json() for v in self.verdicts],
+                "n_runs": self.n_runs,
+                "planned": self.planned,
+                "finished": self.finished,
+                "excluded": [dict(e) for e in self.excluded],
+                "noise": dict(self.noise),
+                "provenance": dict(self.provenance),
+                "diagnostics": dict(self.diagnostics),
+            }
+        )
+
+
+def _blank(value: Any) -> Any:
+    """The same decision without its estimates; what was asked for (C, extrapolation) stays."""
+    if isinstance(value, Estimate):
+        return NOTHING
+    if isinstance(value, Mapping):
+        return {k: _blank(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_blank(v) for v in value]
+    return value
+
+
+def clean(value: Any) -> Any:
+    """Any nest of results as plain JSON values: arrays to lists, NaN and infinity to None."""
+    if isinstance(value, Estimate | Budget | Verdict):
+        return clean(value.to_json())
+    if isinstance(value, Mapping):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [clean(v) for v in value]
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

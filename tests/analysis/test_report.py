@@ -1,0 +1,147 @@
+"""The report: one page that stands alone, answers or refuses, and works at any stage of any study."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from analysis import write_report
+from sweeps.errors import InputError
+from tests.analysis.synthetic import BUDGETS, Run, grid
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that tags balance, and collects what a page refers to and says."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.links += [str(v) for k, v in attrs if k in ("src", "href", "srcset", "action")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+    @property
+    def pictures(self) -> int:
+        return sum(link.startswith("data:image/png") for link in self.links)
+
+
+def page_of(root: Path) -> Page:
+    path = write_report("demo", root)
+    assert path == root.resolve() / "studies" / "demo" / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search(r"url\(|@import|<script", text)
+    assert "nan" not in page.text.lower().split()
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(good_store) -> Page:
+    return page_of(good_store)
+
+
+def test_answer_gives_exponents_intervals_and_tokens_per_parameter(page) -> None:
+    answer = page.text.split("The best size at each budget")[0]
+    assert "How should compute be split between parameters and tokens?" in answer
+    assert re.search(r"best size grows as C 0\.\d\d \(95 % interval 0\.\d+ to 0\.\d+\)", answer)
+    assert re.search(r"[\d.]+ tokens per parameter \([\d.]+ to [\d.]+\)", answer)
+    assert "Provisional" not in answer
+
+
+def test_all_sections_and_pictures_are_there(page) -> None:
+    for phrase in (
+        "differ only in their seed differ by",
+        "neighbouring sizes can be told apart",
+        "Did the cheaper budgets foretell the dearest?",
+        "What to keep in mind",
+        "AdamW timescale",
+        "fingerprint 0123456789abcdef",
+        "pystdlib, Python 3.11.7",
+        "40 planned: 40 finished",
+    ):
+        assert phrase in page.text, phrase
+    assert page.pictures == 6
+
+
+def test_partly_finished_study_says_so_and_refuses_honestly(study) -> None:
+    runs = [Run(**{**vars(run), "state": "finished" if i < 7 else "planned"}) for i, run in enumerate(grid())]
+    page = page_of(study(runs))
+    assert "Provisional: 13 of 20 planned cells are still to come." in page.text
+    assert "do not settle" in page.text
+    assert "refuse" in page.text
+    assert "not finished (planned)" in page.text
+
+
+def test_study_that_has_not_begun_has_a_report(study) -> None:
+    page = page_of(study([Run(**{**vars(run), "state": "planned"}) for run in grid()]))
+    assert "20 of 20 planned cells are still to come" in page.text
+    assert "do not settle" in page.text
+
+
+def test_study_without_budgets_is_answered_by_the_loss_surface(study) -> None:
+    runs = [Run(width=w, tokens=t * 512) for w in (16, 32, 64, 96) for t in (400, 1500, 6000)]
+    page = page_of(study(runs))
+    assert "By the Chinchilla law" in page.text
+    assert "The best size at each budget" not in page.text
+    assert "foretell" not in page.text
+    assert page.pictures == 3
+
+
+def test_every_family_has_its_own_answer(study) -> None:
+    budgets = BUDGETS[:3]
+    page = page_of(study([*grid(budgets), *grid(budgets, family="gpt2")]))
+    assert "gpt2. Between" in page.text
+    assert "llama. Between" in page.text
+    assert "several families" not in page.text
+
+
+def test_failed_and_quarantined_cells_are_listed_with_their_reason(study) -> None:
+    runs = grid(BUDGETS[:3])
+    runs[3] = Run(**{**vars(runs[3]), "state": "failed"})
+    runs[8] = Run(**{**vars(runs[8]), "state": "diverged"})
+    page = page_of(study(runs, quarantine={12: "spike"}))
+    for phrase in ("ValueError: it broke", "the loss is not finite", "quarantined: spike"):
+        assert phrase in page.text
+
+
+def test_text_of_users_is_escaped(study) -> None:
+    root = study(
+        [Run(width=16, tokens=51200)],
+        question="<script>alert(1)</script> & more?",
+        quarantine={0: "<img src=x onerror=alert(1)>"},
+    )
+    page = page_of(root)
+    assert "<script>alert(1)</script> & more?" in page.text
+    assert "<img src=x" in page.text
+
+
+def test_report_goes_where_it_is_told(study, tmp_path) -> None:
+    root = study([Run(width=16, tokens=51200)])
+    path = write_report("demo", str(root), tmp_path / "deep" / "page.html")
+    assert path.read_text().startswith("<!doctype html>")
+
+
+def test_unknown_study_is_an_input_error(good_store) -> None:
+    with pytest.raises(InputError, match="demo"):
+        write_report("nothing", good_store)

@@ -1,0 +1,248 @@
+"""Runs as frames: one row per planned cell with its reason, the same from the store and from MLflow."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import fit, load_curves, load_documents, load_runs, read_table
+from analysis.runs import COLUMNS, METRICS
+from sweeps.errors import InputError
+from sweeps.store import Store, iterate_cells, open_store, read_metrics
+from tests.analysis.synthetic import Run, grid, write_study
+
+MIXED = [
+    Run(width=16, budget=1.2e11),
+    Run(width=24, budget=1.2e11, seed=1),
+    Run(width=32, budget=1.2e11, state="diverged"),
+    Run(width=40, budget=1.2e11, state="failed"),
+    Run(width=48, budget=1.2e11, state="planned"),
+    Run(width=56, budget=1.2e11),
+    Run(width=64, tokens=80_000_000 // 512 * 512),
+    Run(width=12, tokens=512_000, changes={"weight_decay": 0.0}),
+]
+
+
+@pytest.fixture
+def mixed(study) -> Path:
+    """A study with a cell in every state; the sixth is quarantined."""
+    return study(MIXED, quarantine={5: "loss spike at the end"})
+
+
+def test_every_planned_cell_is_a_row_with_its_columns(mixed) -> None:
+    runs = load_runs("demo", mixed)
+    assert list(runs.columns) == list(COLUMNS)
+    assert len(runs) == len(MIXED)
+    assert runs["cell"].is_unique
+    assert (runs["study"] == "demo").all()
+
+
+def test_excluded_says_why(mixed) -> None:
+    runs = load_runs("demo", mixed).set_index("width")
+    reasons = runs["excluded"]
+    assert reasons[16] is None
+    assert reasons[24] is None
+    assert reasons[32] == "diverged: the loss is not finite"
+    assert reasons[40] == "not finished (failed: code: ValueError: it broke)"
+    assert reasons[48] == "not finished (planned)"
+    assert reasons[56] == "quarantined: loss spike at the end"
+    assert reasons[64].startswith("repeats its corpus (2 epochs")
+    assert runs["state"][56] == "quarantined"
+    assert np.isnan(runs["val_loss_final"][[32, 40, 48]]).all()
+
+
+def test_derived_columns(mixed) -> None:
+    runs = load_runs("demo", mixed).set_index("width")
+    row = runs.loc[16]
+    assert row["tokens_per_parameter"] == pytest.approx(row["D"] / row["N"])
+    assert row["C"] == pytest.approx(row["flops_per_token"] * row["D"])
+    assert row["adamw_timescale"] == pytest.approx(512 / (0.01 * 0.1 * row["D"]))
+    assert np.isnan(runs["adamw_timescale"][12])
+    assert runs["budget"].isna().sum() == 2
+    assert (row["heads"], row["context"], row["attempts"], row["beta2"]) == (2, 128, 1, 0.95)
+    assert runs["attempts"][48] == 0
+
+
+def test_store_is_found_by_environment_and_by_default(mixed, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("ESCALA_STORE", str(mixed))
+    assert len(load_runs("demo")) == len(MIXED)
+    assert len(load_runs("demo", Store(mixed))) == len(MIXED)
+    monkeypatch.delenv("ESCALA_STORE")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no Escala store"):
+        load_runs("demo")
+    mixed.rename(tmp_path / "escala-store")
+    assert len(load_runs("demo")) == len(MIXED)
+
+
+def test_unknown_study_is_an_input_error_that_names_the_known(mixed) -> None:
+    with pytest.raises(InputError, match="demo"):
+        load_runs("demoo", mixed)
+
+
+def test_curves_hold_every_logged_row_once(mixed) -> None:
+    curves = load_curves("demo", mixed)
+    store = open_store(mixed)
+    logged = sum(len(read_metrics(store, entry["id"])) for entry, _, _ in iterate_cells(store, "demo"))
+    assert len(curves) == logged
+    assert not curves.duplicated(["cell", "tokens"]).any()
+    assert set(METRICS) <= set(curves.columns)
+    runs = load_runs("demo", mixed).set_index("cell")
+    last = curves[curves["val_loss_final"].notna()].set_index("cell")
+    assert (last["tokens"] == runs.loc[last.index, "D"]).all()
+    done = last.index[runs.loc[last.index, "val_loss_final"].notna()]
+    assert last.loc[done, "val_loss_final"].tolist() == runs.loc[done, "val_loss_final"].tolist()
+
+
+def test_documents_add_up_to_the_final_loss(good_store) -> None:
+    documents = load_documents("demo", good_store)
+    sums = documents.groupby("cell")[["loss_sum", "tokens"]].sum()
+    losses = load_runs("demo", good_store).set_index("cell")["val_loss_final"]
+    assert (sums["loss_sum"] / sums["tokens"]).to_numpy() == pytest.approx(losses[sums.index].to_numpy(), rel=1e-9)
+
+
+def test_a_study_without_finished_cells_loads_empty(study) -> None:
+    root = study([Run(width=16, budget=1e11, state="planned")])
+    assert len(load_runs("demo", root)) == 1
+    assert load_curves("demo", root).empty
+    assert load_documents("demo", root).empty
+
+
+# --- MLflow ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def mirrored(tmp_path_factory) -> tuple[Path, str]:
+    """A store and an MLflow database that mirrors it, as (store root, tracking URI)."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+    folder = tmp_path_factory.mktemp("mirrored")
+    root = write_study(folder / "store", MIXED, quarantine={5: "loss spike at the end"})
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client, store = MlflowClient(uri), open_store(root)
+    experiment = client.create_experiment("demo")
+    client.create_run(experiment, run_name="a person's own run")  # without our tags: no cell
+    for entry, cell, state in reversed(list(iterate_cells(store, "demo"))):
+        record = {"entry": entry, "cell": {k: v for k, v in cell.items() if k != "format"}, "state": state.state}
+        record |= {"reason": state.reason, "attempts": state.attempts, "result": state.result}
+        tags = {"escala.cell": entry["id"], "escala.record": json.dumps(record)}
+        run_id = client.create_run(experiment, tags=tags).info.run_id
+        rows = read_metrics(store, entry["id"])
+        metrics = [Metric(k, v, int(r["time"] * 1000), r["tokens"]) for r in rows for k, v in r["metrics"].items()]
+        client.log_batch(run_id, metrics=metrics)
+    return root, uri
+
+
+def test_frames_from_mlflow_are_identical(mirrored, tmp_path) -> None:
+    root, uri = mirrored
+    away = tmp_path / "nowhere"
+    pd.testing.assert_frame_equal(load_runs("demo", away, tracking_uri=uri), load_runs("demo", root))
+    pd.testing.assert_frame_equal(load_curves("demo", away, tracking_uri=uri), load_curves("demo", root))
+
+
+def test_visible_store_comes_before_mlflow(mirrored) -> None:
+    root, _ = mirrored
+    assert len(load_runs("demo", root, tracking_uri="sqlite:////nowhere/at/all.db")) == len(MIXED)
+
+
+def test_store_without_the_study_falls_back_to_mlflow(mirrored, tmp_path) -> None:
+    _, uri = mirrored
+    other = open_store(tmp_path / "other")
+    assert len(load_runs("demo", other, tracking_uri=uri)) == len(MIXED)
+
+
+def test_unknown_experiment_is_an_input_error(mirrored, tmp_path) -> None:
+    with pytest.raises(InputError, match="no experiment"):
+        load_runs("nothing", tmp_path / "nowhere", tracking_uri=mirrored[1])
+
+
+def test_quarantine_set_in_mlflow_counts_at_once(mirrored, tmp_path) -> None:
+    from mlflow import MlflowClient
+
+    _, uri = mirrored
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("demo")
+    runs = load_runs("demo", tmp_path / "nowhere", tracking_uri=uri)
+    cell = runs[runs["excluded"].isna()]["cell"].iloc[0]
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`escala.cell` = '{cell}'")
+    client.set_tag(run.info.run_id, "escala.quarantine", "looks odd")
+    try:
+        marked = load_runs("demo", tmp_path / "nowhere", tracking_uri=uri).set_index("cell")
+        assert marked["excluded"][cell] == "quarantined: looks odd"
+    finally:
+        client.delete_tag(run.info.run_id, "escala.quarantine")
+
+
+# --- any table ---------------------------------------------------------------------------------------------------
+
+
+def table(tmp_path: Path, name: str = "runs.csv", **columns: list[float]) -> Path:
+    frame, path = pd.DataFrame(columns), tmp_path / name
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    else:
+        frame.to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_common_names_are_understood(tmp_path, suffix) -> None:
+    path = table(
+        tmp_path, f"a.{suffix}", N_params=[1e6, 2e6], Tokens=[1e8, 2e8], FLOPs=[6e14, 3e15], Val_Loss=[3.0, 2.5]
+    )
+    found = read_table(path)
+    assert found["N"].tolist() == [1e6, 2e6]
+    assert found["D"].tolist() == [1e8, 2e8]
+    assert found["C"].tolist() == [6e14, 3e15]
+    assert found["loss"].tolist() == [3.0, 2.5]
+    assert not found["C_assumed"].any()
+
+
+def test_tokens_follow_from_compute_and_compute_from_tokens(tmp_path) -> None:
+    without_d = read_table(table(tmp_path, params=[1e6], flops=[6e14], loss=[3.0]))
+    assert without_d["D"].tolist() == [1e8]
+    without_c = read_table(table(tmp_path, params=[1e6], tokens=[1e8], loss=[3.0]))
+    assert without_c["C"].tolist() == [6e14]
+    assert "compute_assumed" in {v.code for v in fit(without_c).verdicts}
+
+
+def test_exact_name_wins_over_a_synonym(tmp_path) -> None:
+    found = read_table(table(tmp_path, params=[5.0], N=[1e6], D=[1e8], loss=[3.0]))
+    assert found["N"].tolist() == [1e6]
+
+
+def test_missing_columns_are_named_with_those_found(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"lacks N, D \(or C\)\. It has the columns size, loss"):
+        read_table(table(tmp_path, size=[1.0], loss=[3.0]))
+
+
+def test_text_among_the_numbers_leaves_the_row_out_with_a_reason(tmp_path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("N,D,loss\n1e6,1e8,3.0\n1e6,2e8,diverged\n")
+    excluded = fit(read_table(path)).excluded
+    assert [e["cell"] for e in excluded] == ["row 1"]
+
+
+def test_unreadable_tables_are_input_errors(tmp_path) -> None:
+    with pytest.raises(InputError, match="no such table"):
+        read_table(tmp_path / "none.csv")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_table(empty)
+
+
+def test_fit_of_a_store_names_what_it_left_out(mixed) -> None:
+    found = fit(load_runs("demo", mixed))
+    assert (found.planned, found.finished, found.n_runs) == (8, 4, 3)
+    assert len(found.excluded) == 5
+    assert {"partial", "too_few_runs"} <= {v.code for v in found.verdicts}
+
+
+def test_grid_of_the_tests_is_a_real_isoflop_grid() -> None:
+    assert len({run.width for run in grid(budgets=(1.2e11,))}) == 5

@@ -1,0 +1,76 @@
+"""Every row of a table is used, or named with the reason why not."""
+
+import numpy as np
+import pandas as pd
+
+from analysis import fit
+from analysis.selection import select
+from tests.analysis.synthetic import surface
+
+N, D = (v.ravel() for v in np.meshgrid(np.geomspace(1e4, 1e6, 4), np.geomspace(1e5, 1e7, 4)))
+
+
+def test_used_and_left_out_add_up() -> None:
+    table = surface(N, D)
+    table["state"] = "finished"
+    table["excluded"] = None
+    table.loc[0, "excluded"] = "quarantined: odd"
+    table.loc[1, "loss"] = np.nan
+    table.loc[2, "N"] = 0.0
+    table.loc[3, ["state", "excluded"]] = ["running", "not finished (running)"]
+    chosen = select(table)
+    assert len(chosen.rows) + len(chosen.excluded) == chosen.planned == 16
+    assert chosen.finished == 15
+    assert [e["cell"] for e in chosen.excluded] == ["row 0", "row 1", "row 2", "row 3"]
+    assert chosen.excluded[0]["reason"] == "quarantined: odd"
+    assert "missing or not positive" in chosen.excluded[1]["reason"]
+    assert [v.code for v in chosen.verdicts] == ["partial"]
+
+
+def test_best_setting_stands_for_its_place_with_all_its_seeds() -> None:
+    table = pd.concat(
+        [surface(N, D).assign(learning_rate=rate, seed=seed) for rate in (0.01, 0.02) for seed in (0, 1)],
+        ignore_index=True,
+    )
+    worse = table["learning_rate"] == 0.02
+    table.loc[worse, "loss"] *= 1.01
+    lucky = worse & (table["seed"] == 0)
+    table.loc[lucky, "loss"] *= 0.985  # one lucky seed does not make a good setting
+    table.loc[worse & (table["seed"] == 1), "loss"] *= 1.03
+    chosen = select(table)
+    assert set(chosen.rows["learning_rate"]) == {0.01}
+    assert len(chosen.rows) == 32
+    assert [v.code for v in chosen.verdicts] == ["best_settings"]
+    assert {e["reason"] for e in chosen.excluded} == {"a better setting was tried at this size and token count"}
+
+
+def test_settings_that_follow_the_size_are_not_compared() -> None:
+    table = surface(N, D).assign(learning_rate=1 / np.sqrt(N))
+    assert len(select(table).rows) == 16
+
+
+def test_batch_sizes_of_one_budget_are_compared_though_tokens_round_apart() -> None:
+    one = surface(N, D).assign(batch_tokens=512.0, budget=6 * N * D)
+    two = surface(N, D * 1.001).assign(batch_tokens=1024.0, budget=6 * N * D)
+    two["loss"] *= 1.01
+    assert set(select(pd.concat([one, two])).rows["batch_tokens"]) == {512.0}
+
+
+def test_missing_compute_is_taken_as_six_n_d_and_said() -> None:
+    chosen = select(surface(N, D).drop(columns="C"))
+    assert (chosen.rows["C"] == 6 * N * D).all()
+    assert [v.code for v in chosen.verdicts] == ["compute_assumed"]
+
+
+def test_few_steps_are_cautioned_not_excluded() -> None:
+    chosen = select(surface(N, D).assign(steps=np.where(np.arange(16) < 2, 120, 1000)))
+    assert len(chosen.rows) == 16
+    assert [v.code for v in chosen.verdicts] == ["few_steps"]
+    assert "2 of 16" in chosen.verdicts[0].message
+
+
+def test_the_table_given_is_not_changed() -> None:
+    table = surface(N, D)
+    before = table.copy()
+    fit(table)
+    pd.testing.assert_frame_equal(table, before)

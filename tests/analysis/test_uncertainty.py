@@ -1,0 +1,129 @@
+"""Noise between seeds, and what a sample of documents can tell apart."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import load_runs, paired_errors, seed_noise
+from analysis.uncertainty import Noise, clustered_loss, interval, judge_noise, paired_difference
+from tests.analysis.synthetic import LAW, Run, grid, surface
+
+
+def table(noise: float = 0.01, groups: int = 400, seeds: int = 3) -> pd.DataFrame:
+    N = np.repeat(np.geomspace(1e4, 1e6, groups), seeds)
+    return surface(N, 1e6, noise=noise).assign(seed=np.tile(np.arange(seeds), groups))
+
+
+def test_seed_noise_is_the_pooled_sd_of_log_loss() -> None:
+    found = seed_noise(table(), "loss")
+    assert found is not None
+    assert found.sd == pytest.approx(0.01, rel=0.05)
+    assert (found.freedom, found.groups, found.source) == (800, 400, "seeds")
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_replicates() -> None:
+    runs = table(groups=1, seeds=2).assign(learning_rate=[0.01, 0.02])
+    assert seed_noise(runs, "loss") is None
+
+
+def test_repeats_without_another_seed_are_no_replicates() -> None:
+    assert seed_noise(table(groups=2, seeds=2).assign(seed=0), "loss") is None
+
+
+def test_excluded_runs_do_not_count() -> None:
+    runs = table(groups=2, seeds=2).assign(excluded=[None, "quarantined: odd", None, None])
+    found = seed_noise(runs, "loss")
+    assert found is not None
+    assert found.groups == 1
+
+
+def test_seed_noise_of_a_real_store(good_store) -> None:
+    found = seed_noise(load_runs("demo", good_store))
+    assert found is not None
+    assert (found.groups, found.freedom) == (10, 20)
+    assert found.sd == pytest.approx(0.003, rel=0.4)
+
+
+def test_few_degrees_of_freedom_make_heavy_tails() -> None:
+    generator = np.random.default_rng(0)
+    few = Noise(sd=1.0, freedom=3, source="seeds").draw(generator, 20000)
+    many = Noise(sd=1.0, freedom=300, source="seeds").draw(generator, 20000)
+    given = Noise(sd=1.0, freedom=np.inf, source="given").draw(generator, 5)
+    assert np.quantile(few, 0.975) == pytest.approx(np.sqrt(3 / 0.215795), rel=0.05)  # chi-square, 2.5 %, 3 degrees
+    assert np.std(many) < 0.06
+    assert given.tolist() == [1.0] * 5
+
+
+def test_residuals_replace_seeds_only_where_they_are_clearly_larger() -> None:
+    seeds = Noise(sd=0.01, freedom=20, source="seeds", groups=10)
+    assert judge_noise(seeds, 0.005, 10) == (seeds, [])
+    assert judge_noise(seeds, 0.012, 10) == (seeds, [])
+    noise, (verdict,) = judge_noise(seeds, 0.05, 10)
+    assert (noise.source, noise.sd, verdict.code) == ("residuals", 0.05, "residuals_exceed_noise")
+    assert judge_noise(None, 0.02, 5)[1][0].code == "noise_from_residuals"
+    assert judge_noise(None, np.nan, 0)[1][0].code == "noise_unknown"
+
+
+def test_interval_leaves_out_nan_and_keeps_infinity() -> None:
+    draws = np.concatenate([np.linspace(0, 1, 1001), [np.nan] * 50])
+    assert interval(draws) == pytest.approx((0.025, 0.975))
+    assert interval(np.where(draws > 0.9, np.inf, draws))[1] == np.inf
+    assert np.isnan(interval(np.array([np.nan]))).all()
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+def documents(generator: np.random.Generator, count: int = 60) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, loss sums of two models) with hardness shared by both models."""
+    tokens = generator.integers(50, 5000, count)
+    hardness = generator.normal(2.0, 0.3, count)
+    one, two = (tokens * (hardness + generator.normal(shift, 0.02, count)) for shift in (0.05, 0.0))
+    return tokens, one, two
+
+
+def test_clustered_errors_are_those_of_repeated_sampling() -> None:
+    generator = np.random.default_rng(0)
+    levels, differences = [], []
+    for _ in range(1500):
+        tokens, one, two = documents(generator)
+        levels.append(clustered_loss(one, tokens))
+        differences.append(paired_difference((one, tokens), (two, tokens)))
+    for found in (levels, differences):
+        spread = np.std([f.value for f in found])
+        assert np.mean([f.error for f in found]) == pytest.approx(spread, rel=0.1)
+    assert np.mean([d.error for d in differences]) < 0.15 * np.mean([one.error for one in levels])
+    assert np.mean([d.value for d in differences]) == pytest.approx(0.05, abs=0.002)
+
+
+def test_loss_is_the_ratio_of_sums_and_empty_documents_do_not_matter() -> None:
+    whole = clustered_loss([6.0, 1.0], [2, 1])
+    assert whole.value == pytest.approx(7 / 3)
+    assert clustered_loss([6.0, 1.0, 0.0], [2, 1, 0]) == whole
+
+
+def test_different_documents_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_difference((np.ones(3), np.ones(3)), (np.ones(4), np.ones(4)))
+
+
+def test_paired_errors_of_a_study(good_store) -> None:
+    found = paired_errors("demo", good_store)
+    assert len(found) == 4 * 4  # four budgets, four pairs of neighbours
+    assert (found["N_small"] < found["N_large"]).all()
+    assert (found["paired_error"] < found["level_error"]).all()
+    assert (found["documents"] == 40).all()
+    runs = load_runs("demo", good_store).set_index("cell")["val_loss_final"]
+    first = found.iloc[0]
+    small, large = runs[first["cell_small"]], runs[first["cell_large"]]
+    assert first["difference"] == pytest.approx(100 * (small - large) / small, rel=1e-6)
+
+
+def test_study_without_budgets_has_no_pairs(study) -> None:
+    assert paired_errors("demo", study([Run(width=w, tokens=51200) for w in (16, 32)])).empty
+
+
+def test_sizes_without_a_common_seed_are_not_paired(study) -> None:
+    runs = grid(budgets=(1.2e11,), sizes=2)
+    other = Run(width=runs[1].width, budget=runs[1].budget, seed=5)
+    assert paired_errors("demo", study([runs[0], other], law=LAW)).empty
