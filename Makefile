@@ -19,7 +19,7 @@ check: .venv/dev
 	$(BIN)/mypy
 
 notebooks: .venv/dev
-	$(BIN)/python notebooks/execute.py --write
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 bench: .venv/dev
 	$(BIN)/python tests/benchmarks/run.py

@@ -60,7 +60,8 @@ def plan(
     if as_json:
         print(json.dumps({"study": planned.study.name, "cells": rows, "totals": totals, "warnings": planned.warnings}))
         return
-    from cluster.display import cell_table, console, flops
+    from cluster.display import cell_table, console
+    from sweeps.units import flops
 
     console.print(cell_table(rows, title=planned.study.name))
     console.print(
@@ -373,7 +374,8 @@ def _warn(warnings: tuple[str, ...]) -> None:
 
 
 def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
-    from cluster.display import console, duration
+    from cluster.display import console
+    from sweeps.units import duration
 
     study = planned.study.name
     if tally.skipped == len(planned.cells):

@@ -19,19 +19,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from analysis.backtest import Forecast
 from analysis.laws import chinchilla
 from analysis.verdicts import Fit
+from sweeps.units import flops, human
 
 # Viridis without its palest end, which is hard to see on white.
 COLOURS = ListedColormap(colormaps["viridis"](np.linspace(0.0, 0.88, 256)))
 INK, GREY, BAND, ORANGE = "#222222", "#767676", "#3b6fb6", "#c4500a"
 WIDTH = 7.2
-
-
-def human(number: float) -> str:
-    """A count in three digits at most: 21500 is "21.5k"."""
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.9995 * factor:
-            return f"{number / factor:.3g}{unit}"
-    return f"{number:.3g}"
 
 
 def loss_curves(curves: pd.DataFrame, runs: pd.DataFrame, against: Literal["tokens", "flops"] = "tokens") -> Figure:
@@ -265,12 +258,6 @@ def _ticks(axes: Axes, which: Literal["x", "y"], name: Callable[[float], str]) -
     axis.set_major_formatter(FuncFormatter(lambda v, _: name(v)))
     axis.set_minor_locator(NullLocator())
     (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-
-
-def flops(value: float) -> str:
-    """1.2e+11 as 1.2e11."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _closed(bounds: tuple[float, float], instead: tuple[float, float]) -> tuple[float, float]:

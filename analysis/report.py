@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from analysis import plots
 from analysis.backtest import Forecast, forecast_dearest
 from analysis.fitting import fit
-from analysis.plots import flops, human
 from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
 from analysis.uncertainty import Noise, paired_errors, seed_noise
 from analysis.verdicts import Estimate, Fit, Interval, Verdict, plural
 from sweeps.store import Store, open_store, read_plan, timestamp, write_bytes
+from sweeps.units import flops, human
 
 DASH = "–"
 MAX_CELLS = 1000

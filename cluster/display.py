@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from cluster.mirror import human
+from sweeps.units import duration, flops, human
 
 _PIPE_COLUMNS = 160
 
@@ -26,17 +26,6 @@ _errors = _make_console(stderr=True)
 _COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "quarantined": "yellow"}
 _SHOWN = 200
 """Rows of a table on a terminal; --json prints all."""
-
-
-def flops(number: float) -> str:
-    return f"{number:.3g}".replace("e+", "e")
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1m 15s."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s" if minutes else f"{rest}s"
 
 
 def cell_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
@@ -190,5 +179,7 @@ def _number(value: float) -> str:
 
 
 def _range(interval: Any) -> str:
-    low, high = interval
-    return "-" if low != low and high != high else f"{_number(low)} .. {_number(high)}"
+    low, high = (_number(bound) for bound in interval)
+    if "-" in (low, high):
+        return "-" if low == high else f"above {low}" if high == "-" else f"below {high}"
+    return f"{low} .. {high}"

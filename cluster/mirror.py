@@ -6,7 +6,6 @@ sent again. A batch that is sent twice has the same timestamps and adds nothing,
 """
 
 import json
-import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from sweeps.store import (
     timestamp,
     write_json,
 )
+from sweeps.units import flops, human
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -205,7 +205,7 @@ class Mirror:
         record = read_cell(self.store, cell_id)
         identity, counts, labels = record["identity"], record["counts"], self._labels[cell_id]
         name = f"{identity['family']} N={human(counts['N'])} D={human(identity['tokens'])}"
-        name += f" C={human(labels['budget'], 'e')}" if "budget" in labels else ""
+        name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
         name += f" seed {identity['seed']}" if identity["seed"] else ""
         tags = {"escala.cell": cell_id, "escala.study": self.study, "mlflow.source.name": "escala"}
         experiment_id = self._state["experiment_id"]
@@ -272,14 +272,3 @@ class Mirror:
         if state.get("tracking_uri") != self.tracking_uri:
             state = {"tracking_uri": self.tracking_uri, "experiment_id": None, "cells": {}}
         return state
-
-
-def human(number: float, style: str = "k") -> str:
-    """20,480 -> 20k, 1.5e9 -> 1.5B; style "e": 2.2e+11 -> 2.2e11."""
-    if style == "e":
-        mantissa, _, exponent = f"{number:.1e}".partition("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    if not number:
-        return "0"
-    power = min(int(math.log10(abs(number)) // 3), 4)
-    return f"{number / 1000**power:.3g}{['', 'k', 'M', 'B', 'T'][max(power, 0)]}"

@@ -23,12 +23,6 @@ def drawn(figure: Figure) -> None:
     figure.canvas.draw()
 
 
-def test_human_numbers() -> None:
-    values = [12, 999, 1000, 21500, 999_700, 1.24e8, 7e10, 1.4e12]
-    assert [plots.human(v) for v in values] == ["12", "999", "1k", "21.5k", "1M", "124M", "70B", "1.4T"]
-    assert [plots.flops(v) for v in (1.2e11, 4e11, 1.25e16, 3.333e20)] == ["1.2e11", "4e11", "1.25e16", "3.33e20"]
-
-
 @pytest.mark.parametrize("against", ["tokens", "flops"])
 def test_loss_curves_draw_every_cell(good_store, against) -> None:
     runs, curves = load_runs("demo", good_store), load_curves("demo", good_store)

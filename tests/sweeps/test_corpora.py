@@ -122,12 +122,13 @@ def test_the_choice_of_validation_documents_ignores_their_order() -> None:
 
 
 def test_validation_is_capped_and_each_document_gives_only_its_head(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": text(seed, 1800) * 2}) for seed in range(2400)]
+    lines = [json.dumps({"text": text(seed, 1800) * 3}) for seed in range(1200)]
     (tmp_path / "big.jsonl").write_text("\n".join(lines), encoding="utf-8")
     info = prepare(make_source("jsonl", str(tmp_path / "big.jsonl")), "bytes", tmp_path)
     ends = np.load(tmp_path / "corpora" / info.fingerprint / "validation_ends.npy")
-    assert 2**20 - 8193 <= info.validation_tokens <= 2**20
-    assert np.diff(ends, prepend=0).max() <= 8193
+    most = splits.VALIDATION_DOCUMENT_BYTES + 1  # the separator
+    assert splits.VALIDATION_BYTES - most <= info.validation_tokens <= splits.VALIDATION_BYTES
+    assert most - 500 <= np.diff(ends, prepend=0).max() <= most  # cut at a line end
     stream(tmp_path, info, "validation").tobytes().replace(b"\xff", b"").decode()  # never cut inside a character
 
 
@@ -412,7 +413,7 @@ def test_the_true_model_of_a_markov_source_attains_its_entropy_rate(drawn) -> No
         assert abs(loss.mean() - info.entropy_rate) < 4 * error
         assert error < 2e-3
     assert info.train_tokens + info.validation_tokens == pytest.approx(12_000_000 * (1 + end), rel=0.001)
-    assert info.validation_tokens <= 2**20
+    assert info.validation_tokens <= splits.VALIDATION_BYTES
 
 
 @pytest.mark.parametrize("size", [2, 3])
