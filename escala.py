@@ -94,7 +94,7 @@ def run(
     if not as_json:
         console.print(f"[bold]{planned.study.name}[/]: {change}.")
         _warn(planned.warnings)
-    with _terminable(), LiveProgress(quiet=as_json) as display:
+    with _terminable(), LiveProgress(quiet=as_json or change.done == len(planned.cells)) as display:
         tally = run_study(
             place,
             planned,

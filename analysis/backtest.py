@@ -102,7 +102,7 @@ def forecast_dearest(
         why = next((v.message for v in path.verdicts if v.severity == "refuse" and v.scope != "budget"), "refused")
         message = f"no best size is predicted without the budget {budget_name(dearest)}: {why}"
         verdicts.append(Verdict("no_forecast", "refuse", "decision", "N", message))
-    if np.isnan(list(surface.params.values())).any():
+    if np.isnan(list(surface.solved.values())).any():
         why = next((v.message for v in surface.verdicts if v.severity == "refuse"), "refused")
         message = f"no losses are predicted without the budget {budget_name(dearest)}: {why}"
         verdicts.append(Verdict("no_forecast", "refuse", "decision", "loss", message))
@@ -140,7 +140,7 @@ def _sizes(whole: Fit, surface: Fit, runs: pd.DataFrame, dearest: float, seed: i
     for N, group in held.groupby("N"):
         D, losses = float(group["D"].mean()), group[whole.loss].astype(float)
         measured = float(np.exp(np.log(losses).mean()))
-        predicted = float(chinchilla(N, D, surface.params))
+        predicted = float(chinchilla(N, D, surface.solved))
         draws = np.log(chinchilla(N, D, surface.draws))
         error = generator.standard_normal(len(draws)) * (sd / np.sqrt(len(group)) if np.isfinite(sd) else 0.0)
         low, high = interval(np.exp(draws + error)) if np.isfinite(sd) else OPEN

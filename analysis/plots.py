@@ -137,7 +137,7 @@ def residuals(fit: Fit, runs: pd.DataFrame) -> Figure:
     figure, axes = _figure(3.6)
     used = runs[runs["cell"].astype(str).isin(fit.provenance["cells"])] if "cell" in runs.columns else runs
     losses = used[fit.loss].astype(float)
-    percent = 100.0 * (losses / chinchilla(used["N"], used["D"], fit.params) - 1.0)
+    percent = 100.0 * (losses / chinchilla(used["N"], used["D"], fit.solved) - 1.0)
     norm = _norm(used["N"])
     sd = fit.noise.get("sd", np.nan)
     axes.axhline(0.0, color=INK, lw=0.8)

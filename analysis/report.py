@@ -278,8 +278,14 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
     if len(own) and own["val_loss"].notna().any():
         for axis, text in (("tokens", "training tokens"), ("flops", "training compute")):
             figure = plots.loss_curves(own, runs, axis)  # type: ignore[arg-type]
-            parts.append(_picture(figure, f"Validation loss during training against {text}; dots are final losses."))
-    if np.isfinite(list(law.params.values())).all():
+            parts.append(
+                _picture(
+                    figure,
+                    f"Validation loss during training against {text}, on a small fixed part of the validation text. "
+                    "Dots are final losses, on all of it, which can be a little harder or easier.",
+                )
+            )
+    if np.isfinite(list(law.solved.values())).all():
         parts.append(
             _picture(
                 plots.residuals(law, runs),

@@ -174,7 +174,7 @@ class Fit:
     budgets: the isoFLOP budgets (empty for other laws).
     excluded: the runs left out, each with its reason. planned, finished: how many cells there were.
     noise: the scale of ln loss between equal runs, and where it comes from.
-    draws: bootstrap samples of the parameters, arrays of shape (resamples,); not in the JSON.
+    draws: bootstrap samples of all parameters, arrays of shape (resamples,), for predictions; not in the JSON.
     """
 
     law: str
@@ -197,6 +197,16 @@ class Fit:
     def refused(self) -> bool:
         """Whether the whole fit is refused: then no number of it stands."""
         return refused(self.verdicts)
+
+    @property
+    def solved(self) -> Mapping[str, float]:
+        """The parameters as solved, for predictions within the runs: those hold where one parameter alone is refused.
+
+        NaN where the whole fit or the law as such is refused.
+        """
+        raw = self.diagnostics.get("params", {})
+        lost = refused(self.verdicts, "decision") or not raw
+        return dict.fromkeys(self.params, NAN) if lost else raw
 
     def settle(self) -> "Fit":
         """The same fit with every refused number taken out."""
@@ -221,7 +231,7 @@ class Fit:
                     for entry in self.decisions.get("targets", [])
                 ]
             },
-            draws={} if self.refused else {k: v for k, v in self.draws.items() if not gone("parameter", k)},
+            draws={} if self.refused else self.draws,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -21,6 +21,6 @@ def test_flops_are_written_as_powers_of_ten(number: float, text: str) -> None:
     assert flops(number) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4s"), (75, "1m 15s"), (59.7, "1m 0s"), (7384, "2h 03m")])
+@pytest.mark.parametrize(("seconds", "text"), [(4.4, "4s"), (75, "1m 15s"), (59.7, "1m 00s"), (7384, "2h 03m")])
 def test_durations_carry_over(seconds: float, text: str) -> None:
     assert duration(seconds) == text
