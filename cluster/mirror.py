@@ -82,22 +82,33 @@ class Mirror:
         for name in ("alembic", "mlflow"):  # set at their import, so after it
             logging.getLogger(name).setLevel(logging.WARNING)
 
-        if self.tracking_uri == self.store.tracking_uri:
-            (self.store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
+        from sqlalchemy.exc import SQLAlchemyError
+
+        embedded = self.tracking_uri == self.store.tracking_uri
+        database = self.store.root / "mlflow" / "mlflow.db"
+        fresh = embedded and not database.exists()
         try:
+            if embedded:
+                (self.store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
             client = MlflowClient(tracking_uri=self.tracking_uri)
             experiment = client.get_experiment_by_name(self.study)
             if experiment is None:
                 artifacts = (self.store.root / "mlflow" / "artifacts").as_uri()
-                embedded = self.tracking_uri == self.store.tracking_uri
                 experiment_id = client.create_experiment(self.study, artifact_location=artifacts if embedded else None)
                 self._describe(client, experiment_id)
             else:
                 experiment_id = experiment.experiment_id
                 if experiment.lifecycle_stage == "deleted":
                     client.restore_experiment(experiment_id)
-        except (MlflowException, OSError) as error:
+        except (MlflowException, SQLAlchemyError, OSError) as error:
             reason = str(error).splitlines()[0][:300]
+            if embedded:
+                if fresh:  # half a database would stop the next run too; nothing is in it yet
+                    database.unlink(missing_ok=True)
+                raise InputError(
+                    f"the MLflow database {database} cannot be written: {reason}. Free space or permissions there, or "
+                    "choose another store; where the file is damaged, delete it: it is rebuilt from the store's files."
+                ) from None
             raise InputError(
                 f"MLflow is not reachable at {self.tracking_uri}: {reason}. Start the server, correct --tracking-uri "
                 "(or MLFLOW_TRACKING_URI), or leave it out to use the database in the store."

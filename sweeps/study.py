@@ -14,7 +14,8 @@ from pydantic import (
     model_validator,
 )
 
-from sweeps.errors import nearest, plain_fault
+from sweeps.errors import InputError, nearest, plain_fault
+from sweeps.families import find_family, resolve_options
 from sweeps.rules import Count, Number, Positive, PowerRule, Rule, Whole, rule_or_number
 
 
@@ -235,6 +236,7 @@ Variation = Annotated[
     Discriminator(_variation_form),
 ]
 
+_FAMILY_FILE = re.compile(r".+\.py:\w+")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -284,6 +286,20 @@ class Study(Declared):
         if value == {}:
             raise ValueError("name at least one family")
         return {name: options or {} for name, options in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("families", mode="after")
+    @classmethod
+    def _known_families(cls, value: dict[str, Any]) -> dict[str, Any]:
+        faults = []
+        for name, options in value.items():
+            try:
+                if not _FAMILY_FILE.fullmatch(name):  # a file of the user's own is looked at when the study is planned
+                    resolve_options(find_family(name), options)
+            except InputError as error:
+                faults.append(str(error))
+        if faults:
+            raise ValueError(" ".join(faults))
+        return value
 
     @field_validator("seeds", mode="before")
     @classmethod

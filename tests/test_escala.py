@@ -170,6 +170,24 @@ def test_servers_that_do_not_answer_are_named_before_anything_trains(escala: Esc
     assert not (escala.folder / "s" / "studies" / "tiny" / "driver.json").exists()
 
 
+def test_a_database_that_cannot_be_written_is_named_and_left_as_it_was(escala: Escala) -> None:
+    study, database = escala.study(TINY), escala.folder / "s" / "mlflow" / "mlflow.db"
+    escala("plan", study, "--store", "s")
+    database.parent.mkdir()
+    database.write_text("no database")
+    message = error(escala, "run", study, "--store", "s")
+    assert "cannot be written" in message
+    assert "file is not a database" in message
+    assert database.read_text() == "no database"
+
+
+def test_all_faults_of_a_study_come_at_once(escala: Escala) -> None:
+    text = TINY.replace("context: 32", "context: long").replace("[llama]", "[lama, granit]").replace("seeds", "seedz")
+    message = error(escala, "plan", escala.study(text), "--store", "s")
+    for words in ("3 faults", "context: found 'long'", 'mean "llama"', 'mean "granite"', 'mean "seeds"'):
+        assert words in message
+
+
 def test_a_table_of_runs_is_fitted_without_a_store(escala: Escala) -> None:
     lines = ["params,tokens,loss"]
     for n in (5e7, 2e8, 8e8, 3.2e9):
