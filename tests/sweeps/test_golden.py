@@ -19,12 +19,14 @@ from sweeps.training import train
 
 WORDS = ("the law of large models is a line on paper until someone pays for the tokens that bend it").split()  # noqa: SIM905
 
+# The corpus that the values hold for. It is part of every cell's identity, so another split needs no new version.
+FINGERPRINT = "8756076be1090d1b"
 # NUMERICS_VERSION -> family -> (training loss after 12 steps, final validation loss)
 GOLDEN = {
     1: {
-        "gpt2": (4.026494026184082, 4.069443388105328),
-        "llama": (4.2114858627319336, 4.207877998810206),
-        "mixtral": (4.4640116691589355, 4.451781796096866),
+        "gpt2": (4.030627727508545, 4.009329186480036),
+        "llama": (4.174819469451904, 4.17586291313407),
+        "mixtral": (4.415628910064697, 4.424085876628344),
     }
 }
 
@@ -37,6 +39,7 @@ def test_losses_do_not_move_without_a_new_numerics_version(family: str, tmp_path
     root = tmp_path / "store"
     source = make_source("folder", str(tmp_path), {"glob": "*.txt"})
     corpus = open_corpus(root, prepare(source, "bytes", root).fingerprint)
+    assert corpus.info.fingerprint == FINGERPRINT, "another corpus: record its losses, the version stays"
     cell = Cell(
         family=family,
         family_version="1",
