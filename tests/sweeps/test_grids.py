@@ -298,13 +298,12 @@ def test_sizes_off_the_lattice_are_refused() -> None:
         assert "leave the lattice" in faults(study(ISOFLOP | {"optimum": optimum}))
 
 
-def test_all_faults_come_at_once_unknown_families_with_a_hint() -> None:
+def test_all_faults_of_a_plan_come_at_once() -> None:
     text = faults(
-        points({"size": 2e4, "tokens": 300}, {"size": 2e4, "tokens": 64_000}, families=["lama", "llama", "gpt"])
+        points({"size": 2e4, "tokens": 300}, {"size": 2e4, "tokens": 64_000}, families=["mine.py:family", "llama"])
     )
     assert text.startswith("the study cannot be planned:\n")
-    assert 'no family "lama" (did you mean "llama"?)' in text
-    assert 'no family "gpt"' in text
+    assert 'family "mine.py:family" runs code from a file' in text
     assert "less than one batch" in text
     many = points(*({"size": 2e4, "tokens": tokens} for tokens in range(1, 13)))
     assert faults(many).endswith("and 2 more")
