@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting import fit
-from analysis.laws import chinchilla
+from analysis.laws import find_law
 from analysis.uncertainty import interval
 from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Fit, Interval, Verdict, budget_name, clean
 
@@ -140,8 +140,9 @@ def _sizes(whole: Fit, surface: Fit, runs: pd.DataFrame, dearest: float, seed: i
     for N, group in held.groupby("N"):
         D, losses = float(group["D"].mean()), group[whole.loss].astype(float)
         measured = float(np.exp(np.log(losses).mean()))
-        predicted = float(chinchilla(N, D, surface.solved))
-        draws = np.log(chinchilla(N, D, surface.draws))
+        form = find_law(surface.law)
+        predicted = float(form({"N": N, "D": D}, surface.solved))
+        draws = form.log_response({"N": N, "D": D}, surface.draws)
         error = generator.standard_normal(len(draws)) * (sd / np.sqrt(len(group)) if np.isfinite(sd) else 0.0)
         low, high = interval(np.exp(draws + error)) if np.isfinite(sd) else OPEN
         result.append(

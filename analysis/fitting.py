@@ -1,41 +1,31 @@
-"""Fits. `fit` is the public function; the Chinchilla fit stands below it, the isoFLOP fit in its own file.
+"""Fits. `fit` is the public function; what every law shares stands below it, the isoFLOP fit in its own file.
 
-A fit is four steps: choose the runs (`selection`), measure the noise, solve, and judge what the numbers can bear.
-Refusals come back as verdicts, not as exceptions.
+A fit is five steps: choose the runs (`selection`), measure the noise, solve (`solver`), resample, and judge what the
+numbers can bear (`judging`, `decisions`). Refusals come back as verdicts, not as exceptions.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
+from analysis import judging
+from analysis.decisions import decide, undecided
 from analysis.isoflop import fit_isoflop
-from analysis.laws import CHINCHILLA, Counter, optimum, smooth_counter
-from analysis.selection import Selection, provenance, select
-from analysis.solver import Problem, descend, solve
+from analysis.laws import LAWS, Law, find_law
+from analysis.selection import Selection, drop_rows, provenance, select
+from analysis.solver import OBJECTIVES, Objective, Problem, Robust, Solution, descend, make_problem, solve
 from analysis.uncertainty import Noise, interval, judge_noise
-from analysis.verdicts import (
-    NAN,
-    NOTHING,
-    OPEN,
-    Estimate,
-    Fit,
-    Interval,
-    Verdict,
-    budget_name,
-    extrapolation,
-    narrow_span,
-)
+from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span
 from sweeps.errors import InputError, nearest
 
-LAWS = ("chinchilla", "isoflop")
-MIN_RUNS = 8
-BATCH = 1_000_000
-"""Losses that one batch of the bootstrap solves for at once."""
-PATH_SPREAD = 0.2
-"""Runs within about 20 % of one line in (ln N, ln D) cannot tell the two terms apart."""
+Resample = Literal["auto", "noise", "rows", "delta"]
+MANY_ROWS = 20
+"""From so many rows on, and without seed noise, the rows themselves are resampled (`laws.md` 10.5 in the field)."""
+CREASE = 1e-9
+"""Threshold of least absolute deviations, which the solver reaches as a limit of Huber's."""
 
 
 def fit(
@@ -44,90 +34,131 @@ def fit(
     *,
     loss: str | None = None,
     targets: Sequence[float] = (),
+    loss_targets: Sequence[float] = (),
     noise: float | None = None,
+    objective: Objective = "huber",
     threshold: float | None = None,
+    raw: bool = False,
+    fixed: Mapping[str, float] | None = None,
+    drop_worst: int = 0,
+    resample: Resample = "auto",
+    cluster: str | None = None,
     resamples: int | None = None,
+    level: float = 0.95,
     seed: int = 0,
 ) -> Fit:
-    """Fit a law to a table of runs: `load_runs`, `read_table`, or any frame with N, D and a loss.
+    """Fit a law to a table of runs: `load_runs`, `read_table`, or any frame with the law's variables and a response.
 
-    law: "chinchilla", E + A / N^alpha + B / D^beta over all runs; "isoflop", N*(C) and D*(C) through the minima of
-        the compute budgets.
-    loss: the column to fit, by default `val_loss_final`, else `loss` (nats per token).
-    targets: compute, in FLOPs, at which the best N and D are wanted.
+    law: a name of `analysis.laws.LAWS`, bnsl:<breaks>, or "isoflop": N*(C) and D*(C) through the minima of budgets.
+    loss: the column to fit, by default `val_loss_final`, else the law's response (a loss in nats per token).
+    targets: compute, in FLOPs, at which the best N and D are wanted. loss_targets: losses whose least compute is.
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.
-    threshold: of the Huber loss of the Chinchilla fit, in ln loss; by default 1.5 times the noise. 1e-3 is Hoffmann's.
-    resamples: of the parametric bootstrap (by default 2000 for isoflop, 1000 for chinchilla). seed: of its draws.
+    objective: of the residuals of ln loss: huber, lad (least absolute deviations), l2, student (4 degrees of freedom).
+    threshold: Huber's, and the scale of Student's t, in ln loss; by default 1.5 times the noise, measured between
+        seeds, else robustly from the residuals. 1e-3 is Hoffmann's, which at .5 % noise is nearly lad.
+    raw: residuals of the response itself in place of its logarithm.
+    fixed: parameters held at a value. drop_worst: leave out so many of the worst-fitting runs (a verdict says so).
+    resample: where intervals come from. noise: a parametric bootstrap with the seeds' noise, or the residuals' scale;
+        rows: rows drawn with replacement, or whole groups of equal `cluster` (a trunk, a configuration); delta: a
+        normal approximation with sandwich covariance. auto: noise where it was measured or rows are few, else rows.
+    resamples: by default 2000 for isoflop, 1000 otherwise. level: of the intervals. seed: of the draws.
 
     Returns a Fit; a fit that the runs do not support comes back refused, with verdicts that say why. Raises
-    InputError for an unknown law, a missing column or a number that makes no sense.
+    InputError for an unknown law or option, a missing column or a number that makes no sense.
     """
-    if law not in LAWS:
-        raise InputError(f"unknown law {law!r}{nearest(law, LAWS)}. Known laws: {', '.join(LAWS)}.")
-    for name, value in (("noise", noise), ("threshold", threshold), *(("a target", t) for t in targets)):
+    _check_choice("objective", objective, OBJECTIVES)
+    _check_choice("resample", resample, get_args(Resample))
+    numbers = {"noise": noise, "threshold": threshold, "resamples": resamples}
+    for name, value in (*numbers.items(), *(("a target", t) for t in (*targets, *loss_targets))):
         if value is not None and not 0 < value < np.inf:
             raise InputError(f"{name} is {value!r}; it must be a positive number.")
-    selection = select(runs, loss)
-    if noise is not None:
-        given = Noise(sd=noise, freedom=np.inf, source="given")
-        selection = replace(selection, noise=given)
+    if not 0.5 <= level < 1:
+        raise InputError(f"level is {level!r}; it must be from 0.5 to below 1, such as 0.95.")
     if law == "isoflop":
+        selection = _with_noise(select(runs, loss), noise)
         return fit_isoflop(selection, targets=targets, resamples=resamples or 2000, seed=seed)
-    return fit_chinchilla(selection, targets=targets, threshold=threshold, resamples=resamples or 1000, seed=seed)
+    if law not in LAWS and not law.startswith("bnsl:"):
+        raise InputError(f"unknown law {law!r}{nearest(law, (*LAWS, 'isoflop'))}. Known laws: {', '.join(LAWS)}, "
+                         "bnsl:<breaks>, isoflop.")  # fmt: skip
+    form = find_law(law)
+    for name in fixed or {}:
+        if name not in form.names:
+            raise InputError(f"{law} has no parameter {name!r}{nearest(name, form.names)}: {', '.join(form.names)}.")
+    selection = _with_noise(select(runs, loss, form.variables, form.response, cluster), noise)
+    settings = Settings(
+        objective=objective,
+        threshold=threshold,
+        raw=raw,
+        fixed=dict(fixed or {}),
+        resample=resample,
+        cluster=cluster,
+        resamples=resamples or 1000,
+        level=level,
+        seed=seed,
+    )
+    if drop_worst:
+        selection = _without_worst(form, selection, settings, drop_worst)
+    return fit_law(form, selection, settings, targets=targets, loss_targets=loss_targets)
 
 
-def fit_chinchilla(
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a law is fitted; `fit` describes the fields."""
+
+    objective: Objective = "huber"
+    threshold: float | None = None
+    raw: bool = False
+    fixed: Mapping[str, float]
+    resample: Resample = "auto"
+    cluster: str | None = None
+    resamples: int = 1000
+    level: float = 0.95
+    seed: int = 0
+
+
+def fit_law(
+    form: Law,
     selection: Selection,
+    settings: Settings,
     *,
     targets: Sequence[float] = (),
-    threshold: float | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
+    loss_targets: Sequence[float] = (),
 ) -> Fit:
-    """Fit the Chinchilla law to selected runs.
-
-    params: E (nats), A, B, alpha, beta. decisions: N_exponent and D_exponent of the compute-optimal path over the
-    compute that the runs span, under their own FLOP counter; the same under 6 N D; and N, D, loss at each target.
-    """
+    """Fit a law to selected runs. Decisions are those of laws of N and D; see `decisions`."""
     rows = selection.rows
-    N, D, C = (rows[c].to_numpy(dtype=float) for c in ("N", "D", "C"))
-    log_loss = np.log(rows["loss"].to_numpy(dtype=float))
-    verdicts = [*selection.verdicts, *_design_verdicts(N, D)]
+    verdicts = [*selection.verdicts, *judging.design(form, rows, len(settings.fixed))]
     if any(v.severity == "refuse" and v.scope == "fit" for v in verdicts):
-        return _refused(selection, verdicts, targets)
+        return _refused(form, selection, verdicts, targets, loss_targets)
+    problem = problem_of(form, rows, settings)
 
-    # 1. a robust pilot tells the scale of the residuals; with the seeds' noise it sets the Huber threshold
-    problem = Problem.of(N, D, log_loss)
-    pilot = solve(problem, 1e-3)
-    spread = _residual_sd(problem, pilot.theta)
-    # A median-based scale is worth 37 % of the points that a root mean square would be.
-    freedom = 0.37 * (len(rows) - len(CHINCHILLA))
-    noise, said = judge_noise(selection.noise, spread, freedom)
-    verdicts += [*said, *narrow_span(C)]
-    delta = threshold or max(1.5 * noise.sd, 1e-6)
+    # 1. the noise sets the threshold, and the threshold what counts as an outlier
+    free = len(form.names) - len(settings.fixed)
+    best, spread = _calibrate(problem, settings, selection.noise, free)
+    freedom = max(0.9 * (problem.rows - free), 0.0)
+    noise, said = judge_noise(selection.noise if not settings.raw else None, spread, freedom)
+    verdicts += said
+    robust = _robust(settings, noise if np.isfinite(noise.sd) else Noise(sd=1e-3, freedom=0, source="unknown"))
+    best = solve(problem, robust)
 
-    # 2. the fit, and the parametric bootstrap around it
-    best = solve(problem, delta)
-    params = problem.params(best.theta)
-    generator = np.random.default_rng(seed)
-    errors = _errors(problem, best.theta, noise, generator, resamples)
-    copies = problem.predict(best.theta) + errors
-    parts = np.array_split(copies, max(1, copies.size // BATCH))  # in parts, so that memory stays small
-    thetas = np.concatenate([descend(problem, p, delta, np.tile(best.theta, (len(p), 1)))[0] for p in parts])
-    draws = problem.params(thetas)
-    intervals = {k: interval(v) for k, v in draws.items()}
+    # 2. draws of the parameters
+    way = _way(settings, selection.noise, problem.rows)
+    thetas = resample_thetas(problem, robust, best.theta, noise, rows, settings, way)
+    draws = problem.params(thetas) if len(thetas) else {}
+    intervals = {k: interval(draws[k], settings.level) if draws else OPEN for k in form.names}
 
     # 3. what the parameters and the decisions can bear
-    intervals, said = _parameter_verdicts(problem, best.theta, intervals, draws)
+    verdicts += narrow_span(rows["C"].to_numpy(dtype=float)) if "C" in rows.columns else []
+    said, notes = judging.judge(problem, robust, best, thetas, rows)
     verdicts += said
-    counter = smooth_counter(N, C / D)
-    decisions, said = _decisions(params, draws, counter, C, targets)
+    params = {k: float(v) for k, v in problem.params(best.theta).items()}
+    decisions, said = decide(form, params, draws, rows, targets, loss_targets, settings.level)
     verdicts += said
-    misses = log_loss - problem.predict(best.theta)
+    misses = problem.predict(best.theta) - problem.target
+    worst = int(np.abs(misses).argmax())
     return Fit(
-        law="chinchilla",
+        law=form.name,
         loss=selection.loss,
-        params={k: float(v) for k, v in params.items()},
+        params=params,
         intervals=intervals,
         verdicts=tuple(verdicts),
         n_runs=len(rows),
@@ -136,165 +167,206 @@ def fit_chinchilla(
         excluded=selection.excluded,
         noise=noise.to_json() | {"residual_sd": spread, "residual_freedom": freedom},
         decisions=decisions,
-        provenance=provenance(selection, threshold=delta, resamples=resamples, seed=seed, scale="ln loss"),
+        provenance=provenance(
+            selection,
+            objective=settings.objective,
+            threshold=robust.delta,
+            resample=way,
+            resamples=len(thetas),
+            cluster=settings.cluster,
+            fixed=dict(settings.fixed),
+            level=settings.level,
+            seed=settings.seed,
+            scale="response" if settings.raw else f"ln {form.response}",
+        ),
         diagnostics={
-            "params": {k: float(v) for k, v in params.items()},
+            "params": params,
             "objective": best.objective,
-            "threshold": delta,
+            "threshold": robust.delta,
             "starts": best.starts,
-            "starts_near_best": best.near_best,
-            "largest_miss": {"cell": str(rows["cell"][int(np.abs(misses).argmax())]), "ln_loss": _largest(misses)},
+            "starts_agreeing": best.agreeing,
+            "largest_miss": {"cell": str(rows["cell"].iloc[worst]), "ln_loss": float(-misses[worst])},
+            **notes,
         },
         draws=draws,
+        level=settings.level,
     ).settle()
 
 
-def _residual_sd(problem: Problem, theta: np.ndarray) -> float:
-    """Scale of the residuals from their median size, with the freedom that five parameters take."""
-    misses = np.abs(problem.log_loss - problem.predict(theta))
-    count = len(misses)
-    return float(1.4826 * np.median(misses) * np.sqrt(count / (count - len(CHINCHILLA))))
+def problem_of(form: Law, rows: pd.DataFrame, settings: Settings, *, centred: bool = True) -> Problem:
+    """The solver's problem of a law on selected rows."""
+    variables = {name: rows[name].to_numpy(dtype=float) for name in form.variables}
+    return make_problem(
+        form, variables, rows["y"].to_numpy(dtype=float), raw=settings.raw, fixed=settings.fixed, centred=centred
+    )
 
 
-def _errors(
-    problem: Problem, theta: np.ndarray, noise: Noise, generator: np.random.Generator, count: int
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}{nearest(value, allowed)}; it must be one of {', '.join(allowed)}.")
+
+
+def _with_noise(selection: Selection, noise: float | None) -> Selection:
+    return selection if noise is None else replace(selection, noise=Noise(sd=noise, freedom=np.inf, source="given"))
+
+
+def _without_worst(form: Law, selection: Selection, settings: Settings, count: int) -> Selection:
+    """The selection without the worst-fitting runs of a fit to all of it."""
+    least = len(form.names) + 1
+    if not 0 < count <= len(selection.rows) - least:
+        raise InputError(
+            f"drop_worst is {count}; from {len(selection.rows)} usable runs at most "
+            f"{max(len(selection.rows) - least, 0)} can go."
+        )
+    problem = problem_of(form, selection.rows, settings)
+    best, _ = _calibrate(problem, settings, selection.noise, len(form.names) - len(settings.fixed))
+    misses = np.abs(problem.predict(best.theta) - problem.target)
+    worst = np.argsort(misses)[-count:]
+    message = (
+        f"the {count} worst-fitting of {len(misses)} runs were left out on request: the fit looks better than it is, "
+        "and its intervals do not know of the choice."
+    )
+    verdict = Verdict("outcome_selection", "caution", "fit", None, message, {"dropped": count})
+    return drop_rows(selection, worst, "among the worst-fitting runs (drop_worst)", verdict)
+
+
+# --- noise and threshold -----------------------------------------------------------------------------------------
+
+
+def _calibrate(problem: Problem, settings: Settings, seeds: Noise | None, free: int) -> tuple[Solution, float]:
+    """A first solution, and the scale of its residuals (Huber's proposal 2: threshold and scale found together)."""
+    best = solve(problem, Robust("l2", 1.0))
+    freedom = max(problem.rows - free, 1)
+    misses = problem.predict(best.theta) - problem.target
+    scale = float(np.sqrt(np.square(misses).sum() / freedom))
+    # With few rows per parameter nothing can be called an outlier; and a scale of nothing has no threshold.
+    for _ in range(6 if problem.rows >= 3 * free else 0):
+        if scale < 1e-12:
+            break
+        robust = Robust("huber", 1.5 * scale)
+        theta, _ = descend(problem, robust, best.theta[None])
+        misses = problem.predict(theta[0]) - problem.target
+        # the mean of min(z, 1.5)^2 over a standard normal is .7784
+        new = float(np.sqrt(np.square(np.clip(misses, -1.5 * scale, 1.5 * scale)).sum() / (0.7784 * freedom)))
+        best = Solution(theta[0], best.objective, best.ends)
+        done, scale = abs(new - scale) < 0.01 * scale, new
+        if done:
+            break
+    return best, scale
+
+
+def _robust(settings: Settings, noise: Noise) -> Robust:
+    if settings.objective == "lad":
+        return Robust("lad", CREASE)
+    if settings.objective == "student":
+        return Robust("student", settings.threshold or max(noise.sd, 1e-6))
+    return Robust(settings.objective, settings.threshold or max(1.5 * noise.sd, 1e-6))
+
+
+# --- resamples ---------------------------------------------------------------------------------------------------
+
+
+def _way(settings: Settings, seeds: Noise | None, rows: int) -> Resample:
+    if settings.resample != "auto":
+        return settings.resample
+    return "rows" if settings.cluster or (seeds is None and rows >= MANY_ROWS) else "noise"
+
+
+def resample_thetas(
+    problem: Problem,
+    robust: Robust,
+    best: np.ndarray,
+    noise: Noise,
+    rows: pd.DataFrame,
+    settings: Settings,
+    way: Resample,
 ) -> np.ndarray:
-    """Noise for the bootstrap copies, (count, n): Gaussian where its scale was measured or given.
+    """Draws of the solver's coordinates, (resamples, K); none where there is nothing to draw from."""
+    generator, count = np.random.default_rng(settings.seed), settings.resamples
+    free = len(best) - len(settings.fixed)
+    if way == "rows":
+        names = rows[settings.cluster] if settings.cluster else rows["cell"]
+        units, unit = np.unique(names.astype(str).to_numpy(), return_inverse=True)
+        if len(units) <= free + 1:
+            return np.empty((0, len(best)))
+        drawn = generator.multinomial(len(units), np.full(len(units), 1.0 / len(units)), size=count)
+        thetas = _many(problem, robust, best, count, weights=lambda part: drawn[part][:, unit].astype(float))
+        # drawing from n residuals that lost `free` degrees of freedom to the fit understates their spread
+        return np.asarray(best + np.sqrt(len(units) / (len(units) - free)) * (thetas - best))
+    if not np.isfinite(noise.sd) or noise.freedom <= 0:
+        return np.empty((0, len(best)))
+    scales = noise.draw(generator, count)
+    if way == "delta":
+        root = _covariance_root(problem, robust, best, noise.sd)
+        steps = generator.standard_normal((count, root.shape[1])) @ root.T
+        return np.asarray(np.clip(best + steps * (scales / noise.sd)[:, None], problem.lower, problem.upper))
+    center = problem.predict(best)
+    errors = generator.standard_normal((count, problem.rows))
+    return _many(problem, robust, best, count, targets=lambda part: center + errors[part] * scales[part][:, None])
 
-    Noise that was read off the residuals keeps their shape instead, since real ones have heavy tails and grow with
-    the loss: a wild bootstrap, every point's own residual, enlarged by its leverage as in HC3, with a random sign
-    (Feng, He & Hu 2011, who show that robust fits need signs rather than Gaussian factors).
+
+def _many(
+    problem: Problem, robust: Robust, best: np.ndarray, count: int, *, weights: Any = None, targets: Any = None
+) -> np.ndarray:
+    """Refits from the best point, in parts, so that what is drawn for them stays small."""
+    size = max(64, 4_000_000 // problem.rows)
+    parts = [slice(i, min(i + size, count)) for i in range(0, count, size)]
+    ends = [
+        descend(
+            problem,
+            robust,
+            np.tile(best, (part.stop - part.start, 1)),
+            weights=weights(part) if weights else None,
+            targets=targets(part) if targets else None,
+        )[0]
+        for part in parts
+    ]
+    return np.concatenate(ends)
+
+
+def _covariance_root(problem: Problem, robust: Robust, theta: np.ndarray, sd: float) -> np.ndarray:
+    """A root of the covariance of theta: sd^2 (J'J)^-1 with the efficiency that the robust loss gives up (Huber 1981).
+
+    The sandwich of a robust fit is its least-squares covariance times E psi^2 / (E psi')^2, here at Gaussian residuals
+    of the given scale.
     """
-    shape = (count, len(problem.x))
-    if noise.source != "residuals":
-        return generator.standard_normal(shape) * noise.draw(generator, count)[:, None]
-    predicted, slopes = problem.jacobian(theta)
-    leverage = np.einsum("nk,kn->n", slopes, np.linalg.pinv(slopes))
-    own = (problem.log_loss - predicted) / np.clip(1.0 - leverage, 0.1, 1.0)
-    freedom = len(problem.x) - len(CHINCHILLA)
-    return generator.choice([-1.0, 1.0], shape) * own * np.sqrt(freedom / generator.chisquare(freedom, count))[:, None]
+    _, slopes = problem.jacobian(theta)
+    inner = problem.lower < problem.upper
+    _, values, vt = np.linalg.svd(slopes[inner].T, full_matrices=False)
+    keep = values > 1e-10 * values[0]
+    root = np.zeros((len(theta), int(keep.sum())))
+    z = np.linspace(-8.0, 8.0, 4001)
+    density = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
+    own, _ = robust.weights(z * sd)
+    psi = own * z
+    slope = np.gradient(psi, z)
+    loss = float((psi**2 * density).sum() / max(float((slope * density).sum()), 1e-9) ** 2)
+    if robust.kind == "lad":
+        loss = np.pi / 2.0
+    root[inner] = (vt[keep].T / values[keep]) * sd * np.sqrt(loss)
+    return root
 
 
-def _largest(misses: np.ndarray) -> float:
-    return float(misses[np.abs(misses).argmax()])
-
-
-# --- verdicts and decisions --------------------------------------------------------------------------------------
-
-
-def _design_verdicts(N: np.ndarray, D: np.ndarray) -> list[Verdict]:
-    """What the placement of the runs alone forbids."""
-    if len(N) < MIN_RUNS:
-        message = f"{len(N)} usable runs for five parameters; at least {MIN_RUNS} are needed, better 12."
-        return [Verdict("too_few_runs", "refuse", "fit", None, message)]
-    sizes, tokens = (len(np.unique(np.round(np.log(v), 2))) for v in (N, D))
-    if sizes < 3 or tokens < 3:
-        message = f"{sizes} sizes and {tokens} token counts; the law needs three of each to show its curvature."
-        return [Verdict("too_few_levels", "refuse", "fit", None, message)]
-    across = float(np.sqrt(max(np.linalg.eigvalsh(np.cov(np.log(N), np.log(D)))[0], 0.0)))
-    if across < PATH_SPREAD:
-        message = (
-            "all runs lie along one path in (N, D), so its two terms cannot be told apart. Add runs off that path: "
-            "small models on many tokens, large ones on few."
-        )
-        return [Verdict("one_path", "refuse", "fit", None, message)]
-    return []
-
-
-def _parameter_verdicts(
-    problem: Problem, theta: np.ndarray, intervals: Mapping[str, Interval], draws: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Interval], list[Verdict]]:
-    """Parameters at the edge of what was searched, and a floor that cannot be told from zero."""
-    verdicts: list[Verdict] = []
-    bounded = dict(intervals)
-    near = 1e-6 * (problem.upper - problem.lower)
-    at_edge = (theta <= problem.lower + near) | (theta >= problem.upper - near)
-    for i, names in ((1, ("A", "alpha")), (2, ("B", "beta")), (3, ("alpha", "A")), (4, ("beta", "B"))):
-        if at_edge[i]:
-            message = f"{names[0]} ran into the edge of what was searched: the runs do not determine this term."
-            verdicts += [Verdict("at_bound", "refuse", "parameter", name, message) for name in names]
-    if verdicts:
-        message = "a term of the law is not determined, so the law recommends nothing."
-        verdicts.append(Verdict("at_bound", "refuse", "decision", None, message))
-    least = float(np.exp(problem.log_loss.min()))
-    if at_edge[0] or float((draws["E"] < 0.02 * least).mean()) > 0.025:
-        message = (
-            "E cannot be told from zero: over these runs the loss still falls like a pure power law. Longer or "
-            "larger runs would show the floor."
-        )
-        verdicts.append(Verdict("floor_unseen", "refuse", "parameter", "E", message))
-    for i, name in ((3, "alpha"), (4, "beta")):
-        low, high = intervals[name]
-        open_low, open_high = low <= problem.lower[i] + 1e-9, high >= problem.upper[i] - 1e-9
-        if open_low or open_high:
-            bounded[name] = (NAN if open_low else low, NAN if open_high else high)
-            message = f"the noise leaves {name} open towards {'lower' if open_low else 'higher'} values."
-            verdicts.append(Verdict("open_interval", "caution", "parameter", name, message))
-    return bounded, verdicts
-
-
-def _decisions(
-    params: Mapping[str, Any],
-    draws: Mapping[str, np.ndarray],
-    counter: Counter,
-    C: np.ndarray,
+def _refused(
+    form: Law,
+    selection: Selection,
+    verdicts: list[Verdict],
     targets: Sequence[float],
-) -> tuple[dict[str, Any], list[Verdict]]:
-    """What the law recommends: exponents of the compute-optimal path, and the optimum at each target."""
-    verdicts: list[Verdict] = []
-    middle = float(np.exp(np.log(C).mean()))
-    span = (min(float(C.min()), middle / np.sqrt(10)), max(float(C.max()), middle * np.sqrt(10)))
-    width = np.log(span[1] / span[0])
-
-    def exponents(law: Mapping[str, Any]) -> tuple[Any, Any]:
-        low, high = (optimum(c, law, counter) for c in span)
-        return np.log(high.N / low.N) / width, np.log(high.D / low.D) / width
-
-    points, copies = exponents(params), exponents(draws)
-    share, shares = (v["beta"] / (v["alpha"] + v["beta"]) for v in (params, draws))
-    decisions: dict[str, Any] = {
-        "N_exponent": Estimate(value=float(points[0]), interval=interval(copies[0])),
-        "D_exponent": Estimate(value=float(points[1]), interval=interval(copies[1])),
-        "N_exponent_6nd": Estimate(value=float(share), interval=interval(shares)),
-        "D_exponent_6nd": Estimate(value=float(1 - share), interval=interval(1 - shares)),
-        "targets": [],
-    }
-    for target in targets:
-        point, copy = optimum(float(target), params, counter), optimum(float(target), draws, counter)
-        entry: dict[str, Any] = {"C": float(target), "extrapolation": float(target) / float(C.max())}
-        for name in ("N", "D", "loss"):
-            entry[name] = Estimate(value=float(getattr(point, name)), interval=interval(getattr(copy, name)))
-        entry["tokens_per_parameter"] = Estimate(value=float(point.D / point.N), interval=interval(copy.D / copy.N))
-        decisions["targets"].append(entry)
-        verdicts += extrapolation(float(target), float(C.max()))
-        lost = float(np.isnan(copy.N).mean())
-        if np.isnan(point.N) or lost > 0.05:
-            severity: Any = "refuse" if np.isnan(point.N) or lost > 0.5 else "caution"
-            message = (
-                f"at {budget_name(target)} FLOPs the law has no interior optimum in {lost:.0%} of its noisy copies."
-            )
-            verdicts.append(Verdict("no_optimum", severity, "decision", budget_name(target), message))
-    return decisions, verdicts
-
-
-def _refused(selection: Selection, verdicts: list[Verdict], targets: Sequence[float]) -> Fit:
-    """A Chinchilla fit without numbers."""
-    noise = selection.noise.to_json() if selection.noise else {}
-    blank = ("N_exponent", "D_exponent", "N_exponent_6nd", "D_exponent_6nd")
-    estimates = ("N", "D", "loss", "tokens_per_parameter")
+    loss_targets: Sequence[float],
+) -> Fit:
+    """A fit without numbers."""
     return Fit(
-        law="chinchilla",
+        law=form.name,
         loss=selection.loss,
-        params=dict.fromkeys(CHINCHILLA, NAN),
-        intervals=dict.fromkeys(CHINCHILLA, OPEN),
+        params=dict.fromkeys(form.names, NAN),
+        intervals=dict.fromkeys(form.names, OPEN),
         verdicts=tuple(verdicts),
         n_runs=len(selection.rows),
         planned=selection.planned,
         finished=selection.finished,
         excluded=selection.excluded,
-        noise=noise,
-        decisions=dict.fromkeys(blank, NOTHING)
-        | {"targets": [{"C": float(t)} | dict.fromkeys(estimates, NOTHING) for t in targets]},
+        noise=selection.noise.to_json() if selection.noise else {},
+        decisions=undecided(form, targets, loss_targets),
         provenance=provenance(selection),
         diagnostics={},
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import fdtrc
 
-from analysis.laws import Counter, interpolated_counter
+from analysis.allocation import Counter, interpolated_counter
 from analysis.selection import Selection, provenance
 from analysis.uncertainty import Noise, interval, judge_noise
 from analysis.verdicts import (

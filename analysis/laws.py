@@ -1,121 +1,368 @@
-"""The laws and what follows from them. Plain functions of arrays; natural logarithms, nats, FLOPs.
+"""The laws: parametric forms as data, each with its variables, parameters, bounds, starts and source.
 
-    chinchilla   L(N, D) = E + A / N^alpha + B / D^beta        Hoffmann et al. 2022 (arXiv 2203.15556), approach 3
-    power law    y(x) = coefficient x^exponent                 N*(C), D*(C) of approach 2
+A law is either a sum of `terms`, coefficient x exp(sum of exponent x feature), which the solver knows how to centre,
+differentiate and start by itself, or a `formula` for the logarithm of the response, which it differentiates by the
+complex step (Squire & Trapp 1998), exact to rounding. Formulas must therefore be analytic in their parameters: no
+abs, no min and max over them (use `smaller`). Natural logarithms, nats, parameters, tokens, FLOPs.
 
-The compute-optimal split minimises numerically under the FLOP counter of the runs themselves. The closed form
-exists only for C = 6 N D, and the two differ by tens of percent in small models, whose head and attention cost much.
+To add a law, add one object and its known answer to the tests.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from sweeps.errors import InputError, nearest
+
 Array = np.ndarray
-Counter = Callable[[Array], Array]
-"""Training FLOPs per token as a function of N."""
-
-CHINCHILLA = ("E", "A", "B", "alpha", "beta")
+Values = Mapping[str, Any]
+"""Variables or parameters by name: numbers or arrays that broadcast."""
 
 
-def chinchilla(N: Any, D: Any, params: Mapping[str, Any]) -> Any:
-    """Loss in nats per token at N parameters and D tokens. Parameters may be arrays that broadcast with N and D."""
-    N, D = np.asarray(N, dtype=float), np.asarray(D, dtype=float)
-    return params["E"] + params["A"] * N ** -params["alpha"] + params["B"] * D ** -params["beta"]
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter that is searched between bounds, from starts; `log` searches its logarithm."""
 
-
-def power_law(x: Any, coefficient: Any, exponent: Any) -> Any:
-    """coefficient x^exponent, computed in logs so that a tiny coefficient does not underflow on the way."""
-    return np.exp(np.log(coefficient) + exponent * np.log(x))
-
-
-def six_n(N: Array) -> Array:
-    """The rule of thumb of 6 N FLOPs per trained token (Kaplan et al. 2020)."""
-    return 6.0 * np.asarray(N, dtype=float)
-
-
-def interpolated_counter(N: Any, flops_per_token: Any) -> Counter:
-    """FLOPs per token read off the runs: ln(FLOPs per token / N) interpolated in ln N, constant beyond the sizes run.
-
-    It goes through every size exactly, which makes it right for reading D off C, and wrong for a search: an optimum
-    sticks to its kinks.
-    """
-    x, inverse = np.unique(np.log(np.asarray(N, dtype=float)), return_inverse=True)
-    ratio = np.log(np.asarray(flops_per_token, dtype=float)) - x[inverse]
-    mean = np.bincount(inverse, ratio) / np.bincount(inverse)
-    return lambda sizes: np.exp(np.log(sizes) + np.interp(np.log(sizes), x, mean))
-
-
-def smooth_counter(N: Any, flops_per_token: Any) -> Counter:
-    """FLOPs per token as a smooth function of N, for the search of an optimum and beyond the sizes run.
-
-    FLOPs per token / N = 6 + c / N^p by least squares, p on a grid: attention, head and tables weigh less and less as
-    a model grows, and the ratio settles at 6. A constant ratio is taken where that fits better (C = k N D). It stays
-    within half and twice the ratios seen.
-    """
-    x = np.log(np.asarray(N, dtype=float))
-    ratios = np.exp(np.log(np.asarray(flops_per_token, dtype=float)) - x)
-    center, constant = float(x.mean()), float(np.exp(np.log(ratios).mean()))
-    best = (float(np.square(constant / ratios - 1.0).sum()), constant, 0.0, 1.0)
-    for p in np.linspace(0.05, 1.5, 30) if best[0] > 1e-18 * len(x) else ():
-        falling, wanted = np.exp(-p * (x - center)) / ratios, 1.0 - 6.0 / ratios
-        c = float(falling @ wanted / (falling @ falling))
-        error = float(np.square(falling * c - wanted).sum())
-        if error < best[0]:
-            best = (error, 6.0, c, float(p))
-    _, level, c, p = best
-    low, high = float(ratios.min()) / 2.0, float(ratios.max()) * 2.0
-
-    def counter(sizes: Array) -> Array:
-        falling = np.exp(-p * np.clip(np.log(sizes) - center, -100.0, 100.0))
-        return np.asarray(np.asarray(sizes) * np.clip(level + c * falling, low, high))
-
-    return counter
+    name: str
+    low: float
+    high: float
+    starts: tuple[float, ...]
+    log: bool = False
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """The compute-optimal model: arrays over whatever the parameters and C broadcast to."""
+class Term:
+    """coefficient x exp(sum over exponents of exponent x feature); a coefficient is positive.
 
-    N: Array
-    D: Array
-    loss: Array
-
-
-def optimum(C: Any, params: Mapping[str, Any], counter: Counter = six_n) -> Optimum:
-    """Minimise the Chinchilla loss over N with D = C / counter(N), by a search that narrows twentyfold per round.
-
-    C and the parameters may be arrays of one shape (bootstrap draws). An optimum outside 1 .. 1e18 parameters comes
-    back as NaN: there the law has no interior minimum to speak of.
+    `features` maps an exponent to its feature, a function of the variables.
     """
-    shape = np.broadcast_shapes(np.shape(C), *(np.shape(v) for v in params.values()))
-    flops = np.broadcast_to(np.asarray(C, dtype=float), shape).ravel()[:, None]
-    law = {k: np.broadcast_to(np.asarray(v, dtype=float), shape).ravel()[:, None] for k, v in params.items()}
-    low, high = np.full((flops.size, 1), 0.0), np.full((flops.size, 1), np.log(1e18))
-    steps = np.linspace(0.0, 1.0, 41)
-    for _ in range(9):
-        grid = low + (high - low) * steps
-        sizes = np.exp(grid)
-        # Compare the two falling terms only: E would cost the digits that tell neighbours apart.
-        losses = chinchilla(sizes, flops / counter(sizes), law | {"E": 0.0})
-        best = np.argmin(np.where(np.isnan(losses), np.inf, losses), axis=1)[:, None]
-        low = np.take_along_axis(grid, np.maximum(best - 1, 0), axis=1)
-        high = np.take_along_axis(grid, np.minimum(best + 1, len(steps) - 1), axis=1)
-    size = np.exp((low + high) / 2)
-    tokens = flops / counter(size)
-    lost = (size < 1.5) | (size > 6e17) | ~np.isfinite(losses.min(axis=1, keepdims=True))
-    N, D = np.where(lost, np.nan, size), np.where(lost, np.nan, tokens)
-    loss = chinchilla(N, D, law)
-    return Optimum(*(a.ravel().reshape(shape) for a in (N, D, loss)))
+
+    coefficient: str
+    features: Mapping[str, Callable[[Values], Array]] = field(default_factory=dict)
 
 
-def closed_form(C: Any, params: Mapping[str, Any]) -> Optimum:
-    """The optimum under C = 6 N D exactly: N = G (C/6)^a, D = (C/6)^b / G (Hoffmann et al. 2022, eq. 4)."""
-    alpha, beta = params["alpha"], params["beta"]
-    a = beta / (alpha + beta)
-    G = (alpha * params["A"] / (beta * params["B"])) ** (1.0 / (alpha + beta))
-    flops = np.asarray(C, dtype=float) / 6.0
-    N, D = G * flops**a, flops ** (1.0 - a) / G
-    return Optimum(N, D, chinchilla(N, D, params))
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """A parametric form y = f(variables; parameters) with y > 0, fitted in ln y.
+
+    parameters: those of the formula; of a law of terms its exponents, since coefficients are bounded and started from
+    the data. published: constants as printed or released, by source; exponents of few digits are not for evaluation.
+    """
+
+    name: str
+    source: str
+    variables: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    terms: tuple[Term, ...] = ()
+    formula: Callable[[Values, Values], Array] | None = None
+    """(parameters, variables) -> ln y."""
+    response: str = "loss"
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters in the order that the solver keeps them."""
+        return (*(term.coefficient for term in self.terms), *(p.name for p in self.parameters))
+
+    def log_response(self, variables: Values, params: Values) -> Array:
+        """ln y; arrays of variables and parameters broadcast with each other."""
+        if self.formula is not None:
+            return self.formula(params, variables)
+        return np.log(sum_of_terms(self.terms, variables, params))
+
+    def __call__(self, variables: Values, params: Values) -> Array:
+        """y: nats per token where the response is a loss."""
+        return np.exp(self.log_response(variables, params))
+
+
+def sum_of_terms(terms: tuple[Term, ...], variables: Values, params: Values) -> Any:
+    """The terms' sum at the variables."""
+    return sum(
+        params[term.coefficient] * np.exp(sum(params[k] * x(variables) for k, x in term.features.items()))
+        for term in terms
+    )
+
+
+def find_law(name: str) -> Law:
+    """A law by its name; bnsl:<n> is a broken power law of n breaks. InputError where there is none."""
+    if name.startswith("bnsl:") and name[5:].isdigit() and 1 <= int(name[5:]) <= 4:
+        return broken_power_law(int(name[5:]))
+    if name not in LAWS:
+        raise InputError(f"unknown law {name!r}{nearest(name, LAWS)}. Known laws: {', '.join(LAWS)}, bnsl:<breaks>.")
+    return LAWS[name]
+
+
+# --- pieces ------------------------------------------------------------------------------------------------------
+
+
+def _exponent(name: str, low: float = 0.01, high: float = 3.0) -> Parameter:
+    return Parameter(name=name, low=low, high=high, starts=(0.08, 0.2, 0.35, 0.5, 0.8, 1.3))
+
+
+def _positive(name: str, low: float, high: float, *starts: float) -> Parameter:
+    return Parameter(name=name, low=low, high=high, starts=starts, log=True)
+
+
+def _free(name: str, low: float, high: float, *starts: float) -> Parameter:
+    return Parameter(name=name, low=low, high=high, starts=starts)
+
+
+def log_sum(*terms: Any) -> Array:
+    """ln of the sum of exponentials, for complex terms as for real ones."""
+    real = [np.real(t) for t in terms]
+    top = real[0]
+    for other in real[1:]:
+        top = np.maximum(top, other)
+    return np.asarray(top + np.log(sum(np.exp(t - top) for t in terms)))
+
+
+def smaller(a: Any, b: Any) -> Array:
+    """The smaller of two, by their real parts: a minimum that the complex step passes through."""
+    return np.where(np.real(a) < np.real(b), a, b)
+
+
+def _over(name: str) -> Callable[[Values], Array]:
+    """The feature of a term that falls as a power of a variable."""
+    return lambda v: -np.log(v[name])
+
+
+# --- loss --------------------------------------------------------------------------------------------------------
+
+SATURATING = Law(
+    name="saturating",  # L = E + A / x^alpha
+    source="M2 of Alabdulmohsin et al. 2022 (arXiv 2209.06640); e.g. L(C) with a floor",
+    variables=("x",),
+    terms=(Term("E"), Term("A", {"alpha": _over("x")})),
+    parameters=(_exponent("alpha"),),
+)
+
+CHINCHILLA = Law(
+    name="chinchilla",  # L = E + A / N^alpha + B / D^beta
+    source="Hoffmann et al. 2022 (arXiv 2203.15556), approach 3",
+    variables=("N", "D"),
+    terms=(Term("E"), Term("A", {"alpha": _over("N")}), Term("B", {"beta": _over("D")})),
+    parameters=(_exponent("alpha"), _exponent("beta")),
+    published={
+        "Hoffmann et al. 2022, TeX source": {
+            "E": float(np.exp(0.5267228)), "A": float(np.exp(6.0073404)), "B": float(np.exp(6.0179186)),
+            "alpha": 0.33917084, "beta": 0.2849083,
+        },
+        "Besiroglu et al. 2024": {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658},
+    },
+)  # fmt: skip
+
+CHINCHILLA_TIED = Law(
+    name="chinchilla_tied",  # L = E + A / N^alpha + B / D^alpha
+    source="Muennighoff et al. 2023 (arXiv 2305.16264), stage 1",
+    variables=("N", "D"),
+    terms=(Term("E"), Term("A", {"alpha": _over("N")}), Term("B", {"alpha": _over("D")})),
+    parameters=(_exponent("alpha"),),
+    published={
+        "Muennighoff et al. 2023": {
+            "E": float(np.exp(0.6254804)), "A": float(np.exp(6.255414)), "B": float(np.exp(7.3049974)),
+            "alpha": 0.3526596,
+        }
+    },
+)  # fmt: skip
+
+GADRE = Law(
+    name="gadre",  # L = E + (a M^h + b M^-h) C^-h, M = D / N, C = 6 N D
+    source="Gadre et al. 2024 (arXiv 2403.08540), eq. 4",
+    variables=("N", "D"),
+    terms=(
+        Term("E"),
+        Term("a", {"h": lambda v: -np.log(6.0) - 2.0 * np.log(v["N"])}),
+        Term("b", {"h": lambda v: -np.log(6.0) - 2.0 * np.log(v["D"])}),
+    ),
+    parameters=(_exponent("h", high=1.5),),
+    published={
+        "C4": {"a": 141.0, "b": 190.0, "h": 0.1212, "E": 1.508},
+        "RedPajama": {"a": 212.236, "b": 366.687, "h": 0.136425, "E": 1.836648},
+        "RefinedWeb": {"a": 157.0, "b": 246.0, "h": 0.1272, "E": 1.734},
+    },
+)
+
+
+def _kaplan(variable: str, constant: str, published: Mapping[str, Mapping[str, float]]) -> Law:
+    """L = (constant / variable)^alpha."""
+    return Law(
+        name=f"kaplan_{variable}",
+        source=f"Kaplan et al. 2020 (arXiv 2001.08361): L({variable}) = ({constant} / {variable})^alpha",
+        variables=(variable,),
+        parameters=(_positive(constant, 1e-3, 1e40, 1e8, 1e13, 1e18), _exponent("alpha", low=0.005)),
+        formula=lambda p, v: p["alpha"] * (np.log(p[constant]) - np.log(v[variable])),
+        published=published,
+    )
+
+
+KAPLAN_N = _kaplan("N", "Nc", {"Kaplan et al. 2020": {"Nc": 8.8e13, "alpha": 0.076}})
+KAPLAN_D = _kaplan("D", "Dc", {"Kaplan et al. 2020": {"Dc": 5.4e13, "alpha": 0.095}})
+KAPLAN_C = _kaplan("C", "Cc", {"Kaplan et al. 2020, C_min": {"Cc": 3.1e8 * 8.64e19, "alpha": 0.050}})
+
+KAPLAN = Law(
+    name="kaplan",  # L = ((Nc / N)^(alpha / beta) + Dc / D)^beta
+    source="Kaplan et al. 2020 (arXiv 2001.08361), eq. 1.5; N without embeddings",
+    variables=("N", "D"),
+    parameters=(
+        _positive("Nc", 1e2, 1e40, 1e10, 1e14), _positive("Dc", 1e2, 1e40, 1e10, 1e14),
+        _exponent("alpha", low=0.005), _exponent("beta", low=0.005),
+    ),
+    formula=lambda p, v: p["beta"] * log_sum(
+        p["alpha"] / p["beta"] * (np.log(p["Nc"]) - np.log(v["N"])), np.log(p["Dc"]) - np.log(v["D"])
+    ),
+    published={"Kaplan et al. 2020": {"Nc": 6.4e13, "Dc": 1.8e13, "alpha": 0.076, "beta": 0.103}},
+)  # fmt: skip
+
+
+def _worth(amount: Any, repeats: Any, halflife: Any) -> Any:
+    """What an amount and its repeats are worth: U + U R* (1 - exp(-R / R*))."""
+    return amount + amount * halflife * (1.0 - np.exp(-repeats / halflife))
+
+
+def _data_constrained(p: Values, v: Values) -> Array:
+    alpha, beta = p["alpha"], p["beta"]
+    unique = np.minimum(v["U"], v["D"])
+    # parameters that the unique tokens can use: the compute-optimal N for U tokens, N = (G^(1/a) U)^(a/b), C = 6 N D
+    a, b = beta / (alpha + beta), alpha / (alpha + beta)
+    G = (alpha * p["A"] / (beta * p["B"])) ** (1.0 / (alpha + beta))
+    usable = smaller(v["N"], G * (G * unique) ** (a / b))
+    data = _worth(unique, v["D"] / unique - 1.0, p["RD"])
+    size = _worth(usable, v["N"] / usable - 1.0, p["RN"])
+    return np.asarray(np.log(p["E"] + p["A"] * size**-alpha + p["B"] * data**-beta))
+
+
+DATA_CONSTRAINED = Law(
+    name="data_constrained",  # Chinchilla in what N and D are worth when D repeats U unique tokens
+    source="Muennighoff et al. 2023 (arXiv 2305.16264), eq. 6; stage 2 fits RD and RN with the others fixed",
+    variables=("N", "D", "U"),
+    parameters=(
+        _positive("E", 0.05, 20.0, 1.5), _positive("A", 1e-2, 1e9, 400.0), _positive("B", 1e-2, 1e12, 1000.0),
+        _exponent("alpha"), _exponent("beta"),
+        _positive("RD", 0.05, 5000.0, 1.5, 6.0, 15.0, 100.0), _positive("RN", 0.05, 5000.0, 1.5, 6.0, 15.0),
+    ),
+    formula=_data_constrained,
+    published={
+        "Muennighoff et al. 2023": {
+            "E": float(np.exp(0.6254804)), "A": float(np.exp(6.255414)), "B": float(np.exp(7.3049974)),
+            "alpha": 0.3526596, "beta": 0.3526596, "RD": 15.387756, "RN": 5.309743,
+        }
+    },
+)  # fmt: skip
+
+
+def _clark(p: Values, v: Values) -> Array:
+    saturated = 1.0 / p["Emax"] + 1.0 / (v["experts"] - 1.0 + 1.0 / (1.0 / p["Estart"] - 1.0 / p["Emax"]))
+    n, e = np.log10(v["N"]), -np.log10(saturated)
+    return np.asarray(np.log(10.0) * (p["a"] * n + p["b"] * e + p["c"] * n * e + p["d"]))
+
+
+CLARK = Law(
+    name="clark",  # log10 L = a log10 N + b log10 Eh + c log10 N log10 Eh + d, Eh saturating in the expert count
+    source="Clark et al. 2022 (arXiv 2202.01169), eq. 2 and 9; N is the dense-equivalent active size",
+    variables=("N", "experts"),
+    parameters=(
+        _free("a", -1.0, 0.0, -0.08), _free("b", -2.0, 0.5, -0.1), _free("c", -0.2, 0.2, 0.01),
+        _free("d", -2.0, 4.0, 1.1), _positive("Estart", 1.0, 50.0, 2.0), _positive("Emax", 51.0, 1e5, 300.0),
+    ),
+    formula=_clark,
+    published={
+        "S-BASE": {"a": -0.082, "b": -0.108, "c": 0.009, "d": 1.104, "Estart": 1.847, "Emax": 314.478},
+        "RL-R": {"a": -0.083, "b": -0.126, "c": 0.012, "d": 1.111, "Estart": 1.880, "Emax": 469.982},
+        "HASH": {"a": -0.087, "b": -0.136, "c": 0.012, "d": 1.157, "Estart": 4.175, "Emax": 477.741},
+    },
+)  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def broken_power_law(breaks: int) -> Law:
+    """y = a + b x^-c0 prod_i (1 + (x / d_i)^(1 / f_i))^(-c_i f_i), Caballero et al. 2022 (arXiv 2210.14891), eq. 1."""
+
+    def formula(p: Values, v: Values) -> Array:
+        x = np.log(v["x"])
+        falling = np.log(p["b"]) - p["c0"] * x
+        for i in range(1, breaks + 1):
+            falling = falling - p[f"c{i}"] * p[f"f{i}"] * log_sum(0.0 * x, (x - np.log(p[f"d{i}"])) / p[f"f{i}"])
+        return log_sum(np.log(p["a"]) + 0.0 * x, falling)
+
+    parameters = [_positive("a", 1e-9, 1e3, 1e-3, 0.5, 1.5), _positive("b", 1e-6, 1e12, 3.0, 300.0)]
+    parameters.append(_free("c0", -0.5, 3.0, 0.05, 0.3))
+    for i in range(1, breaks + 1):
+        parameters += [
+            _free(f"c{i}", -3.0, 3.0, -0.2, 0.2),
+            _positive(f"d{i}", 1e-3, 1e27, 1e2, 1e5, 1e9, 1e18),
+            _positive(f"f{i}", 0.02, 10.0, 0.5),
+        ]
+    return Law(
+        name=f"bnsl:{breaks}",
+        source="Caballero et al. 2022 (arXiv 2210.14891), eq. 1",
+        variables=("x",),
+        parameters=tuple(parameters),
+        formula=formula,
+    )
+
+
+TISSUE = Law(
+    name="tissue",  # L = L0 + A S1^-alpha - C S2, S1 and S2 from `tissue_areas`
+    source="Tissue et al. 2024 (arXiv 2408.11029), eq. 1; constants depend on the unit of the learning rate",
+    variables=("S1", "S2"),
+    parameters=(
+        _positive("L0", 0.05, 20.0, 1.0, 2.5), _positive("A", 1e-6, 1e6, 0.3, 3.0),
+        _exponent("alpha"), _positive("C", 1e-9, 1e6, 0.03, 1.0),
+    ),
+    formula=lambda p, v: np.log(p["L0"] + p["A"] * v["S1"] ** -p["alpha"] - p["C"] * v["S2"]),
+)  # fmt: skip
+
+
+def tissue_areas(learning_rates: Array, decay: float = 0.999) -> tuple[Array, Array]:
+    """S1 and S2 at every step of a schedule (arXiv 2408.11029): learning_rates (steps + 1,), the first before step 1.
+
+    S1 is the sum of rates, S2 the sum of the momentum m_i = decay m_(i-1) + (rate_(i-1) - rate_i). Both (steps,).
+    """
+    rates = np.asarray(learning_rates, dtype=float)
+    momentum = np.zeros(len(rates))
+    for i in range(1, len(rates)):
+        momentum[i] = decay * momentum[i - 1] + rates[i - 1] - rates[i]
+    return np.cumsum(rates[1:]), np.cumsum(momentum[1:])
+
+
+# --- from loss to tasks --------------------------------------------------------------------------------------------
+
+ACCURACY = Law(
+    name="accuracy",  # accuracy = b + a / (1 + exp(k (loss - L0)))
+    source="Bhagia et al. 2024 (arXiv 2412.04403), step 2; b is near chance",
+    variables=("loss",),
+    response="accuracy",
+    parameters=(
+        _positive("b", 1e-3, 1.0, 0.02, 0.25), _positive("a", 1e-3, 1.5, 0.75),
+        _positive("k", 1e-2, 1e3, 3.0, 10.0), _free("L0", 0.0, 20.0, 0.7, 1.5, 3.0),
+    ),
+    formula=lambda p, v: np.log(p["b"] + p["a"] / (1.0 + np.exp(p["k"] * (v["loss"] - p["L0"])))),
+)  # fmt: skip
+
+ERROR = Law(
+    name="error",  # error = eps - k exp(-g loss)
+    source="Gadre et al. 2024 (arXiv 2403.08540), eq. 5: mean top-1 error over tasks above chance",
+    variables=("loss",),
+    response="error",
+    parameters=(
+        _positive("eps", 0.05, 2.0, 0.6, 0.9), _positive("k", 1e-2, 1e3, 0.5, 2.0, 8.0),
+        _positive("g", 0.02, 20.0, 0.3, 0.8, 2.0),
+    ),
+    formula=lambda p, v: np.log(p["eps"] - p["k"] * np.exp(-p["g"] * v["loss"])),
+    published={
+        "C4, 17 tasks": {"eps": 0.850, "k": 2.08, "g": 0.756},
+        "RedPajama, 17 tasks": {"eps": 0.857, "k": 2.21, "g": 0.715},
+        "RefinedWeb, 17 tasks": {"eps": 0.865, "k": 2.21, "g": 0.707},
+    },
+)  # fmt: skip
+
+LAWS: Mapping[str, Law] = {
+    law.name: law
+    for law in (
+        CHINCHILLA, CHINCHILLA_TIED, SATURATING, KAPLAN, KAPLAN_N, KAPLAN_D, KAPLAN_C, GADRE, DATA_CONSTRAINED, CLARK,
+        TISSUE, ACCURACY, ERROR,
+    )
+}  # fmt: skip

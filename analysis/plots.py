@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.backtest import Forecast
-from analysis.laws import chinchilla
+from analysis.laws import find_law
 from analysis.verdicts import Fit
 from sweeps.units import flops, human
 
@@ -137,7 +137,7 @@ def residuals(fit: Fit, runs: pd.DataFrame) -> Figure:
     figure, axes = _figure(3.6)
     used = runs[runs["cell"].astype(str).isin(fit.provenance["cells"])] if "cell" in runs.columns else runs
     losses = used[fit.loss].astype(float)
-    percent = 100.0 * (losses / chinchilla(used["N"], used["D"], fit.solved) - 1.0)
+    percent = 100.0 * (losses / find_law(fit.law)({v: used[v] for v in find_law(fit.law).variables}, fit.solved) - 1.0)
     norm = _norm(used["N"])
     sd = fit.noise.get("sd", np.nan)
     axes.axhline(0.0, color=INK, lw=0.8)

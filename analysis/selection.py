@@ -5,13 +5,14 @@ mixes them is refused, not averaged. Where a study tried several settings at one
 setting stands for it, since the laws describe tuned models.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from analysis.uncertainty import SEEDS, SETTINGS, Noise, seed_noise
-from analysis.verdicts import Verdict
+from analysis.verdicts import Verdict, plural
 from sweeps.errors import InputError
 
 PENDING = ("planned", "running", "failed")
@@ -22,10 +23,11 @@ FEW_STEPS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The rows that a fit uses, with the columns N, D, C and loss (all positive), and what was said on the way.
+    """The rows that a fit uses, with the response `y` and the law's variables, and what was said on the way.
 
-    loss: the name of the column that `loss` was taken from. noise: between seeds, or None.
-    planned, finished: rows in the table, and rows with a loss. excluded: {"cell", "reason"} of each row left out.
+    loss: the name of the column that `y` was taken from; where it is a loss, the column `loss` holds it too.
+    noise: between seeds, or None. planned, finished: rows in the table, and rows with a loss.
+    excluded: {"cell", "reason"} of each row left out.
     """
 
     rows: pd.DataFrame
@@ -37,14 +39,21 @@ class Selection:
     verdicts: tuple[Verdict, ...]
 
 
-def select(runs: pd.DataFrame, loss: str | None = None) -> Selection:
+def select(
+    runs: pd.DataFrame,
+    loss: str | None = None,
+    variables: Sequence[str] = ("N", "D"),
+    response: str = "loss",
+    cluster: str | None = None,
+) -> Selection:
     """Choose the rows of a run table that a fit may use.
 
-    loss: the column to fit; by default `val_loss_final`, else `loss`. C defaults to 6 N D.
-    Raises InputError where N, D or the loss column is missing.
+    loss: the column to fit; by default `val_loss_final` where a loss is wanted and there is one, else `response`.
+    variables: columns that the law needs. C defaults to 6 N D. cluster: a column that the bootstrap will need.
+    Raises InputError where a column is missing.
     """
-    name = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
-    missing = [c for c in ("N", "D", name) if c not in runs.columns]
+    name = loss or ("val_loss_final" if response == "loss" and "val_loss_final" in runs.columns else response)
+    missing = [c for c in (*variables, name, *([cluster] if cluster else [])) if c not in runs.columns]
     if missing:
         raise InputError(
             f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, runs.columns))}. "
@@ -52,30 +61,38 @@ def select(runs: pd.DataFrame, loss: str | None = None) -> Selection:
         )
     verdicts: list[Verdict] = []
     table = runs.reset_index(drop=True)
-    table["loss"] = table[name].astype(float)
+    table["y"] = table[name].astype(float)
+    if response == "loss":
+        table["loss"] = table["y"]
     if "cell" not in table.columns:
         table["cell"] = [f"row {i}" for i in range(len(table))]
-    if "C" not in table.columns or ("C_assumed" in table.columns and table["C_assumed"].all()):
-        table["C"] = 6.0 * table["N"].astype(float) * table["D"].astype(float)
-        message = "the table has no compute column: C is taken to be 6 N D."
-        verdicts.append(Verdict("compute_assumed", "info", "fit", None, message))
+    numeric = [*variables, "y"]
+    if {"N", "D"} <= set(table.columns):
+        numeric += [c for c in ("N", "D", "C") if c not in numeric]
+        if "C" not in table.columns or ("C_assumed" in table.columns and table["C_assumed"].all()):
+            table["C"] = 6.0 * table["N"].astype(float) * table["D"].astype(float)
+            if {"N", "D"} <= set(variables):
+                message = "the table has no compute column: C is taken to be 6 N D."
+                verdicts.append(Verdict("compute_assumed", "info", "fit", None, message))
 
     # 1. what the table itself says must be left out, and what is no number
     reason = table["excluded"].astype(object) if "excluded" in table.columns else pd.Series(None, table.index, object)
-    numbers = table[["N", "D", "C", "loss"]].astype(float)
-    broken = ~((numbers > 0) & (numbers < np.inf)).all(axis=1)
-    reason = reason.where(reason.notna() | ~broken, "N, D, C or the loss is missing or not positive")
+    numbers = table[numeric].astype(float)
+    least = numbers.min(axis=1) >= 0 if "S2" in variables else (numbers > 0).all(axis=1)  # S2 is 0 at a constant rate
+    broken = ~(least & (numbers < np.inf).all(axis=1))
+    named = ", ".join(c for c in numeric if c != "y")
+    reason = reason.where(reason.notna() | ~broken, f"{named} or the {response} is missing or not positive")
 
     # 2. of several settings at one size and token count, the best one
     usable = table[reason.isna()]
-    beaten = _beaten_settings(usable)
+    beaten = _beaten_settings(usable) if {"N", "D"} <= set(table.columns) else table.index[:0]
     if len(beaten):
         reason = reason.where(~table.index.isin(beaten), "a better setting was tried at this size and token count")
         message = (
             f"{len(beaten)} runs with other settings are left out: at each size and token count the setting with the "
             "lowest mean loss stands for it. The best of several is a little too good by luck."
         )
-        verdicts.append(Verdict("best_settings", "info", "fit", None, message))
+        verdicts.append(Verdict("best_settings", "info", "fit", None, message, {"runs": len(beaten)}))
 
     rows = table[reason.isna()].reset_index(drop=True)
     verdicts += _comparable(rows, name)
@@ -84,21 +101,50 @@ def select(runs: pd.DataFrame, loss: str | None = None) -> Selection:
             f"{few} of {len(rows)} runs took fewer than {FEW_STEPS} optimiser steps; their losses still carry the "
             "warmup. Lower batch_tokens, or train longer."
         )
-        verdicts.append(Verdict("few_steps", "caution", "fit", None, message))
+        verdicts.append(Verdict("few_steps", "caution", "fit", None, message, {"runs": few}))
     finished = int((table["state"] == "finished").sum()) if "state" in table.columns else int((~broken).sum())
     pending = int(table["state"].isin(PENDING).sum()) if "state" in table.columns else 0
     if pending:
         message = f"{pending} of {len(table)} planned cells are still to come; the fit may move as they do."
-        verdicts.append(Verdict("partial", "info", "fit", None, message))
+        verdicts.append(Verdict("partial", "info", "fit", None, message, {"runs": pending}))
+    others = reason[~table.index.isin(beaten) & reason.notna()]
+    if "state" in table.columns:
+        others = others[~table.loc[others.index, "state"].isin(PENDING)]
+    verdicts += _left_out(others)
     return Selection(
         rows=rows,
         loss=name,
-        noise=seed_noise(rows, "loss"),
+        noise=seed_noise(rows, "y"),
         planned=len(table),
         finished=finished,
         excluded=tuple({"cell": str(table["cell"][i]), "reason": str(reason[i])} for i in table.index[reason.notna()]),
         verdicts=tuple(verdicts),
     )
+
+
+def drop_rows(selection: Selection, positions: np.ndarray, reason: str, verdict: Verdict) -> Selection:
+    """The selection without the rows at these positions, which are named as left out for `reason`."""
+    gone = selection.rows.iloc[positions]
+    rows = selection.rows.drop(index=gone.index).reset_index(drop=True)
+    return replace(
+        selection,
+        rows=rows,
+        noise=seed_noise(rows, "y") if selection.noise and selection.noise.source == "seeds" else selection.noise,
+        excluded=(*selection.excluded, *({"cell": str(cell), "reason": reason} for cell in gone["cell"])),
+        verdicts=(*selection.verdicts, verdict),
+    )
+
+
+def _left_out(reasons: pd.Series) -> list[Verdict]:
+    """How many runs were left out, and why."""
+    if reasons.empty:
+        return []
+    counts = reasons.value_counts()
+    listed = "; ".join(f"{count}: {reason}" for reason, count in counts.head(4).items())
+    more = f"; and {len(counts) - 4} other reasons" if len(counts) > 4 else ""
+    message = f"{plural(len(reasons), 'run')} left out of the fit ({listed}{more})."
+    evidence = {str(reason): int(count) for reason, count in counts.items()}
+    return [Verdict("excluded_runs", "info", "fit", None, message, evidence)]
 
 
 def _beaten_settings(rows: pd.DataFrame) -> pd.Index:

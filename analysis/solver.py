@@ -1,165 +1,429 @@
-"""The solver of the Chinchilla law: `solve` for one set of losses, `descend` for a batch of them.
+"""The engine that fits every law: many starts and many resamples of one table, solved as one batch.
 
-L(N, D) = E + A / N^alpha + B / D^beta is fitted by Huber loss on ln L (Hoffmann et al. 2022, approach 3) as a
-log-sum-exp of its three terms, with ln N and ln D centred so that ln A and alpha come apart. Two methods work on it:
-Levenberg-Marquardt with Huber weights in one batch over many starts, then L-BFGS-B with the analytic gradient on the
-best of them. The objective is scaled to order one and the tolerances are tight, because with SciPy's defaults the
-answer depends on the scale of the objective: that is what went wrong in the original fit (Besiroglu et al. 2024).
+A problem is put into coordinates in which it is well behaved: positive parameters by their logarithms, features of
+terms centred, so that ln A and alpha come apart (their correlation drops from .999 and the condition number of the
+fit from thousands to tens). `descend` is Levenberg-Marquardt with robust weights. The curvature of the robust loss is
+taken between two bounds: reweighted least squares, which always goes down but crawls where most residuals lie beyond
+the threshold, and Newton's, which counts only the residuals within it and then converges quadratically; a batch
+member moves towards Newton's as long as its steps gain.
+
+The objective is a plain weighted sum. Steps are judged by relative gains, so its scale cannot matter: with absolute
+tolerances it does, and that is what went wrong in the original Chinchilla fit (Besiroglu et al. 2024).
 """
 
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import minimize
+
+from analysis.laws import Law
+
+OBJECTIVES = ("huber", "lad", "l2", "student")
+Objective = Literal["huber", "lad", "l2", "student"]
+STUDENT_FREEDOM = 4.0
+BLOCK_ELEMENTS = 65_536
+"""Residuals of one block of the batch: small enough to stay in the processor's cache."""
+ROUNDS = 400
+_STARTS = 48
+"""Starts of a fit that names none: the best of a grid, by their objective."""
+
+
+@dataclass(frozen=True)
+class Robust:
+    """What a residual r costs. delta: Huber's threshold, the scale of Student's t; LAD is Huber with a tiny one."""
+
+    kind: Objective
+    delta: float
+
+    def cost(self, r: np.ndarray) -> np.ndarray:
+        """r^2 / 2 near zero for all of them; lad: |r|, in units of its tiny threshold."""
+        if self.kind == "l2":
+            return 0.5 * r * r
+        if self.kind == "student":
+            scale = STUDENT_FREEDOM * self.delta**2
+            return 0.5 * (scale + self.delta**2) * np.log1p(r * r / scale)
+        size = np.abs(r)
+        inner = np.minimum(size, self.delta)
+        return inner * (size - 0.5 * inner)
+
+    def weights(self, r: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """(cost' / r, which residuals are within the threshold); None where Newton's curvature is not used."""
+        if self.kind == "l2":
+            return np.ones_like(r), None
+        if self.kind == "student":
+            scale = STUDENT_FREEDOM * self.delta**2
+            return (scale + self.delta**2) / (scale + r * r), None
+        size = np.maximum(np.abs(r), 1e-300)
+        return np.minimum(1.0, self.delta / size), size <= self.delta
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Points in centred logs. theta = (ln E, ln of the N term and of the D term at the centre, alpha, beta)."""
+    """A law on a table, in the solver's coordinates theta (K,).
 
-    x: np.ndarray
-    z: np.ndarray
-    log_loss: np.ndarray
-    center: tuple[float, float]
+    target: (n,) ln y, or y where `raw`. features: for laws of terms, per term the (index of theta, centred feature
+    (n,)) of its exponents; means: (T, K), what centring took out. logs: which coordinates are logarithms.
+    """
+
+    law: Law
+    variables: Mapping[str, np.ndarray]
+    target: np.ndarray
+    raw: bool
+    features: tuple[tuple[tuple[int, np.ndarray], ...], ...]
+    means: np.ndarray
+    logs: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
+    fixed: Mapping[str, float]
 
-    @staticmethod
-    def of(N: np.ndarray, D: np.ndarray, log_loss: np.ndarray) -> "Problem":
-        x, z, low = np.log(N), np.log(D), float(log_loss.min())
-        return Problem(
-            x=x - x.mean(),
-            z=z - z.mean(),
-            log_loss=log_loss,
-            center=(float(x.mean()), float(z.mean())),
-            # A term that is e^-12 of the loss is not there; an exponent of 3 is no scaling law.
-            lower=np.array([low - 12.0, low - 12.0, low - 12.0, 0.01, 0.01]),
-            upper=np.array([low + 0.05, low + 6.0, low + 6.0, 3.0, 3.0]),
-        )
-
-    def terms(self, theta: np.ndarray) -> np.ndarray:
-        """Logs of the three terms at every point, (3, ..., n), for theta (..., 5)."""
-        e, a, b, alpha, beta = (theta[..., i, None] for i in range(5))
-        return np.stack(np.broadcast_arrays(e, a - alpha * self.x, b - beta * self.z))
+    @property
+    def rows(self) -> int:
+        return len(self.target)
 
     def predict(self, theta: np.ndarray) -> np.ndarray:
-        """ln loss at every point."""
-        return np.asarray(np.logaddexp.reduce(self.terms(theta), axis=0))
+        """What `target` is compared with, (..., n), for theta (..., K)."""
+        if self.features:
+            log = np.log(sum(np.exp(t) for t in self._terms(theta)))
+        else:
+            with np.errstate(all="ignore"):
+                log = np.asarray(self.law.log_response(self.variables, self._named(theta)))
+            log = np.broadcast_to(log, (*theta.shape[:-1], self.rows))
+        return np.exp(log) if self.raw else log
 
     def jacobian(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """ln loss at every point (..., n) and its derivatives by theta (..., n, 5)."""
-        terms = self.terms(theta)
-        total = np.logaddexp.reduce(terms, axis=0)
-        e, a, b = np.exp(terms - total)
-        return total, np.stack([e, a, b, -self.x * a, -self.z * b], axis=-1)
+        """`predict` and its derivatives by theta, (..., K, n)."""
+        count = theta.shape[-1]
+        slopes = np.empty((*theta.shape[:-1], count, self.rows))
+        if self.features:
+            parts = [np.exp(t) for t in self._terms(theta)]
+            total = parts[0] + 0.0
+            for part in parts[1:]:
+                total = total + part
+            inverse = 1.0 / np.broadcast_to(total, (*theta.shape[:-1], self.rows))
+            slopes[..., len(parts) :, :] = 0.0
+            for t, part in enumerate(parts):
+                share = np.multiply(part, inverse, out=slopes[..., t, :])
+                for k, feature in self.features[t]:
+                    slopes[..., k, :] += share * feature
+            log = -np.log(inverse)
+        else:
+            log = np.array(self.predict(theta)) if not self.raw else np.log(self.predict(theta))
+            step = 1e-30
+            for k in range(count):
+                moved = theta.astype(complex)
+                moved[..., k] += 1j * step
+                with np.errstate(all="ignore"):
+                    slopes[..., k, :] = np.imag(self.law.log_response(self.variables, self._named(moved))) / step
+        if not self.raw:
+            return log, slopes
+        value = np.exp(log)
+        slopes *= value[..., None, :]
+        return value, slopes
 
     def params(self, theta: np.ndarray) -> dict[str, Any]:
-        """The law's own parameters."""
-        e, a, b, alpha, beta = (theta[..., i] + 0.0 for i in range(5))  # plain numbers for a single theta
-        x, z = self.center
-        return {"E": np.exp(e), "A": np.exp(a + alpha * x), "B": np.exp(b + beta * z), "alpha": alpha, "beta": beta}
+        """The law's own parameters, arrays over the leading axes of theta."""
+        plain = theta + 0.0
+        if self.features:  # a term is exp(c + sum k (x - mean)): its coefficient at x = 0 is exp(c - sum k mean)
+            plain[..., : len(self.means)] -= theta @ self.means.T
+        return {name: np.exp(plain[..., i]) if self.logs[i] else plain[..., i] for i, name in enumerate(self.law.names)}
 
-    def starts(self) -> np.ndarray:
-        """A grid of starts: exponents, the share of the smallest loss that is E, and how A and B share the rest."""
-        low, middle = float(self.log_loss.min()), float(np.exp(self.log_loss.mean()))
-        grid = []
-        for alpha, beta, floor, share in product(
-            (0.1, 0.3, 0.5, 0.9), (0.1, 0.3, 0.5, 0.9), (0.1, 0.5, 0.9), (0.3, 0.7)
-        ):
-            e = low + np.log(floor)
-            rest = max(middle - np.exp(e), 1e-3)
-            grid.append([e, np.log(share * rest), np.log((1 - share) * rest), alpha, beta])
-        return np.clip(np.array(grid), self.lower, self.upper)
+    def theta(self, params: Mapping[str, Any]) -> np.ndarray:
+        """The solver's coordinates of parameters; the inverse of `params`."""
+        plain = np.stack(
+            [
+                np.log(np.asarray(params[name], dtype=float)) if self.logs[i] else np.asarray(params[name], dtype=float)
+                for i, name in enumerate(self.law.names)
+            ],
+            axis=-1,
+        )
+        if self.features:
+            plain[..., : len(self.means)] += plain @ self.means.T
+        return plain
+
+    def _terms(self, theta: np.ndarray) -> list[np.ndarray]:
+        """Logs of the terms, (..., n) or (..., 1) for a constant."""
+        result = []
+        for t, features in enumerate(self.features):
+            value = theta[..., t, None]
+            for k, feature in features:
+                value = value + theta[..., k, None] * feature
+            result.append(value)
+        return result
+
+    def _named(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            name: (np.exp(theta[..., i, None]) if self.logs[i] else theta[..., i, None])
+            for i, name in enumerate(self.law.names)
+        }
 
 
-def huber(residual: np.ndarray, delta: float) -> np.ndarray:
-    """r^2 / 2 within delta, delta (|r| - delta / 2) beyond."""
-    size = np.abs(residual)
-    return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
+def make_problem(
+    law: Law,
+    variables: Mapping[str, np.ndarray],
+    response: np.ndarray,
+    *,
+    raw: bool = False,
+    fixed: Mapping[str, float] | None = None,
+    centred: bool = True,
+) -> Problem:
+    """Put a law on a table: variables and a positive response, arrays (n,).
+
+    `fixed` holds parameters at a value. A coefficient is a coordinate of its own only where features are not centred.
+    """
+    values = {name: np.asarray(variables[name], dtype=float) for name in law.variables}
+    response = np.asarray(response, dtype=float)
+    held, names = dict(fixed or {}), law.names
+    logs = np.array([True] * len(law.terms) + [p.log for p in law.parameters])
+    features: tuple[tuple[tuple[int, np.ndarray], ...], ...] = ()
+    means = np.zeros((len(law.terms), len(names)))
+    lows, highs = [], []
+    centred = centred and not held
+    if law.terms:
+        parts = []
+        for t, term in enumerate(law.terms):
+            own = []
+            for name, x in term.features.items():
+                feature, k = np.broadcast_to(x(values), response.shape), names.index(name)
+                means[t, k] = feature.mean() if centred else 0.0
+                own.append((k, feature - means[t, k]))
+            parts.append(tuple(own))
+        features = tuple(parts)
+    low = float(np.log(response.min()))
+    for term in law.terms:
+        if centred:  # a term that is e^-12 of the response is not there; a floor lies below every response
+            lows.append(low - 12.0)
+            highs.append(low + (6.0 if term.features else 0.05))
+        else:
+            lows.append(-40.0)
+            highs.append(80.0)
+    for p in law.parameters:
+        lows.append(np.log(p.low) if p.log else p.low)
+        highs.append(np.log(p.high) if p.log else p.high)
+    lower, upper = np.array(lows), np.array(highs)
+    for name, value in held.items():
+        i = names.index(name)
+        lower[i] = upper[i] = np.log(value) if logs[i] else value
+    return Problem(
+        law=law,
+        variables=values,
+        target=response if raw else np.log(response),
+        raw=raw,
+        features=features,
+        means=means,
+        logs=logs,
+        lower=lower,
+        upper=upper,
+        fixed=held,
+    )
+
+
+# --- starts ------------------------------------------------------------------------------------------------------
+
+
+def default_starts(problem: Problem, robust: Robust, count: int = _STARTS) -> np.ndarray:
+    """The best `count` points of a grid, (count, K).
+
+    Laws of terms: a grid over the exponents, and for each of its points the coefficients by linear least squares,
+    since the response is linear in them (variable projection; Golub & Pereyra 1973). Formulas: the parameters' starts.
+    """
+    law = problem.law
+    exponents = np.array(list(product(*(p.starts for p in law.parameters))))
+    if problem.features:
+        grid = _projected(problem, exponents)
+    else:
+        grid = np.where(problem.logs, np.log(np.where(problem.logs, exponents, 1.0)), exponents)
+    grid = np.unique(np.clip(grid, problem.lower, problem.upper), axis=0)
+    costs = robust.cost(problem.predict(grid) - problem.target).sum(axis=-1)
+    return np.asarray(grid[np.argsort(np.where(np.isfinite(costs), costs, np.inf))[:count]])
+
+
+def _projected(problem: Problem, exponents: np.ndarray) -> np.ndarray:
+    """Starts at each point of exponents (S, P): coefficients by least squares of relative errors, kept positive."""
+    count = len(problem.law.terms)
+    response = problem.target if problem.raw else np.exp(problem.target)
+    theta = np.concatenate([np.zeros((len(exponents), count)), exponents], axis=1)
+    basis = np.stack([np.exp(np.broadcast_to(t, (len(theta), problem.rows))) for t in problem._terms(theta)], axis=1)
+    scaled = basis / response
+    normal = np.matmul(scaled, scaled.swapaxes(1, 2))
+    normal[:, np.arange(count), np.arange(count)] *= 1.0 + 1e-9
+    best = np.linalg.solve(normal, scaled.sum(axis=2)[..., None])[..., 0]
+    smallest = 1e-3 * float(response.min()) / np.maximum(basis.max(axis=2), 1e-300)
+    theta[:, :count] = np.log(np.maximum(best, smallest))
+    return theta
+
+
+# --- descent -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The best end point; objective is the plain sum of Huber terms. near_best: starts that came within 0.1 %."""
+    """The best end point. objective: the weighted sum there; ends: (S,) objectives of all starts."""
 
     theta: np.ndarray
     objective: float
-    starts: int
-    near_best: int
+    ends: np.ndarray
+
+    @property
+    def starts(self) -> int:
+        return len(self.ends)
+
+    @property
+    def agreeing(self) -> int:
+        """Starts that came within 0.1 % of the best objective."""
+        return int((self.ends <= self.objective * 1.001 + 1e-30).sum())
 
 
-def solve(problem: Problem, delta: float, *, scale: float | None = None) -> Solution:
-    """The best fit over all starts. `scale` multiplies the objective of the last solver; the answer must not care."""
-    starts = problem.starts()
-    thetas, objectives = descend(problem, problem.log_loss, delta, starts)
-    order = np.argsort(objectives)
-    polished = [_polish(problem, thetas[i], delta, scale) for i in order[:3]]
-    theta, objective = min(polished, key=lambda end: end[1])
-    # The pure solver may still gain after the polish, where most residuals lie beyond the threshold.
-    again, value = descend(problem, problem.log_loss, delta, theta[None])
-    if value[0] < objective:
-        theta, objective = again[0], float(value[0])
-    near = int((objectives <= objective * 1.001 + 1e-18).sum())
-    return Solution(theta, objective, len(starts), near)
+def solve(
+    problem: Problem,
+    robust: Robust,
+    *,
+    weights: np.ndarray | None = None,
+    starts: np.ndarray | None = None,
+) -> Solution:
+    """The best fit over all starts (S, K), by default `default_starts`."""
+    if starts is None:
+        starts = default_starts(problem, _wide(problem, robust))
+    starts = np.clip(starts, problem.lower, problem.upper)
+    if robust.kind == "lad" or (robust.kind == "huber" and robust.delta < 1e-4):
+        # A tiny threshold makes a landscape of creases: come down to it from a wide one.
+        starts, _ = descend(problem, _wide(problem, robust), starts, weights=weights, rounds=60)
+        delta = 1e-3
+        while delta > 3.0 * robust.delta:
+            starts, _ = descend(problem, Robust("huber", delta), starts, weights=weights, rounds=60)
+            delta /= 10.0
+    thetas, ends = descend(problem, robust, starts, weights=weights)
+    best = int(np.argmin(ends))
+    again, value = descend(problem, robust, thetas[best][None], weights=weights)
+    if value[0] < ends[best]:
+        thetas[best], ends[best] = again[0], value[0]
+    return Solution(thetas[best], float(ends[best]), ends)
+
+
+def _wide(problem: Problem, robust: Robust) -> Robust:
+    """A robust loss to begin with: thresholds of a percent."""
+    return Robust("huber", max(robust.delta, 1e-2)) if robust.kind in ("huber", "lad") else robust
 
 
 def descend(
-    problem: Problem, log_loss: np.ndarray, delta: float, starts: np.ndarray, *, rounds: int = 300
+    problem: Problem,
+    robust: Robust,
+    starts: np.ndarray,
+    *,
+    targets: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
+    held: np.ndarray | None = None,
+    rounds: int = ROUNDS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Levenberg-Marquardt with Huber weights, one batch over all starts. Returns end points and objectives.
+    """Minimise from every start: end points (S, K) and objectives (S,).
 
-    starts: (S, 5). log_loss: (n,) or (S, n), one set of losses for each start (bootstrap copies).
+    targets: (n,) or (S, n), one set for each start (parametric bootstrap). weights: the same (bootstrap by rows,
+    where they count how often a row was drawn). held: (S, K), coordinates that stay at their start (profiles).
+    Memory stays near a block's, whatever S.
     """
-    target = np.broadcast_to(log_loss, (len(starts), len(problem.x)))
-    theta, damping = starts.copy(), np.full(len(starts), 1e-2)
-    value = huber(problem.predict(theta) - target, delta).sum(axis=1)
-    running, calm = np.arange(len(starts)), np.zeros(len(starts), dtype=int)
-    for _ in range(rounds):
-        now = theta[running]
-        predicted, slopes = problem.jacobian(now)
-        miss = predicted - target[running]
-        weight = np.minimum(1.0, delta / np.maximum(np.abs(miss), 1e-300))
-        # Parameters pressed against their bound stay there for this step.
-        gradient = np.einsum("snk,sn->sk", slopes, weight * miss)
-        pressed = ((now <= problem.lower) & (gradient > 0)) | ((now >= problem.upper) & (gradient < 0))
-        slopes = np.where(pressed[:, None, :], 0.0, slopes)
-        gradient = np.where(pressed, 0.0, gradient)
-        normal = np.einsum("snk,sn,snl->skl", slopes, weight, slopes)
-        diagonal = np.einsum("skk->sk", normal)
-        normal = normal + np.eye(5) * (damping[running, None] * diagonal + 1e-14 + pressed)[:, None, :]
-        step = -np.linalg.solve(normal, gradient[..., None])[..., 0]
-        trial = np.clip(now + step, problem.lower, problem.upper)
-        reached = huber(problem.predict(trial) - target[running], delta).sum(axis=1)
-        better = reached < value[running]
-        small = value[running] - reached <= 1e-13 * value[running]
-        theta[running] = np.where(better[:, None], trial, now)
-        value[running] = np.where(better, reached, value[running])
-        damping[running] = np.clip(damping[running] * np.where(better, 0.2, 5.0), 1e-12, 1e12)
-        # Done after several steps in a row that no longer gain anything.
-        calm[running] = np.where(small, calm[running] + 1, 0)
-        running = running[calm[running] < 8]
-        if not running.size:
-            break
-    return theta, value
+    S, n = len(starts), problem.rows
+    size = max(1, BLOCK_ELEMENTS // n)
+    blocks = [slice(i, min(i + size, S)) for i in range(0, S, size)]
+    thetas, values = np.empty_like(starts), np.empty(S)
+
+    def work(block: slice) -> None:
+        own_targets = problem.target if targets is None else targets if targets.ndim == 1 else targets[block]
+        own_weights = weights if weights is None or weights.ndim == 1 else weights[block]
+        own_held = np.zeros(starts[block].shape, dtype=bool) if held is None else held[block]
+        thetas[block], values[block] = _descend_block(
+            problem, robust, starts[block], own_targets, own_weights, own_held, rounds
+        )
+
+    if len(blocks) == 1:
+        work(blocks[0])
+    else:  # numpy lets go of the interpreter in its loops
+        with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1, 8)) as pool:
+            list(pool.map(work, blocks))
+    return thetas, values
 
 
-def _polish(problem: Problem, theta: np.ndarray, delta: float, scale: float | None) -> tuple[np.ndarray, float]:
-    """L-BFGS-B with analytic gradient, scaled so that its tolerances mean something."""
-    factor = 1.0 / (len(problem.x) * delta**2) if scale is None else scale
+def _descend_block(
+    problem: Problem,
+    robust: Robust,
+    starts: np.ndarray,
+    targets: np.ndarray,
+    weights: np.ndarray | None,
+    frozen: np.ndarray,
+    rounds: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    S, K = starts.shape
+    diagonal = np.arange(K)
+    end_theta, end_value = starts.copy(), np.full(S, np.inf)
 
-    def objective(at: np.ndarray) -> tuple[float, np.ndarray]:
-        predicted, slopes = problem.jacobian(at)
-        miss = predicted - problem.log_loss
-        return factor * float(huber(miss, delta).sum()), factor * (np.clip(miss, -delta, delta) @ slopes)
+    def state(theta: np.ndarray, target: np.ndarray, weight: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        """Objective, gradient, and both curvatures."""
+        predicted, slopes = problem.jacobian(theta)
+        miss = predicted - target
+        cost, (own, inside) = robust.cost(miss), robust.weights(miss)
+        if weight is not None:
+            cost, own = cost * weight, own * weight
+        value = cost.sum(axis=-1)
+        weighted = slopes * own[..., None, :]
+        gradient = np.matmul(weighted, miss[..., None])[..., 0]
+        slow = np.matmul(weighted, slopes.swapaxes(-1, -2))
+        if inside is None:
+            return value, gradient, slow, slow
+        inner = np.where(inside, own, 0.0)
+        fast = np.matmul(slopes * inner[..., None, :], slopes.swapaxes(-1, -2))
+        return value, gradient, slow, fast
 
-    end = minimize(
-        objective,
-        theta,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=list(zip(problem.lower, problem.upper)),
-        options={"ftol": 1e-15, "gtol": 1e-12, "maxiter": 5000, "maxfun": 20000, "maxcor": 20},
-    )
-    return np.asarray(end.x), float(end.fun) / factor
+    def some(a: np.ndarray | None, which: np.ndarray) -> np.ndarray | None:
+        return a if a is None or a.ndim == 1 else a[which]
+
+    theta, index = starts.copy(), np.arange(S)
+    target, weight, frozen = targets, weights, frozen | (problem.lower == problem.upper)
+    with np.errstate(all="ignore"):
+        value, gradient, slow, fast = state(theta, target, weight)
+        damping, blend, calm = np.full(S, 1e-2), np.full(S, 1.0), np.zeros(S, dtype=int)
+        for _ in range(rounds):
+            # 1. a damped step, in which parameters pressed against their bounds stay there
+            held = ((theta <= problem.lower) & (gradient > 0)) | ((theta >= problem.upper) & (gradient < 0))
+            held |= frozen
+            curvature = fast + blend[:, None, None] * (slow - fast)
+            scale = slow[:, diagonal, diagonal]
+            scale = np.maximum(scale, 1e-12 * scale.max(axis=1, keepdims=True)) + 1e-300
+            root = np.sqrt(scale)
+            system = curvature / (root[:, :, None] * root[:, None, :])
+            system = np.where(held[:, :, None] | held[:, None, :], 0.0, system)
+            system[:, diagonal, diagonal] += damping[:, None] + held
+            right = np.where(held, 0.0, gradient / root)
+            broken = ~(np.isfinite(system).all(axis=(1, 2)) & np.isfinite(right).all(axis=1))
+            system[broken], right[broken] = np.eye(K), 0.0
+            step = np.linalg.solve(system, right[..., None])[..., 0] / root
+            trial = np.clip(theta - step, problem.lower, problem.upper)
+
+            # 2. judged by what it gains
+            new = state(trial, target, weight)
+            better = new[0] < value
+            gain = np.where(better, value - new[0], 0.0)
+            calm = np.where(gain <= 1e-12 * value, calm + 1, 0)
+            keep = better[:, None]
+            theta = np.where(keep, trial, theta)
+            value = np.where(better, new[0], value)
+            gradient = np.where(keep, new[1], gradient)
+            slow = np.where(keep[..., None], new[2], slow)
+            fast = np.where(keep[..., None], new[3], fast)
+            damping = np.clip(damping * np.where(better, 0.2, 6.0), 1e-14, 1e14)
+            blend = np.clip(blend * np.where(better, 0.3, 8.0), 1e-9, 1.0)
+
+            # 3. those that no longer gain are done
+            over = (calm >= 10) | broken
+            if over.any():
+                done = index[over]
+                end_theta[done], end_value[done] = theta[over], value[over]
+                on = ~over
+                if not on.any():
+                    return end_theta, np.where(np.isfinite(end_value), end_value, np.inf)
+                index, theta, value, gradient = index[on], theta[on], value[on], gradient[on]
+                slow, fast, damping, blend, calm = slow[on], fast[on], damping[on], blend[on], calm[on]
+                target, weight, frozen = some(target, on), some(weight, on), frozen[on]  # type: ignore[assignment]
+        end_theta[index], end_value[index] = theta, value
+    return end_theta, np.where(np.isfinite(end_value), end_value, np.inf)

@@ -8,6 +8,7 @@ tables. What the optimiser returned stays under `diagnostics`.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Literal
 
 import numpy as np
@@ -21,15 +22,74 @@ OPEN: Interval = (NAN, NAN)
 """An interval of which nothing is known."""
 
 
+class Code(StrEnum):
+    """What a verdict can be about; the words are stable, for programs."""
+
+    # the runs
+    COMPUTE_ASSUMED = "compute_assumed"
+    BEST_SETTINGS = "best_settings"
+    FEW_STEPS = "few_steps"
+    PARTIAL = "partial"
+    MIXED_FAMILIES = "mixed_families"
+    MIXED_LOSSES = "mixed_losses"
+    EXCLUDED_RUNS = "excluded_runs"
+    OUTCOME_SELECTION = "outcome_selection"
+    TOO_FEW_RUNS = "too_few_runs"
+    TOO_FEW_LEVELS = "too_few_levels"
+    ONE_PATH = "one_path"
+    NARROW_SPAN = "narrow_span"
+    # noise
+    NOISE_UNKNOWN = "noise_unknown"
+    NOISE_FROM_RESIDUALS = "noise_from_residuals"
+    RESIDUALS_EXCEED_NOISE = "residuals_exceed_noise"
+    OUTLIER_DRIVEN = "outlier_driven"
+    # parameters
+    AT_BOUND = "at_bound"
+    FLOOR_UNSEEN = "floor_unseen"
+    OPEN_INTERVAL = "open_interval"
+    NOT_IDENTIFIABLE = "not_identifiable"
+    STARTS_DISAGREE = "starts_disagree"
+    UNDETERMINED_LAW = "undetermined_law"
+    # budgets
+    TOO_FEW_SIZES = "too_few_sizes"
+    TOO_FEW_BUDGETS = "too_few_budgets"
+    NO_MINIMUM = "no_minimum"
+    EDGE_MINIMUM = "edge_minimum"
+    UNSTABLE_MINIMUM = "unstable_minimum"
+    WEAK_CURVATURE = "weak_curvature"
+    NO_RESIDUAL_FREEDOM = "no_residual_freedom"
+    OFF_CENTRE = "off_centre"
+    WIDE_GRID = "wide_grid"
+    FAR_SIZES = "far_sizes"
+    LINE_MISFIT = "line_misfit"
+    # envelopes
+    ANNEALED_CURVES = "annealed_curves"
+    TOO_FEW_HORIZONS = "too_few_horizons"
+    # decisions
+    NO_POWER_LAW = "no_power_law"
+    NO_OPTIMUM = "no_optimum"
+    UNREACHABLE_LOSS = "unreachable_loss"
+    EXTRAPOLATION = "extrapolation"
+    BEYOND_BACKTEST = "beyond_backtest"
+    # forecasts and comparisons
+    NO_FORECAST = "no_forecast"
+    SPAN_TOO_SMALL = "span_too_small"
+    NO_OVERLAP = "no_overlap"
+    NO_SLOPE = "no_slope"
+    TOO_FEW_PAIRS = "too_few_pairs"
+    HARDWARE_DIFFERS = "hardware_differs"
+
+
 @dataclass(frozen=True)
 class Verdict:
     """One statement about a fit.
 
-    code: a stable word for programs, such as "edge_minimum".
+    code: a `Code`, or its word. ValueError for a word that is none.
     severity: info (good to know), caution (read the number with it in mind), refuse (there is no such number).
     scope: what it is about: the whole fit, one budget, one parameter or one decision.
     target: which budget (`budget_name`), parameter or decision; None for all of that scope.
     message: for people: what was found and what would mend it.
+    evidence: the numbers behind it.
     """
 
     code: str
@@ -37,14 +97,19 @@ class Verdict:
     scope: Scope
     target: str | None
     message: str
+    evidence: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        Code(self.code)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "code": self.code,
+            "code": str(self.code),
             "severity": self.severity,
             "scope": self.scope,
             "target": self.target,
             "message": self.message,
+            "evidence": dict(self.evidence),
         }
 
 
@@ -192,6 +257,8 @@ class Fit:
     diagnostics: Mapping[str, Any]
     budgets: tuple[Budget, ...] = ()
     draws: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    level: float = 0.95
+    """Of the intervals."""
 
     @property
     def refused(self) -> bool:
@@ -241,6 +308,7 @@ class Fit:
                 "law": self.law,
                 "loss": self.loss,
                 "refused": self.refused,
+                "level": self.level,
                 "params": dict(self.params),
                 "intervals": {k: list(v) for k, v in self.intervals.items()},
                 "budgets": [b.to_json() for b in self.budgets],

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.laws import chinchilla, closed_form
+from analysis.allocation import closed_form
+from analysis.laws import CHINCHILLA
 from sweeps.store import append_rows, begin_attempt, commit_result, open_store, record_error, write_json
 
 LAW = {"E": 1.0, "A": 31.5, "B": 151.0, "alpha": 0.40, "beta": 0.40}
@@ -138,7 +139,7 @@ def write_study(
         if run.state == "running":
             continue
         N, D = cell["counts"]["N"], cell["identity"]["tokens"]
-        loss = run.loss or float(chinchilla(N, D, law) * np.exp(noise * generator.standard_normal()))
+        loss = run.loss or float(CHINCHILLA({"N": N, "D": D}, law) * np.exp(noise * generator.standard_normal()))
         with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
             append_rows(stream, _log(cell, loss, law, generator))
         weights = generator.integers(2_000, 20_000, 40)
@@ -178,7 +179,7 @@ def _log(
     rows = []
     for share in np.geomspace(0.01, 1.0, 12):
         tokens = int(D * share)
-        here = float(chinchilla(N, tokens, law)) + (loss - float(chinchilla(N, D, law)))
+        here = float(CHINCHILLA({"N": N, "D": tokens}, law)) + (loss - float(CHINCHILLA({"N": N, "D": D}, law)))
         here = min(here, 5.5)
         metrics = {
             "train_loss": here + 0.02 * generator.standard_normal(),
@@ -206,7 +207,7 @@ def surface(
 ) -> pd.DataFrame:
     """A bare table of runs on the law's surface, one row per element of N and D, with lognormal noise."""
     N, D = np.broadcast_arrays(np.asarray(N, dtype=float), np.asarray(D, dtype=float))
-    loss = chinchilla(N, D, law) * np.exp(noise * np.random.default_rng(seed).standard_normal(N.shape))
+    loss = CHINCHILLA({"N": N, "D": D}, law) * np.exp(noise * np.random.default_rng(seed).standard_normal(N.shape))
     return pd.DataFrame(
         {"N": N.ravel(), "D": D.ravel(), "C": 6.0 * N.ravel() * D.ravel(), "loss": loss.ravel()} | columns
     )

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from analysis.allocation import closed_form
 from analysis.fitting import fit
+from analysis.laws import CHINCHILLA
 from analysis.isoflop import parabola
-from analysis.laws import chinchilla, closed_form
 from tests.analysis.synthetic import LAW, budgets_table, codes
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
@@ -30,7 +31,7 @@ def test_parabola_finds_its_vertex() -> None:
 def test_bias_of_the_vertex_is_the_known_one(law, reach, ratio) -> None:
     best = float(closed_form(1e21, law).N)
     N = best * np.geomspace(1 / reach, reach, 9)
-    found = parabola(np.log(N), chinchilla(N, 1e21 / 6 / N, law))
+    found = parabola(np.log(N), CHINCHILLA({"N": N, "D": 1e21 / 6 / N}, law))
     assert np.exp(found.vertex) / best == pytest.approx(ratio, abs=1e-5)
 
 

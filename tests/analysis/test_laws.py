@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from analysis.laws import chinchilla, closed_form, interpolated_counter, optimum, power_law, smooth_counter
+from analysis.allocation import closed_form, interpolated_counter, optimum, power_law, smooth_counter
+from analysis.laws import CHINCHILLA
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -36,15 +37,15 @@ def test_optimum_of_published_laws(way, law, C, N, D, ratio, loss) -> None:
     ("law", "large", "small"), [(HOFFMANN, 1.936645, 2.580048), (TEX, 1.920846, 2.530668), (BES, 1.973882, 2.530050)]
 )
 def test_point_losses_of_published_laws(law, large, small) -> None:
-    assert chinchilla(70e9, 1.4e12, law) == pytest.approx(large, abs=1e-6)
-    assert chinchilla(1e9, 20e9, law) == pytest.approx(small, abs=1e-6)
+    assert CHINCHILLA({"N": 70e9, "D": 1.4e12}, law) == pytest.approx(large, abs=1e-6)
+    assert CHINCHILLA({"N": 1e9, "D": 20e9}, law) == pytest.approx(small, abs=1e-6)
 
 
 @pytest.mark.parametrize(("factor", "penalty"), [(0.25, 0.0604196), (0.5, 0.0149386), (2, 0.0150635), (4, 0.0614372)])
 def test_penalty_of_a_wrong_size(factor, penalty) -> None:
     best = optimum(1e21, BES)
     N = factor * best.N
-    assert chinchilla(N, 1e21 / 6 / N, BES) - best.loss == pytest.approx(penalty, rel=1e-5)
+    assert CHINCHILLA({"N": N, "D": 1e21 / 6 / N}, BES) - best.loss == pytest.approx(penalty, rel=1e-5)
 
 
 @pytest.mark.parametrize(

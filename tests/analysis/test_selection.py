@@ -24,7 +24,7 @@ def test_used_and_left_out_add_up() -> None:
     assert [e["cell"] for e in chosen.excluded] == ["row 0", "row 1", "row 2", "row 3"]
     assert chosen.excluded[0]["reason"] == "quarantined: odd"
     assert "missing or not positive" in chosen.excluded[1]["reason"]
-    assert [v.code for v in chosen.verdicts] == ["partial"]
+    assert [v.code for v in chosen.verdicts] == ["partial", "excluded_runs"]
 
 
 def test_best_setting_stands_for_its_place_with_all_its_seeds() -> None:

@@ -35,11 +35,11 @@ def example(*verdicts: Verdict) -> Fit:
 
 
 def refusal(scope, target) -> Verdict:
-    return Verdict("some_code", "refuse", scope, target, "because")
+    return Verdict("off_centre", "refuse", scope, target, "because")
 
 
 def test_without_refusals_nothing_is_lost() -> None:
-    fit = example(Verdict("note", "caution", "fit", None, "mind this"))
+    fit = example(Verdict("few_steps", "caution", "fit", None, "mind this"))
     assert not fit.refused
     assert fit.params == {"one": 1.0, "two": 2.0}
     assert all(b.accepted and b.N.value == 2.0 for b in fit.budgets)
