@@ -82,7 +82,7 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     """The noise that the intervals of a fit are built on, and what has to be said about it.
 
     Seed noise where it was measured, unless the runs scatter about the law significantly more than seeds do (F test,
-    1 %): then the law, or the tuning of the cells, is off by more than noise, and intervals from seed noise alone
+    5 %): then the law, or the tuning of the cells, is off by more than noise, and intervals from seed noise alone
     would be too narrow. Residuals where no seeds were replicated.
     """
     known = residual_freedom > 0 and np.isfinite(residual_sd)
@@ -99,7 +99,7 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     if not known or residual_sd <= seeds.sd:
         return seeds, []
     ratio = (residual_sd / seeds.sd) ** 2 if seeds.sd > 0 else np.inf
-    if seeds.sd > 0 and fdtrc(residual_freedom, seeds.freedom, ratio) >= 0.01:
+    if seeds.sd > 0 and fdtrc(residual_freedom, seeds.freedom, ratio) >= 0.05:
         return seeds, []
     message = (
         f"the runs scatter by {residual_sd:.2%} about the curves, more than the {seeds.sd:.2%} between seeds: the "

@@ -147,14 +147,15 @@ def fit_tables(fit: Any) -> Iterator[RenderableType]:
     """A fit as tables: parameters with intervals, budgets, the optimum at each target, verdicts."""
     yield f"[bold]{fit.law}[/] fitted to {fit.n_runs} runs ({fit.planned} planned, {fit.finished} finished)"
     table = Table(box=None, header_style="bold")
-    for name in ("parameter", "value", "95 % interval"):
+    level = f"{100 * fit.level:g} % interval"
+    for name in ("parameter", "value", level):
         table.add_column(name, justify="left" if name == "parameter" else "right")
     for name, value in fit.params.items():
         table.add_row(name, _number(value), _range(fit.intervals.get(name, (float("nan"), float("nan")))))
     yield table
     if fit.budgets:
         table = Table(box=None, header_style="bold")
-        for name in ("budget C", "N*", "95 % interval", "D*", "loss", "accepted"):
+        for name in ("budget C", "N*", level, "D*", "loss", "accepted"):
             table.add_column(name, justify="right")
         for budget in fit.budgets:
             n, d = budget.N, budget.D
@@ -163,8 +164,7 @@ def fit_tables(fit: Any) -> Iterator[RenderableType]:
                 "yes" if budget.accepted else "no",
             )  # fmt: skip
         yield table
-    for target in fit.decisions.get("targets", []):
-        yield f"at C = {flops(target['C'])}: " + ", ".join(f"{k} {v}" for k, v in target.items() if k != "C")
+    yield from _decisions(fit.decisions, level)
     if fit.excluded:
         yield f"left out: {len(fit.excluded)} cells"
         for one in fit.excluded[:10]:
@@ -172,6 +172,25 @@ def fit_tables(fit: Any) -> Iterator[RenderableType]:
     for verdict in fit.verdicts:
         colour = {"refuse": "red", "caution": "yellow"}.get(verdict.severity, "dim")
         yield f"[{colour}]{verdict.severity}[/] {verdict.code}: {verdict.message}"
+
+
+def _decisions(decisions: Mapping[str, Any], level: str) -> Iterator[RenderableType]:
+    """The best split at each compute asked for, the price of a wrong size, and the compute that a loss needs."""
+    for target in decisions.get("targets", []):
+        yield f"at {flops(target['C'])} FLOPs, {target.get('extrapolation', float('nan')):.3g} times the dearest run:"
+        table = Table(box=None, header_style="bold")
+        for name in ("", "best", level):
+            table.add_column(name, justify="right" if name else "left")
+        words = {"N": "parameters", "D": "tokens", "loss": "loss", "tokens_per_parameter": "tokens per parameter"}
+        for key, label in words.items():
+            if key in target:
+                table.add_row(label, _number(target[key].value), _range(target[key].interval))
+        for factor, cost in target.get("regret", {}).items():
+            table.add_row(f"loss added by a model {factor} x as big", _number(cost.value), _range(cost.interval))
+        yield table
+    for entry in decisions.get("losses", []):
+        least = entry["C"]
+        yield f"a loss of {entry['loss']:g} needs {_number(least.value)} FLOPs ({level}: {_range(least.interval)})"
 
 
 def _number(value: float) -> str:

@@ -5,8 +5,8 @@ import pytest
 
 from analysis.allocation import closed_form
 from analysis.fitting import fit
-from analysis.laws import CHINCHILLA
 from analysis.isoflop import parabola
+from analysis.laws import CHINCHILLA
 from tests.analysis.synthetic import LAW, budgets_table, codes
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
