@@ -187,37 +187,84 @@ def sync(study: StudyArgument, store: StoreOption = DEFAULT_STORE, tracking_uri:
 
 @app.command()
 def fit(
-    study: Annotated[str, typer.Argument(help="A study, or a table of runs (CSV, JSONL, Parquet).")],
-    law: Annotated[str, typer.Option(help="chinchilla: L = E + A/N^alpha + B/D^beta. isoflop: N*(C) and D*(C).")] = (
-        "isoflop"
-    ),
+    study: Annotated[str, typer.Argument(help="A study, or a table of runs (CSV, TSV, JSON lines, Parquet).")],
+    law: Annotated[
+        str,
+        typer.Option(
+            help="isoflop: N*(C) and D*(C). chinchilla: L = E + A/N^alpha + B/D^beta. Or any law of analysis.laws."
+        ),
+    ] = "isoflop",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="What to read from a table: N=COL,D='C/(6*N)',loss=COL. Arithmetic; names in backquotes."),
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
+    ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Also the optimum at this compute (FLOPs).")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--loss", help="What is minimised: huber (default), lad, l2 or student.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Huber's threshold in ln loss. Default: 1.5 times the noise.")
+    ] = None,
+    drop_worst: Annotated[int, typer.Option(min=0, help="Leave out so many of the worst-fitting runs.")] = 0,
+    bootstrap: Annotated[int | None, typer.Option(min=10, help="Resamples behind the intervals.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Resample whole groups of rows with equal values of this column.")
+    ] = None,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the fit into this file (.png, .pdf, .svg).")] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a law to a study's runs or to any table: parameters, intervals, verdicts."""
+    """Fit a law to a study's runs or to any table: parameters, intervals, verdicts.
+
+    A table's columns are found under their common names, or said by --columns, as in
+    --columns 'N=1e9*`Model Size (B)`,D=C/(6*N),loss=log(ppl)'.
+    """
+    from dataclasses import replace
+
     import analysis
+    from analysis.expressions import split_definitions
+    from sweeps.errors import InputError, nearest
 
-    table = Path(study)
-    if table.is_file() and table.suffix not in (".yaml", ".yml"):
-        fitted = analysis.fit(analysis.read_table(table), law=law, targets=at or ())
+    options = _fit_options(law, objective, delta, drop_worst, bootstrap, cluster, level, seed)
+    _check_picture(plot)
+    conditions = split_definitions(where or [], "--where")
+    said, source, place = [], {}, None
+    if _is_table(study):
+        runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), law)
+        runs = analysis.keep_rows(runs, conditions)
+        said = analysis.check_table(runs, law)
+        source = {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}
+        options["loss"] = "loss" if law == "isoflop" else analysis.find_law(law).response
+    elif columns:
+        raise InputError("--columns is for tables; what a study's columns hold is known.")
     else:
-        from sweeps.store import write_json
-
         place = _store_or_none(store)
         name = _name(study, place)
-        runs = analysis.load_runs(name, place, tracking_uri=tracking_uri)
-        fitted = analysis.fit(runs, law=law, targets=at or ())
-        if place is not None:
-            write_json(place.study(name) / "fits" / f"{law}.json", fitted.to_json())
+        runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
+    if cluster is not None and cluster not in runs.columns:
+        raise InputError(f"--cluster: no column {cluster!r}{nearest(cluster, map(str, runs.columns))}.")
+    with _patience("fitting"):
+        fitted = analysis.fit(runs, law=law, targets=at or (), **options)
+    fitted = replace(fitted, verdicts=(*said, *fitted.verdicts))
+    if place is not None and not conditions:
+        from sweeps.store import write_json
+
+        write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
     if as_json:
-        print(json.dumps(fitted.to_json()))
+        print(json.dumps(fitted.to_json() | ({"source": source} if source else {})))
     else:
         from cluster.display import console, fit_tables
 
-        for part in fit_tables(fitted):
+        for part in fit_tables(fitted, level, source):
             console.print(part)
+    if plot is not None:
+        _draw(fitted, runs, plot, quiet=as_json)
     if fitted.refused:
         raise typer.Exit(1)
 
@@ -342,6 +389,85 @@ def _name(study: str, store: "Store | None") -> str:
             raise
         there = ", ".join(known) or "none yet"
         raise InputError(f"no study {study!r} in the store {store.root} (it has: {there}), and no such file.") from None
+
+
+def _is_table(text: str) -> bool:
+    """A file that is no study file, or a name that only a table can have."""
+    from analysis.tables import SUFFIXES
+
+    return text.lower().endswith(SUFFIXES) or (Path(text).is_file() and not text.endswith((".yaml", ".yml")))
+
+
+def _fit_options(
+    law: str,
+    objective: str | None,
+    delta: float | None,
+    drop_worst: int,
+    bootstrap: int | None,
+    cluster: str | None,
+    level: float,
+    seed: int,
+) -> dict[str, Any]:
+    """The arguments of `analysis.fit` that were asked for. A parabola per budget has no use for some of them."""
+    from sweeps.errors import InputError
+
+    asked: dict[str, Any] = {"objective": objective, "threshold": delta, "drop_worst": drop_worst, "cluster": cluster}
+    asked = {k: v for k, v in asked.items() if v}
+    if level != 0.95:
+        asked["level"] = level
+    if law == "isoflop" and asked:
+        names = {"objective": "--loss", "threshold": "--delta", "drop_worst": "--drop-worst"}
+        listed = ", ".join(names.get(k, f"--{k}") for k in asked)
+        raise InputError(f"{listed}: not for --law isoflop, which fits a parabola to each budget by least squares.")
+    if cluster is not None:
+        asked["resample"] = "rows"
+    return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})
+
+
+def _check_picture(path: Path | None) -> None:
+    from sweeps.errors import InputError
+
+    if path is not None and path.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--plot {path}: a picture is a .png, .pdf or .svg file.")
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"--plot {path}: there is no folder {path.parent}.")
+
+
+def _draw(fitted: Any, runs: Any, path: Path, quiet: bool) -> None:
+    """The picture of a fit: parabolas of an isoFLOP fit, residuals of a law. A refused fit has none."""
+    from analysis import plots
+
+    if fitted.refused:
+        told = "no picture: the fit is refused."
+    elif fitted.law != "isoflop" and not {"N", "C"} <= set(runs.columns):
+        told = "no picture: residuals are drawn by size against compute, which the table lacks (--columns N=...,C=...)."
+    else:
+        figure = plots.isoflop_curves(fitted) if fitted.law == "isoflop" else plots.residuals(fitted, runs)
+        figure.savefig(path, dpi=200, bbox_inches="tight")
+        told = f"picture: {path}"
+    if not quiet:
+        print(told)
+
+
+@contextmanager
+def _patience(what: str) -> Iterator[None]:
+    """A line with a turning wheel, once the work has taken more than two seconds on a terminal."""
+    import threading
+
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    wheel = console.status(f"{what} ... (Ctrl-C stops)")
+    timer = threading.Timer(2.0, wheel.start)
+    if console.is_terminal:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()
+        wheel.stop()
 
 
 def _cell(prefix: str, store: "Store") -> str:

@@ -13,16 +13,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.backtest import forecast_dearest
     from analysis.fitting import fit
+    from analysis.laws import find_law
+    from analysis.plausibility import check_table
     from analysis.report import write_report
-    from analysis.runs import load_curves, load_documents, load_runs, read_table
+    from analysis.runs import load_curves, load_documents, load_runs
+    from analysis.tables import keep_rows, read_table
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
     "Fit",
     "Verdict",
+    "check_table",
+    "find_law",
     "fit",
     "forecast_dearest",
+    "keep_rows",
     "load_curves",
     "load_documents",
     "load_runs",
@@ -35,13 +41,16 @@ __all__ = [
 _HOME = {
     "Fit": "verdicts",
     "Verdict": "verdicts",
+    "check_table": "plausibility",
+    "find_law": "laws",
     "fit": "fitting",
     "forecast_dearest": "backtest",
+    "keep_rows": "tables",
     "load_curves": "runs",
     "load_documents": "runs",
     "load_runs": "runs",
     "paired_errors": "uncertainty",
-    "read_table": "runs",
+    "read_table": "tables",
     "seed_noise": "uncertainty",
     "write_report": "report",
 }

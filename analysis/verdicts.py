@@ -32,6 +32,7 @@ class Code(StrEnum):
     PARTIAL = "partial"
     MIXED_FAMILIES = "mixed_families"
     MIXED_LOSSES = "mixed_losses"
+    MIXED_RECIPES = "mixed_recipes"
     EXCLUDED_RUNS = "excluded_runs"
     OUTCOME_SELECTION = "outcome_selection"
     TOO_FEW_RUNS = "too_few_runs"
@@ -40,6 +41,7 @@ class Code(StrEnum):
     NARROW_SPAN = "narrow_span"
     # noise
     NOISE_UNKNOWN = "noise_unknown"
+    NOISE_ASSUMED = "noise_assumed"
     NOISE_FROM_RESIDUALS = "noise_from_residuals"
     RESIDUALS_EXCEED_NOISE = "residuals_exceed_noise"
     OUTLIER_DRIVEN = "outlier_driven"
@@ -64,7 +66,14 @@ class Code(StrEnum):
     LINE_MISFIT = "line_misfit"
     # envelopes
     ANNEALED_CURVES = "annealed_curves"
+    UNKNOWN_SCHEDULE = "unknown_schedule"
     TOO_FEW_HORIZONS = "too_few_horizons"
+    SIZES_OFF_ENVELOPE = "sizes_off_envelope"
+    FEW_CURVES = "few_curves"
+    # the approaches side by side
+    NO_ANSWER = "no_answer"
+    APPROACHES_DISAGREE = "approaches_disagree"
+    APPROACH2_BIAS = "approach2_bias"
     # decisions
     NO_POWER_LAW = "no_power_law"
     NO_OPTIMUM = "no_optimum"

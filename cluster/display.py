@@ -1,7 +1,7 @@
 """What a person sees in the terminal: tables, the live progress of a run, a fit."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -143,62 +143,126 @@ def _words(progress: Any) -> str:
     return f"{states}; {progress.workers} workers"
 
 
-def fit_tables(fit: Any) -> Iterator[RenderableType]:
-    """A fit as tables: parameters with intervals, budgets, the optimum at each target, verdicts."""
-    yield f"[bold]{fit.law}[/] fitted to {fit.n_runs} runs ({fit.planned} planned, {fit.finished} finished)"
-    table = Table(box=None, header_style="bold")
-    level = f"{100 * fit.level:g} % interval"
-    for name in ("parameter", "value", level):
-        table.add_column(name, justify="left" if name == "parameter" else "right")
+def fit_tables(fit: Any, level: float = 0.95, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:
+    """A fit as tables: what was read, parameters with intervals, budgets, decisions, verdicts; 80 columns are enough.
+
+    level: of the fit's intervals. source: of a fit to a table, {"table", "columns", "where"}; columns by their role.
+    """
+    share = f"{100 * level:g} % interval"
+    left_out = f", {len(fit.excluded)} left out" if fit.excluded else ""
+    yield f"[bold]{fit.law}[/] fitted to {fit.n_runs} of {fit.planned} runs{left_out}"
+    if source:
+        read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
+        kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""
+        yield Text(f"{source['table']}{kept}: {read}", style="dim")
+    table = _table("parameter", "value", share)
     for name, value in fit.params.items():
-        table.add_row(name, _number(value), _range(fit.intervals.get(name, (float("nan"), float("nan")))))
+        table.add_row(name, _number(value), _range(fit.intervals.get(name, _NOTHING)))
+    yield ""
     yield table
     if fit.budgets:
-        table = Table(box=None, header_style="bold")
-        for name in ("budget C", "N*", level, "D*", "loss", "accepted"):
-            table.add_column(name, justify="right")
-        for budget in fit.budgets:
+        table = _table("budget C", "N*", share, "D*", "loss")
+        for budget in (b for b in fit.budgets if b.accepted):
             n, d = budget.N, budget.D
             table.add_row(
-                flops(budget.C), _number(n.value), _range(n.interval), _number(d.value), _number(budget.loss.value),
-                "yes" if budget.accepted else "no",
+                flops(budget.C), _amount(n.value), _range(n.interval, _amount), _amount(d.value),
+                _number(budget.loss.value),
             )  # fmt: skip
+        yield ""
         yield table
-    yield from _decisions(fit.decisions, level)
+        if refused := [flops(b.C) for b in fit.budgets if not b.accepted]:
+            yield Text(f"no minimum accepted at {_few(refused)} (of {len(fit.budgets)} budgets)", style="dim")
+    estimates = {k: v for k, v in fit.decisions.items() if hasattr(v, "interval")}
+    if estimates:
+        table = _table("decision", "value", share)
+        for name, estimate in estimates.items():
+            table.add_row(name, _number(estimate.value), _range(estimate.interval))
+        yield ""
+        yield table
+    for target in fit.decisions.get("targets", []):
+        beyond = target.get("extrapolation", 1.0)
+        far = f" ({beyond:.3g} times the dearest run)" if beyond > 1.0 else ""
+        yield ""
+        yield _answers(f"at C = {flops(target['C'])}{far}", target, share)
+    for wanted in fit.decisions.get("losses", []):
+        yield ""
+        yield _answers(f"for a loss of {wanted['loss']:g}", wanted, share)
+    if fit.excluded or fit.verdicts:
+        yield ""
     if fit.excluded:
-        yield f"left out: {len(fit.excluded)} cells"
-        for one in fit.excluded[:10]:
-            yield f"  {one['cell']}: {one['reason']}"
-    for verdict in fit.verdicts:
-        colour = {"refuse": "red", "caution": "yellow"}.get(verdict.severity, "dim")
-        yield f"[{colour}]{verdict.severity}[/] {verdict.code}: {verdict.message}"
+        yield _left_out(fit.excluded)
+    if fit.verdicts:
+        yield _verdicts(fit.verdicts)
 
 
-def _decisions(decisions: Mapping[str, Any], level: str) -> Iterator[RenderableType]:
-    """The best split at each compute asked for, the price of a wrong size, and the compute that a loss needs."""
-    for target in decisions.get("targets", []):
-        yield f"at {flops(target['C'])} FLOPs, {target.get('extrapolation', float('nan')):.3g} times the dearest run:"
-        table = Table(box=None, header_style="bold")
-        for name in ("", "best", level):
-            table.add_column(name, justify="right" if name else "left")
-        words = {"N": "parameters", "D": "tokens", "loss": "loss", "tokens_per_parameter": "tokens per parameter"}
-        for key, label in words.items():
-            if key in target:
-                table.add_row(label, _number(target[key].value), _range(target[key].interval))
-        for factor, cost in target.get("regret", {}).items():
-            table.add_row(f"loss added by a model {factor} x as big", _number(cost.value), _range(cost.interval))
-        yield table
-    for entry in decisions.get("losses", []):
-        least = entry["C"]
-        yield f"a loss of {entry['loss']:g} needs {_number(least.value)} FLOPs ({level}: {_range(least.interval)})"
+def _verdicts(verdicts: Sequence[Any]) -> Table:
+    """One row a kind: the first of many budgets' verdicts speaks for the others, which are counted."""
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for verdict in verdicts:
+        kinds.setdefault((verdict.severity, verdict.code), []).append(verdict)
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for (severity, code), (first, *others) in kinds.items():
+        colour = {"refuse": "red", "caution": "yellow"}.get(severity, "dim")
+        named = list(dict.fromkeys(str(v.target) for v in others if v.target != first.target))
+        more = f" The same of {_few(named)}." if named else f" (and {len(others)} more like it)" if others else ""
+        table.add_row(Text(severity, style=colour), Text(f"{code}: {first.message}{more}"))
+    return table
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for order, name in enumerate(names):
+        table.add_column(name, justify="right" if order or name.startswith("budget") else "left", no_wrap=True)
+    return table
+
+
+def _answers(title: str, entry: Mapping[str, Any], share: str) -> Table:
+    """The estimates of one decision, each on a line; a nest of them (the regret of sizes) is indented."""
+    names = {"tokens_per_parameter": "D/N", "regret": "loss lost at a size of"}
+    table = _table(title, "value", share)
+    for name, value in entry.items():
+        if hasattr(value, "interval"):
+            write = _amount if name in ("N", "D") else flops if name == "C" else _number
+            table.add_row(f"  {names.get(name, name)}", write(value.value), _range(value.interval, write))
+        elif isinstance(value, Mapping):
+            for times, estimate in value.items():
+                lost = f"  {names.get(name, name)} {times} N*"
+                table.add_row(lost, _number(estimate.value), _range(estimate.interval))
+    return table
+
+
+def _left_out(excluded: Sequence[Mapping[str, str]]) -> RenderableType:
+    """Each reason once, with how many cells it took and the first of them."""
+    by_reason: dict[str, list[str]] = {}
+    for one in excluded:
+        by_reason.setdefault(one["reason"], []).append(one["cell"])
+    table = Table.grid(padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for reason, cells in by_reason.items():
+        table.add_row("left out", Text(f"{len(cells)}: {reason} ({_few(cells)})"))
+    return table
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+_NOTHING = (float("nan"), float("nan"))
+
+
+def _amount(value: float) -> str:
+    return "-" if value != value else human(value)
 
 
 def _number(value: float) -> str:
     return "-" if value != value else f"{value:,.4g}"
 
 
-def _range(interval: Any) -> str:
-    low, high = (_number(bound) for bound in interval)
+def _range(interval: Any, write: Callable[[float], str] = _number) -> str:
+    low, high = ("-" if bound != bound else write(bound) for bound in interval)
     if "-" in (low, high):
         return "-" if low == high else f"above {low}" if high == "-" else f"below {high}"
     return f"{low} .. {high}"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, load_curves, load_documents, load_runs, read_table
+from analysis import fit, load_curves, load_documents, load_runs
 from analysis.runs import COLUMNS, METRICS
 from sweeps.errors import InputError
 from sweeps.store import Store, iterate_cells, open_store, read_metrics
@@ -174,67 +174,6 @@ def test_quarantine_set_in_mlflow_counts_at_once(mirrored, tmp_path) -> None:
         assert marked["excluded"][cell] == "quarantined: looks odd"
     finally:
         client.delete_tag(run.info.run_id, "escala.quarantine")
-
-
-# --- any table ---------------------------------------------------------------------------------------------------
-
-
-def table(tmp_path: Path, name: str = "runs.csv", **columns: list[float]) -> Path:
-    frame, path = pd.DataFrame(columns), tmp_path / name
-    if path.suffix == ".parquet":
-        frame.to_parquet(path)
-    elif path.suffix == ".jsonl":
-        frame.to_json(path, orient="records", lines=True)
-    else:
-        frame.to_csv(path, index=False)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_common_names_are_understood(tmp_path, suffix) -> None:
-    path = table(
-        tmp_path, f"a.{suffix}", N_params=[1e6, 2e6], Tokens=[1e8, 2e8], FLOPs=[6e14, 3e15], Val_Loss=[3.0, 2.5]
-    )
-    found = read_table(path)
-    assert found["N"].tolist() == [1e6, 2e6]
-    assert found["D"].tolist() == [1e8, 2e8]
-    assert found["C"].tolist() == [6e14, 3e15]
-    assert found["loss"].tolist() == [3.0, 2.5]
-    assert not found["C_assumed"].any()
-
-
-def test_tokens_follow_from_compute_and_compute_from_tokens(tmp_path) -> None:
-    without_d = read_table(table(tmp_path, params=[1e6], flops=[6e14], loss=[3.0]))
-    assert without_d["D"].tolist() == [1e8]
-    without_c = read_table(table(tmp_path, params=[1e6], tokens=[1e8], loss=[3.0]))
-    assert without_c["C"].tolist() == [6e14]
-    assert "compute_assumed" in {v.code for v in fit(without_c).verdicts}
-
-
-def test_exact_name_wins_over_a_synonym(tmp_path) -> None:
-    found = read_table(table(tmp_path, params=[5.0], N=[1e6], D=[1e8], loss=[3.0]))
-    assert found["N"].tolist() == [1e6]
-
-
-def test_missing_columns_are_named_with_those_found(tmp_path) -> None:
-    with pytest.raises(InputError, match=r"lacks N, D \(or C\)\. It has the columns size, loss"):
-        read_table(table(tmp_path, size=[1.0], loss=[3.0]))
-
-
-def test_text_among_the_numbers_leaves_the_row_out_with_a_reason(tmp_path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("N,D,loss\n1e6,1e8,3.0\n1e6,2e8,diverged\n")
-    excluded = fit(read_table(path)).excluded
-    assert [e["cell"] for e in excluded] == ["row 1"]
-
-
-def test_unreadable_tables_are_input_errors(tmp_path) -> None:
-    with pytest.raises(InputError, match="no such table"):
-        read_table(tmp_path / "none.csv")
-    empty = tmp_path / "empty.csv"
-    empty.write_text("")
-    with pytest.raises(InputError, match="cannot be read"):
-        read_table(empty)
 
 
 def test_fit_of_a_store_names_what_it_left_out(mixed) -> None:

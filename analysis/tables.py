@@ -1,0 +1,339 @@
+"""Tables of runs from anywhere: CSV, Parquet, JSON lines, with the columns named and counted as their authors did.
+
+The failure it guards against: a number in another unit fits without complaint. Parameters in billions, perplexities,
+logarithms, steps in place of tokens, or ten recipes in one file all give a curve, exponents and intervals. So what a
+column was taken for is written down (`attrs["columns"]`), and `plausibility` refuses what cannot be runs of one recipe.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.expressions import evaluate
+from analysis.laws import find_law
+from analysis.runs import MAX_EPOCHS
+from sweeps.errors import InputError, nearest
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz", ".jsonl.gz")
+ISOFLOP_LEAST = 3
+"""Runs below which not even one budget has a parabola."""
+
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "N": (
+        *("n", "params", "n_params", "num_params", "nparams", "parameters", "n_parameters", "num_parameters"),
+        *("parameter_count", "param_count", "params_count", "model_size", "model_params", "model_parameters"),
+        *("total_params", "total_parameters", "non_embedding_params", "n_non_embedding"),
+    ),
+    "D": (
+        *("d", "tokens", "n_tokens", "num_tokens", "ntokens", "training_tokens", "train_tokens", "total_tokens"),
+        *("token_count", "tokens_seen", "tokens_trained", "n_train_tokens", "data_size", "dataset_size"),
+        *("training_data_size", "pretraining_data_size", "pretraining_tokens"),
+    ),
+    "C": (
+        *("c", "flops", "flop", "compute", "training_flop", "training_flops", "train_flop", "train_flops"),
+        *("total_flops", "total_flop", "training_compute", "train_compute", "compute_flops", "gflops", "total_gflops"),
+    ),
+    "loss": (
+        *("loss", "val_loss_final", "val_loss", "final_loss", "validation_loss", "valid_loss", "eval_loss"),
+        *("final_val_loss", "final_validation_loss", "final_eval_loss", "test_loss", "macro_loss", "smooth_loss"),
+        *("train_loss", "training_loss", "final_train_loss"),
+        *("perplexity", "ppl", "val_perplexity", "val_ppl", "validation_perplexity", "eval_perplexity"),
+    ),
+    "accuracy": ("accuracy", "acc"),
+    "error": ("error", "err", "error_rate"),
+    "budget": ("budget", "flop_budget", "flops_budget", "compute_budget"),
+    "U": ("u", "unique_tokens", "n_unique_tokens", "tokens_unique"),
+    "experts": ("experts", "n_experts", "num_experts", "expert_count"),
+    "S1": ("s1",),
+    "S2": ("s2",),
+    "x": ("x",),
+    "seed": ("seed", "run_seed", "random_seed"),
+    "data_seed": ("data_seed",),
+    "learning_rate": ("learning_rate", "lr", "peak_lr", "max_lr", "peak_learning_rate", "max_learning_rate"),
+    "weight_decay": ("weight_decay", "wd"),
+    "beta2": ("beta2", "adam_beta2"),
+    "batch_tokens": ("batch_tokens", "tokens_per_batch", "batch_size_tokens"),
+    "warmup_tokens": ("warmup_tokens",),
+    "precision": ("precision",),
+}
+"""What a fit knows, and the names that published tables give it, without case, in the order of preference."""
+_TEXT = ("precision",)
+_RARE = ("U", "experts", "S1", "S2", "x")
+"""Read only for a law that needs them: elsewhere an `x` is a coordinate of somebody's figure."""
+_MEASURED = ("loss", "accuracy", "error")
+_UNITS = {
+    **dict.fromkeys(("k", "thousand", "thousands"), 1e3),
+    **dict.fromkeys(("m", "million", "millions", "mtok"), 1e6),
+    **dict.fromkeys(("b", "bn", "billion", "billions", "g", "gflop", "gflops"), 1e9),
+    **dict.fromkeys(("t", "trillion", "trillions", "tflop", "tflops"), 1e12),
+    **dict.fromkeys(("pflop", "pflops"), 1e15),
+    **dict.fromkeys(("eflop", "eflops"), 1e18),
+    **dict.fromkeys(("zflop", "zflops"), 1e21),
+}
+
+
+def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: str = "chinchilla") -> pd.DataFrame:
+    """Any CSV, TSV, Parquet or JSON-lines table of finished runs, with the columns that a law needs under our names.
+
+    columns: what to read from where, such as {"N": "params", "D": "C/(6*N)", "loss": "log(ppl)"}: a column's name, or
+        arithmetic on columns (`analysis.expressions`). A name in arithmetic means another entry of `columns` first,
+        then a column of the table, then what would be found for it without `columns`.
+    law: a name of `analysis.laws`, or "isoflop"; its variables and its response must be found.
+
+    What `columns` does not name is found under the common names of `NAMES`, without regard to case, blanks and the
+    path before the last `/` or `.`; an exact match wins. A unit in the name, as in `Model Size (B)`, `tokens_b` or
+    `total_gflops`, scales the numbers. D is C / (6 N) where only C is there, N likewise; where C is missing it is the
+    budget, else 6 N D, and the column `C_assumed` says that. Numbers may be written 124M or 1,300,000. Other columns
+    are kept as they are; `cell` is the row's number, from 0. `attrs["columns"]` tells what was taken for what.
+    Where unique tokens or a column `epochs` say that a run repeats its data more than `MAX_EPOCHS` times, `excluded`
+    takes it out of laws that do not know repeats, as in `load_runs`.
+
+    N in parameters, D and U in tokens, C and budget in FLOPs, losses in nats per token.
+    Raises InputError where the file is no table, an expression cannot be computed, or a needed column cannot be found.
+    """
+    path = Path(path)
+    table = _read(path)
+    variables, response, _ = needs(law)
+    given = dict(columns or {})
+    for name in given:
+        if name not in NAMES:
+            raise InputError(f"a table's column cannot be read as {name!r}{nearest(name, NAMES)}: {', '.join(NAMES)}.")
+    frame, taken = table.copy(), {}
+    for name in NAMES:
+        if name in _RARE and name not in (*variables, *given):
+            continue
+        found = _find(name, table, given)
+        if found is None or (found[0].isna().all() and name not in (*variables, response, *given)):
+            continue
+        frame[name], taken[name] = found
+    if "seed" in taken and frame["seed"].notna().all():
+        frame["seed"] = frame["seed"].astype("int64")
+    taken |= _derive(frame, taken)
+    missing = [c for c in (*variables, response) if c not in taken]
+    if {"N", "D"} <= set(missing) and "C" in taken:
+        missing.remove("D")  # follows from C once N is known
+    if missing:
+        raise InputError(f"{path} {_lack(missing, table, law)}")
+    frame["C_assumed"] = "C" not in taken
+    if "C" not in taken and {"N", "D"} <= set(taken):
+        frame["C"] = 6.0 * frame["N"] * frame["D"]
+    if "cell" not in table.columns:
+        frame["cell"] = [f"row {i}" for i in range(len(frame))]
+    if "U" not in variables and response == "loss" and "N" in variables:
+        _exclude_repeats(frame, table)
+    frame.attrs["columns"] = taken
+    return frame
+
+
+def needs(law: str) -> tuple[tuple[str, ...], str, int]:
+    """(variables, response, fewest runs that can be fitted) of a law or "isoflop"; InputError where there is none."""
+    if law == "isoflop":
+        return ("N", "D"), "loss", ISOFLOP_LEAST
+    form = find_law(law)
+    return tuple(form.variables), form.response, len(form.names) + 1
+
+
+def _read(path: Path) -> pd.DataFrame:
+    suffix = path.name.lower().removesuffix(".gz")
+    try:
+        if suffix.endswith(".parquet"):
+            table = pd.read_parquet(path)
+        elif suffix.endswith((".jsonl", ".ndjson")):
+            table = pd.read_json(path, lines=True)
+        elif suffix.endswith(".json"):
+            table = pd.read_json(path)
+        else:
+            table = pd.read_csv(path, sep="\t" if suffix.endswith(".tsv") else ",", skipinitialspace=True)
+    except FileNotFoundError:
+        raise InputError(f"no such table: {path}") from None
+    except (ValueError, OSError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise InputError(
+            f"{path} cannot be read as a table: {reason}. Tables are {', '.join(SUFFIXES[:6])}, one run a row."
+        ) from error
+    if table.empty:
+        raise InputError(f"{path} has no rows.")
+    return table.rename(columns=str)
+
+
+# --- which column is what ----------------------------------------------------------------------------------------
+
+
+def _find(
+    name: str, table: pd.DataFrame, given: Mapping[str, str], above: tuple[str, ...] = ()
+) -> tuple[Any, str] | None:
+    """The values of what a fit knows by `name`, and the words that say where they come from."""
+    if name in above:
+        raise InputError(f"{' and '.join(above)} are defined by each other; name a column of the table for one.")
+    if name not in given:
+        return _guess(name, table)
+    text = given[name]
+    bare = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "`'\"" else text
+    exact = text if text in table.columns else bare if bare in table.columns else None
+    if exact is not None:
+        return (table[exact] if name in _TEXT else _numbers(table[exact])), exact
+
+    def column(word: str) -> Any:
+        if word != name and word in given:
+            return _found(word)
+        if word in table.columns:
+            return _numbers(table[word])
+        if word != name and word in NAMES:
+            return _found(word)
+        raise _unknown(word, table)
+
+    def _found(word: str) -> Any:
+        found = _find(word, table, given, (*above, name))
+        if found is None:
+            raise _unknown(word, table)
+        return found[0]
+
+    try:
+        values = evaluate(text, column)
+    except InputError as error:
+        raise InputError(f"{name}={text}: {error}") from None
+    return pd.Series(values, table.index, dtype="float64"), text
+
+
+def _unknown(word: str, table: pd.DataFrame) -> InputError:
+    return InputError(f"no column {word!r}{nearest(word, table.columns)}; {_columns(table)}")
+
+
+def _columns(table: pd.DataFrame, most: int = 24) -> str:
+    names = list(map(str, table.columns))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"the table has the columns {', '.join(names[:most])}{more}."
+
+
+def _guess(name: str, table: pd.DataFrame) -> tuple[Any, str] | None:
+    """The column with one of the common names."""
+    if name in table.columns:
+        return (table[name] if name in _TEXT else _numbers(table[name])), name
+    plain = [(column, *_plain(column)) for column in table.columns]
+    ways = [{words: (column, scale) for column, words, _, scale in reversed(plain)}]
+    ways.append({last: (column, scale) for column, _, last, scale in reversed(plain)})
+    if name in ("N", "D", "C", "U"):  # params_b, tokens_millions
+        units = [(column, re.fullmatch(f"(.+)_({'|'.join(_UNITS)})", last)) for column, _, last, _ in reversed(plain)]
+        ways.append({unit[1]: (column, _UNITS[unit[2]]) for column, unit in units if unit})
+    for way in ways:
+        for alias in NAMES[name]:
+            if alias not in way:
+                continue
+            column, scale = way[alias]
+            if name in _TEXT:
+                return table[column], column
+            numbers = _numbers(table[column])
+            if numbers.isna().all():  # a word that means something else here
+                continue
+            if name == "loss" and alias.endswith(("ppl", "perplexity")):
+                with np.errstate(all="ignore"):
+                    return np.log(numbers), f"log({quoted(column)})"
+            if scale != 1.0 and name not in _MEASURED:
+                return scale * numbers, f"{scale:g}*{quoted(column)}".replace("e+", "e").replace("e0", "e")
+            return numbers, column
+    return None
+
+
+def _plain(column: str) -> tuple[str, str, float]:
+    """A column's name in plain words, the last part of its path in plain words, and the unit that it names."""
+    scale, name = 1.0, column.strip().lower()
+    if bracket := re.search(r"\s*[(\[]\s*([^()\[\]]+?)\s*[)\]]$", name):
+        name, unit = name[: bracket.start()], bracket[1].replace("^", "e")
+        unit = unit.removeprefix("in ").removesuffix(" tokens").removesuffix(" parameters").removesuffix(" params")
+        if unit in _UNITS:
+            scale = _UNITS[unit]
+        elif power := re.fullmatch(r"(?:1e|10e|x?10\*\*)(\d{1,2})(?: ?flops?)?", unit):
+            scale = 10.0 ** int(power[1])
+    last = re.split(r"[/.]", name)[-1]
+    words, last = (re.sub(r"[\s_\-/.#]+", "_", text).strip("_") for text in (name, last))
+    if scale == 1.0 and re.search(r"(^|_)gflops?$", last):
+        scale = 1e9
+    return words, last, scale
+
+
+def quoted(column: str) -> str:
+    """A column's name as it is written in arithmetic."""
+    return column if column.isidentifier() else f"`{column}`"
+
+
+_WRITTEN = re.compile(r"\s*([-+]?[\d.,]+(?:[eE][-+]?\d+)?)\s*([kKmMbBtT]?)\s*$")
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """A column as numbers; text that is none becomes NaN. 124M and 1,300,000 are numbers."""
+    numbers = pd.to_numeric(column, errors="coerce").astype("float64")
+    for row in column.index[(numbers.isna() & column.notna()).to_numpy()]:
+        written = _WRITTEN.match(str(column[row]))
+        if written:
+            plain = pd.to_numeric(written[1].replace(",", ""), errors="coerce")
+            numbers[row] = float(plain) * _UNITS.get(written[2].lower(), 1.0)
+    return numbers
+
+
+def _derive(frame: pd.DataFrame, taken: Mapping[str, str]) -> dict[str, str]:
+    """N, D or C from the other two, in place, where C = 6 N D tells them."""
+    if "C" not in taken and "budget" in taken:
+        frame["C"] = frame["budget"]
+        return {"C": "budget"} | _derive(frame, {**taken, "C": "budget"})
+    for name, other in (("D", "N"), ("N", "D")):
+        if name not in taken and {"C", other} <= set(taken):
+            frame[name] = frame["C"] / (6.0 * frame[other])
+            return {name: f"C/(6*{other})"}
+    return {}
+
+
+def _exclude_repeats(frame: pd.DataFrame, table: pd.DataFrame) -> None:
+    unique = _guess("U", table)
+    epochs = next((_numbers(table[c]) for c in table.columns if _plain(c)[1] in ("epochs", "epoch")), None)
+    if unique is not None and "D" in frame.columns:
+        epochs = frame["D"] / unique[0]
+    if epochs is None or not (epochs > MAX_EPOCHS).any():
+        return
+    before = frame["excluded"] if "excluded" in frame.columns else pd.Series(None, frame.index, dtype=object)
+    reason = f"repeats its data (more than {MAX_EPOCHS} epochs, up to which this law holds; see data_constrained)"
+    frame["excluded"] = before.astype(object).where(before.notna() | (epochs <= MAX_EPOCHS) | epochs.isna(), reason)
+
+
+def _lack(missing: Sequence[str], table: pd.DataFrame, law: str) -> str:
+    """What is missing, what might be it, and how to say so."""
+    hints = {"N": "param|size", "D": "token|data", "C": "flop|compute", "loss": "loss|nll|entropy|ppl"}
+    hints |= {"accuracy": "acc", "error": "err", "U": "uniq"}
+    words = []
+    for name in missing:
+        near = [c for c in table.columns if name in hints and re.search(hints[name], c.lower())]
+        near = [c for c in near if not _numbers(table[c]).isna().all()][:6]
+        words.append(f"{name} (could be {', '.join(near)})" if near else name)
+    example = ",".join(f"{name}={'COLUMN' if name != 'D' else 'C/(6*N)'}" for name in missing)
+    return (
+        f"lacks {', '.join(words)}, which {law} needs; {_columns(table)} Name what is to be read: --columns "
+        f"{example} (in Python columns={{...}}), where arithmetic on columns is allowed."
+    )
+
+
+# --- which rows --------------------------------------------------------------------------------------------------
+
+
+def keep_rows(table: pd.DataFrame, conditions: Mapping[str, str]) -> pd.DataFrame:
+    """The rows in which every named column equals its value, as a number where the value is one, else as text.
+
+    Raises InputError for an unknown column, and for a value that no row has; the message lists those that there are.
+    """
+    kept = table
+    for column, value in conditions.items():
+        if column not in table.columns:
+            raise _unknown(column, table)
+        text = value[1:-1] if len(value) > 2 and value[0] == value[-1] and value[0] in "`'\"" else value
+        same = kept[column].astype(str).str.lower() == text.lower()
+        number = pd.to_numeric(text, errors="coerce")
+        if not pd.isna(number):
+            same |= pd.to_numeric(kept[column], errors="coerce") == float(number)
+        if not same.any():
+            values = kept[column].dropna().astype(str).unique()
+            more = ", ..." if len(values) > 12 else ""
+            raise InputError(f"no row has {column}={text}; there are {', '.join(values[:12])}{more}.")
+        kept = kept[same]
+    return kept

@@ -1,0 +1,351 @@
+"""Tables from anywhere: columns are found under the names that people use, and mistakes of unit are refused."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis import check_table, fit, keep_rows, read_table
+from analysis.expressions import evaluate, split_definitions
+from sweeps.errors import InputError
+from tests.analysis.synthetic import published, surface
+
+N, D = (a.ravel() for a in np.meshgrid([1e7, 5e7, 2e8, 1e9], [1e9, 4e9, 2e10, 1e11]))
+RUNS = surface(N, D, noise=0.003)
+
+
+def write(folder: Path, frame: Any, name: str = "runs.csv") -> Path:
+    frame, path = pd.DataFrame(frame), folder / name
+    if name.endswith(".parquet"):
+        frame.to_parquet(path)
+    elif name.endswith((".jsonl", ".jsonl.gz")):
+        frame.to_json(path, orient="records", lines=True)
+    elif name.endswith(".json"):
+        frame.to_json(path, orient="records")
+    else:
+        frame.to_csv(path, index=False, sep="\t" if name.endswith(".tsv") else ",")
+    return path
+
+
+def faulty(folder: Path, frame: Any, columns: Any = None, law: str = "chinchilla") -> str:
+    with pytest.raises(InputError) as caught:
+        check_table(read_table(write(folder, frame), columns, law), law)
+    return str(caught.value)
+
+
+# --- which column is what ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.csv.gz", "a.jsonl.gz"])
+def test_every_kind_of_file_gives_the_same_numbers(tmp_path, name) -> None:
+    names = {"N": "N_params", "D": "Tokens", "C": "FLOPs", "loss": "Val_Loss"}
+    found = read_table(write(tmp_path, RUNS.rename(columns=names), name))
+    for column in names:
+        assert found[column].to_numpy() == pytest.approx(RUNS[column].to_numpy(), rel=1e-9)
+    assert not found["C_assumed"].any()
+    assert found.attrs["columns"] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "scale"),
+    [
+        ("Model Size (B)", "N", 1e9),
+        ("params [M]", "N", 1e6),
+        ("Model_Size", "N", 1.0),
+        ("params_b", "N", 1e9),
+        ("train/tokens_millions", "D", 1e6),
+        ("Training compute (FLOP)", "C", 1.0),
+        ("model/parameter_count", "N", 1.0),
+        ("Pretraining Data Size (T)", "D", 1e12),
+        ("throughput/total_tokens", "D", 1.0),
+        ("FLOPs (1E21)", "C", 1e21),
+        ("Training FLOP", "C", 1.0),
+        ("throughput/total_gflops", "C", 1e9),
+        ("eval/val_loss", "loss", 1.0),
+        ("optimizer.learning_rate", "learning_rate", 1.0),
+    ],
+)
+def test_common_names_and_the_units_in_them_are_understood(tmp_path, name, role, scale) -> None:
+    frame = pd.DataFrame({"N": [1e9, 2e9], "D": [1e10, 2e10], "C": [6e19, 1e20], "loss": [3.0, 2.9]})
+    frame = frame.drop(columns=[role] if role in frame else []).assign(**{name: [2.0, 4.0]})
+    assert read_table(write(tmp_path, frame))[role].tolist() == [2.0 * scale, 4.0 * scale]
+
+
+def test_a_word_that_means_something_else_is_passed_over(tmp_path) -> None:
+    frame = RUNS.drop(columns="N").assign(param_count="standard", model_size=N, x=7.0)
+    found = read_table(write(tmp_path, frame))
+    assert found["N"].tolist() == N.tolist()
+    assert "x" not in found.attrs["columns"]
+
+
+def test_exact_name_wins_over_a_synonym(tmp_path) -> None:
+    assert read_table(write(tmp_path, {"params": [5.0], "N": [1e6], "D": [1e8], "loss": [3.0]}))["N"].tolist() == [1e6]
+
+
+def test_the_third_of_size_tokens_and_compute_follows_from_two(tmp_path) -> None:
+    without_d = read_table(write(tmp_path, {"params": [1e6], "flops": [6e14], "loss": [3.0]}))
+    assert without_d["D"].tolist() == [1e8]
+    without_n = read_table(write(tmp_path, {"tokens": [1e8], "flops": [6e14], "loss": [3.0]}))
+    assert without_n["N"].tolist() == [1e6]
+    by_budget = read_table(write(tmp_path, {"N": [1e6], "D": [1e8], "budget": [5e14], "loss": [3.0]}))
+    assert by_budget["C"].tolist() == [5e14]
+    without_c = read_table(write(tmp_path, {"params": [1e6], "tokens": [1e8], "loss": [3.0]}))
+    assert without_c["C"].tolist() == [6e14]
+    assert "compute_assumed" in {v.code for v in fit(without_c).verdicts}
+
+
+def test_an_empty_column_that_nothing_needs_is_no_fault(tmp_path) -> None:
+    found = read_table(write(tmp_path, RUNS.assign(C=np.nan, lr=np.nan)))
+    assert check_table(found) == []
+    assert found["C"].to_numpy() == pytest.approx(6.0 * N * D)
+    assert found["C_assumed"].all()
+
+
+def test_numbers_may_be_written_as_people_write_them(tmp_path) -> None:
+    frame = {"N": ["124M", "1.5B"], "D": ["1,300,000,000", "10b"], "loss": ["3.3", "diverged"]}
+    found = read_table(write(tmp_path, frame))
+    assert found["N"].tolist() == [124e6, 1.5e9]
+    assert found["D"].tolist() == [1.3e9, 1e10]
+    assert found["loss"].isna().tolist() == [False, True]
+
+
+def test_perplexity_becomes_a_loss(tmp_path) -> None:
+    found = read_table(write(tmp_path, RUNS.assign(ppl=np.exp(RUNS["loss"])).drop(columns="loss")))
+    assert found["loss"].to_numpy() == pytest.approx(RUNS["loss"].to_numpy())
+    assert found.attrs["columns"]["loss"] == "log(ppl)"
+
+
+def test_definitions_may_use_columns_and_each_other(tmp_path) -> None:
+    frame = {"size_m": [1.0, 2.0], "Training FLOP": [6e14, 12e14], "ppl": [np.e, np.e**2]}
+    wanted = {"N": "1e6*size_m", "D": "`Training FLOP`/(6*N)", "loss": "log(ppl)"}
+    found = read_table(write(tmp_path, frame), wanted)
+    assert found["N"].tolist() == [1e6, 2e6]
+    assert found["D"].tolist() == [1e8, 1e8]
+    assert found["loss"].tolist() == pytest.approx([1.0, 2.0])
+
+
+def test_a_column_may_be_rescaled_under_its_own_name(tmp_path) -> None:
+    found = read_table(write(tmp_path, {"N": [0.5], "C": [6.0], "loss": [3.0]}), {"N": "1e9*N", "C": "1e18*C"})
+    assert (found["N"][0], found["D"][0]) == (5e8, 6e18 / 6 / 5e8)
+
+
+def test_circles_typos_and_strangers_are_named(tmp_path) -> None:
+    path = write(tmp_path, {"params": [1e6], "tokens": [1e8], "loss": [3.0]})
+    with pytest.raises(InputError, match="defined by each other"):
+        read_table(path, {"N": "2*D", "D": "2*N"})
+    with pytest.raises(InputError, match="no column 'parms' \\(did you mean \"params\"\\?\\)"):
+        read_table(path, {"N": "2*parms"})
+    with pytest.raises(InputError, match="cannot be read as 'los'"):
+        read_table(path, {"los": "loss"})
+
+
+def test_missing_columns_are_named_with_those_found_and_the_way_out(tmp_path) -> None:
+    with pytest.raises(
+        InputError, match=r"lacks N \(could be my_params_total\), D.*columns my_params_total, loss"
+    ) as e:
+        read_table(write(tmp_path, {"my_params_total": [1.0], "loss": [3.0]}))
+    assert "--columns N=COLUMN,D=C/(6*N)" in str(e.value)
+
+
+def test_text_among_the_numbers_leaves_the_row_out_with_a_reason(tmp_path) -> None:
+    frame = RUNS.astype({"loss": object})
+    frame.loc[3, "loss"] = "diverged"
+    found = read_table(write(tmp_path, frame))
+    assert check_table(found) == []
+    assert [e["cell"] for e in fit(found, resamples=20).excluded] == ["row 3"]
+
+
+def test_repeats_of_data_are_left_out_of_laws_that_do_not_know_them(tmp_path) -> None:
+    frame = RUNS.assign(unique_tokens=np.where(D > 1e10, D / 4, D))
+    found = read_table(write(tmp_path, frame))
+    assert found["excluded"].notna().tolist() == (D > 1e10).tolist()
+    assert found["excluded"].dropna().iloc[0].startswith("repeats its data")
+
+
+def test_unreadable_tables_are_input_errors(tmp_path) -> None:
+    with pytest.raises(InputError, match="no such table"):
+        read_table(tmp_path / "none.csv")
+    for name, text in (("empty.csv", ""), ("b.json", '{"a": 1, "b": 2}'), ("c.parquet", "no"), ("d.jsonl", '{"a": ')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(InputError, match="cannot be read"):
+            read_table(tmp_path / name)
+    (tmp_path / "e.csv").write_bytes(b"N,D,loss\n1,2,caf\xe9\n")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_table(tmp_path / "e.csv")
+    (tmp_path / "f.csv").write_text("N,D,loss\n")
+    with pytest.raises(InputError, match="no rows"):
+        read_table(tmp_path / "f.csv")
+
+
+# --- arithmetic --------------------------------------------------------------------------------------------------
+
+
+@given(a=st.floats(0.1, 1e3), b=st.floats(0.1, 1e3), c=st.floats(-3, 3))
+@settings(deadline=None, max_examples=50, derandomize=True)
+def test_arithmetic_agrees_with_python(a, b, c) -> None:
+    columns = {"a": a, "b c": b, "d.e": c}
+    found = evaluate('-a/(2*`b c`) + sqrt("b c")**d.e - log(a)*exp(+d.e)', columns.__getitem__)
+    assert found == pytest.approx(-a / (2 * b) + np.sqrt(b) ** c - np.log(a) * np.exp(c))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("__import__('os').system('true')", "a.__class__()", "a[0]", "(lambda: 1)()"),
+        *("[a for a in b]", "a if a else b"),
+        *("open('x')", "abs(a)", "log(a, b)", "log(*a)", "log(x=a)", "a < b", "a and b", "not a", "a // b", "a % b"),
+        *("True", "None", "1j", "a := 1", "f'{a}'", "a; b", "a = b", "", "(", "(" * 300, "a\x00b"),
+        *("a" * 401, "~a", "a @ b", "a, b", "{a}", "b'x'"),
+    ],
+)
+def test_nothing_but_arithmetic_is_computed(text) -> None:
+    with pytest.raises(InputError):
+        evaluate(text, {"a": 1.0, "b": 2.0, "x": 3.0}.__getitem__)
+
+
+def test_powers_of_powers_end_at_once() -> None:
+    assert evaluate("9**9**9**9", {}.__getitem__) == np.inf
+
+
+def test_definitions_are_split_at_commas_outside_quotes() -> None:
+    texts = ["N=1e9*`Size, (B)`,D=C/(6*N)", "loss='a=b, c'"]
+    assert split_definitions(texts, "--columns") == {"N": "1e9*`Size, (B)`", "D": "C/(6*N)", "loss": "'a=b, c'"}
+    with pytest.raises(InputError, match="NAME=VALUE"):
+        split_definitions(["N"], "--columns")
+    with pytest.raises(InputError, match="gives N twice"):
+        split_definitions(["N=a", "N=b"], "--columns")
+
+
+# --- which rows --------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_kept_by_text_number_and_truth() -> None:
+    table = pd.DataFrame({"a b": ["x", "y", "y"], "n": [1.0, 2.0, 2.0], "t": [True, False, True]})
+    assert len(keep_rows(table, {"a b": "y", "n": "2", "t": "true"})) == 1
+    assert len(keep_rows(table, {})) == 3
+    with pytest.raises(InputError, match="no row has a b=z; there are x, y"):
+        keep_rows(table, {"a b": "z"})
+    with pytest.raises(InputError, match="no column 'm'"):
+        keep_rows(table, {"m": "1"})
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_table_passes(tmp_path) -> None:
+    for law in ("chinchilla", "isoflop"):
+        assert check_table(read_table(write(tmp_path, RUNS), law=law), law) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"N": N / 1e9}, "N has values from 0.01 to 1: that looks like billions; write --columns 'N=1e9*N'."),
+        ({"N": N / 1e6}, "N has values from 10 to 1000: that looks like millions; write --columns 'N=1e6*N'."),
+        ({"N": N / 1e9, "D": D / 1e9}, "that looks like billions; write --columns 'N=1e9*N'."),
+        ({"D": D / 1e9}, "D has values from 1 to 100: that looks like billions of tokens"),
+        ({"D": D / 1e6}, "D has values from 1000 to 1e+05: that looks like millions of tokens"),
+        ({"D": D / 1e12}, "that looks like trillions of tokens; write --columns 'D=1e12*D'."),
+        ({"N": np.log10(N)}, "that looks like a logarithm to base 10; write --columns 'N=10**N'."),
+        ({"N": np.where(N > 1e8, N, N / 1e6)}, "its rows are in different units"),
+        ({"loss": np.exp(3 * RUNS["loss"])}, "that looks like a perplexity; write --columns 'loss=log(loss)'."),
+        (
+            {"C": RUNS["C"] / 1e18},
+            "is in another unit. If it is C, scale it, as in --columns 'C=1e18*C'",
+        ),
+        ({"D": D / 1e5, "C": RUNS["C"]}, "steps become tokens by D=STEPS*BATCH*CONTEXT"),
+        ({"loss": 2.5}, "loss is 2.5 in every row: chinchilla cannot be fitted unless it varies."),
+        ({"N": 1e8, "C": np.nan}, "N is 1e+08 in every row"),
+        ({"loss": np.nan}, "loss holds no number in any row."),
+        ({"loss": "none"}, "loss holds no number in any row."),
+        ({"loss": np.log(RUNS["loss"]) - 1}, "Is it a logarithm? Then write loss=exp(loss)"),
+        ({"loss": np.where(N < 2e7, RUNS["loss"], 0.0)}, "loss is not positive in 12 of 16 rows (row 1: 0"),
+        ({"loss": np.where(np.arange(16) == 5, -1.0, RUNS["loss"])}, "not positive in 1 of 16 rows (row 5: -1)"),
+    ],
+)
+def test_mistakes_of_published_tables_get_a_sentence(tmp_path, change, sentence) -> None:
+    if "C" not in change:
+        change = change | {"C": np.nan}
+    frame = RUNS.assign(**change)
+    assert sentence in faulty(tmp_path, frame.drop(columns="C") if frame["C"].isna().all() else frame)
+
+
+def test_compute_in_another_unit_is_found_where_tokens_come_from_it(tmp_path) -> None:
+    message = faulty(tmp_path, RUNS.assign(C=RUNS["C"] / 8.64e19).drop(columns="D"))
+    assert "it is not in FLOPs" in message
+    assert "a petaflop/s-day is 8.64e19" in message
+
+
+def test_too_few_rows_are_counted_with_what_they_lack(tmp_path) -> None:
+    assert "3 usable rows; chinchilla needs at least 6" in faulty(tmp_path, RUNS.iloc[[0, 5, 10]])
+    missing = RUNS.assign(loss=RUNS["loss"].where(np.arange(16) < 5))
+    assert "5 usable rows (11 of 16 rows lack a number or are excluded)" in faulty(tmp_path, missing)
+    assert "2 usable rows; isoflop needs at least 3" in faulty(tmp_path, RUNS.iloc[[0, 5]], law="isoflop")
+
+
+def test_several_recipes_in_one_table_are_told_apart(tmp_path) -> None:
+    both = pd.concat([RUNS.assign(data="a", lr=1e-3), RUNS.assign(data="b", lr=1e-3, loss=1.05 * RUNS["loss"])])
+    message = faulty(tmp_path, both)
+    assert "differ in loss by 4.9 % (median) with data" in message
+    assert "--where 'data=a'" in message
+    one = keep_rows(read_table(write(tmp_path, both)), {"data": "b"})
+    assert check_table(one) == []
+
+
+def test_settings_seeds_and_small_differences_are_no_recipes(tmp_path) -> None:
+    swept = pd.concat([RUNS.assign(lr=lr, loss=RUNS["loss"] * (1 + 50 * lr)) for lr in (1e-3, 2e-3)])
+    assert check_table(read_table(write(tmp_path, swept))) == []
+    seeds = pd.concat([surface(N, D, noise=0.03, seed=k, seed_=k) for k in range(2)]).rename(columns={"seed_": "seed"})
+    assert check_table(read_table(write(tmp_path, seeds))) == []
+    doubtful = pd.concat([RUNS.assign(part="a"), RUNS.assign(part="b", loss=1.015 * RUNS["loss"])])
+    (verdict,) = check_table(read_table(write(tmp_path, doubtful)))
+    assert (verdict.code, verdict.severity) == ("mixed_recipes", "caution")
+
+
+# --- published tables --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "columns", "where", "rows"),
+    [
+        ("chinchilla-epoch/svg_extracted_data.csv", {}, {}, 245),
+        ("datablations/runs_fit182.csv", {}, {}, 182),
+        ("gadre-overtraining/runs.csv", {"loss": "loss_c4_val"}, {"train_dataset": "rpj"}, 35),
+        ("isoflop-marin/isoflop-comma.csv", {}, {}, 92),
+        ("isoflop-marin/isoflop-dclm.csv", {}, {}, 85),
+        ("isoflop-marin/isoflop-nemotron.csv", {}, {}, 96),
+        ("isoflop-marin/isoflops.csv", {}, {"dataset": "comma"}, 85),
+        ("misfitting/scaling_results_last_ckpt_only.csv", {}, {}, 261),
+        ("misfitting/scaling_results.csv", {}, {"portion_steps_elapsed": "1.0"}, 261),
+        ("obs-scaling/base_llm_benchmark_eval.csv", {"loss": "1-MMLU"}, {}, 148),
+        ("step-law-dense/dense_lr_bs_loss.csv", {"loss": "smooth loss", "batch_tokens": "2048*bs"}, {}, 1911),
+    ],
+)
+def test_published_tables_are_read_as_they_are(path, columns, where, rows) -> None:
+    table = keep_rows(read_table(published(path), columns), where)
+    check_table(table)
+    assert len(table) == rows
+    ratio = (table["C"] / (6.0 * table["N"] * table["D"])).median()
+    assert 0.5 < ratio < 2.0
+    assert 0.1 < (table["D"] / table["N"]).median() < 1e4
+
+
+@pytest.mark.parametrize(
+    ("path", "columns", "words"),
+    [
+        ("porian-isoflop/isoflop_points.csv", {}, "with decay, "),
+        ("isoflop-marin/isoflops.csv", {}, "--where 'dataset=comma'"),
+        ("gadre-overtraining/runs.csv", {"loss": "loss_c4_val"}, "with train_dataset,"),
+        ("step-law-dense/dense_lr_bs_loss.csv", {"loss": "smooth loss"}, "with bs"),
+        ("gadre-overtraining/runs.csv", {}, "loss (could be loss_openlm"),
+        ("obs-scaling/base_llm_benchmark_eval.csv", {}, "lacks loss"),
+    ],
+)
+def test_published_tables_that_need_a_word_more_say_which(path, columns, words) -> None:
+    with pytest.raises(InputError) as caught:
+        check_table(read_table(published(path), columns))
+    assert words in str(caught.value)
