@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.approaches import approach2_bias, compare_approaches
     from analysis.backtest import forecast_dearest
+    from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
     from analysis.report import write_report
     from analysis.runs import load_curves, load_documents, load_runs, read_table
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Fit",
     "Verdict",
+    "approach2_bias",
+    "compare_approaches",
     "fit",
+    "fit_curve_envelope",
+    "fit_envelope",
     "forecast_dearest",
     "load_curves",
     "load_documents",
@@ -35,7 +41,11 @@ __all__ = [
 _HOME = {
     "Fit": "verdicts",
     "Verdict": "verdicts",
+    "approach2_bias": "approaches",
+    "compare_approaches": "approaches",
     "fit": "fitting",
+    "fit_curve_envelope": "envelope",
+    "fit_envelope": "envelope",
     "forecast_dearest": "backtest",
     "load_curves": "runs",
     "load_documents": "runs",
