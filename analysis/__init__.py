@@ -11,7 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from analysis.approaches import approach2_bias, compare_approaches
     from analysis.backtest import forecast_dearest
+    from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
     from analysis.laws import find_law
     from analysis.plausibility import check_table
@@ -24,9 +26,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Fit",
     "Verdict",
+    "approach2_bias",
     "check_table",
+    "compare_approaches",
     "find_law",
     "fit",
+    "fit_curve_envelope",
+    "fit_envelope",
     "forecast_dearest",
     "keep_rows",
     "load_curves",
@@ -43,7 +49,11 @@ _HOME = {
     "Verdict": "verdicts",
     "check_table": "plausibility",
     "find_law": "laws",
+    "approach2_bias": "approaches",
+    "compare_approaches": "approaches",
     "fit": "fitting",
+    "fit_curve_envelope": "envelope",
+    "fit_envelope": "envelope",
     "forecast_dearest": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",

@@ -76,7 +76,7 @@ def fit(
         raise InputError(f"level is {level!r}; it must be from 0.5 to below 1, such as 0.95.")
     if law == "isoflop":
         selection = _with_noise(select(runs, loss), noise)
-        return fit_isoflop(selection, targets=targets, resamples=resamples or 2000, seed=seed)
+        return fit_isoflop(selection, targets=targets, resamples=resamples or 2000, level=level, seed=seed)
     if law not in LAWS and not law.startswith("bnsl:"):
         raise InputError(f"unknown law {law!r}{nearest(law, (*LAWS, 'isoflop'))}. Known laws: {', '.join(LAWS)}, "
                          "bnsl:<breaks>, isoflop.")  # fmt: skip

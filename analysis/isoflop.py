@@ -1,43 +1,38 @@
 """IsoFLOP fits: where the loss is lowest at each compute budget, and how that place moves with compute.
 
-Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556): per budget a parabola of ln loss in ln N by least squares; its
-vertex is N*(C); power laws through the vertices. Everything is linear in ln loss except the vertex itself, so the
-parametric bootstrap (noise added to every point, both steps refitted) runs as one batch of matrix products.
+Approach 2 of Hoffmann et al. 2022 (arXiv 2203.15556): per budget the minimum of ln loss over ln N, then power laws
+through the minima (`frontier`). The minimum is the vertex of a least-squares parabola, whose noisy copies are linear in
+the noise and run as one batch of matrix products; or that of an Akima spline through the points, with the bootstrap of
+Porian et al. 2024 (arXiv 2406.19146), for grids too wide or too lopsided for a parabola.
 
-What it guards against: a vertex read off noise or off the edge of the grid looks as precise as any other number.
-Budgets without an interior minimum are refused and do not enter the power law (Porian et al. 2024, arXiv 2406.19146).
+What it guards against: a minimum read off noise or off the edge of the grid looks as precise as any other number.
+Budgets without an interior minimum are refused and do not enter the power law.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
-from scipy.special import fdtrc
 
-from analysis.allocation import Counter, interpolated_counter
+from analysis.frontier import Counter, flop_counter, line_targets, line_through_minima
 from analysis.selection import Selection, provenance
-from analysis.uncertainty import Noise, interval, judge_noise
-from analysis.verdicts import (
-    NAN,
-    NOTHING,
-    Budget,
-    Estimate,
-    Fit,
-    Interval,
-    Verdict,
-    budget_name,
-    extrapolation,
-    narrow_span,
-    plural,
-)
+from analysis.uncertainty import SEEDS, Noise, interval, judge_noise
+from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span, plural
+from sweeps.errors import InputError, nearest
 
+Method = Literal["parabola", "akima"]
 SAME_BUDGET = 0.05
 """Runs of a table without a budget column share one where their ln C is this close to the next."""
 WIDE = 4.0
 """A parabola is a good likeness of a Chinchilla curve within this factor of its minimum."""
 WINDOW, ENOUGH = 8.0, 5
 """Sizes farther than this factor from the lowest loss are left out of the parabola while so many remain."""
+AKIMA_POINTS = 25
+"""Points of the spline's grid for each gap between neighbouring sizes, as in Porian et al. 2024."""
+RESOLUTION = 1.0 / 3.0
+"""A minimum is never known better than this part of the grid's spacing (Porian et al. 2024)."""
 
 
 @dataclass(frozen=True)
@@ -64,64 +59,125 @@ def parabola(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) ->
     return Parabola(center, solve @ y, solve)
 
 
-def fit_isoflop(selection: Selection, *, targets: Sequence[float] = (), resamples: int = 2000, seed: int = 0) -> Fit:
+def assumed_noise(losses: np.ndarray) -> np.ndarray:
+    """Standard deviation of a loss (nats) between seeds where nobody measured it: the default of Porian et al. 2024.
+
+    0.005 nats up to ln loss = 3, 0.1 from ln loss = 6 on, a power law of ln loss between. Language models stay below
+    e^3 = 20 nats: there it is 0.005 throughout. (For their own RefinedWeb runs they took 0.002.)
+    """
+    height = np.log(np.clip(np.log(losses), 3.0, 6.0))
+    return np.asarray(np.exp(np.interp(height, np.log([3.0, 6.0]), np.log([0.005, 0.1]))))
+
+
+def fit_isoflop(
+    selection: Selection,
+    *,
+    targets: Sequence[float] = (),
+    method: Method = "parabola",
+    window: float = WINDOW,
+    weighted: bool = True,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Fit:
     """Fit N*(C) and D*(C) to the budgets of the selected runs.
 
     params: N_exponent, N_coefficient, D_exponent, D_coefficient of N* = coefficient C^exponent (N in parameters, D in
-    tokens, C in FLOPs). targets: compute in FLOPs at which N* and D* are wanted. resamples: of the bootstrap.
+    tokens, C in FLOPs). targets: compute in FLOPs at which N* and D* are wanted.
+
+    method: "parabola" through the mean ln loss of each size, with noise between seeds, else that of the residuals; or
+        "akima", a spline through the lowest loss of each size (the mean over seeds where there are several), with
+        noise between seeds, else `assumed_noise`; the minimum is the median over noisy copies.
+    window: of the parabola; sizes farther than this factor from the lowest loss are left out. inf keeps all.
+    weighted: weigh the minima of the line by their variances. Without, the line is the one that most papers draw.
+    resamples: of the bootstrap. level: of the intervals. seed: of the draws.
+
+    Refuses budgets whose minimum is not interior, or not in half of the noisy copies, and the power law where fewer
+    than three remain. Raises InputError for an unknown method or a window not above 1.
     """
+    if method not in get_args(Method):
+        raise InputError(f"unknown method {method!r}{nearest(method, get_args(Method))}: parabola or akima.")
+    if not window > 1.0:
+        raise InputError(f"window is {window!r}; it is a factor above 1 around the lowest loss (inf: all sizes).")
     rows, missed = _with_budgets(selection.rows)
     verdicts = list(selection.verdicts)
-    points = [_points(group) for _, group in rows.groupby("budget")] if len(rows) else []
-    curves = [parabola(p["x"], p["y"], p["count"]) if len(p["x"]) >= 3 else None for p in points]
+    splined = method == "akima"
+    groups = [group for _, group in rows.groupby("budget")] if len(rows) else []
+    points = [_points(_best(group), np.inf) if splined else _points(group, window) for group in groups]
+    curves = [parabola(p["x"], p["y"], p["count"]) if len(p["x"]) >= 3 and not splined else None for p in points]
 
     # 1. noise of one run's ln loss: between seeds, checked against the scatter about the parabolas
-    squares, freedom = 0.0, 0
-    for p, curve in zip(points, curves):
-        if curve is not None and len(p["x"]) > 3:
-            misses = p["y"] - np.vander(p["x"] - curve.center, 3, increasing=True) @ curve.curve
-            squares += float(p["count"] @ misses**2)
-            freedom += len(p["x"]) - 3
-    residual_sd = float(np.sqrt(squares / freedom)) if freedom else NAN
-    noise, said = judge_noise(selection.noise, residual_sd, freedom)
+    residual_sd, freedom = _scatter(points, curves)
+    if splined:
+        noise, said = _spline_noise(selection.noise, rows)
+    else:
+        noise, said = judge_noise(selection.noise, residual_sd, freedom)
     verdicts += said if points else []
 
     # 2. the minimum of each budget, with a batch of noisy copies
     generator = np.random.default_rng(seed)
-    scales = noise.draw(generator, resamples)
-    counter = interpolated_counter(rows["N"], rows["C"] / rows["D"]) if len(rows) else None
+    scales = noise.draw(generator, resamples)[:, None]
+    assumed = splined and selection.noise is None
     budgets, copies = [], []
     for p, curve in zip(points, curves):
-        budget, draws, said = _budget(p, curve, counter, noise, scales, generator)
+        here = assumed_noise(np.exp(p["y"])) / np.exp(p["y"]) if assumed else scales
+        errors = generator.standard_normal((resamples, len(p["x"]))) * here / np.sqrt(p["count"])
+        budget, draws, said = _budget(p, curve, flop_counter(rows), noise, errors, level)
         budgets.append(budget)
         copies.append(draws)
         verdicts += said
 
     # 3. the power laws through the accepted minima
     kept = [i for i, b in enumerate(budgets) if b.accepted]
-    line, said = _power_laws([budgets[i] for i in kept], [copies[i] for i in kept], noise)
+    line, said = line_through_minima([budgets[i] for i in kept], [copies[i] for i in kept], noise, weighted=weighted)
     verdicts += said
     if len(kept) >= 2:
         verdicts += narrow_span(np.array([budgets[i].C for i in kept]))
-    decisions, said = _targets(line, targets, max((b.C for b in budgets), default=NAN))
+    decisions, said = line_targets(line, targets, max((b.C for b in budgets), default=NAN), level)
     verdicts += said
+    extra = {"residual_sd": residual_sd, "residual_freedom": freedom} | ({"source": "assumed"} if assumed else {})
+    options = {"method": method, "window": window, "weighted": weighted, "resamples": resamples, "level": level}
     return Fit(
         law="isoflop",
         loss=selection.loss,
         params=line.params,
-        intervals={k: interval(line.draws[k]) if k in line.draws else (NAN, NAN) for k in line.params},
+        intervals=line.intervals(level),
         verdicts=tuple(verdicts),
         n_runs=len(rows),
         planned=selection.planned,
         finished=selection.finished,
         excluded=(*selection.excluded, *missed),
-        noise=noise.to_json() | {"residual_sd": residual_sd, "residual_freedom": freedom},
+        noise=noise.to_json() | extra,
         decisions={"targets": decisions},
-        provenance=provenance(selection, resamples=resamples, seed=seed, scale="ln loss"),
-        diagnostics={"line": line.params, "accepted": len(kept), "line_stretch": line.stretch},
+        provenance=provenance(selection, **options, seed=seed, scale="ln loss"),
+        diagnostics={"method": method, "line": line.params, "accepted": len(kept), "line_stretch": line.stretch},
         budgets=tuple(budgets),
         draws=line.draws,
     ).settle()
+
+
+def _scatter(points: list[dict[str, np.ndarray]], curves: list[Parabola | None]) -> tuple[float, int]:
+    """Pooled standard deviation of one run's ln loss about the parabolas, and its degrees of freedom."""
+    squares, freedom = 0.0, 0
+    for p, curve in zip(points, curves):
+        if curve is not None and len(p["x"]) > 3:
+            misses = p["y"] - np.vander(p["x"] - curve.center, 3, increasing=True) @ curve.curve
+            squares += float(p["count"] @ misses**2)
+            freedom += len(p["x"]) - 3
+    return float(np.sqrt(squares / freedom)) if freedom else NAN, freedom
+
+
+def _spline_noise(seeds: Noise | None, rows: pd.DataFrame) -> tuple[Noise, list[Verdict]]:
+    """A spline leaves no residuals to read the noise off: it is measured, given, or assumed, which is said."""
+    if seeds is not None or rows.empty:
+        return seeds or Noise(sd=NAN, freedom=0, source="unknown"), []
+    losses = rows["loss"].to_numpy(dtype=float)
+    sd = float(np.median(assumed_noise(losses) / losses))
+    message = (
+        f"no seeds are replicated: their noise is assumed to be that of Porian et al. ({sd:.2%} of the loss). Train "
+        "some cells with two or more seeds, or give the noise."
+    )
+    return Noise(sd=sd, freedom=np.inf, source="given"), [Verdict("noise_assumed", "caution", "fit", None, message)]
 
 
 # --- budgets -----------------------------------------------------------------------------------------------------
@@ -145,28 +201,98 @@ def _with_budgets(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, str]
     return rows[~without], missed
 
 
-def _points(group: pd.DataFrame) -> dict[str, np.ndarray]:
+def _best(group: pd.DataFrame) -> pd.DataFrame:
+    """The lowest loss of each size, and of each seed where there are several."""
+    keys = ["N", *(c for c in SEEDS if c in group.columns)]
+    return group.loc[group.groupby(keys, dropna=False)["loss"].idxmin()]
+
+
+def _points(group: pd.DataFrame, window: float) -> dict[str, np.ndarray]:
     """One point per size: the mean ln loss over its runs, their number as its weight. `far` ones are not fitted."""
     sizes = group.assign(_y=np.log(group["loss"])).groupby("N")
     x = np.log(np.array(sizes["N"].first(), dtype=float))
     y, count = sizes["_y"].mean().to_numpy(), sizes["_y"].count().to_numpy().astype(float)
-    near = np.abs(x - x[y.argmin()]) <= np.log(WINDOW) + 0.05
+    near = np.abs(x - x[y.argmin()]) <= np.log(window) + 0.05
     if near.sum() < ENOUGH:
         near = np.ones_like(near)
     budget, C = np.array(group["budget"].iloc[0]), np.array(np.exp(np.log(group["C"]).mean()))
-    points = {"budget": budget, "C": C, "x": x[near], "y": y[near], "count": count[near]}
-    return points | {"far_x": x[~near], "far_y": y[~near]}
+    far = {"far_x": x[~near], "far_y": y[~near]}
+    return far | {"budget": budget, "C": C, "x": x[near], "y": y[near], "count": count[near]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Minimum:
+    """The minimum of one budget's curve: `at` (ln N) and `loss` (ln), and the same of its noisy copies.
+
+    at is NaN where the curve has no minimum, at or beyond the ends of the grid where it is not interior. copies beyond
+    the grid are not `inside`. variance: of `at`, as far as noise explains it. weight: of the minimum in the line.
+    """
+
+    at: float
+    loss: float
+    copies: np.ndarray
+    copy_losses: np.ndarray
+    inside: np.ndarray
+    variance: float
+    weight: float
+
+
+def _parabola_minimum(p: dict[str, np.ndarray], curve: Parabola, noise: Noise, errors: np.ndarray) -> _Minimum:
+    """The vertex. The coefficients are linear in ln loss, so adding noise to them is exact."""
+    x, (k0, k1, k2) = p["x"], curve.curve
+    copies = curve.curve + errors @ curve.solve.T if noise.sd > 0 else np.tile(curve.curve, (len(errors), 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vertex = curve.center - copies[:, 1] / (2.0 * copies[:, 2])
+        lowest = copies[:, 0] - copies[:, 1] ** 2 / (4.0 * copies[:, 2])
+    bent = copies[:, 2] > 0
+    vertex = np.where(bent, vertex, np.where(copies[:, 1] > 0, -np.inf, np.inf))
+    gradient = np.array([0.0, -0.5 / k2, 0.5 * k1 / k2**2]) if k2 > 0 else np.zeros(3)
+    variance = float(noise.sd**2 * ((gradient @ curve.solve) ** 2 / p["count"]).sum()) if noise.sd > 0 else 0.0
+    return _Minimum(
+        at=curve.vertex if k2 > 0 else NAN,
+        loss=float(k0 - k1**2 / (4.0 * k2)) if k2 > 0 else NAN,
+        copies=vertex,
+        copy_losses=lowest,
+        inside=bent & (vertex > x[0]) & (vertex < x[-1]),
+        variance=variance,
+        weight=1.0 / (variance + (RESOLUTION * float(np.diff(x).mean())) ** 2),
+    )
+
+
+def _spline_minimum(p: dict[str, np.ndarray], errors: np.ndarray) -> _Minimum:
+    """The lowest point of an Akima spline on a fine grid; the median over the noisy copies that have it inside."""
+    from scipy.interpolate import Akima1DInterpolator
+
+    x = p["x"]
+    grid = np.linspace(x[0], x[-1], AKIMA_POINTS * (len(x) - 1))
+    own = Akima1DInterpolator(x, p["y"])(grid)
+    values = Akima1DInterpolator(x, (p["y"] + errors).T)(grid)
+    place = values.argmin(axis=0)
+    inside = (place > 0) & (place < len(grid) - 1)
+    interior = 0 < own.argmin() < len(grid) - 1
+    # Their variance: floored at the grid's resolution, and larger where copies were lost over the edge.
+    floor = RESOLUTION * float(np.diff(x).mean())
+    sd = max(float(grid[place[inside]].std()), floor) / inside.mean() if inside.any() else NAN
+    return _Minimum(
+        at=float(np.median(grid[place[inside]])) if interior and inside.any() else float(grid[own.argmin()]),
+        loss=float(own.min()),
+        copies=np.where(inside, grid[place], np.where(place == 0, -np.inf, np.inf)),
+        copy_losses=values.min(axis=0),
+        inside=inside,
+        variance=sd**2,
+        weight=1.0 / sd**2,
+    )
 
 
 def _budget(
     p: dict[str, np.ndarray],
     curve: Parabola | None,
-    counter: Counter | None,
+    counter: Counter,
     noise: Noise,
-    scales: np.ndarray,
-    generator: np.random.Generator,
+    errors: np.ndarray,
+    level: float,
 ) -> tuple[Budget, dict[str, np.ndarray], list[Verdict]]:
-    """The minimum of one budget, its bootstrap copies (ln N, ln D, interior) and its verdicts."""
+    """The minimum of one budget, its bootstrap copies (ln N, ln D, interior) and its verdicts. No curve: a spline."""
     x, count, C = p["x"], p["count"], float(p["C"])
     name = budget_name(float(p["budget"]))
     shown = Budget(
@@ -184,37 +310,24 @@ def _budget(
     def say(code: str, severity: str, message: str) -> None:
         verdicts.append(Verdict(code, severity, "budget", name, f"budget {name}: {message}"))  # type: ignore[arg-type]
 
-    if curve is None:
-        say("too_few_sizes", "refuse", f"{plural(len(x), 'size')} finished; a parabola needs 3, better 5.")
+    if len(x) < 3:
+        say("too_few_sizes", "refuse", f"{plural(len(x), 'size')} finished; a minimum needs 3, better 5.")
         return shown, {}, verdicts
-    assert counter is not None
 
-    # 1. noisy copies: the coefficients are linear in ln loss, so adding noise to them is exact
+    # 1. noisy copies of the minimum
     noisy = noise.sd > 0
-    errors = generator.standard_normal((len(scales), len(x))) * scales[:, None] / np.sqrt(count)
-    copies = curve.curve + (errors @ curve.solve.T if noisy else np.zeros((len(scales), 3)))
-    curvature_se = float(noise.sd * np.sqrt((curve.solve[2] ** 2 / count).sum()))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        vertex = curve.center - copies[:, 1] / (2.0 * copies[:, 2])
-        lowest = copies[:, 0] - copies[:, 1] ** 2 / (4.0 * copies[:, 2])
-    bent = copies[:, 2] > 0
-    vertex = np.where(bent, vertex, np.where(copies[:, 1] > 0, -np.inf, np.inf))
-    inside = bent & (vertex > x[0]) & (vertex < x[-1])
+    found = _parabola_minimum(p, curve, noise, errors) if curve else _spline_minimum(p, errors)
+    best, inside = found.at, found.inside
+    curvature_se = float(noise.sd * np.sqrt((curve.solve[2] ** 2 / count).sum())) if curve else NAN
     shown = replace(shown, curvature_se=curvature_se, interior=float(inside.mean()) if noisy else NAN)
 
     # 2. is there a minimum at all?
-    if curve.curve[2] <= 0:
+    if np.isnan(best):
         say("no_minimum", "refuse", "the losses do not curve upwards over these sizes. Widen the grid, or add seeds.")
         return shown, {}, verdicts
-    best = curve.vertex
     if not x[0] < best < x[-1]:
-        side, move = ("smaller", "below") if best <= x[0] else ("larger", "above")
-        edge = np.exp(x[0] if best <= x[0] else x[-1])
-        say(
-            "edge_minimum",
-            "refuse",
-            f"the loss is lowest at the edge of the grid; add {side} sizes, {move} {edge:.3g}.",
-        )
+        more = f"smaller sizes, below {np.exp(x[0]):.3g}" if best <= x[0] else f"larger ones, above {np.exp(x[-1]):.3g}"
+        say("edge_minimum", "refuse", f"the loss is lowest at the edge of the grid; add {more}.")
         return shown, {}, verdicts
     if noisy and inside.mean() < 0.5:
         say("unstable_minimum", "refuse", f"in {1 - inside.mean():.0%} of noisy copies the minimum leaves the grid.")
@@ -222,59 +335,46 @@ def _budget(
 
     # 3. what to keep in mind
     if shown.far:
-        say(
-            "far_sizes",
-            "info",
-            f"{plural(len(shown.far), 'size')} over {WINDOW:g} times away from the lowest not fitted.",
-        )
+        say("far_sizes", "info", f"{plural(len(shown.far), 'size')} far away from the lowest loss not fitted.")
     if noisy and inside.mean() < 0.975:
         say("unstable_minimum", "caution", f"in {1 - inside.mean():.0%} of noisy copies the minimum leaves the grid.")
-    elif noisy and curve.curve[2] < 3.0 * curvature_se:
+    elif curve and noisy and curve.curve[2] < 3.0 * curvature_se:
         say("weak_curvature", "caution", f"the curvature is {curve.curve[2] / curvature_se:.1f} standard errors.")
-    if len(x) == 3:
+    if curve and len(x) == 3:
         say("no_residual_freedom", "caution", "three sizes determine the parabola exactly; its form cannot be checked.")
-    middle, half = (x[0] + x[-1]) / 2.0, (x[-1] - x[0]) / 2.0
-    if abs(best - middle) > half / 2.0:
+    if abs(best - (x[0] + x[-1]) / 2.0) > (x[-1] - x[0]) / 4.0:
         say("off_centre", "caution", "the minimum lies in the outer quarter of the grid; centre the sizes on it.")
     reach = float(np.exp(max(best - x[0], x[-1] - best)))
-    if reach > 1.1 * WIDE:
-        say(
-            "wide_grid",
-            "caution",
-            f"the grid reaches {reach:.2g} times away from the minimum; beyond {WIDE:g} times the parabola's vertex "
-            "is biased by a percent or more.",
-        )
+    if curve and reach > 1.1 * WIDE:
+        away = f"the grid reaches {reach:.2g} times away from its minimum"
+        say("wide_grid", "caution", f"{away}; beyond {WIDE:g} times the vertex is biased by a percent or more.")
     with np.errstate(over="ignore", divide="ignore"):
-        log_D = np.log(C) - np.log(counter(np.exp(vertex)))
+        log_D = np.log(C) - np.log(counter(np.exp(found.copies)))
     best_D = np.log(C) - float(np.log(counter(np.exp(np.array(best)))))
-    low, high = _bounded(interval(vertex), (float(x[0]), float(x[-1]))) if noisy else (NAN, NAN)
+    low, high = _bounded(interval(found.copies, level), (float(x[0]), float(x[-1]))) if noisy else (NAN, NAN)
     if noisy and np.isnan([low, high]).any():
         say("open_interval", "caution", f"the noise leaves its minimum open towards {_sides(low, high)} sizes.")
-    d_low, d_high = interval(log_D) if noisy else (NAN, NAN)
-    t_low, t_high = interval(log_D - vertex) if noisy else (NAN, NAN)
+    d_low, d_high = interval(log_D, level)
+    t_low, t_high = interval(log_D - found.copies, level)
     shown = replace(
         shown,
         accepted=True,
         N=Estimate(value=float(np.exp(best)), interval=_exp(low, high)),
-        # D falls where N rises, so an open upper bound of N is an open lower bound of D.
+        # D falls where N rises: an open upper bound of N is an open lower bound of D, and without noise all are open.
         D=Estimate(value=float(np.exp(best_D)), interval=_exp(_if(high, d_low), _if(low, d_high))),
         loss=Estimate(
-            value=float(np.exp(curve.curve[0] - curve.curve[1] ** 2 / (4.0 * curve.curve[2]))),
-            interval=_exp(*interval(lowest[inside])) if noisy else (NAN, NAN),
+            value=float(np.exp(found.loss)),
+            interval=_exp(*interval(found.copy_losses[inside], level)) if noisy else (NAN, NAN),
         ),
         tokens_per_parameter=Estimate(
             value=float(np.exp(best_D - best)), interval=_exp(_if(high, t_low), _if(low, t_high))
         ),
     )
-    gradient = np.array([0.0, -0.5 / curve.curve[2], 0.5 * curve.curve[1] / curve.curve[2] ** 2])
-    variance = float(noise.sd**2 * ((gradient @ curve.solve) ** 2 / count).sum()) if noisy else 0.0
-    spacing = float(np.diff(x).mean())
     draws = {
-        "N": np.where(inside, vertex, NAN),
+        "N": np.where(inside, found.copies, NAN),
         "D": np.where(inside, log_D, NAN),
-        # A minimum is never known better than a third of the grid's spacing (Porian et al. 2024).
-        "weight": np.array(1.0 / (variance + (spacing / 3.0) ** 2)),
-        "variance": np.array(variance),
+        "weight": np.array(found.weight),
+        "variance": np.array(found.variance),
     }
     return shown, draws, verdicts
 
@@ -298,103 +398,3 @@ def _if(other: float, bound: float) -> float:
 
 def _exp(low: float, high: float) -> Interval:
     return float(np.exp(low)), float(np.exp(high))
-
-
-# --- power laws --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Line:
-    """ln N* and ln D* as straight lines in ln C about `pivot`: point estimates and draws of (level, exponent)."""
-
-    pivot: float
-    point: dict[str, tuple[float, float]]
-    copies: dict[str, tuple[np.ndarray, np.ndarray]]
-    params: dict[str, float]
-    draws: dict[str, np.ndarray]
-    stretch: float
-
-
-def _power_laws(
-    budgets: list[Budget], copies: list[dict[str, np.ndarray]], noise: Noise
-) -> tuple[_Line, list[Verdict]]:
-    names = [f"{v}_{k}" for v in ("N", "D") for k in ("exponent", "coefficient")]
-    if len(budgets) < 3:
-        message = (
-            f"{plural(len(budgets), 'budget')} with a usable minimum; a power law needs 3, because through two points "
-            "any line passes. Add budgets, or mend the refused ones."
-        )
-        verdict = Verdict("too_few_budgets", "refuse", "parameter", None, message)
-        return _Line(NAN, {}, {}, dict.fromkeys(names, NAN), {}, NAN), [verdict]
-    x = np.log([b.C for b in budgets])
-    weights = np.array([float(c["weight"]) for c in copies])
-    pivot = float((weights * x).sum() / weights.sum())
-    values = {"N": np.log([b.N.value for b in budgets]), "D": np.log([b.D.value for b in budgets])}
-    point = {v: _line(x - pivot, y[None, :], weights) for v, y in values.items()}
-
-    # Do the minima scatter about their line more than their own errors allow? Then stretch the draws to match.
-    verdicts, stretch = [], 1.0
-    variances = np.array([float(c["variance"]) for c in copies])
-    if (variances > 0).all():
-        misses = values["N"] - point["N"][0] - point["N"][1] * (x - pivot)
-        spread = float((misses**2 / variances).sum() / (len(x) - 2))
-        freedom = noise.freedom if np.isfinite(noise.freedom) else 1e9
-        if spread > 1 and fdtrc(len(x) - 2, freedom, spread) < 0.01:
-            stretch = float(np.sqrt(spread))
-            message = (
-                f"the minima scatter about their line {stretch:.1f} times as much as noise explains; the exponents' "
-                "intervals are widened by that factor."
-            )
-            verdicts.append(Verdict("line_misfit", "caution", "fit", None, message))
-    draws, lines = {}, {}
-    for v, y in values.items():
-        known = bool(noise.sd > 0)
-        level, slope = _line(x - pivot, np.stack([c[v] for c in copies], axis=1) if known else y[None, :], weights)
-        lines[v] = tuple(p + stretch * (d - p) for p, d in zip(point[v], (level, slope)))
-        if known:
-            draws[f"{v}_exponent"] = lines[v][1]
-            draws[f"{v}_coefficient"] = np.exp(lines[v][0] - lines[v][1] * pivot)
-    points = {v: (float(p[0][0]), float(p[1][0])) for v, p in point.items()}
-    params: dict[str, float] = {}
-    for v, (height, exponent) in points.items():
-        params |= {f"{v}_exponent": exponent, f"{v}_coefficient": float(np.exp(height - exponent * pivot))}
-    return _Line(pivot, points, {v: (p[0], p[1]) for v, p in lines.items()}, params, draws, stretch), verdicts
-
-
-def _line(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Level at x = 0 and slope of weighted lines through y (copies, points); NaN points are left out of their copy."""
-    w = np.where(np.isnan(y), 0.0, weights)
-    filled = np.where(np.isnan(y), 0.0, y)
-    total = w.sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        x_mean, y_mean = w @ x / total, (w * filled).sum(axis=1) / total
-        away = x - x_mean[:, None]
-        slope = (w * away * filled).sum(axis=1) / (w * away**2).sum(axis=1)
-        slope = np.where((w > 0).sum(axis=1) >= 2, slope, NAN)
-    return y_mean - slope * x_mean, slope
-
-
-def _targets(line: _Line, targets: Sequence[float], dearest: float) -> tuple[list[dict[str, object]], list[Verdict]]:
-    """N*, D* and D*/N* at each compute asked for, with the factor by which it lies beyond the dearest budget."""
-    decisions: list[dict[str, object]] = []
-    verdicts: list[Verdict] = []
-    for C in targets:
-        entry: dict[str, object] = {"C": float(C), "extrapolation": float(C) / dearest}
-        if line.point:
-            away = np.log(C) - line.pivot
-            value = {v: p[0] + p[1] * away for v, p in line.point.items()}
-            draws = {v: p[0] + p[1] * away for v, p in line.copies.items()}
-            wide = {v: interval(d) if len(d) > 1 else (NAN, NAN) for v, d in draws.items()}
-            ratio = draws["D"] - draws["N"]
-            entry |= {v: Estimate(value=float(np.exp(value[v])), interval=_exp(*wide[v])) for v in ("N", "D")}
-            entry["tokens_per_parameter"] = Estimate(
-                value=float(np.exp(value["D"] - value["N"])),
-                interval=_exp(*interval(ratio)) if len(ratio) > 1 else (NAN, NAN),
-            )
-        else:
-            entry |= dict.fromkeys(("N", "D", "tokens_per_parameter"), NOTHING)
-            message = "without a power law there is no best size to name at other compute."
-            verdicts.append(Verdict("no_power_law", "refuse", "decision", budget_name(float(C)), message))
-        decisions.append(entry)
-        verdicts += extrapolation(float(C), dearest)
-    return decisions, verdicts

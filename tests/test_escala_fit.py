@@ -15,7 +15,7 @@ import pytest
 from commandline import ROOT
 
 import escala
-from tests.analysis.synthetic import LAW, budgets_table, grid, surface, write_study
+from tests.analysis.synthetic import LAW, budgets_table, grid, published, surface, write_study
 
 N, D = (a.ravel() for a in np.meshgrid([5e7, 2e8, 8e8, 3.2e9], [1e9, 4e9, 1.6e10, 6.4e10]))
 

@@ -1,13 +1,20 @@
 """IsoFLOP fits: the known biases of the parabola, honest intervals, and a refusal for every surface that earns one."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 
+from analysis import read_table
 from analysis.allocation import closed_form
 from analysis.fitting import fit
-from analysis.isoflop import parabola
+from analysis.isoflop import assumed_noise, fit_isoflop, parabola
 from analysis.laws import CHINCHILLA
-from tests.analysis.synthetic import LAW, budgets_table, codes
+from analysis.selection import select
+from analysis.uncertainty import Noise
+from sweeps.errors import InputError
+from tests.analysis.synthetic import LAW, budgets_table, codes, published
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -264,3 +271,131 @@ def test_cloud_of_runs_is_no_budget() -> None:
     found = fit(table, "isoflop")
     assert found.budgets == ()
     assert "belongs to no compute budget" in {e["reason"] for e in found.excluded}
+
+
+def test_level_sets_the_width_of_the_intervals() -> None:
+    table = select(budgets_table(BUDGETS, seeds=3, noise=0.002))
+    wide, narrow = (fit_isoflop(table, level=level).intervals["N_exponent"] for level in (0.95, 0.8))
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+@pytest.mark.parametrize(("option", "word"), [({"method": "akimo"}, "akima"), ({"window": 1.0}, "factor")])
+def test_wrong_options_are_named(option, word) -> None:
+    with pytest.raises(InputError, match=word):
+        fit_isoflop(select(budgets_table(BUDGETS)), **option)
+
+
+# --- splines -----------------------------------------------------------------------------------------------------
+
+
+def test_spline_finds_the_minimum_of_a_wide_lopsided_grid_where_the_parabola_does_not() -> None:
+    law = {"E": 1.0, "A": 2000.0, "B": 50.0, "alpha": 0.8, "beta": 0.28}
+    selection = select(budgets_table([1e10, 1e11, 1e12, 1e13], law=law, reach=32.0, sizes=13, seeds=2, noise=2e-4))
+    off = {}
+    for method in ("parabola", "akima"):
+        found = fit_isoflop(selection, method=method, window=np.inf)
+        off[method] = [abs(np.log(b.N.value / float(closed_form(b.C, law).N))) for b in found.budgets]
+    assert max(off["akima"]) < 0.1
+    assert min(off["parabola"]) > 0.2
+
+
+def test_clean_splines_give_the_law_and_raise_no_verdict() -> None:
+    found = fit_isoflop(select(budgets_table(BUDGETS, seeds=3, noise=0.001)), method="akima", targets=[2e13])
+    assert codes(found) == set()
+    assert found.params["N_exponent"] == pytest.approx(0.5, abs=0.03)
+    low, high = found.intervals["N_exponent"]
+    assert low < 0.5 < high
+    for b in found.budgets:
+        best = closed_form(b.C, LAW)
+        assert b.N.interval[0] < b.N.value < b.N.interval[1]
+        assert b.N.value == pytest.approx(float(best.N), rel=0.15)
+        assert b.loss.value == pytest.approx(float(best.loss), rel=0.003)
+    assert found.decisions["targets"][0]["N"].value == pytest.approx(float(closed_form(2e13, LAW).N), rel=0.1)
+
+
+def test_spline_refuses_minima_at_the_edge() -> None:
+    table = budgets_table(BUDGETS, seeds=3, noise=0.001)
+    first = table["budget"] == BUDGETS[0]
+    table.loc[first, "loss"] *= (table["N"][first] / 1e4) ** 0.3
+    found = fit_isoflop(select(table), method="akima")
+    assert {(v.code, v.target) for v in found.verdicts if v.severity == "refuse"} == {("edge_minimum", "1e11")}
+    assert not found.budgets[0].accepted
+    assert found.params["N_exponent"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_spline_drops_budgets_whose_minimum_leaves_the_grid_in_most_copies() -> None:
+    table = budgets_table(BUDGETS, seeds=1, noise=0.0)
+    flat = table["budget"] == BUDGETS[1]
+    middle = table["N"] == table["N"][flat].median()
+    table.loc[flat, "loss"] = np.where(middle[flat], 2.9999, 3.0)
+    ends = table["N"].isin([table["N"][flat].min(), table["N"][flat].max()])
+    table = table[~flat | middle | ends]
+    found = fit_isoflop(select(table), method="akima")
+    assert ("unstable_minimum", "refuse", "4e11") in {(v.code, v.severity, v.target) for v in found.verdicts}
+
+
+def test_spline_keeps_the_best_of_each_size_but_the_mean_of_its_seeds() -> None:
+    table = budgets_table(BUDGETS)
+    worse = table.assign(loss=table["loss"] * 1.05)
+    tried = select(pd.concat([table, worse], ignore_index=True).assign(seed=0))
+    seeded = select(pd.concat([table, worse.assign(seed=1)], ignore_index=True))
+    best, mean = (fit_isoflop(s, method="akima", resamples=20).budgets[0] for s in (tried, seeded))
+    assert best.losses == pytest.approx(table["loss"][:7].to_numpy())
+    assert mean.losses == pytest.approx(table["loss"][:7].to_numpy() * np.sqrt(1.05))
+    assert (best.runs, mean.runs) == ((1,) * 7, (2,) * 7)
+
+
+def test_unmeasured_noise_of_a_spline_is_assumed_and_it_is_said() -> None:
+    found = fit_isoflop(select(budgets_table(BUDGETS).drop(columns="seed")), method="akima")
+    assert codes(found) == {"noise_assumed"}
+    assert found.noise["source"] == "assumed"
+
+
+def test_assumed_noise_rises_as_published() -> None:
+    assert assumed_noise(np.exp([0.5, 3.0, np.sqrt(18.0), 6.0, 9.0])) == pytest.approx(
+        [0.005, 0.005, np.sqrt(0.005 * 0.1), 0.1, 0.1]
+    )
+
+
+# --- published runs ----------------------------------------------------------------------------------------------
+
+CONDITION = ["hparams", "warmup", "decay", "param_count", "val"]
+
+
+def porian() -> list[tuple[pd.Series, pd.DataFrame]]:
+    """(published fit, isoFLOP points) of each of the ten conditions of Porian et al. 2024."""
+    table = pd.read_csv(published("porian-isoflop/isoflop_points.csv"))
+    fits = pd.read_csv(published("porian-isoflop/published_fits.csv")).set_index(CONDITION)
+    named = table.rename(columns={"n": "N", "t": "D", "flops": "budget"}).assign(C=table["flops"])
+    return [(fits.loc[key], group) for key, group in named.groupby(CONDITION)]
+
+
+def test_splines_reproduce_all_ten_exponents_of_porian() -> None:
+    conditions = porian()
+    assert len(conditions) == 10
+    for wanted, points in conditions:
+        found = fit_isoflop(select(points), method="akima", resamples=1000)
+        assert found.params["N_exponent"] == pytest.approx(wanted["a_exponent"], abs=0.007)
+        assert found.params["D_exponent"] == pytest.approx(wanted["b_exponent_tokens"], abs=0.007)
+
+
+def test_with_their_own_noise_the_intervals_are_theirs_too() -> None:
+    """0.002 nats, as they took for these runs, at the losses that matter: those near the minima."""
+    for wanted, points in porian():
+        lowest = float(points.groupby("budget")["loss"].min().median())
+        given = Noise(sd=0.002 / lowest, freedom=np.inf, source="given")
+        found = fit_isoflop(replace(select(points), noise=given), method="akima", resamples=1000)
+        assert found.params["N_exponent"] == pytest.approx(wanted["a_exponent"], abs=0.002)
+        assert found.draws["N_exponent"].std() == pytest.approx(wanted["a_boot_std"], rel=0.2)
+
+
+@pytest.mark.parametrize(("data", "exponent"), [("comma", 0.405), ("dclm", 0.424), ("nemotron", 0.422)])
+def test_marin_exponents_are_those_of_a_plain_refit(data, exponent) -> None:
+    """As a user reads the table, by default (C = 6 N D); and as the refit was done (budgets as they are called, all
+    sizes, a line without weights)."""
+    table = read_table(published("isoflop-marin/isoflops.csv"))
+    table = table[table["experiment"].str.contains(data)]
+    assert fit(table, "isoflop").params["N_exponent"] == pytest.approx(exponent, abs=0.01)
+    named = table.assign(C=table["budget"], C_assumed=False)
+    plain = fit_isoflop(select(named), window=np.inf, weighted=False)
+    assert plain.params["N_exponent"] == pytest.approx(exponent, abs=0.005)
