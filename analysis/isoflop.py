@@ -27,12 +27,13 @@ SAME_BUDGET = 0.05
 """Runs of a table without a budget column share one where their ln C is this close to the next."""
 WIDE = 4.0
 """A parabola is a good likeness of a Chinchilla curve within this factor of its minimum."""
-WINDOW, ENOUGH = 8.0, 5
+WINDOW, ENOUGH = 16.0, 5
 """Sizes farther than this factor from the lowest loss are left out of the parabola while so many remain."""
 AKIMA_POINTS = 25
 """Points of the spline's grid for each gap between neighbouring sizes, as in Porian et al. 2024."""
-RESOLUTION = 1.0 / 3.0
-"""A minimum is never known better than this part of the grid's spacing (Porian et al. 2024)."""
+RESOLUTION = {"parabola": 1.0, "akima": 1.0 / 3.0}
+"""A minimum is never known better than this part of the grid's spacing: a third for a spline (Porian et al. 2024),
+all of it for a parabola, whose own misfit no noise tells of and which grows with the grid."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def _parabola_minimum(p: dict[str, np.ndarray], curve: Parabola, noise: Noise, e
         copy_losses=lowest,
         inside=bent & (vertex > x[0]) & (vertex < x[-1]),
         variance=variance,
-        weight=1.0 / (variance + (RESOLUTION * float(np.diff(x).mean())) ** 2),
+        weight=1.0 / (variance + (RESOLUTION["parabola"] * float(np.diff(x).mean())) ** 2),
     )
 
 
@@ -271,7 +272,7 @@ def _spline_minimum(p: dict[str, np.ndarray], errors: np.ndarray) -> _Minimum:
     inside = (place > 0) & (place < len(grid) - 1)
     interior = 0 < own.argmin() < len(grid) - 1
     # Their variance: floored at the grid's resolution, and larger where copies were lost over the edge.
-    floor = RESOLUTION * float(np.diff(x).mean())
+    floor = RESOLUTION["akima"] * float(np.diff(x).mean())
     sd = max(float(grid[place[inside]].std()), floor) / inside.mean() if inside.any() else NAN
     return _Minimum(
         at=float(np.median(grid[place[inside]])) if interior and inside.any() else float(grid[own.argmin()]),
