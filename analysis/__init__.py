@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
     from analysis.backtest import forecast_dearest
+    from analysis.compare import compare_recipes
     from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
     from analysis.laws import find_law
@@ -29,6 +30,7 @@ __all__ = [
     "approach2_bias",
     "check_table",
     "compare_approaches",
+    "compare_recipes",
     "find_law",
     "fit",
     "fit_curve_envelope",
@@ -51,6 +53,7 @@ _HOME = {
     "find_law": "laws",
     "approach2_bias": "approaches",
     "compare_approaches": "approaches",
+    "compare_recipes": "compare",
     "fit": "fitting",
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",

@@ -46,7 +46,7 @@ NARROW = 0.5
 """Decades of compute below which a multiplier is one point, not a statement about scale."""
 
 
-def compare(
+def compare_recipes(
     baseline: pd.DataFrame,
     candidate: pd.DataFrame,
     *,

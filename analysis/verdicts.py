@@ -85,8 +85,19 @@ class Code(StrEnum):
     SPAN_TOO_SMALL = "span_too_small"
     NO_OVERLAP = "no_overlap"
     NO_SLOPE = "no_slope"
-    TOO_FEW_PAIRS = "too_few_pairs"
-    HARDWARE_DIFFERS = "hardware_differs"
+    DIFFERENT_LOSSES = "different_losses"
+    DIFFERENT_COMPUTE = "different_compute"
+    DIFFERENT_ALLOCATION = "different_allocation"
+    DIFFERENT_CORPORA = "different_corpora"
+    CHANGES_WITH_SCALE = "changes_with_scale"
+    CHANGES_WITH_ALLOCATION = "changes_with_allocation"
+    NARROW_RANGE = "narrow_range"
+    ROUGH_SURFACE = "rough_surface"
+    COMPUTE_APART = "compute_apart"
+    UNPAIRED = "unpaired"
+    NOT_TOLD_APART = "not_told_apart"
+    CORPUS_UNKNOWN = "corpus_unknown"
+    WALL_CLOCK = "wall_clock"
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,8 @@ def simulate(design: str, noise: float, paired: bool, replicates: int) -> dict[s
     import numpy as np
     import pandas as pd
 
-    from analysis.compare import compare
-    from analysis.laws import chinchilla
+    from analysis.compare import compare_recipes
+    from analysis.laws import CHINCHILLA
 
     law = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
     if design in ("5x5", "3x3"):
@@ -61,7 +61,7 @@ def simulate(design: str, noise: float, paired: bool, replicates: int) -> dict[s
         D = 20 * N
 
     def sample(multiplier: float, errors: np.ndarray, seed: int) -> pd.DataFrame:
-        loss = chinchilla(N * multiplier**0.5, D * multiplier**0.5, law) * np.exp(errors)
+        loss = CHINCHILLA({"N": N * multiplier**0.5, "D": D * multiplier**0.5}, law) * np.exp(errors)
         return pd.DataFrame({"N": N, "D": D, "C": 6 * N * D, "loss": loss, "seed": seed})
 
     held, told, widths, refused = 0, 0, [], 0
@@ -71,7 +71,7 @@ def simulate(design: str, noise: float, paired: bool, replicates: int) -> dict[s
             common, *own = noise * np.sqrt(0.5) * generator.standard_normal((3, len(N)))
             errors = [common + e for e in own] if paired else noise * generator.standard_normal((2, len(N)))
             tables = sample(1.0, errors[0], 0), sample(gain, errors[1], 0 if paired else 1)
-            found = compare(*tables, level=LEVEL, resamples=400, seed=replicate)
+            found = compare_recipes(*tables, level=LEVEL, resamples=400, seed=replicate)
             low, high = found.flops.value.interval
             refused += found.refused
             held += gain == 1.0 and low <= 1.0 <= high
