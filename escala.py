@@ -240,7 +240,7 @@ def fit(
         runs = analysis.keep_rows(runs, conditions)
         said = analysis.check_table(runs, law)
         source = {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}
-        options["loss"] = "loss" if law == "isoflop" else analysis.find_law(law).response
+        options["loss"] = "loss" if law in ("isoflop", "akima") else analysis.find_law(law).response
     elif columns:
         raise InputError("--columns is for tables; what a study's columns hold is known.")
     else:
@@ -413,14 +413,14 @@ def _fit_options(
 
     asked: dict[str, Any] = {"objective": objective, "threshold": delta, "drop_worst": drop_worst, "cluster": cluster}
     asked = {k: v for k, v in asked.items() if v}
-    if level != 0.95:
-        asked["level"] = level
-    if law == "isoflop" and asked:
+    if law in ("isoflop", "akima") and asked:
         names = {"objective": "--loss", "threshold": "--delta", "drop_worst": "--drop-worst"}
         listed = ", ".join(names.get(k, f"--{k}") for k in asked)
         raise InputError(f"{listed}: not for --law isoflop, which fits a parabola to each budget by least squares.")
     if cluster is not None:
         asked["resample"] = "rows"
+    if level != 0.95:
+        asked["level"] = level
     return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis import judging
 from analysis.decisions import decide, undecided
-from analysis.isoflop import fit_isoflop
+from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import LAWS, Law, find_law
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import OBJECTIVES, Objective, Problem, Robust, Solution, descend, make_problem, solve
@@ -22,6 +22,7 @@ from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span
 from sweeps.errors import InputError, nearest
 
 Resample = Literal["auto", "noise", "rows", "delta"]
+ISOFLOP: Mapping[str, Method] = {"isoflop": "parabola", "akima": "akima"}
 MANY_ROWS = 20
 """From so many rows on, and without seed noise, the rows themselves are resampled (`laws.md` 10.5 in the field)."""
 CREASE = 1e-9
@@ -49,7 +50,8 @@ def fit(
 ) -> Fit:
     """Fit a law to a table of runs: `load_runs`, `read_table`, or any frame with the law's variables and a response.
 
-    law: a name of `analysis.laws.LAWS`, bnsl:<breaks>, or "isoflop": N*(C) and D*(C) through the minima of budgets.
+    law: a name of `analysis.laws.LAWS`, bnsl:<breaks>, or "isoflop": N*(C) and D*(C) through the
+        minima of budgets, each that of a parabola; "akima" takes the minima of splines (Porian et al. 2024).
     loss: the column to fit, by default `val_loss_final`, else the law's response (a loss in nats per token).
     targets: compute, in FLOPs, at which the best N and D are wanted. loss_targets: losses whose least compute is.
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.
@@ -74,12 +76,14 @@ def fit(
             raise InputError(f"{name} is {value!r}; it must be a positive number.")
     if not 0.5 <= level < 1:
         raise InputError(f"level is {level!r}; it must be from 0.5 to below 1, such as 0.95.")
-    if law == "isoflop":
+    if law in ISOFLOP:
         selection = _with_noise(select(runs, loss), noise)
-        return fit_isoflop(selection, targets=targets, resamples=resamples or 2000, level=level, seed=seed)
+        return fit_isoflop(
+            selection, targets=targets, method=ISOFLOP[law], resamples=resamples or 2000, level=level, seed=seed
+        )
     if law not in LAWS and not law.startswith("bnsl:"):
-        raise InputError(f"unknown law {law!r}{nearest(law, (*LAWS, 'isoflop'))}. Known laws: {', '.join(LAWS)}, "
-                         "bnsl:<breaks>, isoflop.")  # fmt: skip
+        raise InputError(f"unknown law {law!r}{nearest(law, (*LAWS, *ISOFLOP))}. Known laws: {', '.join(LAWS)}, "
+                         "bnsl:<breaks>, isoflop, akima.")  # fmt: skip
     form = find_law(law)
     for name in fixed or {}:
         if name not in form.names:

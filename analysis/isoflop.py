@@ -27,13 +27,13 @@ SAME_BUDGET = 0.05
 """Runs of a table without a budget column share one where their ln C is this close to the next."""
 WIDE = 4.0
 """A parabola is a good likeness of a Chinchilla curve within this factor of its minimum."""
-WINDOW, ENOUGH = 16.0, 5
-"""Sizes farther than this factor from the lowest loss are left out of the parabola while so many remain."""
+HEIGHT, ENOUGH = 0.15, 5
+"""Sizes whose ln loss is more above the lowest are left out of the parabola while so many remain: a loss far up the
+sides of the curve says nothing about its bottom but bends the parabola."""
 AKIMA_POINTS = 25
 """Points of the spline's grid for each gap between neighbouring sizes, as in Porian et al. 2024."""
-RESOLUTION = {"parabola": 1.0, "akima": 1.0 / 3.0}
-"""A minimum is never known better than this part of the grid's spacing: a third for a spline (Porian et al. 2024),
-all of it for a parabola, whose own misfit no noise tells of and which grows with the grid."""
+RESOLUTION = 1.0 / 3.0
+"""A minimum is never known better than this part of the grid's spacing (Porian et al. 2024)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def fit_isoflop(
     *,
     targets: Sequence[float] = (),
     method: Method = "parabola",
-    window: float = WINDOW,
+    height: float = HEIGHT,
     weighted: bool = True,
     resamples: int = 2000,
     level: float = 0.95,
@@ -89,22 +89,24 @@ def fit_isoflop(
     method: "parabola" through the mean ln loss of each size, with noise between seeds, else that of the residuals; or
         "akima", a spline through the lowest loss of each size (the mean over seeds where there are several), with
         noise between seeds, else `assumed_noise`; the minimum is the median over noisy copies.
-    window: of the parabola; sizes farther than this factor from the lowest loss are left out. inf keeps all.
+    height: of the parabola; sizes whose ln loss is more above the lowest are left out. inf keeps all.
     weighted: weigh the minima of the line by their variances. Without, the line is the one that most papers draw.
     resamples: of the bootstrap. level: of the intervals. seed: of the draws.
 
     Refuses budgets whose minimum is not interior, or not in half of the noisy copies, and the power law where fewer
-    than three remain. Raises InputError for an unknown method or a window not above 1.
+    than three remain. Raises InputError for an unknown method or a height not above 0.
     """
     if method not in get_args(Method):
         raise InputError(f"unknown method {method!r}{nearest(method, get_args(Method))}: parabola or akima.")
-    if not window > 1.0:
-        raise InputError(f"window is {window!r}; it is a factor above 1 around the lowest loss (inf: all sizes).")
+    if not height > 0.0:
+        raise InputError(
+            f"height is {height!r}; it is a positive distance in ln loss above the lowest (inf: all sizes)."
+        )
     rows, missed = _with_budgets(selection.rows)
     verdicts = list(selection.verdicts)
     splined = method == "akima"
     groups = [group for _, group in rows.groupby("budget")] if len(rows) else []
-    points = [_points(_best(group), np.inf) if splined else _points(group, window) for group in groups]
+    points = [_points(_best(group), np.inf) if splined else _points(group, height) for group in groups]
     curves = [parabola(p["x"], p["y"], p["count"]) if len(p["x"]) >= 3 and not splined else None for p in points]
 
     # 1. noise of one run's ln loss: between seeds, checked against the scatter about the parabolas
@@ -137,7 +139,7 @@ def fit_isoflop(
     decisions, said = line_targets(line, targets, max((b.C for b in budgets), default=NAN), level)
     verdicts += said
     extra = {"residual_sd": residual_sd, "residual_freedom": freedom} | ({"source": "assumed"} if assumed else {})
-    options = {"method": method, "window": window, "weighted": weighted, "resamples": resamples, "level": level}
+    options = {"method": method, "height": height, "weighted": weighted, "resamples": resamples, "level": level}
     return Fit(
         law="isoflop",
         loss=selection.loss,
@@ -208,14 +210,12 @@ def _best(group: pd.DataFrame) -> pd.DataFrame:
     return group.loc[group.groupby(keys, dropna=False)["loss"].idxmin()]
 
 
-def _points(group: pd.DataFrame, window: float) -> dict[str, np.ndarray]:
+def _points(group: pd.DataFrame, height: float) -> dict[str, np.ndarray]:
     """One point per size: the mean ln loss over its runs, their number as its weight. `far` ones are not fitted."""
     sizes = group.assign(_y=np.log(group["loss"])).groupby("N")
     x = np.log(np.array(sizes["N"].first(), dtype=float))
     y, count = sizes["_y"].mean().to_numpy(), sizes["_y"].count().to_numpy().astype(float)
-    near = np.abs(x - x[y.argmin()]) <= np.log(window) + 0.05
-    if near.sum() < ENOUGH:
-        near = np.ones_like(near)
+    near = y - y.min() <= max(height, float(np.sort(y)[:ENOUGH][-1] - y.min()))
     budget, C = np.array(group["budget"].iloc[0]), np.array(np.exp(np.log(group["C"]).mean()))
     far = {"far_x": x[~near], "far_y": y[~near]}
     return far | {"budget": budget, "C": C, "x": x[near], "y": y[near], "count": count[near]}
@@ -256,7 +256,7 @@ def _parabola_minimum(p: dict[str, np.ndarray], curve: Parabola, noise: Noise, e
         copy_losses=lowest,
         inside=bent & (vertex > x[0]) & (vertex < x[-1]),
         variance=variance,
-        weight=1.0 / (variance + (RESOLUTION["parabola"] * float(np.diff(x).mean())) ** 2),
+        weight=1.0 / (variance + (RESOLUTION * float(np.diff(x).mean())) ** 2),
     )
 
 
@@ -272,7 +272,7 @@ def _spline_minimum(p: dict[str, np.ndarray], errors: np.ndarray) -> _Minimum:
     inside = (place > 0) & (place < len(grid) - 1)
     interior = 0 < own.argmin() < len(grid) - 1
     # Their variance: floored at the grid's resolution, and larger where copies were lost over the edge.
-    floor = RESOLUTION["akima"] * float(np.diff(x).mean())
+    floor = RESOLUTION * float(np.diff(x).mean())
     sd = max(float(grid[place[inside]].std()), floor) / inside.mean() if inside.any() else NAN
     return _Minimum(
         at=float(np.median(grid[place[inside]])) if interior and inside.any() else float(grid[own.argmin()]),
@@ -336,7 +336,7 @@ def _budget(
 
     # 3. what to keep in mind
     if shown.far:
-        say("far_sizes", "info", f"{plural(len(shown.far), 'size')} far away from the lowest loss not fitted.")
+        say("far_sizes", "info", f"{plural(len(shown.far), 'size')} far above the lowest loss not fitted.")
     if noisy and inside.mean() < 0.975:
         say("unstable_minimum", "caution", f"in {1 - inside.mean():.0%} of noisy copies the minimum leaves the grid.")
     elif curve and noisy and curve.curve[2] < 3.0 * curvature_se:

@@ -82,7 +82,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
     columns: what to read from where, such as {"N": "params", "D": "C/(6*N)", "loss": "log(ppl)"}: a column's name, or
         arithmetic on columns (`analysis.expressions`). A name in arithmetic means another entry of `columns` first,
         then a column of the table, then what would be found for it without `columns`.
-    law: a name of `analysis.laws`, or "isoflop"; its variables and its response must be found.
+    law: a name of `analysis.laws`, or "isoflop" or "akima"; its variables and its response must be found.
 
     What `columns` does not name is found under the common names of `NAMES`, without regard to case, blanks and the
     path before the last `/` or `.`; an exact match wins. A unit in the name, as in `Model Size (B)`, `tokens_b` or
@@ -131,7 +131,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
 
 def needs(law: str) -> tuple[tuple[str, ...], str, int]:
     """(variables, response, fewest runs that can be fitted) of a law or "isoflop"; InputError where there is none."""
-    if law == "isoflop":
+    if law in ("isoflop", "akima"):
         return ("N", "D"), "loss", ISOFLOP_LEAST
     form = find_law(law)
     return tuple(form.variables), form.response, len(form.names) + 1
