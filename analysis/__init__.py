@@ -4,6 +4,9 @@
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
     fit.to_json()
 
+    from analysis.backtest import backtest
+    fit = analysis.judge_targets(fit, backtest(runs, [fit.law]))    cautions where it extrapolates too far
+
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
 
@@ -11,18 +14,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from analysis.backtest import forecast_dearest
+    from analysis.backtest import Backtest, judge_targets
     from analysis.fitting import fit
+    from analysis.forecast import forecast_dearest
     from analysis.report import write_report
     from analysis.runs import load_curves, load_documents, load_runs, read_table
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
+    "Backtest",
     "Fit",
     "Verdict",
     "fit",
     "forecast_dearest",
+    "judge_targets",
     "load_curves",
     "load_documents",
     "load_runs",
@@ -33,10 +39,12 @@ __all__ = [
 ]
 
 _HOME = {
+    "Backtest": "backtest",
     "Fit": "verdicts",
     "Verdict": "verdicts",
     "fit": "fitting",
-    "forecast_dearest": "backtest",
+    "forecast_dearest": "forecast",
+    "judge_targets": "backtest",
     "load_curves": "runs",
     "load_documents": "runs",
     "load_runs": "runs",
