@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
-    from analysis.backtest import forecast_dearest
+    from analysis.backtest import Backtest, judge_targets
     from analysis.compare import compare_recipes
     from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
+    from analysis.forecast import forecast_dearest
     from analysis.laws import find_law
     from analysis.plausibility import check_table
     from analysis.report import write_report
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
+    "Backtest",
     "Fit",
     "Verdict",
     "approach2_bias",
@@ -36,6 +38,7 @@ __all__ = [
     "fit_curve_envelope",
     "fit_envelope",
     "forecast_dearest",
+    "judge_targets",
     "keep_rows",
     "load_curves",
     "load_documents",
@@ -47,17 +50,19 @@ __all__ = [
 ]
 
 _HOME = {
+    "Backtest": "backtest",
     "Fit": "verdicts",
     "Verdict": "verdicts",
-    "check_table": "plausibility",
-    "find_law": "laws",
     "approach2_bias": "approaches",
+    "check_table": "plausibility",
     "compare_approaches": "approaches",
     "compare_recipes": "compare",
+    "find_law": "laws",
     "fit": "fitting",
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",
-    "forecast_dearest": "backtest",
+    "forecast_dearest": "forecast",
+    "judge_targets": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",
     "load_documents": "runs",

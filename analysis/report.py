@@ -19,8 +19,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis import plots
-from analysis.backtest import Forecast, forecast_dearest
+from analysis.backtest import Backtest, Score, backtest, judge_targets
 from analysis.fitting import fit
+from analysis.forecast import Forecast, forecast_dearest
 from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
 from analysis.uncertainty import Noise, paired_errors, seed_noise
@@ -29,6 +30,8 @@ from sweeps.store import Store, open_store, read_plan, timestamp, write_bytes
 from sweeps.units import flops, human
 
 DASH = "–"
+LAW = "chinchilla"
+"""The law of the loss surface: named beforehand, so that its backtest is no winner's."""
 MAX_CELLS = 1000
 """Rows of the table of cells; a page with more cannot be read."""
 
@@ -69,6 +72,7 @@ class _Finding:
     runs: pd.DataFrame
     isoflop: Fit | None
     chinchilla: Fit
+    backtest: Backtest
     forecast: Forecast | None
     noise: Noise | None
     pairs: pd.DataFrame
@@ -79,11 +83,13 @@ def _find(family: Any, runs: pd.DataFrame, pairs: pd.DataFrame) -> _Finding:
     usable = runs[runs["excluded"].isna()]
     dearest = [float(usable["C"].max())] if len(usable) else []
     budgets = usable["budget"].nunique()
+    tested = backtest(runs, [LAW])
     return _Finding(
         family=str(family),
         runs=runs,
         isoflop=fit(runs, "isoflop") if runs["budget"].notna().any() else None,
-        chinchilla=fit(runs, "chinchilla", targets=dearest),
+        chinchilla=judge_targets(fit(runs, LAW, targets=dearest), tested),
+        backtest=tested,
         forecast=forecast_dearest(runs) if budgets >= 2 else None,
         noise=seed_noise(runs),
         pairs=pairs[pairs["cell_small"].isin(runs["cell"])],
@@ -161,6 +167,7 @@ def _family(finding: _Finding, curves: pd.DataFrame, *, several: bool) -> str:
     if finding.isoflop is not None:
         parts.append(_budget_table(finding.isoflop))
     parts += [_law_table(finding.chinchilla), _noise(finding), _forecast(finding.forecast)]
+    parts.append(_backtest(finding.backtest))
     fits = [f for f in (finding.isoflop, finding.chinchilla) if f is not None]
     parts += [_verdicts(fits), _pictures(finding, curves)]
     return "".join(parts)
@@ -231,6 +238,48 @@ def _forecast(found: Forecast | None) -> str:
         )
     lines += [escape(v.message[0].upper() + v.message[1:]) for v in found.verdicts]
     return "<h3>Did the cheaper budgets foretell the dearest?</h3>" + "".join(f"<p>{line}</p>" for line in lines)
+
+
+def _backtest(found: Backtest) -> str:
+    """Errors and coverage by cut and ratio, and how far they support the law; one sentence where the span is small."""
+    title = "<h3>How far can the loss surface be extrapolated?</h3>"
+    if found.verdicts:
+        return title + "".join(f"<p>{escape(v.message[0].upper() + v.message[1:])}</p>" for v in found.verdicts)
+    law, supported = found.chosen or LAW, found.supported_ratio
+    if supported > 1:
+        error, inside, runs = found.at_ratio(law, supported)
+        words = (
+            f"Fitted to cheap runs, it predicts the loss of runs up to <b>{supported:g} times</b> dearer: there it was "
+            f"off by {error:.2%} on average over {plural(runs, 'run')}, {inside:.0%} of them inside their "
+            f"{found.level:.0%} intervals."
+        )
+    else:
+        words = "Fitted to cheap runs, it does <b>not</b> predict the loss of dearer runs well enough."
+    limit = found.limit(law)
+    text = f"<p>{words} {escape(limit[0].upper() + limit[1:])}</p>"
+    ratios = sorted({s.ratio for s in found.scores})
+    rows = []
+    for cut in sorted({s.cut for s in found.scores}):
+        own = {s.ratio: s for s in found.scores if s.cut == cut and s.law == law}
+        first = next(iter(own.values()))
+        cells = [_score(own.get(ratio)) for ratio in ratios]
+        rows.append([flops(cut), str(first.fitted), *cells])
+    note = (
+        "<p class=note>Each line is a fit to the runs up to a compute. Then come, by how many times dearer the "
+        "predicted runs are, the mean error of their losses, and how many lay inside their "
+        f"{found.level:.0%} intervals.</p>"
+    )
+    head = ["fitted up to (FLOPs)", "runs", *(f"{ratio:g} times" for ratio in ratios)]
+    return title + text + note + _table(head, rows)
+
+
+def _score(score: Score | None) -> str:
+    if score is None:
+        return ""
+    if score.refused:
+        return f"refused <span class=code>{escape(score.refused)}</span>"
+    inside = f"{score.inside * score.runs:.0f} of {score.runs}" if np.isfinite(score.inside) else "no intervals"
+    return f"{score.error:.2%} <span class=range>{inside}</span>"
 
 
 def _hit(inside: bool | None) -> str:

@@ -1,0 +1,77 @@
+"""The forecast of the dearest budget: right where the law holds, and caught where it does not."""
+
+import json
+
+import numpy as np
+import pytest
+
+from analysis import forecast_dearest, load_runs
+from tests.analysis.synthetic import budgets_table
+
+BUDGETS = (1e11, 4e11, 1.6e12, 6.4e12)
+
+
+def test_runs_on_the_law_are_foretold() -> None:
+    found = forecast_dearest(budgets_table(BUDGETS, seeds=3, noise=0.002))
+    assert found.budget == 6.4e12
+    assert found.extrapolation == pytest.approx(4.0)
+    assert found.N_inside
+    assert found.loss_inside
+    assert abs(found.N_error) < 0.1
+    assert len(found.sizes) == 7
+    assert found.mean_absolute_error < 0.01
+    assert sum(bool(s.inside) for s in found.sizes) >= 5
+    assert found.verdicts == ()
+
+
+def test_forecast_does_not_see_the_budget_it_foretells() -> None:
+    table = budgets_table(BUDGETS, seeds=3, noise=0.002)
+    spoiled = table.copy()
+    spoiled.loc[spoiled["budget"] == 6.4e12, "loss"] *= 1.2
+    one, two = forecast_dearest(table), forecast_dearest(spoiled)
+    assert one.N_predicted == two.N_predicted
+    assert [s.predicted for s in one.sizes] == [s.predicted for s in two.sizes]
+    assert two.mean_absolute_error == pytest.approx(0.2, abs=0.02)
+    assert not any(s.inside for s in two.sizes)
+    assert not two.loss_inside
+
+
+def test_law_that_bends_is_caught() -> None:
+    table = budgets_table(BUDGETS, seeds=3, noise=0.001)
+    bend = table["budget"] == 6.4e12
+    shifted = table.assign(N=np.where(bend, table["N"] * 2, table["N"]), D=np.where(bend, table["D"] / 2, table["D"]))
+    found = forecast_dearest(shifted)
+    assert found.N_inside is False
+    assert found.N_error == pytest.approx(1.0, abs=0.15)
+
+
+def test_three_budgets_foretell_losses_but_no_size() -> None:
+    found = forecast_dearest(budgets_table(BUDGETS[:3], seeds=2, noise=0.001))
+    assert [(v.code, v.target) for v in found.verdicts] == [("no_forecast", "N")]
+    assert np.isnan(found.N_predicted.value)
+    assert found.N_inside is None
+    assert found.N_found.value > 0
+    assert found.mean_absolute_error < 0.01
+
+
+def test_one_budget_foretells_nothing() -> None:
+    found = forecast_dearest(budgets_table(BUDGETS[:1]))
+    assert [(v.code, v.scope) for v in found.verdicts] == [("no_forecast", "fit")]
+    assert found.sizes == ()
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_refused_budget_is_scored_by_its_losses_alone() -> None:
+    table = budgets_table(BUDGETS, seeds=3, noise=0.002)
+    edge = (table["budget"] == 6.4e12) & (table["N"] < table.loc[table["budget"] == 6.4e12, "N"].median())
+    found = forecast_dearest(table[~edge].reset_index(drop=True))
+    assert len(found.sizes) == 4
+    assert found.mean_absolute_error < 0.01
+
+
+def test_forecast_of_a_store(good_store) -> None:
+    written = forecast_dearest(load_runs("demo", good_store)).to_json()
+    assert json.loads(json.dumps(written, allow_nan=False)) == written
+    assert written["N_inside"] is True
+    assert len(written["sizes"]) == 5
+    assert written["mean_absolute_error"] < 0.01
