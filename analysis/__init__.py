@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.backtest import forecast_dearest
     from analysis.fitting import fit
+    from analysis.profiles import Profile, profile
     from analysis.report import write_report
     from analysis.runs import load_curves, load_documents, load_runs, read_table
     from analysis.uncertainty import paired_errors, seed_noise
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fit",
+    "Profile",
     "Verdict",
     "fit",
     "forecast_dearest",
@@ -27,6 +29,7 @@ __all__ = [
     "load_documents",
     "load_runs",
     "paired_errors",
+    "profile",
     "read_table",
     "seed_noise",
     "write_report",
@@ -34,6 +37,7 @@ __all__ = [
 
 _HOME = {
     "Fit": "verdicts",
+    "Profile": "profiles",
     "Verdict": "verdicts",
     "fit": "fitting",
     "forecast_dearest": "backtest",
@@ -41,6 +45,7 @@ _HOME = {
     "load_documents": "runs",
     "load_runs": "runs",
     "paired_errors": "uncertainty",
+    "profile": "profiles",
     "read_table": "runs",
     "seed_noise": "uncertainty",
     "write_report": "report",
