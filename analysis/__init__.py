@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from analysis.forecast import forecast_dearest
     from analysis.laws import find_law
     from analysis.plausibility import check_table
+    from analysis.profiles import Profile, profile
     from analysis.report import write_report
     from analysis.runs import load_curves, load_documents, load_runs
     from analysis.tables import keep_rows, read_table
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backtest",
     "Fit",
+    "Profile",
     "Verdict",
     "approach2_bias",
     "check_table",
@@ -44,6 +46,7 @@ __all__ = [
     "load_documents",
     "load_runs",
     "paired_errors",
+    "profile",
     "read_table",
     "seed_noise",
     "write_report",
@@ -52,6 +55,7 @@ __all__ = [
 _HOME = {
     "Backtest": "backtest",
     "Fit": "verdicts",
+    "Profile": "profiles",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
     "check_table": "plausibility",
@@ -68,6 +72,7 @@ _HOME = {
     "load_documents": "runs",
     "load_runs": "runs",
     "paired_errors": "uncertainty",
+    "profile": "profiles",
     "read_table": "tables",
     "seed_noise": "uncertainty",
     "write_report": "report",

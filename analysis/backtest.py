@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting import Settings, fit_law
-from analysis.forecast import Forecast as Forecast
 from analysis.forecast import predict
 from analysis.laws import find_law
 from analysis.selection import Selection, select
