@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, on a small study or on published runs, and what is committed was really executed."""
+"""The notebooks run from top to bottom, on a small study or on published runs, and committed outputs are real ones."""
 
 import os
 import re
