@@ -109,15 +109,24 @@ def compute_for_loss(loss: float, params: Mapping[str, Any], counter: Counter = 
 
     NaN where the law does not come down to that loss. Parameters may be arrays of one shape.
     """
-    shape = np.broadcast_shapes(*(np.shape(v) for v in params.values()))
-    low, high = np.full(shape, 0.0), np.full(shape, np.log(1e40))
-    for _ in range(50):
+
+    def enough(logs: Array) -> Array:
+        reached = optimum(np.exp(logs), params, counter, law).loss
+        return np.isfinite(reached) & (reached <= loss)
+
+    # 1. the first decade that reaches it; there may be no optimum before it, where compute is too little, nor beyond
+    shape, decade = np.broadcast_shapes(*(np.shape(v) for v in params.values())), np.log(10.0)
+    first = np.full(shape, np.nan)
+    for i in range(40, 0, -1):
+        first = np.where(enough(np.full(shape, i * decade)), i * decade, first)
+
+    # 2. the place within it
+    low, high = first - decade, first
+    for _ in range(30):
         middle = (low + high) / 2
-        reached = optimum(np.exp(middle), params, counter, law).loss
-        # no optimum on the way up means that the compute is still too little
-        enough = np.isfinite(reached) & (reached <= loss)
-        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
-    return np.where(high >= np.log(1e40) - 1e-6, np.nan, np.exp((low + high) / 2))
+        found = enough(np.where(np.isnan(middle), 0.0, middle))
+        low, high = np.where(found, low, middle), np.where(found, middle, high)
+    return np.exp((low + high) / 2)
 
 
 def regret(

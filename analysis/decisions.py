@@ -3,6 +3,7 @@ wrong one, and the compute that a loss needs; each with an interval from the dra
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -88,13 +89,16 @@ def decide(
         few = {k: v[:FEW_DRAWS] for k, v in draws.items()} if draws else params
         least = compute_for_loss(wanted, params, counter, form)
         copies = compute_for_loss(wanted, few, counter, form)
-        entry = {"loss": wanted, "C": estimate(least, np.where(np.isnan(copies), np.inf, copies))}
-        decisions["losses"].append(entry)
+        name = f"loss {wanted:g}"
         if np.isnan(least):
             message = f"a loss of {wanted:g} lies below what this law can reach at any compute."
-            verdicts.append(Verdict("unreachable_loss", "refuse", "decision", f"loss {wanted:g}", message))
+            said = [Verdict("unreachable_loss", "refuse", "decision", name, message)]
         else:
-            verdicts += extrapolation(float(least), float(C.max()))
+            said = [replace(v, target=name) for v in extrapolation(float(least), float(C.max()))]
+        refused = any(v.severity == "refuse" for v in said)
+        found = NOTHING if refused else estimate(least, np.where(np.isnan(copies), np.inf, copies))
+        decisions["losses"].append({"loss": wanted, "C": found})
+        verdicts += said
     return decisions, verdicts
 
 

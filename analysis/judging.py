@@ -60,8 +60,10 @@ def judge(
     said = [*_starts(best), *_rank(problem, best.theta)]
     if not any(v.code == "not_identifiable" for v in said):
         said += _edges(problem, robust, best)
-    said += _open_draws(problem, thetas)
-    found, notes = _outliers(problem, robust, best, rows)
+    lost = {v.target for v in said if v.severity == "refuse" and v.scope == "parameter"}
+    said += [v for v in _open_draws(problem, thetas) if v.target not in lost]
+    steady = np.array([name not in lost for name in problem.law.names]) & (None not in lost)
+    found, notes = _outliers(problem, robust, best, rows, steady)
     return [*said, *found], notes
 
 
@@ -110,8 +112,10 @@ def _edges(problem: Problem, robust: Robust, best: Solution) -> list[Verdict]:
     worse = likelihood_drop(problem, robust, values, best.objective).reshape(len(free), 2)
     limit = chdtri(1, 0.05) / 2.0  # 1.92: the profile-likelihood bound at 95 %
     names, terms = problem.law.names, problem.law.terms
-    verdicts: list[Verdict] = []
-    for k, (low, high) in zip(free, worse):
+    at_edge = np.minimum(theta - problem.lower, problem.upper - theta) <= 1e-6 * width
+    verdicts: dict[str, Verdict] = {}
+    # those at an edge speak first: each parameter is refused once
+    for k, (low, high) in sorted(zip(free, worse), key=lambda pair: (not at_edge[pair[0]], pair[0])):
         if low > limit and high > limit:
             continue
         side = "both sides" if low <= limit and high <= limit else "smaller values" if low <= limit else "larger values"
@@ -122,22 +126,23 @@ def _edges(problem: Problem, robust: Robust, best: Solution) -> list[Verdict]:
                 f"{names[k]} cannot be told from zero: over these runs the {problem.law.response} still falls like a "
                 "pure power law. Longer or larger runs would show the floor."
             )
-            verdicts.append(Verdict("floor_unseen", "refuse", "parameter", names[k], message, evidence))
+            verdicts[names[k]] = Verdict("floor_unseen", "refuse", "parameter", names[k], message, evidence)
             continue
-        at_edge = min(theta[k] - problem.lower[k], problem.upper[k] - theta[k]) <= 1e-6 * width[k]
-        code = "at_bound" if at_edge else "not_identifiable"
+        code = "at_bound" if at_edge[k] else "not_identifiable"
         # a term is its coefficient and its exponents: neither means anything where the other is open
         involved = {names[k]}
         for term in terms:
             if names[k] == term.coefficient or names[k] in term.features:
                 involved |= {term.coefficient, *term.features}
-        found = "ran into the edge of what was searched" if at_edge else f"is open towards {side}"
+        found = "ran into the edge of what was searched" if at_edge[k] else f"is open towards {side}"
         message = f"{names[k]} {found}: the runs do not determine it."
-        verdicts += [Verdict(code, "refuse", "parameter", name, message, evidence) for name in sorted(involved)]
-    if any(v.code in ("at_bound", "not_identifiable") for v in verdicts) and terms:
+        for name in sorted(involved):
+            verdicts.setdefault(name, Verdict(code, "refuse", "parameter", name, message, evidence))
+    said = list(verdicts.values())
+    if any(v.code != "floor_unseen" for v in said) and terms:
         message = "a term of the law is not determined, so the law recommends nothing."
-        verdicts.append(Verdict("undetermined_law", "refuse", "decision", None, message))
-    return verdicts
+        said.append(Verdict("undetermined_law", "refuse", "decision", None, message))
+    return said
 
 
 def likelihood_drop(problem: Problem, robust: Robust, values: np.ndarray, best: float) -> np.ndarray:
@@ -172,9 +177,12 @@ def _open_draws(problem: Problem, thetas: np.ndarray) -> list[Verdict]:
 
 
 def _outliers(
-    problem: Problem, robust: Robust, best: Solution, rows: pd.DataFrame
+    problem: Problem, robust: Robust, best: Solution, rows: pd.DataFrame, steady: np.ndarray
 ) -> tuple[list[Verdict], dict[str, Any]]:
-    """Take out the k worst-fitting runs together, k up to 3 %, and see what moves by more than its error afterwards."""
+    """Take out the k worst-fitting runs together, k up to 3 %, and see what moves by more than its error afterwards.
+
+    steady: (K,), the parameters that stand; the others move anyhow.
+    """
     count, free = problem.rows, int((problem.lower < problem.upper).sum())
     most = min(max(1, math.floor(OUTLIER_SHARE * count)), count - free - 2)
     misses = np.abs(problem.predict(best.theta) - problem.target)
@@ -192,7 +200,7 @@ def _outliers(
     for theta, kept, k in zip(thetas, weights > 0, sizes):
         errors = standard_errors(problem, robust, theta, kept)
         with np.errstate(divide="ignore", invalid="ignore"):
-            moved = np.where(errors > 0, np.abs(theta - best.theta) / errors, 0.0)
+            moved = np.where(steady & (errors > 0), np.abs(theta - best.theta) / errors, 0.0)
         j = int(np.nanargmax(moved))
         if moved[j] > worst[0]:
             worst = (float(moved[j]), int(k), j, theta)

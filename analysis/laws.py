@@ -24,13 +24,18 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A parameter that is searched between bounds, from starts; `log` searches its logarithm."""
+    """A parameter that is searched between bounds, from starts; `log` searches its logarithm.
+
+    position: the variable on which it is a place; its starts are then shares of the way, in logarithms, from the
+    smallest value of that variable to the largest.
+    """
 
     name: str
     low: float
     high: float
     starts: tuple[float, ...]
     log: bool = False
+    position: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Law:
     terms: tuple[Term, ...] = ()
     formula: Callable[[Values, Values], Array] | None = None
     """(parameters, variables) -> ln y."""
+    linear: tuple[str, ...] = ()
+    """Positive parameters of a formula in which y is a linear form: their starts are solved for."""
     response: str = "loss"
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -108,6 +115,10 @@ def _positive(name: str, low: float, high: float, *starts: float) -> Parameter:
 
 def _free(name: str, low: float, high: float, *starts: float) -> Parameter:
     return Parameter(name=name, low=low, high=high, starts=starts)
+
+
+def _place(name: str, low: float, high: float, variable: str, log: bool = False) -> Parameter:
+    return Parameter(name=name, low=low, high=high, starts=(0.1, 0.3, 0.5, 0.7, 0.9), log=log, position=variable)
 
 
 def log_sum(*terms: Any) -> Array:
@@ -180,7 +191,7 @@ GADRE = Law(
     parameters=(_exponent("h", high=1.5),),
     published={
         "C4": {"a": 141.0, "b": 190.0, "h": 0.1212, "E": 1.508},
-        "RedPajama": {"a": 212.236, "b": 366.687, "h": 0.136425, "E": 1.836648},
+        "RedPajama": {"a": 212.2361102, "b": 366.6871738, "h": 0.1364253513, "E": 1.8366483784},
         "RefinedWeb": {"a": 157.0, "b": 246.0, "h": 0.1272, "E": 1.734},
     },
 )
@@ -198,9 +209,23 @@ def _kaplan(variable: str, constant: str, published: Mapping[str, Mapping[str, f
     )
 
 
-KAPLAN_N = _kaplan("N", "Nc", {"Kaplan et al. 2020": {"Nc": 8.8e13, "alpha": 0.076}})
+KAPLAN_N = _kaplan(
+    "N",
+    "Nc",
+    {
+        "Kaplan et al. 2020": {"Nc": 8.8e13, "alpha": 0.076},
+        "Clark et al. 2022, dense": {"Nc": 3.568e13, "alpha": 0.078},
+    },
+)
 KAPLAN_D = _kaplan("D", "Dc", {"Kaplan et al. 2020": {"Dc": 5.4e13, "alpha": 0.095}})
-KAPLAN_C = _kaplan("C", "Cc", {"Kaplan et al. 2020, C_min": {"Cc": 3.1e8 * 8.64e19, "alpha": 0.050}})
+KAPLAN_C = _kaplan(
+    "C",
+    "Cc",
+    {  # two different curves: compute of runs at one batch size, and the least that training at small batches needs
+        "Kaplan et al. 2020, C_min": {"Cc": 3.1e8 * 8.64e19, "alpha": 0.050},
+        "Kaplan et al. 2020, fixed batch": {"Cc": 1.6e7 * 8.64e19, "alpha": 0.057},
+    },
+)
 
 KAPLAN = Law(
     name="kaplan",  # L = ((Nc / N)^(alpha / beta) + Dc / D)^beta
@@ -217,7 +242,7 @@ KAPLAN = Law(
 )  # fmt: skip
 
 
-def _worth(amount: Any, repeats: Any, halflife: Any) -> Any:
+def worth(amount: Any, repeats: Any, halflife: Any) -> Any:
     """What an amount and its repeats are worth: U + U R* (1 - exp(-R / R*))."""
     return amount + amount * halflife * (1.0 - np.exp(-repeats / halflife))
 
@@ -229,8 +254,8 @@ def _data_constrained(p: Values, v: Values) -> Array:
     a, b = beta / (alpha + beta), alpha / (alpha + beta)
     G = (alpha * p["A"] / (beta * p["B"])) ** (1.0 / (alpha + beta))
     usable = smaller(v["N"], G * (G * unique) ** (a / b))
-    data = _worth(unique, v["D"] / unique - 1.0, p["RD"])
-    size = _worth(usable, v["N"] / usable - 1.0, p["RN"])
+    data = worth(unique, v["D"] / unique - 1.0, p["RD"])
+    size = worth(usable, v["N"] / usable - 1.0, p["RN"])
     return np.asarray(np.log(p["E"] + p["A"] * size**-alpha + p["B"] * data**-beta))
 
 
@@ -264,8 +289,9 @@ CLARK = Law(
     source="Clark et al. 2022 (arXiv 2202.01169), eq. 2 and 9; N is the dense-equivalent active size",
     variables=("N", "experts"),
     parameters=(
-        _free("a", -1.0, 0.0, -0.08), _free("b", -2.0, 0.5, -0.1), _free("c", -0.2, 0.2, 0.01),
-        _free("d", -2.0, 4.0, 1.1), _positive("Estart", 1.0, 50.0, 2.0), _positive("Emax", 51.0, 1e5, 300.0),
+        _free("a", -1.0, 0.0, -0.15, -0.08, -0.04), _free("b", -2.0, 0.5, -0.2, -0.1, -0.02),
+        _free("c", -0.2, 0.2, 0.01), _free("d", -2.0, 4.0, 0.5, 1.1, 2.0),
+        _positive("Estart", 1.0, 50.0, 1.5, 4.0), _positive("Emax", 51.0, 1e5, 100.0, 1000.0),
     ),
     formula=_clark,
     published={
@@ -278,7 +304,10 @@ CLARK = Law(
 
 @lru_cache(maxsize=8)
 def broken_power_law(breaks: int) -> Law:
-    """y = a + b x^-c0 prod_i (1 + (x / d_i)^(1 / f_i))^(-c_i f_i), Caballero et al. 2022 (arXiv 2210.14891), eq. 1."""
+    """y = a + b x^-c0 prod_i (1 + (x / d_i)^(1 / f_i))^(-c_i f_i), Caballero et al. 2022 (arXiv 2210.14891), eq. 1.
+
+    The numbering of breaks means nothing: d_1 may lie beyond d_2.
+    """
 
     def formula(p: Values, v: Values) -> Array:
         x = np.log(v["x"])
@@ -287,13 +316,13 @@ def broken_power_law(breaks: int) -> Law:
             falling = falling - p[f"c{i}"] * p[f"f{i}"] * log_sum(0.0 * x, (x - np.log(p[f"d{i}"])) / p[f"f{i}"])
         return log_sum(np.log(p["a"]) + 0.0 * x, falling)
 
-    parameters = [_positive("a", 1e-9, 1e3, 1e-3, 0.5, 1.5), _positive("b", 1e-6, 1e12, 3.0, 300.0)]
-    parameters.append(_free("c0", -0.5, 3.0, 0.05, 0.3))
+    parameters = [_positive("a", 1e-9, 1e3, 1.0), _positive("b", 1e-9, 1e40, 1.0)]
+    parameters.append(_free("c0", -0.5, 3.0, 0.02, 0.1, 0.3))
     for i in range(1, breaks + 1):
         parameters += [
-            _free(f"c{i}", -3.0, 3.0, -0.2, 0.2),
-            _positive(f"d{i}", 1e-3, 1e27, 1e2, 1e5, 1e9, 1e18),
-            _positive(f"f{i}", 0.02, 10.0, 0.5),
+            _free(f"c{i}", -3.0, 3.0, -0.15, 0.15, 0.5),
+            _place(f"d{i}", 1e-3, 1e30, "x", log=True),
+            _positive(f"f{i}", 0.02, 10.0, 0.3),
         ]
     return Law(
         name=f"bnsl:{breaks}",
@@ -301,6 +330,7 @@ def broken_power_law(breaks: int) -> Law:
         variables=("x",),
         parameters=tuple(parameters),
         formula=formula,
+        linear=("a", "b"),
     )
 
 
@@ -309,8 +339,8 @@ TISSUE = Law(
     source="Tissue et al. 2024 (arXiv 2408.11029), eq. 1; constants depend on the unit of the learning rate",
     variables=("S1", "S2"),
     parameters=(
-        _positive("L0", 0.05, 20.0, 1.0, 2.5), _positive("A", 1e-6, 1e6, 0.3, 3.0),
-        _exponent("alpha"), _positive("C", 1e-9, 1e6, 0.03, 1.0),
+        _positive("L0", 0.05, 20.0, 0.5, 1.5, 2.5), _positive("A", 1e-6, 1e6, 0.03, 0.3, 3.0, 30.0),
+        _exponent("alpha"), _positive("C", 1e-9, 1e6, 1e-4, 1e-2, 1.0, 100.0),
     ),
     formula=lambda p, v: np.log(p["L0"] + p["A"] * v["S1"] ** -p["alpha"] - p["C"] * v["S2"]),
 )  # fmt: skip
@@ -336,9 +366,10 @@ ACCURACY = Law(
     variables=("loss",),
     response="accuracy",
     parameters=(
-        _positive("b", 1e-3, 1.0, 0.02, 0.25), _positive("a", 1e-3, 1.5, 0.75),
-        _positive("k", 1e-2, 1e3, 3.0, 10.0), _free("L0", 0.0, 20.0, 0.7, 1.5, 3.0),
+        _positive("b", 1e-3, 1.0, 0.1), _positive("a", 1e-3, 1.5, 0.75),
+        _positive("k", 1e-2, 1e3, 1.0, 4.0, 16.0), _place("L0", 0.0, 20.0, "loss"),
     ),
+    linear=("b", "a"),
     formula=lambda p, v: np.log(p["b"] + p["a"] / (1.0 + np.exp(p["k"] * (v["loss"] - p["L0"])))),
 )  # fmt: skip
 
@@ -356,6 +387,7 @@ ERROR = Law(
         "C4, 17 tasks": {"eps": 0.850, "k": 2.08, "g": 0.756},
         "RedPajama, 17 tasks": {"eps": 0.857, "k": 2.21, "g": 0.715},
         "RefinedWeb, 17 tasks": {"eps": 0.865, "k": 2.21, "g": 0.707},
+        "RedPajama, 46 tasks": {"eps": 0.761, "k": 1.32, "g": 0.891},
     },
 )  # fmt: skip
 

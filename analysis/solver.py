@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.laws import Law
+from analysis.laws import Law, Parameter
 
 OBJECTIVES = ("huber", "lad", "l2", "student")
 Objective = Literal["huber", "lad", "l2", "student"]
@@ -113,7 +113,8 @@ class Problem:
         else:
             log = np.array(self.predict(theta)) if not self.raw else np.log(self.predict(theta))
             step = 1e-30
-            for k in range(count):
+            slopes[..., self.lower == self.upper, :] = 0.0
+            for k in map(int, np.flatnonzero(self.lower < self.upper)):
                 moved = theta.astype(complex)
                 moved[..., k] += 1j * step
                 with np.errstate(all="ignore"):
@@ -228,32 +229,54 @@ def default_starts(problem: Problem, robust: Robust, count: int = _STARTS) -> np
     """The best `count` points of a grid, (count, K).
 
     Laws of terms: a grid over the exponents, and for each of its points the coefficients by linear least squares,
-    since the response is linear in them (variable projection; Golub & Pereyra 1973). Formulas: the parameters' starts.
+    since the response is linear in them (variable projection; Golub & Pereyra 1973). Formulas: the parameters' starts,
+    those in which they are linear by the same projection.
     """
     law = problem.law
-    exponents = np.array(list(product(*(p.starts for p in law.parameters))))
+    points = np.array(list(product(*(_places(problem, p) for p in law.parameters))))
+    places = [i for i, p in enumerate(law.parameters) if p.position]
+    points = points[(np.diff(points[:, places], axis=1) > 0).all(axis=1)]  # breaks in their order
     if problem.features:
-        grid = _projected(problem, exponents)
+        grid = np.concatenate([np.zeros((len(points), len(law.terms))), points], axis=1)
+        _project(problem, grid, np.arange(len(law.terms)))
     else:
-        grid = np.where(problem.logs, np.log(np.where(problem.logs, exponents, 1.0)), exponents)
+        grid = np.where(problem.logs, np.log(np.where(problem.logs, points, 1.0)), points)
+        if law.linear:
+            _project(problem, grid, np.array([law.names.index(name) for name in law.linear]))
     grid = np.unique(np.clip(grid, problem.lower, problem.upper), axis=0)
     costs = robust.cost(problem.predict(grid) - problem.target).sum(axis=-1)
     return np.asarray(grid[np.argsort(np.where(np.isfinite(costs), costs, np.inf))[:count]])
 
 
-def _projected(problem: Problem, exponents: np.ndarray) -> np.ndarray:
-    """Starts at each point of exponents (S, P): coefficients by least squares of relative errors, kept positive."""
-    count = len(problem.law.terms)
+def _places(problem: Problem, parameter: Parameter) -> tuple[float, ...]:
+    """The starts of a parameter; of a position, between the ends of its variable."""
+    if not parameter.position:
+        return parameter.starts
+    logs = np.log(problem.variables[parameter.position])
+    return tuple(float(np.exp(logs.min() + share * np.ptp(logs))) for share in parameter.starts)
+
+
+def _project(problem: Problem, theta: np.ndarray, linear: np.ndarray) -> None:
+    """Set the `linear` coordinates of theta (S, K), logs, by least squares of relative errors, kept positive."""
+    count = len(linear)
     response = problem.target if problem.raw else np.exp(problem.target)
-    theta = np.concatenate([np.zeros((len(exponents), count)), exponents], axis=1)
-    basis = np.stack([np.exp(np.broadcast_to(t, (len(theta), problem.rows))) for t in problem._terms(theta)], axis=1)
+    if problem.features:
+        parts = problem._terms(theta)
+    else:  # what is left of the formula with the other coefficients at zero
+        parts = []
+        for one in linear:
+            alone = theta.copy()
+            alone[:, linear] = -np.inf
+            alone[:, one] = 0.0
+            with np.errstate(all="ignore"):
+                parts.append(problem.law.log_response(problem.variables, problem._named(alone)))
+    basis = np.stack([np.exp(np.broadcast_to(t, (len(theta), problem.rows))) for t in parts], axis=1)
     scaled = basis / response
     normal = np.matmul(scaled, scaled.swapaxes(1, 2))
     normal[:, np.arange(count), np.arange(count)] *= 1.0 + 1e-9
     best = np.linalg.solve(normal, scaled.sum(axis=2)[..., None])[..., 0]
     smallest = 1e-3 * float(response.min()) / np.maximum(basis.max(axis=2), 1e-300)
-    theta[:, :count] = np.log(np.maximum(best, smallest))
-    return theta
+    theta[:, linear] = np.log(np.maximum(best, smallest))
 
 
 # --- descent -----------------------------------------------------------------------------------------------------

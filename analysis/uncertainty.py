@@ -26,6 +26,7 @@ SETTINGS = ("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_to
 _DESIGN = (
     *("family", "N", "D", "C", *SETTINGS, "steps", "width", "depth", "heads", "mlp_width"),
     *("corpus", "tokenizer", "context"),
+    *("U", "experts", "x", "S1", "S2"),  # what laws vary beside N, D and C
 )
 
 
