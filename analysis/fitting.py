@@ -146,7 +146,8 @@ def fit_law(
 
     # 2. draws of the parameters
     way = _way(settings, selection.noise, problem.rows)
-    thetas = resample_thetas(problem, robust, best.theta, noise, rows, settings, way)
+    drawn = _pooled(noise, spread, freedom)
+    thetas = resample_thetas(problem, robust, best.theta, drawn, rows, settings, way)
     draws = problem.params(thetas) if len(thetas) else {}
     intervals = {k: interval(draws[k], settings.level) if draws else OPEN for k in form.names}
 
@@ -169,7 +170,9 @@ def fit_law(
         planned=selection.planned,
         finished=selection.finished,
         excluded=selection.excluded,
-        noise=noise.to_json() | {"residual_sd": spread, "residual_freedom": freedom},
+        noise=noise.to_json()
+        | {"residual_sd": spread, "residual_freedom": freedom}
+        | {"drawn_sd": drawn.sd, "drawn_freedom": drawn.freedom},
         decisions=decisions,
         provenance=provenance(
             selection,
@@ -265,6 +268,18 @@ def _robust(settings: Settings, noise: Noise) -> Robust:
     if settings.objective == "student":
         return Robust("student", settings.threshold or max(noise.sd, 1e-6))
     return Robust(settings.objective, settings.threshold or max(1.5 * noise.sd, 1e-6))
+
+
+def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
+    """The noise that resamples are drawn with: that of the residuals where seeds were replicated, since they agree.
+
+    A few replicated seeds tell the noise only to within a third, and intervals built on that are as unsure. Where the
+    residuals scatter no more than the seeds do, all runs measure one noise, replicates included: the residual mean
+    square after a passed test for lack of fit (Draper & Smith 1998, 2.1).
+    """
+    if noise.source != "seeds" or freedom <= noise.freedom or not spread > 0:
+        return noise
+    return replace(noise, sd=spread, freedom=freedom)
 
 
 # --- resamples ---------------------------------------------------------------------------------------------------

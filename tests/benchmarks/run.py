@@ -15,6 +15,8 @@ from pathlib import Path
 
 import cells
 import commands
+import coverage
+import fits
 import step
 from measuring import Place, Row
 from rich.console import Console
@@ -27,6 +29,8 @@ BENCHMARKS = {
     "light": commands.light,
     "cells": cells.run,
     "step": step.step,
+    "fits": fits.fits,
+    "coverage": coverage.coverage,
 }
 
 

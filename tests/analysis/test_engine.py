@@ -1,0 +1,91 @@
+"""The engine at its edges: starts that are far off, tables of very many rows, and noise known from few seeds."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from analysis import fit
+from analysis.laws import CHINCHILLA
+from analysis.solver import SAMPLE_ROWS, Robust, descend, make_problem, solve
+from tests.analysis.synthetic import codes, surface
+
+BES = dict(CHINCHILLA.published["Besiroglu et al. 2024"])
+
+
+def problem_of_rows(rows: int, noise: float = 0.01):
+    generator = np.random.default_rng(0)
+    N, D = (np.exp(generator.uniform(np.log(a), np.log(b), rows)) for a, b in ((4e7, 1.6e10), (1e9, 1e12)))
+    loss = CHINCHILLA({"N": N, "D": D}, BES) * np.exp(noise * generator.standard_normal(rows))
+    return make_problem(CHINCHILLA, {"N": N, "D": D}, loss)
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 1e-1])
+def test_every_start_of_a_coarse_grid_comes_to_the_best_objective(threshold) -> None:
+    """Most of Hoffmann's grid lies out of bounds, so that its starts begin at the bounds, where a term is not felt."""
+    problem = problem_of_rows(240)
+    grid = np.array(list(product((0.0, 10.0, 25.0), (0.0, 10.0, 25.0), (-1.0, 1.0), (0.0, 1.0, 2.0), (0.0, 1.0, 2.0))))
+    a, b, e, alpha, beta = grid.T
+    starts = problem.theta({"A": np.exp(a), "B": np.exp(b), "E": np.exp(e), "alpha": alpha, "beta": beta})
+    assert (np.clip(starts, problem.lower, problem.upper) != starts).any(axis=1).mean() > 0.8
+    found = solve(problem, Robust("huber", threshold), starts=starts)
+    assert found.agreeing == found.starts == len(grid)
+    assert found.objective == pytest.approx(solve(problem, Robust("huber", threshold)).objective, rel=1e-9)
+
+
+@pytest.mark.parametrize("robust", [Robust("huber", 1e-3), Robust("huber", 0.015), Robust("lad", 1e-9)])
+def test_many_rows_end_at_the_optimum_of_all_rows(robust) -> None:
+    """The way down is on a sample; the end must not be."""
+    problem = problem_of_rows(3 * SAMPLE_ROWS)
+    found = solve(problem, robust)
+    _, value = descend(problem, robust, problem.theta(BES)[None])
+    assert found.objective <= value[0] * (1 + 1e-6)
+    _, slopes = problem.jacobian(found.theta)
+    misses = problem.predict(found.theta) - problem.target
+    own, _ = robust.weights(misses)
+    pull = np.abs(slopes @ (own * misses)) / np.sqrt(((slopes * own) ** 2) @ misses**2)
+    assert pull.max() < (0.05 if robust.kind == "lad" else 1e-3)
+
+
+def test_weights_of_many_rows_follow_them_into_the_sample() -> None:
+    problem = problem_of_rows(3 * SAMPLE_ROWS)
+    spoiled = np.arange(problem.rows) % 2 == 0
+    problem.target[spoiled] += 1.0
+    found = solve(problem, Robust("l2", 1.0), weights=np.where(spoiled, 0.0, 1.0))
+    assert problem.params(found.theta)["E"] == pytest.approx(BES["E"], rel=0.01)
+
+
+# --- noise -------------------------------------------------------------------------------------------------------
+
+
+def replicated(seed: int, misfit: float = 0.0):
+    """A 5x5 grid with three seeds at two cells."""
+    N, D = (v.ravel() for v in np.meshgrid(np.geomspace(5e7, 5e9, 5), np.geomspace(1e9, 1e11, 5)))
+    extra = [0, 0, 1, 1]
+    table = surface(np.append(N, N[extra]), np.append(D, D[extra]), BES, noise=0.005, seed=seed)
+    bumps = misfit * np.append(np.cos(np.arange(25.0) * 9), np.cos(np.array(extra) * 9.0))
+    return table.assign(loss=table["loss"] * np.exp(bumps), seed=[0] * 25 + [1, 2, 1, 2])
+
+
+def test_intervals_use_all_that_is_known_of_the_noise() -> None:
+    """Four degrees of freedom between seeds leave the noise open by a third; the residuals that agree know better."""
+    seeds, drawn = [], []
+    for seed in range(40):
+        found = fit(replicated(seed), resamples=20)
+        assert found.noise["source"] == "seeds"
+        assert found.noise["drawn_freedom"] > 4 * found.noise["freedom"]
+        seeds.append(found.noise["sd"])
+        drawn.append(found.noise["drawn_sd"])
+    assert np.std(drawn) < 0.6 * np.std(seeds)
+    assert np.mean(drawn) == pytest.approx(0.005, rel=0.1)
+
+
+def test_noise_that_is_given_is_not_mixed_with_residuals() -> None:
+    found = fit(replicated(0), noise=0.02, resamples=20)
+    assert found.noise["drawn_sd"] == 0.02
+
+
+def test_misfit_beyond_the_seeds_still_widens_the_intervals() -> None:
+    found = fit(replicated(0, misfit=0.03), resamples=20)
+    assert "residuals_exceed_noise" in codes(found)
+    assert found.noise["drawn_sd"] == found.noise["residual_sd"] > 0.015
