@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
     from analysis.backtest import Backtest, judge_targets
     from analysis.compare import compare_recipes
+    from analysis.conventions import compare_conventions
     from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
     from analysis.forecast import forecast_dearest
@@ -34,6 +35,7 @@ __all__ = [
     "approach2_bias",
     "check_table",
     "compare_approaches",
+    "compare_conventions",
     "compare_recipes",
     "find_law",
     "fit",
@@ -60,6 +62,7 @@ _HOME = {
     "approach2_bias": "approaches",
     "check_table": "plausibility",
     "compare_approaches": "approaches",
+    "compare_conventions": "conventions",
     "compare_recipes": "compare",
     "find_law": "laws",
     "fit": "fitting",
