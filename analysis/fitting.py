@@ -4,9 +4,9 @@ A fit is five steps: choose the runs (`selection`), measure the noise, solve (`s
 numbers can bear (`judging`, `decisions`). Refusals come back as verdicts, not as exceptions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -149,6 +149,7 @@ def fit_law(
     drawn = _pooled(noise, spread, freedom)
     thetas = resample_thetas(problem, robust, best.theta, drawn, rows, settings, way)
     draws = problem.params(thetas) if len(thetas) else {}
+    verdicts += _too_few_units(rows, settings, way, free) if not len(thetas) else []
     intervals = {k: interval(draws[k], settings.level) if draws else OPEN for k in form.names}
 
     # 3. what the parameters and the decisions can bear
@@ -282,6 +283,19 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
     return replace(noise, sd=spread, freedom=freedom)
 
 
+def _too_few_units(rows: pd.DataFrame, settings: Settings, way: Resample, free: int) -> list[Verdict]:
+    """Why a bootstrap by rows or groups gave nothing."""
+    if way != "rows":
+        return []
+    units = rows[settings.cluster].nunique() if settings.cluster else len(rows)
+    name = f"groups of equal {settings.cluster}" if settings.cluster else "runs"
+    message = (
+        f"{units} {name} cannot be resampled for {free} parameters, so there are no intervals; at least {free + 2} "
+        "are needed."
+    )
+    return [Verdict("too_few_units", "caution", "fit", None, message, {"units": units, "parameters": free})]
+
+
 # --- resamples ---------------------------------------------------------------------------------------------------
 
 
@@ -308,38 +322,50 @@ def resample_thetas(
         units, unit = np.unique(names.astype(str).to_numpy(), return_inverse=True)
         if len(units) <= free + 1:
             return np.empty((0, len(best)))
-        drawn = generator.multinomial(len(units), np.full(len(units), 1.0 / len(units)), size=count)
-        thetas = _many(problem, robust, best, count, weights=lambda part: drawn[part][:, unit].astype(float))
+        share = np.full(len(units), 1.0 / len(units))
+
+        def counts(size: int) -> np.ndarray:
+            return generator.multinomial(len(units), share, size=size)[:, unit].astype(float)
+
+        thetas = _many(problem, robust, best, count, weights=counts)
         # drawing from n residuals that lost `free` degrees of freedom to the fit understates their spread
         return np.asarray(best + np.sqrt(len(units) / (len(units) - free)) * (thetas - best))
     if not np.isfinite(noise.sd) or noise.freedom <= 0:
         return np.empty((0, len(best)))
-    scales = noise.draw(generator, count)
     if way == "delta":
-        root = _covariance_root(problem, robust, best, noise.sd)
+        scales, root = noise.draw(generator, count), _covariance_root(problem, robust, best, noise.sd)
         steps = generator.standard_normal((count, root.shape[1])) @ root.T
         return np.asarray(np.clip(best + steps * (scales / noise.sd)[:, None], problem.lower, problem.upper))
     center = problem.predict(best)
-    errors = generator.standard_normal((count, problem.rows))
-    return _many(problem, robust, best, count, targets=lambda part: center + errors[part] * scales[part][:, None])
+
+    def copies(size: int) -> np.ndarray:
+        scales = noise.draw(generator, size)
+        return center + generator.standard_normal((size, problem.rows)) * scales[:, None]
+
+    return _many(problem, robust, best, count, targets=copies)
+
+
+Draws = Callable[[int], np.ndarray]
+"""Draws so many sets of targets or weights, (size, n)."""
 
 
 def _many(
-    problem: Problem, robust: Robust, best: np.ndarray, count: int, *, weights: Any = None, targets: Any = None
+    problem: Problem,
+    robust: Robust,
+    best: np.ndarray,
+    count: int,
+    *,
+    weights: Draws | None = None,
+    targets: Draws | None = None,
 ) -> np.ndarray:
     """Refits from the best point, in parts, so that what is drawn for them stays small."""
-    size = max(64, 4_000_000 // problem.rows)
-    parts = [slice(i, min(i + size, count)) for i in range(0, count, size)]
-    ends = [
-        descend(
-            problem,
-            robust,
-            np.tile(best, (part.stop - part.start, 1)),
-            weights=weights(part) if weights else None,
-            targets=targets(part) if targets else None,
-        )[0]
-        for part in parts
-    ]
+    most = max(64, 4_000_000 // problem.rows)
+    ends = []
+    for done in range(0, count, most):
+        size = min(most, count - done)
+        starts = np.tile(best, (size, 1))
+        own_weights, own_targets = weights(size) if weights else None, targets(size) if targets else None
+        ends.append(descend(problem, robust, starts, weights=own_weights, targets=own_targets)[0])
     return np.concatenate(ends)
 
 

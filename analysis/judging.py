@@ -61,7 +61,7 @@ def judge(
     if not any(v.code == "not_identifiable" for v in said):
         said += _edges(problem, robust, best)
     lost = {v.target for v in said if v.severity == "refuse" and v.scope == "parameter"}
-    said += [v for v in _open_draws(problem, thetas) if v.target not in lost]
+    said += [v for v in _open_draws(problem, thetas) if not lost & {v.target, None}]
     steady = np.array([name not in lost for name in problem.law.names]) & (None not in lost)
     found, notes = _outliers(problem, robust, best, rows, steady)
     return [*said, *found], notes
@@ -196,17 +196,20 @@ def _outliers(
     for row, k in zip(weights, sizes):
         row[order[:k]] = 0.0
     thetas, _ = descend(problem, robust, np.tile(best.theta, (len(sizes), 1)), weights=weights)
-    worst: tuple[float, int, int, np.ndarray] = (0.0, 0, 0, best.theta)
-    for theta, kept, k in zip(thetas, weights > 0, sizes):
-        errors = standard_errors(problem, robust, theta, kept)
+
+    def moved(i: int, errors: np.ndarray) -> np.ndarray:
+        """By how many errors each parameter that stands has moved without the worst sizes[i] runs."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            moved = np.where(steady & (errors > 0), np.abs(theta - best.theta) / errors, 0.0)
-        j = int(np.nanargmax(moved))
-        if moved[j] > worst[0]:
-            worst = (float(moved[j]), int(k), j, theta)
-    z, k, j, theta = worst
-    if z <= 1.0:
+            return np.where(steady & (errors > 0), np.abs(thetas[i] - best.theta) / errors, 0.0)
+
+    # The cheap error finds the number of runs that matters most, the dear one decides.
+    most_moved = [moved(i, _sandwich(problem, robust, t, w > 0)).max() for i, (t, w) in enumerate(zip(thetas, weights))]
+    worst = int(np.nanargmax(most_moved))
+    shifts = moved(worst, standard_errors(problem, robust, thetas[worst], weights[worst] > 0))
+    j, k, theta = int(np.nanargmax(shifts)), int(sizes[worst]), thetas[worst]
+    if shifts[j] <= 1.0:
         return [], {}
+    z = float(shifts[j])
     before, after = problem.params(best.theta), problem.params(theta)
     name = problem.law.names[j]
     cells = rows["cell"].astype(str).iloc[order[:k]].tolist()
@@ -226,12 +229,18 @@ def standard_errors(problem: Problem, robust: Robust, theta: np.ndarray, kept: n
     because the density of residuals at zero, which it needs, is not to be had.
     """
     inside = np.flatnonzero(kept)
-    if len(inside) <= MANY:
-        drawn = np.random.default_rng(0).multinomial(len(inside), np.full(len(inside), 1 / len(inside)), size=100)
-        weights = np.zeros((len(drawn), problem.rows))
-        weights[:, inside] = drawn
-        thetas, _ = descend(problem, robust, np.tile(theta, (len(drawn), 1)), weights=weights, rounds=100)
-        return np.asarray(thetas.std(axis=0, ddof=1))
+    if len(inside) > MANY:
+        return _sandwich(problem, robust, theta, kept)
+    drawn = np.random.default_rng(0).multinomial(len(inside), np.full(len(inside), 1 / len(inside)), size=100)
+    weights = np.zeros((len(drawn), problem.rows))
+    weights[:, inside] = drawn
+    thetas, _ = descend(problem, robust, np.tile(theta, (len(drawn), 1)), weights=weights, rounds=100)
+    return np.asarray(thetas.std(axis=0, ddof=1))
+
+
+def _sandwich(problem: Problem, robust: Robust, theta: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Asymptotic standard errors of a robust fit (Huber 1981) over the kept rows, (K,)."""
+    inside = np.flatnonzero(kept)
     predicted, slopes = problem.jacobian(theta)
     misses = (predicted - problem.target)[inside]
     inner = problem.lower < problem.upper

@@ -44,6 +44,7 @@ class Code(StrEnum):
     NOISE_ASSUMED = "noise_assumed"
     NOISE_FROM_RESIDUALS = "noise_from_residuals"
     RESIDUALS_EXCEED_NOISE = "residuals_exceed_noise"
+    TOO_FEW_UNITS = "too_few_units"
     OUTLIER_DRIVEN = "outlier_driven"
     # parameters
     AT_BOUND = "at_bound"
