@@ -16,8 +16,9 @@ import pandas as pd
 from analysis.decisions import splits_compute
 from analysis.fitting import Settings, fit, problem_of
 from analysis.laws import CHINCHILLA, LAWS
+from analysis.problems import Robust
 from analysis.selection import select
-from analysis.solver import Robust, solve
+from analysis.solver import solve
 from analysis.verdicts import Estimate, Fit
 from sweeps.errors import InputError
 

@@ -4,7 +4,7 @@ A fit is five steps: choose the runs (`selection`), measure the noise, solve (`s
 numbers can bear (`judging`, `decisions`). Refusals come back as verdicts, not as exceptions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -15,13 +15,14 @@ from analysis import judging
 from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import LAWS, Law, find_law
+from analysis.problems import OBJECTIVES, Objective, Problem, Robust, make_problem
+from analysis.resampling import Way, draw_thetas
 from analysis.selection import Selection, drop_rows, provenance, select
-from analysis.solver import OBJECTIVES, Objective, Problem, Robust, Solution, descend, make_problem, solve
+from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise
 from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span
 from sweeps.errors import InputError, nearest
 
-Resample = Literal["auto", "noise", "rows", "delta"]
 ISOFLOP: Mapping[str, Method] = {"isoflop": "parabola", "akima": "akima"}
 MANY_ROWS = 20
 """From so many rows on, and without seed noise, the rows themselves are resampled (`laws.md` 10.5 in the field)."""
@@ -42,7 +43,7 @@ def fit(
     raw: bool = False,
     fixed: Mapping[str, float] | None = None,
     drop_worst: int = 0,
-    resample: Resample = "auto",
+    resample: Way | Literal["auto"] = "auto",
     cluster: str | None = None,
     resamples: int | None = None,
     level: float = 0.95,
@@ -69,7 +70,7 @@ def fit(
     InputError for an unknown law or option, a missing column or a number that makes no sense.
     """
     _check_choice("objective", objective, OBJECTIVES)
-    _check_choice("resample", resample, get_args(Resample))
+    _check_choice("resample", resample, ("auto", *get_args(Way)))
     numbers = {"noise": noise, "threshold": threshold, "resamples": resamples}
     for name, value in (*numbers.items(), *(("a target", t) for t in (*targets, *loss_targets))):
         if value is not None and not 0 < value < np.inf:
@@ -113,7 +114,7 @@ class Settings:
     threshold: float | None = None
     raw: bool = False
     fixed: Mapping[str, float]
-    resample: Resample = "auto"
+    resample: Way | Literal["auto"] = "auto"
     cluster: str | None = None
     resamples: int = 1000
     level: float = 0.95
@@ -145,11 +146,15 @@ def fit_law(
     best = solve(problem, robust)
 
     # 2. draws of the parameters
-    way = _way(settings, selection.noise, problem.rows)
+    way: Way = settings.resample if settings.resample != "auto" else "noise"
+    if settings.resample == "auto" and (settings.cluster or (selection.noise is None and problem.rows >= MANY_ROWS)):
+        way = "rows"
+    labels = rows[settings.cluster or "cell"].astype(str).to_numpy()
     drawn = _pooled(noise, spread, freedom)
-    thetas = resample_thetas(problem, robust, best.theta, drawn, rows, settings, way)
+    thetas = draw_thetas(problem, robust, best.theta, drawn, way, labels, count=settings.resamples, seed=settings.seed)
     draws = problem.params(thetas) if len(thetas) else {}
-    verdicts += _too_few_units(rows, settings, way, free) if not len(thetas) else []
+    if not len(thetas) and way == "rows":
+        verdicts.append(_too_few_units(len(np.unique(labels)), settings.cluster, free))
     intervals = {k: interval(draws[k], settings.level) if draws else OPEN for k in form.names}
 
     # 3. what the parameters and the decisions can bear
@@ -283,113 +288,14 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
     return replace(noise, sd=spread, freedom=freedom)
 
 
-def _too_few_units(rows: pd.DataFrame, settings: Settings, way: Resample, free: int) -> list[Verdict]:
+def _too_few_units(units: int, cluster: str | None, free: int) -> Verdict:
     """Why a bootstrap by rows or groups gave nothing."""
-    if way != "rows":
-        return []
-    units = rows[settings.cluster].nunique() if settings.cluster else len(rows)
-    name = f"groups of equal {settings.cluster}" if settings.cluster else "runs"
+    name = f"groups of equal {cluster}" if cluster else "runs"
     message = (
         f"{units} {name} cannot be resampled for {free} parameters, so there are no intervals; at least {free + 2} "
         "are needed."
     )
-    return [Verdict("too_few_units", "caution", "fit", None, message, {"units": units, "parameters": free})]
-
-
-# --- resamples ---------------------------------------------------------------------------------------------------
-
-
-def _way(settings: Settings, seeds: Noise | None, rows: int) -> Resample:
-    if settings.resample != "auto":
-        return settings.resample
-    return "rows" if settings.cluster or (seeds is None and rows >= MANY_ROWS) else "noise"
-
-
-def resample_thetas(
-    problem: Problem,
-    robust: Robust,
-    best: np.ndarray,
-    noise: Noise,
-    rows: pd.DataFrame,
-    settings: Settings,
-    way: Resample,
-) -> np.ndarray:
-    """Draws of the solver's coordinates, (resamples, K); none where there is nothing to draw from."""
-    generator, count = np.random.default_rng(settings.seed), settings.resamples
-    free = len(best) - len(settings.fixed)
-    if way == "rows":
-        names = rows[settings.cluster] if settings.cluster else rows["cell"]
-        units, unit = np.unique(names.astype(str).to_numpy(), return_inverse=True)
-        if len(units) <= free + 1:
-            return np.empty((0, len(best)))
-        share = np.full(len(units), 1.0 / len(units))
-
-        def counts(size: int) -> np.ndarray:
-            return generator.multinomial(len(units), share, size=size)[:, unit].astype(float)
-
-        thetas = _many(problem, robust, best, count, weights=counts)
-        # drawing from n residuals that lost `free` degrees of freedom to the fit understates their spread
-        return np.asarray(best + np.sqrt(len(units) / (len(units) - free)) * (thetas - best))
-    if not np.isfinite(noise.sd) or noise.freedom <= 0:
-        return np.empty((0, len(best)))
-    if way == "delta":
-        scales, root = noise.draw(generator, count), _covariance_root(problem, robust, best, noise.sd)
-        steps = generator.standard_normal((count, root.shape[1])) @ root.T
-        return np.asarray(np.clip(best + steps * (scales / noise.sd)[:, None], problem.lower, problem.upper))
-    center = problem.predict(best)
-
-    def copies(size: int) -> np.ndarray:
-        scales = noise.draw(generator, size)
-        return center + generator.standard_normal((size, problem.rows)) * scales[:, None]
-
-    return _many(problem, robust, best, count, targets=copies)
-
-
-Draws = Callable[[int], np.ndarray]
-"""Draws so many sets of targets or weights, (size, n)."""
-
-
-def _many(
-    problem: Problem,
-    robust: Robust,
-    best: np.ndarray,
-    count: int,
-    *,
-    weights: Draws | None = None,
-    targets: Draws | None = None,
-) -> np.ndarray:
-    """Refits from the best point, in parts, so that what is drawn for them stays small."""
-    most = max(64, 4_000_000 // problem.rows)
-    ends = []
-    for done in range(0, count, most):
-        size = min(most, count - done)
-        starts = np.tile(best, (size, 1))
-        own_weights, own_targets = weights(size) if weights else None, targets(size) if targets else None
-        ends.append(descend(problem, robust, starts, weights=own_weights, targets=own_targets)[0])
-    return np.concatenate(ends)
-
-
-def _covariance_root(problem: Problem, robust: Robust, theta: np.ndarray, sd: float) -> np.ndarray:
-    """A root of the covariance of theta: sd^2 (J'J)^-1 with the efficiency that the robust loss gives up (Huber 1981).
-
-    The sandwich of a robust fit is its least-squares covariance times E psi^2 / (E psi')^2, here at Gaussian residuals
-    of the given scale.
-    """
-    _, slopes = problem.jacobian(theta)
-    inner = problem.lower < problem.upper
-    _, values, vt = np.linalg.svd(slopes[inner].T, full_matrices=False)
-    keep = values > 1e-10 * values[0]
-    root = np.zeros((len(theta), int(keep.sum())))
-    z = np.linspace(-8.0, 8.0, 4001)
-    density = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
-    own, _ = robust.weights(z * sd)
-    psi = own * z
-    slope = np.gradient(psi, z)
-    loss = float((psi**2 * density).sum() / max(float((slope * density).sum()), 1e-9) ** 2)
-    if robust.kind == "lad":
-        loss = np.pi / 2.0
-    root[inner] = (vt[keep].T / values[keep]) * sd * np.sqrt(loss)
-    return root
+    return Verdict("too_few_units", "caution", "fit", None, message, {"units": units, "parameters": free})
 
 
 def _refused(

@@ -13,7 +13,8 @@ import pandas as pd
 from scipy.special import chdtri
 
 from analysis.laws import Law
-from analysis.solver import Problem, Robust, Solution, descend
+from analysis.problems import Problem, Robust
+from analysis.solver import Solution, descend
 from analysis.verdicts import Verdict, plural
 
 PATH_SPREAD = 0.2

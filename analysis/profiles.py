@@ -17,8 +17,9 @@ import pandas as pd
 from analysis import judging
 from analysis.fitting import Settings, problem_of
 from analysis.laws import find_law
+from analysis.problems import STUDENT_FREEDOM, Problem, Robust
 from analysis.selection import select
-from analysis.solver import STUDENT_FREEDOM, Problem, Robust, descend, solve
+from analysis.solver import descend, solve
 from analysis.verdicts import NAN, OPEN, Interval, Verdict, clean, refused
 from sweeps.errors import InputError, nearest
 

@@ -5,8 +5,6 @@ noise, did the fit predict what it had not seen, what must be kept in mind, the 
 all comes from. Text from studies and errors is escaped; pictures are embedded; nothing is loaded from elsewhere.
 """
 
-import base64
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,20 +14,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from analysis import plots
+from analysis import page, plots
 from analysis.backtest import Backtest, Score, backtest, judge_targets
 from analysis.fitting import fit
 from analysis.forecast import Forecast, forecast_dearest
 from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
 from analysis.uncertainty import Noise, paired_errors, seed_noise
-from analysis.verdicts import Estimate, Fit, Interval, Verdict, plural
+from analysis.verdicts import Estimate, Fit, Verdict, plural
 from sweeps.store import Store, open_store, read_plan, timestamp, write_bytes
 from sweeps.units import flops, human
 
-DASH = "–"
 LAW = "chinchilla"
 """The law of the loss surface: named beforehand, so that its backtest is no winner's."""
 MAX_CELLS = 1000
@@ -55,12 +51,12 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
         _provenance(plan, place, runs),
     ]
     title = escape(f"{study}: report")
-    page = (
+    html = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{page.STYLE}</style></head>\n'
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    write_bytes(target, page.encode())
+    write_bytes(target, html.encode())
     return target
 
 
@@ -121,8 +117,8 @@ def _answer(finding: _Finding) -> str:
     if np.isfinite([a, b]).all():
         growth = (
             f"Between {flops(kept[0].C)} and {flops(kept[-1].C)} FLOPs the best size grows as C<sup>{a:.2f}</sup> "
-            f"(95 % interval {_range(path.intervals['N_exponent'])}) and the best token count as C<sup>{b:.2f}</sup> "
-            f"({_range(path.intervals['D_exponent'])})."
+            f"(95 % interval {page.interval(path.intervals['N_exponent'])}) and the best token count as "
+            f"C<sup>{b:.2f}</sup> ({page.interval(path.intervals['D_exponent'])})."
         )
     else:
         why = _reasons(path.verdicts, ("fit", "parameter"))
@@ -134,7 +130,8 @@ def _answer(finding: _Finding) -> str:
     ratio = best.tokens_per_parameter
     return (
         f"{growth} {where}, {flops(best.budget)} FLOPs, training is best spent at {ratio.value:.3g} tokens per "
-        f"parameter ({_range(ratio.interval)}): {human(best.N.value)} parameters on {human(best.D.value)} tokens."
+        f"parameter ({page.interval(ratio.interval)}): {human(best.N.value)} parameters on "
+        f"{human(best.D.value)} tokens."
     )
 
 
@@ -146,10 +143,10 @@ def _answer_of_law(law: Fit, runs: pd.DataFrame) -> str:
     tokens = law.decisions["D_exponent"]
     return (
         f"By the Chinchilla law fitted to {law.n_runs} runs, the best size grows as C<sup>{exponent.value:.2f}</sup> "
-        f"(95 % interval {_range(exponent.interval)}) and the best token count as C<sup>{tokens.value:.2f}</sup> "
-        f"({_range(tokens.interval)}). At {flops(target['C'])} FLOPs, the dearest run, that is "
-        f"{target['tokens_per_parameter'].value:.3g} tokens per parameter "
-        f"({_range(target['tokens_per_parameter'].interval)}): {human(target['N'].value)} parameters on "
+        f"(95 % interval {page.interval(exponent.interval)}) and the best token count as "
+        f"C<sup>{tokens.value:.2f}</sup> ({page.interval(tokens.interval)}). At {flops(target['C'])} FLOPs, the dearest "
+        f"run, that is {target['tokens_per_parameter'].value:.3g} tokens per parameter "
+        f"({page.interval(target['tokens_per_parameter'].interval)}): {human(target['N'].value)} parameters on "
         f"{human(target['D'].value)} tokens."
     )
 
@@ -176,22 +173,28 @@ def _family(finding: _Finding, curves: pd.DataFrame, *, several: bool) -> str:
 def _budget_table(path: Fit) -> str:
     rows = []
     for b in path.budgets:
-        numbers = (_estimate(b.N), _estimate(b.D), _estimate(b.tokens_per_parameter), _plain(b.loss, "{:.4f}".format))
+        numbers = (
+            page.estimate(b.N),
+            page.estimate(b.D),
+            page.estimate(b.tokens_per_parameter),
+            page.plain(b.loss, "{:.4f}".format),
+        )
         rows.append([flops(b.budget), flops(b.C), str(len(b.sizes)), *numbers, "yes" if b.accepted else "refused"])
     head = ["budget (FLOPs)", "spent", "sizes", "best N", "best D", "tokens per parameter", "loss there", "used"]
-    return "<h3>The best size at each budget</h3>" + _table(head, rows)
+    return "<h3>The best size at each budget</h3>" + page.table(head, rows)
 
 
 def _law_table(law: Fit) -> str:
     rows = [
-        [name, _number(v), _range(law.intervals[name]) if np.isfinite(v) else DASH] for name, v in law.params.items()
+        [name, page.number(v), page.interval(law.intervals[name]) if np.isfinite(v) else page.DASH]
+        for name, v in law.params.items()
     ]
     for key, label in (("N_exponent", "exponent of best N"), ("D_exponent", "exponent of best D")):
         estimate = law.decisions.get(key, Estimate())
         known = np.isfinite(estimate.value)
-        rows.append([label, _number(estimate.value), _range(estimate.interval) if known else DASH])
+        rows.append([label, page.number(estimate.value), page.interval(estimate.interval) if known else page.DASH])
     note = f"fitted to {law.n_runs} runs; loss in nats per token, N in parameters, D in tokens."
-    return f"<h3>The loss surface: L = E + A/N<sup>α</sup> + B/D<sup>β</sup></h3><p class=note>{note}</p>" + _table(
+    return f"<h3>The loss surface: L = E + A/N<sup>α</sup> + B/D<sup>β</sup></h3><p class=note>{note}</p>" + page.table(
         ["", "value", "95 % interval"], rows
     )
 
@@ -226,7 +229,7 @@ def _forecast(found: Forecast | None) -> str:
         lines.append(f"The dearest budget, {flops(found.budget)} FLOPs, was left out and forecast from the others.")
     if np.isfinite(found.N_error):
         lines.append(
-            f"Best size: forecast {_estimate(found.N_predicted)}, found {_estimate(found.N_found)}, "
+            f"Best size: forecast {page.estimate(found.N_predicted)}, found {page.estimate(found.N_found)}, "
             f"<b>{found.N_error:+.1%}</b> off{_hit(found.N_inside)}."
         )
     if found.sizes:
@@ -270,7 +273,7 @@ def _backtest(found: Backtest) -> str:
         f"{found.level:.0%} intervals.</p>"
     )
     head = ["fitted up to (FLOPs)", "runs", *(f"{ratio:g} times" for ratio in ratios)]
-    return title + text + note + _table(head, rows)
+    return title + text + note + page.table(head, rows)
 
 
 def _score(score: Score | None) -> str:
@@ -307,7 +310,7 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
     path, law, runs = finding.isoflop, finding.chinchilla, finding.runs
     if path is not None and path.budgets:
         parts.append(
-            _picture(
+            page.picture(
                 plots.isoflop_curves(path),
                 "Final loss against size at each compute budget. Lines are the fitted parabolas, diamonds their minima "
                 "with 95 % intervals. Hollow points on dashed lines belong to a refused budget; crosses are sizes too "
@@ -316,7 +319,7 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
         )
         if sum(b.accepted for b in path.budgets) >= 2:
             parts.append(
-                _picture(
+                page.picture(
                     plots.optimum_paths(path),
                     "Best size and best token count against compute, with the fitted power law and its 95 % band "
                     "unless it is refused; an interval's end that the noise leaves open is not drawn. The "
@@ -328,7 +331,7 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
         for axis, text in (("tokens", "training tokens"), ("flops", "training compute")):
             figure = plots.loss_curves(own, runs, axis)  # type: ignore[arg-type]
             parts.append(
-                _picture(
+                page.picture(
                     figure,
                     f"Validation loss during training against {text}, on a small fixed part of the validation text. "
                     "Dots are final losses, on all of it, which can be a little harder or easier.",
@@ -336,14 +339,14 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
             )
     if np.isfinite(list(law.solved.values())).all():
         parts.append(
-            _picture(
+            page.picture(
                 plots.residuals(law, runs),
                 "Residuals of the loss surface: how far each run lies from the fit, in percent of its loss.",
             )
         )
     if finding.forecast is not None and finding.forecast.sizes:
         parts.append(
-            _picture(
+            page.picture(
                 plots.forecast(finding.forecast),
                 "The dearest budget as forecast from the cheaper ones, and as measured. Intervals are for a new run.",
             )
@@ -362,9 +365,9 @@ def _cells(runs: pd.DataFrame) -> str:
         rows.append(
             [
                 escape(str(row["family"])),
-                *(human(row["N"]), human(row["D"]), flops(row["C"]), _number(row["tokens_per_parameter"], 3)),
-                *(_number(row["learning_rate"], 3), _number(row["adamw_timescale"], 3), f"{row['steps']:,}"),
-                *(_number(row["epochs"], 2), str(row["seed"]), _plain(row["val_loss_final"], "{:.4f}".format)),
+                *(human(row["N"]), human(row["D"]), flops(row["C"]), page.number(row["tokens_per_parameter"], 3)),
+                *(page.number(row["learning_rate"], 3), page.number(row["adamw_timescale"], 3), f"{row['steps']:,}"),
+                *(page.number(row["epochs"], 2), str(row["seed"]), page.plain(row["val_loss_final"], "{:.4f}".format)),
                 escape(str(note)),
             ]
         )
@@ -374,7 +377,7 @@ def _cells(runs: pd.DataFrame) -> str:
         "<p class=note>The AdamW timescale is batch tokens / (learning rate x weight decay x D), as a fraction of the "
         "run. Losses are nats per token.</p>"
     )
-    return f"<h2>Cells</h2>{note}" + _table([*head, "epochs", "seed", "final loss", "state"], rows) + more
+    return f"<h2>Cells</h2>{note}" + page.table([*head, "epochs", "seed", "final loss", "state"], rows) + more
 
 
 def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
@@ -382,9 +385,9 @@ def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
     states = runs["state"].value_counts()
     left_out = runs["excluded"].dropna().value_counts()
     lines = {
-        "study": plan["study"].get("name", DASH),
-        "corpus": f"{corpus.get('description', DASH)} (fingerprint {corpus.get('fingerprint', DASH)})",
-        "tokenizer": f"{corpus.get('tokenizer', DASH)}, vocabulary {corpus.get('vocab_size', DASH)}",
+        "study": plan["study"].get("name", page.DASH),
+        "corpus": f"{corpus.get('description', page.DASH)} (fingerprint {corpus.get('fingerprint', page.DASH)})",
+        "tokenizer": f"{corpus.get('tokenizer', page.DASH)}, vocabulary {corpus.get('vocab_size', page.DASH)}",
         "tokens": f"{corpus.get('train_tokens', 0):,} to train on, {corpus.get('validation_tokens', 0):,} to validate "
         f"on ({corpus.get('validation_documents', 0):,} documents)",
         "cells": f"{len(runs)} planned: " + ", ".join(f"{count} {state}" for state, count in states.items()),
@@ -394,7 +397,7 @@ def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
         "written": timestamp(),
     }
     rows = [[escape(key), escape(str(value))] for key, value in lines.items()]
-    return "<h2>Where this comes from</h2>" + _table(None, rows, kind="facts")
+    return "<h2>Where this comes from</h2>" + page.table(None, rows, kind="facts")
 
 
 def _version(name: str) -> str:
@@ -402,81 +405,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "from source"
-
-
-# --- parts of a page ---------------------------------------------------------------------------------------------
-
-
-def _picture(figure: Figure, caption: str) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    data = base64.b64encode(stream.getvalue()).decode()
-    text = escape(caption)
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
-
-
-def _table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], kind: str = "numbers") -> str:
-    """A table of cells that are HTML already."""
-    top = "<thead><tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr></thead>" if head else ""
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table class={kind}>{top}<tbody>{body}</tbody></table></div>"
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    if value is None or not np.isfinite(value):
-        return DASH
-    text = f"{value:.{digits}g}"
-    return flops(value) if "e" in text else text
-
-
-def _plain(value: Any, form: Any) -> str:
-    number = value.value if isinstance(value, Estimate) else value
-    return DASH if number is None or not np.isfinite(number) else form(number)
-
-
-def _estimate(estimate: Estimate) -> str:
-    if not np.isfinite(estimate.value):
-        return DASH
-    low, high = (human(bound) if np.isfinite(bound) else "open" for bound in estimate.interval)
-    text = "interval open" if low == high == "open" else f"{low} to {high}"
-    return f"{human(estimate.value)} <span class=range>{text}</span>"
-
-
-def _range(bounds: Interval) -> str:
-    low, high = (_number(bound, 3) for bound in bounds)
-    if DASH in (low, high):
-        return "interval open" if low == high else f"above {low}" if high == DASH else f"below {high}"
-    return f"{low} to {high}"
-
-
-_STYLE = """
-:root{color-scheme:light}
-body{margin:0;background:#fff;color:#1d1d1f;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:62rem;margin:0 auto;padding:2.5rem 1.5rem 4rem}
-.study{margin:0;color:#6a6a70;font-size:.9rem;letter-spacing:.02em}
-h1{font-size:1.7rem;line-height:1.25;margin:.2rem 0 1rem}
-h2{font-size:1.3rem;margin:2.6rem 0 .6rem;border-bottom:1px solid #ddd;padding-bottom:.25rem}
-h3{font-size:1.05rem;margin:2rem 0 .5rem}
-sup{line-height:0}
-p{margin:.4rem 0;max-width:48rem}
-.answer{font-size:1.12rem;border-left:4px solid #3b6fb6;padding:.2rem 0 .2rem 1rem;margin:1rem 0}
-.partial{color:#8a4b00;font-weight:600}
-.note,.range,.code,figcaption{color:#6a6a70;font-size:.86rem}
-.range{white-space:nowrap}
-.code{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.78rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;margin:.5rem 0}
-th,td{padding:.28rem .7rem;border-bottom:1px solid #e6e6ea;vertical-align:top;text-align:right}
-th{font-weight:600;color:#444;vertical-align:bottom}
-th:first-child,td:first-child,table.facts td{text-align:left}
-table.facts td:first-child{color:#6a6a70;white-space:nowrap}
-ul.verdicts{padding:0;list-style:none;max-width:52rem}
-ul.verdicts li{margin:.45rem 0;padding-left:5rem;text-indent:-5rem}
-.info,.caution,.refuse{display:inline-block;width:4.3rem;margin-right:.7rem;text-indent:0;text-align:center;
- border-radius:.25rem;font-size:.76rem;font-weight:600}
-.info{background:#e8eef7;color:#23508f}.caution{background:#fdf0d9;color:#8a4b00}.refuse{background:#fbe3e1;color:#a1231a}
-figure{margin:1.2rem 0 1.8rem;break-inside:avoid}
-img{max-width:100%;height:auto}
-@media print{main{max-width:none;padding:0}body{font-size:11pt}h2,h3{break-after:avoid}tr,li{break-inside:avoid}
- .scroll{overflow:visible}table{font-size:8pt}th,td{padding:.15rem .35rem}}
-"""

@@ -7,7 +7,8 @@ import pytest
 
 from analysis import fit
 from analysis.laws import CHINCHILLA
-from analysis.solver import SAMPLE_ROWS, Robust, descend, make_problem, solve
+from analysis.problems import Robust, make_problem
+from analysis.solver import SAMPLE_ROWS, descend, solve
 from tests.analysis.synthetic import codes, surface
 
 BES = dict(CHINCHILLA.published["Besiroglu et al. 2024"])

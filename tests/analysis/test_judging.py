@@ -10,7 +10,8 @@ import pytest
 
 from analysis import fit, judging
 from analysis.laws import CHINCHILLA, Law, find_law
-from analysis.solver import Robust, descend, make_problem, solve
+from analysis.problems import Robust, make_problem
+from analysis.solver import descend, solve
 from analysis.verdicts import Fit
 from tests.analysis.synthetic import budgets_table, codes, surface
 

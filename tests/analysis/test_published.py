@@ -10,7 +10,8 @@ from scipy.special import huber
 
 from analysis import Fit, fit, read_table
 from analysis.laws import LAWS
-from analysis.solver import Problem, Robust, descend, make_problem, solve
+from analysis.problems import Problem, Robust, make_problem
+from analysis.solver import descend, solve
 from tests.analysis.synthetic import codes, published
 
 

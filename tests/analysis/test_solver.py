@@ -11,7 +11,8 @@ from scipy.optimize import minimize
 from scipy.special import huber
 
 from analysis.laws import CHINCHILLA, LAWS, Law, find_law, tissue_areas
-from analysis.solver import OBJECTIVES, Problem, Robust, default_starts, descend, make_problem, solve
+from analysis.problems import OBJECTIVES, Problem, Robust, default_starts, make_problem
+from analysis.solver import descend, solve
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}
 

@@ -134,7 +134,7 @@ def _truth(name: str):
 
     from analysis.allocation import closed_form
     from analysis.laws import CHINCHILLA
-    from analysis.solver import make_problem
+    from analysis.problems import make_problem
 
     N, D, loss, _, law = _world(name)
     target = 10.0 * float((6.0 * N * D).max())

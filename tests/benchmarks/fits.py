@@ -76,7 +76,7 @@ def _table(rows: int = 240):
 
 def _problem(rows: int = 240):
     from analysis.laws import CHINCHILLA
-    from analysis.solver import make_problem
+    from analysis.problems import make_problem
 
     N, D, loss, _ = _table(rows)
     return make_problem(CHINCHILLA, {"N": N, "D": D}, loss)
@@ -112,7 +112,8 @@ def against_scipy() -> list[Row]:
     from scipy.optimize import minimize
     from scipy.special import huber, logsumexp
 
-    from analysis.solver import Robust, descend, solve
+    from analysis.problems import Robust
+    from analysis.solver import descend, solve
 
     N, D, loss, source = _table()
     problem, robust = _problem(), Robust("huber", THRESHOLD)
@@ -161,7 +162,8 @@ def single() -> list[Row]:
     import pandas as pd
 
     from analysis import fit
-    from analysis.solver import Robust, solve
+    from analysis.problems import Robust
+    from analysis.solver import solve
 
     N, D, loss, _ = _table()
     table, problem = pd.DataFrame({"N": N, "D": D, "loss": loss}), _problem()
@@ -184,7 +186,8 @@ def growth() -> list[Row]:
     """Time at each size, and how much faster than its count time grew from the first to the last."""
     import numpy as np
 
-    from analysis.solver import Robust, descend, solve
+    from analysis.problems import Robust
+    from analysis.solver import descend, solve
 
     robust = Robust("huber", THRESHOLD)
     problem = _problem()

@@ -1,0 +1,107 @@
+"""Resampling: draws of a law's parameters by refitting, from noise or from the runs themselves.
+
+The failure it guards against: intervals from points that are not independent (checkpoints of one run, branches of one
+trunk) or from a fit's residuals as if the fit had cost nothing. Units are drawn whole, and their spread is enlarged by
+the degrees of freedom that the parameters took.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from analysis.problems import Problem, Robust
+from analysis.solver import descend
+from analysis.uncertainty import Noise
+
+Way = Literal["noise", "rows", "delta"]
+Draws = Callable[[int], np.ndarray]
+"""Draws so many sets of targets or weights, (size, n)."""
+
+
+def draw_thetas(
+    problem: Problem,
+    robust: Robust,
+    best: np.ndarray,
+    noise: Noise,
+    way: Way,
+    labels: np.ndarray,
+    *,
+    count: int,
+    seed: int,
+) -> np.ndarray:
+    """Draws of the solver's coordinates around a fit, (count, K); none where there is nothing to draw from.
+
+    noise: new losses from the fitted law with Gaussian noise, its scale drawn too; rows: whole groups of rows that
+    share a label (n,), with replacement; delta: a normal approximation.
+    """
+    generator = np.random.default_rng(seed)
+    free = int((problem.lower < problem.upper).sum())
+    if way == "rows":
+        units, unit = np.unique(labels, return_inverse=True)
+        if len(units) <= free + 1:
+            return np.empty((0, len(best)))
+        share = np.full(len(units), 1.0 / len(units))
+
+        def counts(size: int) -> np.ndarray:
+            return generator.multinomial(len(units), share, size=size)[:, unit].astype(float)
+
+        thetas = _many(problem, robust, best, count, weights=counts)
+        # drawing from n residuals that lost `free` degrees of freedom to the fit understates their spread
+        return np.asarray(best + np.sqrt(len(units) / (len(units) - free)) * (thetas - best))
+    if not np.isfinite(noise.sd) or noise.freedom <= 0:
+        return np.empty((0, len(best)))
+    if way == "delta":
+        scales, root = noise.draw(generator, count), _covariance_root(problem, robust, best, noise.sd)
+        steps = generator.standard_normal((count, root.shape[1])) @ root.T
+        return np.asarray(np.clip(best + steps * (scales / noise.sd)[:, None], problem.lower, problem.upper))
+    center = problem.predict(best)
+
+    def copies(size: int) -> np.ndarray:
+        scales = noise.draw(generator, size)
+        return center + generator.standard_normal((size, problem.rows)) * scales[:, None]
+
+    return _many(problem, robust, best, count, targets=copies)
+
+
+def _many(
+    problem: Problem,
+    robust: Robust,
+    best: np.ndarray,
+    count: int,
+    *,
+    weights: Draws | None = None,
+    targets: Draws | None = None,
+) -> np.ndarray:
+    """Refits from the best point, in parts, so that what is drawn for them stays small."""
+    most = max(64, 4_000_000 // problem.rows)
+    ends = []
+    for done in range(0, count, most):
+        size = min(most, count - done)
+        starts = np.tile(best, (size, 1))
+        own_weights, own_targets = weights(size) if weights else None, targets(size) if targets else None
+        ends.append(descend(problem, robust, starts, weights=own_weights, targets=own_targets)[0])
+    return np.concatenate(ends)
+
+
+def _covariance_root(problem: Problem, robust: Robust, theta: np.ndarray, sd: float) -> np.ndarray:
+    """A root of the covariance of theta: sd^2 (J'J)^-1 with the efficiency that the robust loss gives up (Huber 1981).
+
+    The sandwich of a robust fit is its least-squares covariance times E psi^2 / (E psi')^2, here at Gaussian residuals
+    of the given scale.
+    """
+    _, slopes = problem.jacobian(theta)
+    inner = problem.lower < problem.upper
+    _, values, vt = np.linalg.svd(slopes[inner].T, full_matrices=False)
+    keep = values > 1e-10 * values[0]
+    root = np.zeros((len(theta), int(keep.sum())))
+    z = np.linspace(-8.0, 8.0, 4001)
+    density = np.exp(-0.5 * z * z) / np.exp(-0.5 * z * z).sum()
+    own, _ = robust.weights(z * sd)
+    psi = own * z
+    slope = np.gradient(psi, z)
+    loss = float((psi**2 * density).sum() / max(float((slope * density).sum()), 1e-9) ** 2)
+    if robust.kind == "lad":
+        loss = np.pi / 2.0
+    root[inner] = (vt[keep].T / values[keep]) * sd * np.sqrt(loss)
+    return root
