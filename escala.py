@@ -229,10 +229,13 @@ def fit(
 
     import analysis
     from analysis.expressions import split_definitions
+    from analysis.pictures import check_picture, draw_fit
+    from cluster.display import patience
     from sweeps.errors import InputError, nearest
 
     options = _fit_options(law, objective, delta, drop_worst, bootstrap, cluster, level, seed)
-    _check_picture(plot)
+    if plot is not None:
+        check_picture(plot)
     conditions = split_definitions(where or [], "--where")
     said, source, place = [], {}, None
     if _is_table(study):
@@ -249,7 +252,7 @@ def fit(
         runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
     if cluster is not None and cluster not in runs.columns:
         raise InputError(f"--cluster: no column {cluster!r}{nearest(cluster, map(str, runs.columns))}.")
-    with _patience("fitting"):
+    with patience("fitting"):
         fitted = analysis.fit(runs, law=law, targets=at or (), **options)
     fitted = replace(fitted, verdicts=(*said, *fitted.verdicts))
     if place is not None and not conditions:
@@ -264,7 +267,9 @@ def fit(
         for part in fit_tables(fitted, level, source):
             console.print(part)
     if plot is not None:
-        _draw(fitted, runs, plot, quiet=as_json)
+        told = draw_fit(fitted, runs, plot)
+        if not as_json:
+            print(told)
     if fitted.refused:
         raise typer.Exit(1)
 
@@ -422,52 +427,6 @@ def _fit_options(
     if level != 0.95:
         asked["level"] = level
     return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})
-
-
-def _check_picture(path: Path | None) -> None:
-    from sweeps.errors import InputError
-
-    if path is not None and path.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--plot {path}: a picture is a .png, .pdf or .svg file.")
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"--plot {path}: there is no folder {path.parent}.")
-
-
-def _draw(fitted: Any, runs: Any, path: Path, quiet: bool) -> None:
-    """The picture of a fit: parabolas of an isoFLOP fit, residuals of a law. A refused fit has none."""
-    from analysis import plots
-
-    if fitted.refused:
-        told = "no picture: the fit is refused."
-    elif fitted.law != "isoflop" and not {"N", "C"} <= set(runs.columns):
-        told = "no picture: residuals are drawn by size against compute, which the table lacks (--columns N=...,C=...)."
-    else:
-        figure = plots.isoflop_curves(fitted) if fitted.law == "isoflop" else plots.residuals(fitted, runs)
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-        told = f"picture: {path}"
-    if not quiet:
-        print(told)
-
-
-@contextmanager
-def _patience(what: str) -> Iterator[None]:
-    """A line with a turning wheel, once the work has taken more than two seconds on a terminal."""
-    import threading
-
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    wheel = console.status(f"{what} ... (Ctrl-C stops)")
-    timer = threading.Timer(2.0, wheel.start)
-    if console.is_terminal:
-        timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if timer.is_alive():
-            timer.join()
-        wheel.stop()
 
 
 def _cell(prefix: str, store: "Store") -> str:

@@ -144,8 +144,8 @@ def _answer_of_law(law: Fit, runs: pd.DataFrame) -> str:
     return (
         f"By the Chinchilla law fitted to {law.n_runs} runs, the best size grows as C<sup>{exponent.value:.2f}</sup> "
         f"(95 % interval {page.interval(exponent.interval)}) and the best token count as "
-        f"C<sup>{tokens.value:.2f}</sup> ({page.interval(tokens.interval)}). At {flops(target['C'])} FLOPs, the dearest "
-        f"run, that is {target['tokens_per_parameter'].value:.3g} tokens per parameter "
+        f"C<sup>{tokens.value:.2f}</sup> ({page.interval(tokens.interval)}). At {flops(target['C'])} FLOPs, the "
+        f"dearest run, that is {target['tokens_per_parameter'].value:.3g} tokens per parameter "
         f"({page.interval(target['tokens_per_parameter'].interval)}): {human(target['N'].value)} parameters on "
         f"{human(target['D'].value)} tokens."
     )

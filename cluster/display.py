@@ -1,7 +1,9 @@
 """What a person sees in the terminal: tables, the live progress of a run, a fit."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -83,6 +85,22 @@ class Waiting:
             self._live.start()
         if self._live:
             self._live.update(Text(f"{what} {done:.0%}"))
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """A line with a turning wheel, once the work has taken more than two seconds on a terminal."""
+    wheel = _errors.status(f"{what} ... (Ctrl-C stops)")
+    timer = threading.Timer(2.0, wheel.start)
+    if _errors.is_terminal:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if timer.is_alive():
+            timer.join()
+        wheel.stop()
 
 
 class LiveProgress:
