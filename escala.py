@@ -202,6 +202,7 @@ def fit(
         list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
     ] = None,
     at: Annotated[list[float] | None, typer.Option(help="Also the optimum at this compute (FLOPs).")] = None,
+    for_loss: Annotated[list[float] | None, typer.Option(help="Also the least compute for this loss.")] = None,
     objective: Annotated[
         str | None, typer.Option("--loss", help="What is minimised: huber (default), lad, l2 or student.")
     ] = None,
@@ -213,6 +214,7 @@ def fit(
     cluster: Annotated[
         str | None, typer.Option(help="Resample whole groups of rows with equal values of this column.")
     ] = None,
+    weights: Annotated[str | None, typer.Option(help="Weight rows by this column, such as 1 / variance.")] = None,
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Also draw the fit into this file (.png, .pdf, .svg).")] = None,
@@ -233,7 +235,7 @@ def fit(
     from cluster.display import patience
     from sweeps.errors import InputError, nearest
 
-    options = _fit_options(law, objective, delta, drop_worst, bootstrap, cluster, level, seed)
+    options = _fit_options(law, objective, delta, drop_worst, bootstrap, cluster, weights, for_loss, level, seed)
     if plot is not None:
         check_picture(plot)
     conditions = split_definitions(where or [], "--where")
@@ -410,6 +412,8 @@ def _fit_options(
     drop_worst: int,
     bootstrap: int | None,
     cluster: str | None,
+    weights: str | None,
+    for_loss: list[float] | None,
     level: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -417,9 +421,15 @@ def _fit_options(
     from sweeps.errors import InputError
 
     asked: dict[str, Any] = {"objective": objective, "threshold": delta, "drop_worst": drop_worst, "cluster": cluster}
+    asked |= {"weights": weights, "loss_targets": for_loss}
     asked = {k: v for k, v in asked.items() if v}
     if law in ("isoflop", "akima") and asked:
-        names = {"objective": "--loss", "threshold": "--delta", "drop_worst": "--drop-worst"}
+        names = {
+            "objective": "--loss",
+            "threshold": "--delta",
+            "drop_worst": "--drop-worst",
+            "loss_targets": "--for-loss",
+        }
         listed = ", ".join(names.get(k, f"--{k}") for k in asked)
         raise InputError(f"{listed}: not for --law isoflop, which fits a parabola to each budget by least squares.")
     if cluster is not None:

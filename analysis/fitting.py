@@ -16,7 +16,7 @@ from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import LAWS, Law, find_law
 from analysis.problems import OBJECTIVES, Objective, Problem, Robust, make_problem
-from analysis.resampling import Way, draw_thetas
+from analysis.resampling import Way, draw_thetas, root_weights
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise
@@ -45,6 +45,7 @@ def fit(
     drop_worst: int = 0,
     resample: Way | Literal["auto"] = "auto",
     cluster: str | None = None,
+    weights: str | None = None,
     resamples: int | None = None,
     level: float = 0.95,
     seed: int = 0,
@@ -64,6 +65,7 @@ def fit(
     resample: where intervals come from. noise: a parametric bootstrap with the seeds' noise, or the residuals' scale;
         rows: rows drawn with replacement, or whole groups of equal `cluster` (a trunk, a configuration); delta: a
         normal approximation with sandwich covariance. auto: noise where it was measured or rows are few, else rows.
+    weights: a column of positive weights of the rows, such as 1 / variance.
     resamples: by default 2000 for isoflop, 1000 otherwise. level: of the intervals. seed: of the draws.
 
     Returns a Fit; a fit that the runs do not support comes back refused, with verdicts that say why. Raises
@@ -89,7 +91,9 @@ def fit(
     for name in fixed or {}:
         if name not in form.names:
             raise InputError(f"{law} has no parameter {name!r}{nearest(name, form.names)}: {', '.join(form.names)}.")
-    selection = _with_noise(select(runs, loss, form.variables, form.response, cluster), noise)
+    selection = _with_noise(
+        select(runs, loss, form.variables, form.response, [c for c in (cluster, weights) if c]), noise
+    )
     settings = Settings(
         objective=objective,
         threshold=threshold,
@@ -97,6 +101,7 @@ def fit(
         fixed=dict(fixed or {}),
         resample=resample,
         cluster=cluster,
+        weights=weights,
         resamples=resamples or 1000,
         level=level,
         seed=seed,
@@ -116,6 +121,7 @@ class Settings:
     fixed: Mapping[str, float]
     resample: Way | Literal["auto"] = "auto"
     cluster: str | None = None
+    weights: str | None = None
     resamples: int = 1000
     level: float = 0.95
     seed: int = 0
@@ -187,6 +193,7 @@ def fit_law(
             resample=way,
             resamples=len(thetas),
             cluster=settings.cluster,
+            weights=settings.weights,
             fixed=dict(settings.fixed),
             level=settings.level,
             seed=settings.seed,
@@ -209,8 +216,17 @@ def fit_law(
 def problem_of(form: Law, rows: pd.DataFrame, settings: Settings, *, centred: bool = True) -> Problem:
     """The solver's problem of a law on selected rows."""
     variables = {name: rows[name].to_numpy(dtype=float) for name in form.variables}
+    weights = rows[settings.weights].to_numpy(dtype=float) if settings.weights else None
+    if weights is not None and not ((weights > 0) & (weights < np.inf)).all():
+        raise InputError(f"the weights in {settings.weights} must be positive numbers; leave rows without one out.")
     return make_problem(
-        form, variables, rows["y"].to_numpy(dtype=float), raw=settings.raw, fixed=settings.fixed, centred=centred
+        form,
+        variables,
+        rows["y"].to_numpy(dtype=float),
+        raw=settings.raw,
+        fixed=settings.fixed,
+        centred=centred,
+        weights=weights,
     )
 
 
@@ -250,7 +266,8 @@ def _calibrate(problem: Problem, settings: Settings, seeds: Noise | None, free: 
     """A first solution, and the scale of its residuals (Huber's proposal 2: threshold and scale found together)."""
     best = solve(problem, Robust("l2", 1.0))
     freedom = max(problem.rows - free, 1)
-    misses = problem.predict(best.theta) - problem.target
+    root = root_weights(problem)
+    misses = (problem.predict(best.theta) - problem.target) * root
     scale = float(np.sqrt(np.square(misses).sum() / freedom))
     # With few rows per parameter nothing can be called an outlier; and a scale of nothing has no threshold.
     for _ in range(6 if problem.rows >= 3 * free else 0):
@@ -258,7 +275,7 @@ def _calibrate(problem: Problem, settings: Settings, seeds: Noise | None, free: 
             break
         robust = Robust("huber", 1.5 * scale)
         theta, _ = descend(problem, robust, best.theta[None])
-        misses = problem.predict(theta[0]) - problem.target
+        misses = (problem.predict(theta[0]) - problem.target) * root
         # the mean of min(z, 1.5)^2 over a standard normal is .7784
         new = float(np.sqrt(np.square(np.clip(misses, -1.5 * scale, 1.5 * scale)).sum() / (0.7784 * freedom)))
         best = Solution(theta[0], best.objective, best.ends)

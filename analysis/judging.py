@@ -14,6 +14,7 @@ from scipy.special import chdtri
 
 from analysis.laws import Law
 from analysis.problems import Problem, Robust
+from analysis.resampling import root_weights
 from analysis.solver import Solution, descend
 from analysis.verdicts import Verdict, plural
 
@@ -186,7 +187,7 @@ def _outliers(
     """
     count, free = problem.rows, int((problem.lower < problem.upper).sum())
     most = min(max(1, math.floor(OUTLIER_SHARE * count)), count - free - 2)
-    misses = np.abs(problem.predict(best.theta) - problem.target)
+    misses = np.abs(problem.predict(best.theta) - problem.target) * root_weights(problem)
     order = np.argsort(misses)[::-1]
     # Someone is always worst: an outlier lies beyond the others' scale.
     most = min(most, int((misses > OUTLIER_SCALES * 1.4826 * np.median(misses)).sum()))
@@ -249,6 +250,7 @@ def _sandwich(problem: Problem, robust: Robust, theta: np.ndarray, kept: np.ndar
     scale = max(1.4826 * float(np.median(np.abs(misses))), 1e-12)
     wide = Robust("huber", max(robust.delta, 1.5 * scale)) if robust.kind in ("huber", "lad") else robust
     own, within = wide.weights(misses)
+    J, own = J * root_weights(problem)[inside], own * root_weights(problem)[inside]
     inverse = np.linalg.pinv(J * (own if within is None else within.astype(float)) @ J.T)
     errors = np.zeros(len(theta))
     errors[inner] = np.sqrt(np.maximum(np.diag(inverse @ ((J * (own * misses) ** 2) @ J.T) @ inverse), 0.0))

@@ -56,6 +56,7 @@ class Problem:
 
     target: (n,) ln y, or y where `raw`. features: for laws of terms, per term the (index of theta, centred feature
     (n,)) of its exponents; means: (T, K), what centring took out. logs: which coordinates are logarithms.
+    weights: (n,), of the rows in the objective, 1 on average; None where all are equal.
     """
 
     law: Law
@@ -68,6 +69,7 @@ class Problem:
     lower: np.ndarray
     upper: np.ndarray
     fixed: Mapping[str, float]
+    weights: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -163,10 +165,12 @@ def make_problem(
     raw: bool = False,
     fixed: Mapping[str, float] | None = None,
     centred: bool = True,
+    weights: np.ndarray | None = None,
 ) -> Problem:
     """Put a law on a table: variables and a positive response, arrays (n,).
 
-    `fixed` holds parameters at a value. A coefficient is a coordinate of its own only where features are not centred.
+    `fixed` holds parameters at a value; `weights` (n,) are positive. A coefficient is a
+    coordinate of its own only where features are not centred.
     """
     values = {name: np.asarray(variables[name], dtype=float) for name in law.variables}
     response = np.asarray(response, dtype=float)
@@ -212,6 +216,7 @@ def make_problem(
         lower=lower,
         upper=upper,
         fixed=held,
+        weights=None if weights is None else np.asarray(weights, dtype=float) / np.mean(weights),
     )
 
 

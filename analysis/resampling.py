@@ -59,7 +59,7 @@ def draw_thetas(
 
     def copies(size: int) -> np.ndarray:
         scales = noise.draw(generator, size)
-        return center + generator.standard_normal((size, problem.rows)) * scales[:, None]
+        return center + generator.standard_normal((size, problem.rows)) * scales[:, None] / root_weights(problem)
 
     return _many(problem, robust, best, count, targets=copies)
 
@@ -92,7 +92,7 @@ def _covariance_root(problem: Problem, robust: Robust, theta: np.ndarray, sd: fl
     """
     _, slopes = problem.jacobian(theta)
     inner = problem.lower < problem.upper
-    _, values, vt = np.linalg.svd(slopes[inner].T, full_matrices=False)
+    _, values, vt = np.linalg.svd((slopes[inner] * root_weights(problem)).T, full_matrices=False)
     keep = values > 1e-10 * values[0]
     root = np.zeros((len(theta), int(keep.sum())))
     z = np.linspace(-8.0, 8.0, 4001)
@@ -105,3 +105,8 @@ def _covariance_root(problem: Problem, robust: Robust, theta: np.ndarray, sd: fl
         loss = np.pi / 2.0
     root[inner] = (vt[keep].T / values[keep]) * sd * np.sqrt(loss)
     return root
+
+
+def root_weights(problem: Problem) -> np.ndarray:
+    """A row of weight w is taken to have 1 / sqrt(w) of the noise."""
+    return np.ones(problem.rows) if problem.weights is None else np.sqrt(problem.weights)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.uncertainty import SEEDS, SETTINGS, Noise, seed_noise
-from analysis.verdicts import Verdict, plural
+from analysis.verdicts import Verdict, budget_name, plural
 from sweeps.errors import InputError
 
 PENDING = ("planned", "running", "failed")
@@ -44,16 +44,16 @@ def select(
     loss: str | None = None,
     variables: Sequence[str] = ("N", "D"),
     response: str = "loss",
-    cluster: str | None = None,
+    needed: Sequence[str] = (),
 ) -> Selection:
     """Choose the rows of a run table that a fit may use.
 
     loss: the column to fit; by default `val_loss_final` where a loss is wanted and there is one, else `response`.
-    variables: columns that the law needs. C defaults to 6 N D. cluster: a column that the bootstrap will need.
+    variables: columns that the law needs. C defaults to 6 N D. needed: other columns that must be there.
     Raises InputError where a column is missing.
     """
     name = loss or ("val_loss_final" if response == "loss" and "val_loss_final" in runs.columns else response)
-    missing = [c for c in (*variables, name, *([cluster] if cluster else [])) if c not in runs.columns]
+    missing = [c for c in (*variables, name, *needed) if c not in runs.columns]
     if missing:
         raise InputError(
             f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, runs.columns))}. "
@@ -95,7 +95,7 @@ def select(
         verdicts.append(Verdict("best_settings", "info", "fit", None, message, {"runs": len(beaten)}))
 
     rows = table[reason.isna()].reset_index(drop=True)
-    verdicts += _comparable(rows, name)
+    verdicts += [*_comparable(rows, name), *_survivors(table, rows)]
     if "steps" in rows.columns and (few := int((rows["steps"] < FEW_STEPS).sum())):
         message = (
             f"{few} of {len(rows)} runs took fewer than {FEW_STEPS} optimiser steps; their losses still carry the "
@@ -133,6 +133,26 @@ def drop_rows(selection: Selection, positions: np.ndarray, reason: str, verdict:
         excluded=(*selection.excluded, *({"cell": str(cell), "reason": reason} for cell in gone["cell"])),
         verdicts=(*selection.verdicts, verdict),
     )
+
+
+def _survivors(table: pd.DataFrame, rows: pd.DataFrame) -> list[Verdict]:
+    """A caution for each budget with diverged cells among its sizes: the curve is drawn through those that survived."""
+    if not {"state", "budget", "N"} <= set(table.columns):
+        return []
+    verdicts = []
+    for budget, group in rows.groupby("budget"):
+        lost = table[(table["state"] == "diverged") & (table["budget"] == budget)]
+        inside = lost["N"].between(group["N"].min() / 1.5, group["N"].max() * 1.5)  # a lattice step is sqrt 2
+        if not inside.any():
+            continue
+        name = budget_name(float(budget))  # type: ignore[arg-type]
+        message = (
+            f"budget {name}: {plural(int(inside.sum()), 'cell')} diverged among its sizes, so its curve is drawn "
+            "through those that survived. Lower the learning rate there, and train them again."
+        )
+        evidence = {"diverged": lost.loc[inside, "cell"].astype(str).tolist()}
+        verdicts.append(Verdict("outcome_selection", "caution", "budget", name, message, evidence))
+    return verdicts
 
 
 def _left_out(reasons: pd.Series) -> list[Verdict]:

@@ -86,6 +86,7 @@ def _at_rows(problem: Problem, rows: np.ndarray) -> Problem:
         variables={name: np.broadcast_to(v, problem.target.shape)[rows] for name, v in problem.variables.items()},
         target=problem.target[rows],
         features=tuple(tuple((k, feature[rows]) for k, feature in own) for own in problem.features),
+        weights=None if problem.weights is None else problem.weights[rows],
     )
 
 
@@ -118,6 +119,8 @@ def descend(
     def work(block: slice) -> None:
         own_targets = problem.target if targets is None else targets if targets.ndim == 1 else targets[block]
         own_weights = weights if weights is None or weights.ndim == 1 else weights[block]
+        if problem.weights is not None:
+            own_weights = problem.weights if own_weights is None else own_weights * problem.weights
         own_held = np.zeros(starts[block].shape, dtype=bool) if held is None else held[block]
         thetas[block], values[block] = _descend_block(
             problem, robust, starts[block], own_targets, own_weights, own_held, rounds

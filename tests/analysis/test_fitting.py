@@ -207,3 +207,15 @@ def test_small_study_under_its_own_counter() -> None:
     found = fit(table)
     truth = CHINCHILLA({"N": 2e4, "D": 1e6}, LAW)
     assert CHINCHILLA({"N": 2e4, "D": 1e6}, found.params) == pytest.approx(truth, rel=0.003)
+
+
+def test_weights_count_like_runs_that_stand_there_several_times() -> None:
+    table = replicated(noise=0.004).assign(w=1.0)
+    table.loc[:3, "w"] = 3.0
+    repeated = pd.concat([table, table.iloc[:4], table.iloc[:4]], ignore_index=True)
+    options = {"threshold": 0.01, "noise": 0.004, "resamples": 50}
+    weighted = fit(table, weights="w", **options)
+    assert weighted.params == pytest.approx(fit(repeated, **options).params, rel=1e-4)
+    assert weighted.params["B"] != pytest.approx(fit(table, **options).params["B"], rel=1e-3)
+    with pytest.raises(InputError, match="must be positive"):
+        fit(table.assign(w=-1.0), weights="w")

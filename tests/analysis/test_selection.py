@@ -5,7 +5,7 @@ import pandas as pd
 
 from analysis import fit
 from analysis.selection import select
-from tests.analysis.synthetic import surface
+from tests.analysis.synthetic import budgets_table, surface
 
 N, D = (v.ravel() for v in np.meshgrid(np.geomspace(1e4, 1e6, 4), np.geomspace(1e5, 1e7, 4)))
 
@@ -74,3 +74,12 @@ def test_the_table_given_is_not_changed() -> None:
     before = table.copy()
     fit(table)
     pd.testing.assert_frame_equal(table, before)
+
+
+def test_cells_that_diverged_among_the_sizes_of_a_budget_are_outcome_selection() -> None:
+    table = budgets_table((1e11, 4e11), seeds=1, noise=0.002).assign(state="finished", excluded=None)
+    assert not [v for v in select(table).verdicts if v.code == "outcome_selection"]
+    middle = table.index[table["budget"] == 4e11][2]
+    table.loc[middle, ["state", "excluded", "loss"]] = ["diverged", "diverged: loss is not finite", np.nan]
+    (verdict,) = [v for v in select(table).verdicts if v.code == "outcome_selection"]
+    assert (verdict.severity, verdict.scope, verdict.target) == ("caution", "budget", "4e11")
