@@ -162,13 +162,23 @@ def test_ctrl_c_ends_a_fit_at_once_and_quietly(door, tmp_path) -> None:
     assert "Traceback" not in err
 
 
-def test_only_what_was_asked_for_reaches_the_fit() -> None:
-    assert escala._fit_options("isoflop", None, None, 0, None, None, 0.95, 0) == {}
-    asked = escala._fit_options("chinchilla", "lad", 1e-3, 5, 400, "trunk", 0.9, 7)
-    assert asked == {
-        "objective": "lad", "threshold": 1e-3, "drop_worst": 5, "resamples": 400, "cluster": "trunk",
-        "resample": "rows", "level": 0.9, "seed": 7,
-    }  # fmt: skip
+def test_every_option_of_a_law_reaches_the_fit(door) -> None:
+    words = ("fit", "runs.csv", "--law", "chinchilla", *COLUMNS, "--bootstrap", 20, "--seed", 7, "--level", 0.9)
+    asked = ("--loss", "student", "--delta", 0.01, "--drop-worst", 1, "--cluster", "trunk", "--for-loss", 2.5)
+    found = json.loads(door(*words, *asked, "--json").out)
+    settings = found["provenance"]["settings"]
+    wanted = {
+        "objective": "student",
+        "threshold": 0.01,
+        "cluster": "trunk",
+        "resample": "rows",
+        "level": 0.9,
+        "seed": 7,
+    }
+    assert settings | wanted == settings
+    assert settings["resamples"] in (0, 20)  # none where the groups are too few
+    assert [entry["loss"] for entry in found["decisions"]["losses"]] == [2.5]
+    assert "outcome_selection" in {v["code"] for v in found["verdicts"]}
 
 
 def test_the_published_refit_comes_out_of_the_command_line(door) -> None:
