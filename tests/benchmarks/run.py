@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cells
 import commands
+import compare
 import coverage
 import fits
 import step
@@ -31,6 +32,7 @@ BENCHMARKS = {
     "step": step.step,
     "fits": fits.fits,
     "coverage": coverage.coverage,
+    "compare": compare.run,
 }
 
 
