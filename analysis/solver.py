@@ -17,8 +17,8 @@ import numpy as np
 
 from analysis.problems import Problem, Robust, default_starts
 
-BLOCK_ELEMENTS = 32_768
-"""Residuals of one block of the batch: small enough to stay in the processor's cache."""
+BLOCK_ELEMENTS = 262_144
+"""Residuals of one block of the batch: some 40 MB of work, and few enough blocks that threads seldom wait on Python."""
 ROUNDS = 400
 LONGEST = 0.25
 """The longest step of a coordinate, as a share of its range. A term that is not felt yet, since its coefficient is
