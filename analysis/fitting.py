@@ -14,7 +14,7 @@ import pandas as pd
 from analysis import judging
 from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
-from analysis.laws import LAWS, Law, find_law
+from analysis.laws import Law, find_law
 from analysis.problems import OBJECTIVES, Objective, Problem, Robust, make_problem
 from analysis.resampling import Way, draw_thetas, root_weights
 from analysis.selection import Selection, drop_rows, provenance, select
@@ -84,9 +84,6 @@ def fit(
         return fit_isoflop(
             selection, targets=targets, method=ISOFLOP[law], resamples=resamples or 2000, level=level, seed=seed
         )
-    if law not in LAWS and not law.startswith("bnsl:"):
-        raise InputError(f"unknown law {law!r}{nearest(law, (*LAWS, *ISOFLOP))}. Known laws: {', '.join(LAWS)}, "
-                         "bnsl:<breaks>, isoflop, akima.")  # fmt: skip
     form = find_law(law)
     for name in fixed or {}:
         if name not in form.names:

@@ -98,7 +98,8 @@ def find_law(name: str) -> Law:
     if name.startswith("bnsl:") and name[5:].isdigit() and 1 <= int(name[5:]) <= 4:
         return broken_power_law(int(name[5:]))
     if name not in LAWS:
-        raise InputError(f"unknown law {name!r}{nearest(name, LAWS)}. Known laws: {', '.join(LAWS)}, bnsl:<breaks>.")
+        known = [*LAWS, "bnsl:<breaks>", "isoflop", "akima"]  # the last two are fits of budgets, not forms
+        raise InputError(f"unknown law {name!r}{nearest(name, known)}. Known laws: {', '.join(known)}.")
     return LAWS[name]
 
 
