@@ -209,6 +209,7 @@ def fit(
     delta: Annotated[
         float | None, typer.Option(help="Huber's threshold in ln loss. Default: 1.5 times the noise.")
     ] = None,
+    fix: Annotated[list[str] | None, typer.Option(help="Hold parameters of the law: NAME=VALUE,NAME=VALUE.")] = None,
     drop_worst: Annotated[int, typer.Option(min=0, help="Leave out so many of the worst-fitting runs.")] = 0,
     bootstrap: Annotated[int | None, typer.Option(min=10, help="Resamples behind the intervals.")] = None,
     cluster: Annotated[
@@ -230,7 +231,7 @@ def fit(
     from dataclasses import replace
 
     import analysis
-    from analysis.expressions import split_definitions
+    from analysis.expressions import numbers, split_definitions
     from analysis.pictures import check_picture, draw_fit
     from cluster.display import patience
     from sweeps.errors import InputError, nearest
@@ -239,6 +240,10 @@ def fit(
     if plot is not None:
         check_picture(plot)
     conditions = split_definitions(where or [], "--where")
+    if fix and law in ("isoflop", "akima"):
+        raise InputError("--fix: not for --law isoflop, which has no parameters to hold.")
+    if fix:
+        options["fixed"] = numbers(split_definitions(fix, "--fix"), "--fix")
     said, source, place = [], {}, None
     if _is_table(study):
         runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), law)

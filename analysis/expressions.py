@@ -100,3 +100,14 @@ def _parts(text: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part for part in parts if part.strip()]
+
+
+def numbers(definitions: Mapping[str, str], option: str) -> dict[str, float]:
+    """Definitions whose values are plain numbers. InputError, which names the option, for one that is not."""
+    found = {}
+    for name, text in definitions.items():
+        try:
+            found[name] = float(text)
+        except ValueError:
+            raise InputError(f"{option}: {name} is {text!r}; a number is wanted, as in {name}=1.8.") from None
+    return found

@@ -213,3 +213,13 @@ def test_laws_of_other_variables_read_their_columns(door) -> None:
     found = json.loads(door(*words, "--law", "error").out)
     assert (found["loss"], found["n_runs"]) == ("error", 35)
     assert "error=COLUMN" in door("fit", path, "--law", "error", "--columns", "loss=loss_c4_val").err
+
+
+def test_parameters_are_held_on_request(door) -> None:
+    words = ("fit", "runs.csv", "--law", "chinchilla", *COLUMNS, "--bootstrap", 20, "--json")
+    found = json.loads(door(*words, "--fix", f"alpha={LAW['alpha']}").out)
+    assert found["params"]["alpha"] == pytest.approx(LAW["alpha"])
+    assert found["intervals"]["alpha"] == pytest.approx([LAW["alpha"]] * 2)
+    assert found["params"]["beta"] == pytest.approx(LAW["beta"], rel=0.1)
+    assert "a number is wanted" in door(*words, "--fix", "E=big").err
+    assert "no parameter 'gamma'" in door(*words, "--fix", "gamma=1").err
