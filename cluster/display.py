@@ -173,9 +173,11 @@ def fit_tables(fit: Any, level: float = 0.95, source: Mapping[str, Any] | None =
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""
         yield Text(f"{source['table']}{kept}: {read}", style="dim")
-    table = _table("parameter", "value", share)
+    rest = fit.diagnostics.get("without_worst")  # the fit hangs on a few runs: show both
+    table = _table("parameter", "value", share, *([f"without the worst {len(rest['cells'])}"] if rest else []))
     for name, value in fit.params.items():
-        table.add_row(name, _number(value), _range(fit.intervals.get(name, _NOTHING)))
+        other = [_number(rest["params"][name])] if rest else []
+        table.add_row(name, _number(value), _range(fit.intervals.get(name, _NOTHING)), *other)
     yield ""
     yield table
     if fit.budgets:
