@@ -358,34 +358,32 @@ def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
 def claim_study(store: Store, name: str) -> Path:
     """Make this process the study's only driver. Returns the claim's file: touch it now and then, unlink it at last.
 
+    Claims are numbered, driver-<k>.json, and the highest counts. A dead one is never taken away, only outbid by the
+    next number, which one process alone can link: so of many that find a dead driver, one replaces it.
     Raises InputError that names the holder where another driver lives.
     """
-    path = store.study(name) / "driver.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = store.study(name)
+    folder.mkdir(parents=True, exist_ok=True)
     while True:
-        temporary = _write_beside(path, json.dumps(here()).encode())
+        number = max((int(path.stem.partition("-")[2]) for path in folder.glob("driver-*.json")), default=-1)
+        path = folder / f"driver-{number}.json"
         try:
-            os.link(temporary, path)
-            return path
-        except FileExistsError:
-            pass
-        finally:
-            os.unlink(temporary)
-        try:
-            holder = read_json(path)
-            if is_alive(holder, path.stat().st_mtime):
+            if number >= 0 and is_alive(holder := read_json(path), path.stat().st_mtime):
                 raise InputError(
                     f"study {name} is being run by process {holder['pid']} on {holder['host']} "
                     f"since {holder['started']}. Wait for it, or stop it first."
                 )
-            stale = path.with_name(f".driver.{os.getpid()}.stale")
-            os.rename(path, stale)  # of several that find a dead holder, one takes its claim away
-            if read_json(stale) == holder:
-                os.unlink(stale)
-            else:  # another was quicker, and this is its own, living claim
-                os.rename(stale, path)
-        except FileNotFoundError:
+        except FileNotFoundError:  # it has just ended
             continue
+        path = folder / f"driver-{number + 1}.json"
+        temporary = _write_beside(path, json.dumps(here()).encode())
+        try:
+            os.link(temporary, path)
+            return path
+        except FileExistsError:  # another was quicker
+            continue
+        finally:
+            os.unlink(temporary)
 
 
 # --- studies -----------------------------------------------------------------------------------------------------

@@ -174,13 +174,17 @@ def test_one_driver_holds_a_study_and_a_dead_one_is_replaced(store: Store) -> No
     with pytest.raises(InputError, match=f"study s is being run by process {os.getpid()} on .* since"):
         claim_study(store, "s")
     write_json(claim, read_json(claim) | {"process_started": 1.0})
-    assert claim_study(store, "s") == claim
-    assert read_json(claim)["pid"] == os.getpid()
-    claim.unlink()
-    assert claim_study(store, "s") == claim
+    second = claim_study(store, "s")
+    assert second != claim
+    assert read_json(second)["pid"] == os.getpid()
+    with pytest.raises(InputError, match="is being run by"):
+        claim_study(store, "s")
+    second.unlink()
+    assert claim_study(store, "s") == second  # the dead one stays, and is outbid again
 
 
-def test_of_many_that_replace_a_dead_driver_one_wins(store: Store) -> None:
+@pytest.mark.parametrize("attempt", range(20))
+def test_of_many_that_replace_a_dead_driver_one_wins(store: Store, attempt: int) -> None:
     claim = claim_study(store, "s")
     write_json(claim, read_json(claim) | {"process_started": 1.0})
     outcomes: list[str] = []
