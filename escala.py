@@ -271,7 +271,7 @@ def fit(
     else:
         from cluster.display import console, fit_tables
 
-        for part in fit_tables(fitted, level, source):
+        for part in fit_tables(fitted, source):
             console.print(part)
     if plot is not None:
         told = draw_fit(fitted, runs, plot)

@@ -17,11 +17,6 @@ Counter = Callable[[Array], Array]
 """Training FLOPs per token as a function of N."""
 
 
-def power_law(x: Any, coefficient: Any, exponent: Any) -> Any:
-    """coefficient x^exponent, computed in logs so that a tiny coefficient does not underflow on the way."""
-    return np.exp(np.log(coefficient) + exponent * np.log(x))
-
-
 def six_n(N: Array) -> Array:
     """The rule of thumb of 6 N FLOPs per trained token (Kaplan et al. 2020)."""
     return 6.0 * np.asarray(N, dtype=float)

@@ -30,7 +30,7 @@ RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 SLACK = 0.9
 """Budgets are realised to within some percent: from 0.9 times a ratio on, a run counts as that many times dearer."""
 USEFUL = 4.0
-"""A backtest over less than this compute ratio says little about extrapolation (`laws.md` 15)."""
+"""A backtest over less than this compute ratio says little about extrapolation."""
 MOST_CUTS, LEAST_RUNS = 8, 4
 ENOUGH, TOO_FEW = 8, 3
 """Runs scored at a ratio that settle it, and fewer than which say nothing."""

@@ -25,7 +25,7 @@ from sweeps.errors import InputError, nearest
 
 ISOFLOP: Mapping[str, Method] = {"isoflop": "parabola", "akima": "akima"}
 MANY_ROWS = 20
-"""From so many rows on, and without seed noise, the rows themselves are resampled (`laws.md` 10.5 in the field)."""
+"""From so many rows on, and without seed noise, the rows themselves are resampled."""
 CREASE = 1e-9
 """Threshold of least absolute deviations, which the solver reaches as a limit of Huber's."""
 
@@ -141,7 +141,7 @@ def fit_law(
 
     # 1. the noise sets the threshold, and the threshold what counts as an outlier
     free = len(form.names) - len(settings.fixed)
-    best, spread = _calibrate(problem, settings, selection.noise, free)
+    best, spread = _calibrate(problem, free)
     freedom = max(0.9 * (problem.rows - free), 0.0)
     noise, said = judge_noise(selection.noise if not settings.raw else None, spread, freedom)
     verdicts += said
@@ -245,7 +245,7 @@ def _without_worst(form: Law, selection: Selection, settings: Settings, count: i
             f"{max(len(selection.rows) - least, 0)} can go."
         )
     problem = problem_of(form, selection.rows, settings)
-    best, _ = _calibrate(problem, settings, selection.noise, len(form.names) - len(settings.fixed))
+    best, _ = _calibrate(problem, len(form.names) - len(settings.fixed))
     misses = np.abs(problem.predict(best.theta) - problem.target)
     worst = np.argsort(misses)[-count:]
     message = (
@@ -259,7 +259,7 @@ def _without_worst(form: Law, selection: Selection, settings: Settings, count: i
 # --- noise and threshold -----------------------------------------------------------------------------------------
 
 
-def _calibrate(problem: Problem, settings: Settings, seeds: Noise | None, free: int) -> tuple[Solution, float]:
+def _calibrate(problem: Problem, free: int) -> tuple[Solution, float]:
     """A first solution, and the scale of its residuals (Huber's proposal 2: threshold and scale found together)."""
     best = solve(problem, Robust("l2", 1.0))
     freedom = max(problem.rows - free, 1)

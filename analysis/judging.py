@@ -148,7 +148,7 @@ def _edges(problem: Problem, robust: Robust, best: Solution) -> list[Verdict]:
 
 
 def likelihood_drop(problem: Problem, robust: Robust, values: np.ndarray, best: float) -> np.ndarray:
-    """By how much the log-likelihood falls, the noise's scale fitted anew at each point (`laws.md` 10.5).
+    """By how much the log-likelihood falls, the noise's scale fitted anew at each point.
 
     Gaussian for least squares and Student's t, Laplace for sums that are nearly absolute deviations. A Huber sum of a
     fixed threshold is no likelihood; its share of residuals beyond the threshold decides which of the two is nearer.

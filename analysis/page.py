@@ -16,6 +16,7 @@ DASH = "–"
 
 
 def picture(figure: Figure, caption: str) -> str:
+    """A figure embedded as PNG, with its caption."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
     data = base64.b64encode(stream.getvalue()).decode()
@@ -31,6 +32,7 @@ def table(head: Sequence[str] | None, rows: Iterable[Sequence[str]], kind: str =
 
 
 def number(value: Any, digits: int = 4) -> str:
+    """A number in a few digits; a dash where there is none."""
     if value is None or not np.isfinite(value):
         return DASH
     text = f"{value:.{digits}g}"
@@ -38,11 +40,13 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def plain(value: Any, form: Any) -> str:
+    """A number or an estimate's value in a form of its own; a dash where there is none."""
     number = value.value if isinstance(value, Estimate) else value
     return DASH if number is None or not np.isfinite(number) else form(number)
 
 
 def estimate(estimate: Estimate) -> str:
+    """A count with its interval in words; an open end is called open."""
     if not np.isfinite(estimate.value):
         return DASH
     low, high = (human(bound) if np.isfinite(bound) else "open" for bound in estimate.interval)
@@ -51,6 +55,7 @@ def estimate(estimate: Estimate) -> str:
 
 
 def interval(bounds: Interval) -> str:
+    """An interval in words: an open end is called above or below."""
     low, high = (number(bound, 3) for bound in bounds)
     if DASH in (low, high):
         return "interval open" if low == high else f"above {low}" if high == DASH else f"below {high}"

@@ -57,6 +57,7 @@ def figure(height: float) -> tuple[Figure, Axes]:
 
 
 def dress(axes: Axes) -> None:
+    """The house style of one pair of axes."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e3e3e3", lw=0.6)
     axes.set_axisbelow(True)

@@ -161,12 +161,12 @@ def _words(progress: Any) -> str:
     return f"{states}; {progress.workers} workers"
 
 
-def fit_tables(fit: Any, level: float = 0.95, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:
+def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:
     """A fit as tables: what was read, parameters with intervals, budgets, decisions, verdicts; 80 columns are enough.
 
-    level: of the fit's intervals. source: of a fit to a table, {"table", "columns", "where"}; columns by their role.
+    source: of a fit to a table, {"table", "columns", "where"}; columns by their role.
     """
-    share = f"{100 * level:g} % interval"
+    share = f"{100 * fit.level:g} % interval"
     left_out = f", {len(fit.excluded)} left out" if fit.excluded else ""
     yield f"[bold]{fit.law}[/] fitted to {fit.n_runs} of {fit.planned} runs{left_out}"
     if source:

@@ -10,7 +10,6 @@ from analysis.allocation import (
     compute_for_loss,
     interpolated_counter,
     optimum,
-    power_law,
     regret,
     smooth_counter,
 )
@@ -161,7 +160,3 @@ def test_smooth_counter_settles_at_six() -> None:
     assert counter(N) == pytest.approx(6 * N + 100 * np.sqrt(N), rel=1e-6)
     assert counter(np.array([1e9])) == pytest.approx([6e9], rel=1e-3)
     assert counter(np.array([1e-2]))[0] > 0  # no nonsense where no model lives
-
-
-def test_power_law_survives_tiny_coefficients() -> None:
-    assert power_law(1e21, 1e-300, 15.0) == pytest.approx(1e15)
