@@ -176,7 +176,7 @@ class Mirror:
                 continue
             offset = kept["offset"] if epoch == kept["attempt"] else 0
             rows, end = read_rows(self.store.attempt(cell_id, epoch) / "log.jsonl", offset)
-            metrics = list(self._fresh_metrics(cell_id, epoch, rows))
+            metrics = list(self._fresh_metrics(cell_id, epoch, offset, rows))
             for start in range(0, len(metrics), BATCH):
                 client.log_batch(kept["run_id"], metrics=metrics[start : start + BATCH])
             changed |= end != offset or epoch != kept["attempt"]
@@ -193,12 +193,15 @@ class Mirror:
         self._cells[cell_id] = kept
         return changed
 
-    def _fresh_metrics(self, cell_id: str, epoch: int, rows: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    def _fresh_metrics(self, cell_id: str, epoch: int, offset: int, rows: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+        """What of these rows, those of an attempt from `offset` on, no earlier row of the cell has said."""
         from mlflow.entities import Metric
 
         if cell_id not in self._seen:
             earlier = [e for e in attempt_epochs(self.store, cell_id) if e < epoch]
-            logs = (read_rows(self.store.attempt(cell_id, e) / "log.jsonl")[0] for e in earlier)
+            logs = [read_rows(self.store.attempt(cell_id, e) / "log.jsonl")[0] for e in earlier]
+            # what an earlier driver shipped of this attempt counts too, or a later attempt would say it again
+            logs.append(read_rows(self.store.attempt(cell_id, epoch) / "log.jsonl", 0, offset)[0])
             self._seen[cell_id] = {(key, row["tokens"]) for log in logs for row in log for key in row["metrics"]}
         seen = self._seen[cell_id]
         for row in rows:

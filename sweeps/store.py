@@ -190,12 +190,12 @@ def append_rows(stream: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     stream.write(b"".join(encode_row(row) for row in rows))
 
 
-def read_rows(path: Path, offset: int = 0) -> tuple[list[Json], int]:
-    """The complete, undamaged rows from byte `offset` on, and the offset after the last complete line."""
+def read_rows(path: Path, offset: int = 0, stop: int | None = None) -> tuple[list[Json], int]:
+    """The complete, undamaged rows from byte `offset` on, before byte `stop`, and the offset after the last of them."""
     try:
         with path.open("rb") as stream:
             stream.seek(offset)
-            content = stream.read()
+            content = stream.read() if stop is None else stream.read(stop - offset)
     except FileNotFoundError:
         return [], offset
     end = content.rfind(b"\n") + 1
