@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from commandline import ROOT, TINY, Escala, Finished
 
-from sweeps.store import Store, attempt_epochs, read_json, read_metrics, read_plan, write_json
+from sweeps.store import Store, append_rows, attempt_epochs, read_json, read_metrics, read_plan, read_rows, write_json
 
 
 def results(store: Path) -> dict[str, dict[str, Any]]:
@@ -250,5 +250,23 @@ def test_a_lost_mlflow_database_is_rebuilt_whole_from_the_files(copy_of_finished
     for kept in state["cells"].values():
         kept |= {"offset": 0, "closed": False, "state": None}
     write_json(copy.store / "studies" / "tiny" / "mirror.json", state)
+    copy.escala("sync", "tiny", "--store", copy.store)
+    assert_mirror_is_exact(copy.store, "tiny")
+
+
+def test_a_later_attempt_says_nothing_twice_of_what_a_dead_driver_shipped(
+    copy_of_finished: Callable[[], Finished],
+) -> None:
+    copy = copy_of_finished()
+    place, path = Store(copy.store), copy.store / "studies" / "tiny" / "mirror.json"
+    state = read_json(path)
+    cell_id, kept = next(iter(state["cells"].items()))
+    rows, end = read_rows(place.attempt(cell_id, 0) / "log.jsonl")
+    kept |= {"attempt": 0, "offset": end, "closed": False, "state": None}
+    write_json(path, state)
+    again = place.attempt(cell_id, 1)
+    again.mkdir()
+    with (again / "log.jsonl").open("ab", buffering=0) as stream:
+        append_rows(stream, [{**row, "time": row["time"] + 60} for row in rows])
     copy.escala("sync", "tiny", "--store", copy.store)
     assert_mirror_is_exact(copy.store, "tiny")
