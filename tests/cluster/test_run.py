@@ -260,6 +260,7 @@ def test_a_later_attempt_says_nothing_twice_of_what_a_dead_driver_shipped(
     copy = copy_of_finished()
     place, path = Store(copy.store), copy.store / "studies" / "tiny" / "mirror.json"
     state = read_json(path)
+    state["tracking_uri"] = place.tracking_uri  # the copy knows its own database
     cell_id, kept = next(iter(state["cells"].items()))
     rows, end = read_rows(place.attempt(cell_id, 0) / "log.jsonl")
     kept |= {"attempt": 0, "offset": end, "closed": False, "state": None}
