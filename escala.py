@@ -81,6 +81,12 @@ def run(
     tracking_uri: TrackingOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="At most so many cells at once.")] = None,
     allow_code: CodeOption = False,
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0, help="Wall-clock time between the checkpoints of a cell.")
+    ] = 300.0,
+    give_up_after: Annotated[
+        int, typer.Option(min=1, help="End the run when its first so many attempts all fail in the same way.")
+    ] = 3,
     accept_corpus: AcceptOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,12 +110,14 @@ def run(
             tracking_uri=tracking_uri,
             workers=workers,
             base_dir=path.resolve().parent if allow_code else None,
+            checkpoint_seconds=checkpoint_seconds,
+            give_up_after=give_up_after,
         )
     if as_json:
         print(json.dumps(vars(tally)))
     else:
         _summary(place, planned, tally)
-    if tally.failed or tally.interrupted:
+    if tally.failed or tally.stopped:
         raise typer.Exit(1)
 
 
@@ -481,14 +489,17 @@ def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
     if tally.skipped == len(planned.cells):
         console.print(f"nothing to train: all {tally.skipped} cells have ended already.")
     else:
+        left = f", {tally.planned} still to do" if tally.planned else ""
         console.print(
             f"{tally.finished} finished, {tally.diverged} diverged, {len(tally.failed)} failed, "
-            f"{tally.skipped} were done before, in {duration(tally.seconds)}."
+            f"{tally.skipped} were done before{left}, in {duration(tally.seconds)}."
         )
     for cell_id, reason in tally.failed.items():
         console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
-    if tally.interrupted:
-        console.print("interrupted: what was finished is kept; run the same command again to go on.")
+    if tally.failed:
+        console.print(f"failed cells are not tried again by themselves: escala retry --failed {study}, then run again.")
+    if tally.stopped:
+        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.", highlight=False)
     if tally.mirror_fault:
         console.print(
             f"[yellow]MLflow is behind:[/] {tally.mirror_fault}. `escala sync {study}` sends what is missing."

@@ -158,7 +158,8 @@ class LiveProgress:
 
 def _words(progress: Any) -> str:
     states = ", ".join(f"{count} {state}" for state, count in progress.counts.items() if count)
-    return f"{states}; {progress.workers} workers"
+    wish = {"pause": "paused: ", "drain": "draining: ", "cancel": "stopping: "}.get(progress.wish, "")
+    return f"{wish}{states}; {progress.workers} workers"
 
 
 def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:

@@ -1,10 +1,10 @@
 """The driver: hands the missing cells of a study to a warm pool of Ray workers, longest first, and watches the files.
 
-It keeps nothing that the store does not hold: kill it at any moment and run the study again.
+It keeps nothing that the store does not hold: kill it at any moment and run the study again. What it must never do is
+harm: before it writes anything about a cell it looks whether the study is still its own, since it may have slept while
+another took over.
 """
 
-import os
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,44 +12,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.claims import Claim
+from cluster.connection import make_worker, start_ray
+from cluster.control import read_wish
 from cluster.ledger import register
+from cluster.leftovers import settle
 from cluster.mirror import Mirror
-from cluster.placement import Slots, choose_slots
+from cluster.placement import choose_slots
+from cluster.progress import Progress, Running, Tail
+from cluster.pulse import Pulse
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
-from sweeps.store import Attempt, Store, attempt_epochs, cell_state, claim_study, read_rows, record_error
+from sweeps.store import (
+    Attempt,
+    Store,
+    ask_to_stop,
+    attempt_epochs,
+    begin_attempt,
+    cell_state,
+    read_end,
+    record_error,
+)
+from sweeps.trainer import CHECKPOINT_SECONDS
 
-INFRASTRUCTURE_ATTEMPTS = 3
-"""How often a cell is tried again in one run after its worker died."""
+GIVE_UP_AFTER = 3
+"""So many first attempts that all fail in the same way end the run: what fails everywhere would burn the cluster."""
 POLL_SECONDS = 0.5
-OBJECT_STORE_BYTES = 80 * 1024**2
-"""Ray's least: nothing heavy goes through it."""
-
-
-@dataclass(frozen=True)
-class Running:
-    """A cell in training as its log tells it."""
-
-    cell_id: str
-    N: int
-    tokens: int
-    horizon: int
-    loss: float | None
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A moment of a run, for a display."""
-
-    counts: dict[str, int]
-    total: int
-    running: tuple[Running, ...]
-    eta_seconds: float | None
-    workers: int
-    mirror_fault: str | None
-    ended: tuple[str, ...]
-    """The cells that ended since the last moment, in words."""
+LOOK_SECONDS = 2.0
+"""Between looks at what changes seldom: wishes, cells trained elsewhere, forgiven failures."""
+GRACE_SECONDS = 20.0
+"""How long running cells get to keep a checkpoint at Ctrl-C."""
 
 
 @dataclass
@@ -61,7 +53,11 @@ class Tally:
     failed: dict[str, str] = field(default_factory=dict)
     """Cell id -> reason."""
     skipped: int = 0
-    interrupted: bool = False
+    """Cells that had ended before, or that another study trained meanwhile."""
+    planned: int = 0
+    """Cells that are still to do."""
+    stopped: str | None = None
+    """Why the run ended before its cells: interrupted, cancelled, given up, taken over."""
     seconds: float = 0.0
     mirror_fault: str | None = None
 
@@ -76,32 +72,40 @@ def run_study(
     tracking_uri: str | None = None,
     workers: int | None = None,
     base_dir: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    give_up_after: int = GIVE_UP_AFTER,
 ) -> Tally:
     """Put a plan on record, train its cells that have not ended, and mirror them to MLflow.
 
     `text` is the study file, kept beside the plan. `address` is "local" for an own Ray on this machine, or a
-    cluster's. Starts neither Ray nor MLflow when there is nothing to do. Ctrl-C ends the workers and leaves the rest
-    planned. Raises InputError where Ray or MLflow cannot be reached, or another driver holds the study.
+    cluster's. Starts neither Ray nor MLflow when there is nothing to do. Ctrl-C asks the cells that run to keep a
+    checkpoint and leaves the rest planned. Cells that have failed stay failed until they are forgiven. Raises
+    InputError where Ray or MLflow cannot be reached, the study is paused, or another driver holds it.
     """
     began = time.monotonic()
-    claim = claim_study(store, plan.study.name)
-    try:
+    study = plan.study.name
+    with Claim(store, study) as claim:
+        wish = read_wish(store, study)
+        if wish is not None and wish.wish == "pause":
+            raise InputError(f"study {study} is {wish}. Lift it first: escala resume {study}.")
         register(store, plan, text)
-        missing = [one for one in plan.cells if cell_state(store, one.cell.id).result is None]
+        states = {one.cell.id: cell_state(store, one.cell.id) for one in plan.cells}
+        missing = [one for one in plan.cells if states[one.cell.id].state in ("planned", "running")]
         missing.sort(key=lambda one: -one.counts["C"])
-        tally = Tally(skipped=len(plan.cells) - len(missing))
-        mirror = Mirror(store, plan.study.name, tracking_uri)
+        tally = Tally(skipped=sum(state.result is not None for state in states.values()))
+        tally.failed = {
+            cell_id: state.reason or "unknown" for cell_id, state in states.items() if state.state == "failed"
+        }
+        mirror = Mirror(store, study, tracking_uri)
         if not missing and mirror.is_complete():
             return tally
         with _Connected(mirror):
             if missing:
-                pool = _Pool(store, plan, missing, mirror, claim, watch, base_dir)
+                pool = _Pool(store, plan, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
                 pool.run(tally, address, workers)
         tally.mirror_fault = mirror.fault
         tally.seconds = time.monotonic() - began
         return tally
-    finally:
-        claim.unlink(missing_ok=True)
 
 
 class _Connected:
@@ -119,6 +123,20 @@ class _Connected:
         self.mirror.stop()
 
 
+@dataclass
+class _Task:
+    """A cell in a worker's hands."""
+
+    worker: Any
+    one: PlannedCell
+    tail: Tail
+    pulse: Pulse
+    attempts_before: int
+    """How many attempts the cell had: a worker that dies before it begins one is charged all the same."""
+    stopping: str | None = None
+    """What it was asked, if it was asked to stop."""
+
+
 class _Pool:
     """The workers of one run and the queue before them."""
 
@@ -128,177 +146,228 @@ class _Pool:
         plan: Plan,
         missing: list[PlannedCell],
         mirror: Mirror,
-        claim: Path,
+        claim: Claim,
         watch: Callable[[Progress], None],
         base_dir: Path | None,
+        checkpoint_seconds: float,
+        give_up_after: int,
     ) -> None:
         self.store, self.plan, self.mirror, self.claim, self.watch = store, plan, mirror, claim, watch
         self.base_dir = str(base_dir) if base_dir else None
+        self.checkpoint_seconds, self.give_up_after = checkpoint_seconds, give_up_after
         self.queue = deque(missing)
-        self.planned = {one.cell.id: one for one in missing}
-        self.trials: dict[str, int] = {}
-        self.tasks: dict[Any, tuple[Any, PlannedCell]] = {}
+        self.elsewhere: dict[str, PlannedCell] = {}
+        """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
+        self.failed: dict[str, PlannedCell] = {}
+        self.tasks: dict[Any, _Task] = {}
         self.idle: list[Any] = []
-        self.tails: dict[str, _Tail] = {}
         self.ended: list[str] = []
         self.flops_done = 0.0
+        self.first_failures: list[str] | None = []
+        """The first attempts' failures while there is nothing else; None once anything else happened."""
+        self.wish: str | None = None
+        self.halt: str | None = None
+        """Why nothing more is to be tried, if so."""
 
     def run(self, tally: Tally, address: str, limit: int | None) -> None:
+        self.began = time.monotonic()
+        self._settle(tally)
         ray = start_ray(address, limit)
         try:
-            slots = choose_slots(ray.cluster_resources(), len(self.queue), limit)
-            self.idle = [_make_worker(ray, slots) for _ in range(slots.count)]
-            self.began = time.monotonic()
-            while self.queue or self.tasks:
-                while self.queue and self.idle:
-                    self._start(self.queue.popleft(), self.idle.pop())
-                done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-                for task in done:
-                    self._finish(ray, task, slots, tally)
-                os.utime(self.claim)
-                self.watch(self._progress(tally, slots.count))
+            self.slots = choose_slots(ray.cluster_resources(), len(self.queue) + len(self.elsewhere), limit)
+            self.idle = [make_worker(ray, self.slots) for _ in range(self.slots.count)]
+            self._work(ray, tally)
         except KeyboardInterrupt:
-            tally.interrupted = True
+            tally.stopped = "interrupted"
+            self._stop_gracefully(ray, tally)
+        except ray.exceptions.RayError as error:  # not a worker's death, which _finish handles: Ray itself is gone
+            tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
+            tally.planned = len(self.queue) + len(self.elsewhere) + len(self.tasks)
             ray.shutdown()
 
-    def _start(self, one: PlannedCell, worker: Any) -> None:
-        task = worker.run.remote(str(self.store.root), one.cell.id, self.plan.study.name, self.base_dir)
-        self.tasks[task] = (worker, one)
-        self.tails[one.cell.id] = _Tail()
+    def _work(self, ray: Any, tally: Tally) -> None:
+        looked = 0.0
+        while self.queue or self.tasks or self.elsewhere:
+            if not self.claim.holds():
+                tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
+                return
+            if self.halt or time.monotonic() - looked >= LOOK_SECONDS:
+                looked = time.monotonic()
+                self._look(tally)
+            if self.wish in ("drain", "cancel") and not self.tasks:
+                return
+            while self.queue and self.idle and self.wish is None:
+                self._start(self.queue.popleft())
+            if self.tasks:
+                done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
+                if done and not self.claim.holds():  # it may have slept in the wait
+                    continue
+                for task in done:
+                    self._finish(ray, task, tally)
+            else:
+                time.sleep(POLL_SECONDS)
+            for task in self.tasks.values():
+                fate = task.pulse.fate()
+                if fate is not None:  # its end is recorded when Ray reports the death
+                    task.pulse.killed = fate
+                    ray.kill(task.worker)
+            self.watch(self._progress(tally))
 
-    def _finish(self, ray: Any, task: Any, slots: Slots, tally: Tally) -> None:
-        worker, one = self.tasks.pop(task)
+    def _start(self, one: PlannedCell) -> None:
         cell_id = one.cell.id
-        try:
-            ended = ray.get(task)
-            state, reason = ended["state"], ended["reason"]
-            self.idle.append(worker)
-        except ray.exceptions.RayTaskError as error:  # before the attempt could record its own error: a bug or the disk
-            self.idle.append(worker)
-            state, reason = "failed", str(error.cause).splitlines()[0]
-        except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
-            self.idle.append(_make_worker(ray, slots))
-            state, reason = self._after_death(cell_id, str(error).splitlines()[0])
-        if state == "retry":
-            self.queue.append(one)
+        state = cell_state(self.store, cell_id)
+        if state.state != "planned":  # another study's driver was quicker
+            self.elsewhere[cell_id] = one
             return
-        tail = self.tails.pop(cell_id)
-        self.flops_done += one.counts["C"]
-        if state == "failed":
-            tally.failed[cell_id] = reason or "unknown"
-        elif state == "diverged":
+        worker = self.idle.pop()
+        study, root = self.plan.study.name, str(self.store.root)
+        task = worker.run.remote(root, cell_id, study, self.base_dir, self.checkpoint_seconds, self.claim.number)
+        pulse = Pulse(self.store, cell_id, state.attempts)
+        self.tasks[task] = _Task(worker, one, Tail(self.store, cell_id), pulse, state.attempts)
+
+    def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
+        """A worker is done with a cell. What it says is only a hint: the files tell how the cell stands."""
+        task = self.tasks.pop(handle)
+        try:
+            ray.get(handle)
+            self.idle.append(task.worker)
+        except ray.exceptions.RayTaskError as error:  # before the attempt could record its own error: a bug or the disk
+            self.idle.append(task.worker)
+            self._record_death(task, "infrastructure", str(error.cause).splitlines()[0])
+        except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
+            self.idle.append(make_worker(ray, self.slots))
+            kind = "out_of_memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "infrastructure"
+            kind = "preemption" if getattr(error, "preempted", False) else kind
+            self._record_death(task, kind, task.pulse.killed or f"the worker died ({str(error).splitlines()[0]})")
+        self._settle_state(task.one, tally, task.tail)
+
+    def _record_death(self, task: _Task, kind: str, message: str) -> None:
+        """Charge a death to the cell, where the attempt did not say itself how it ended."""
+        cell_id = task.one.cell.id
+        epochs = attempt_epochs(self.store, cell_id)
+        attempt = Attempt(self.store, cell_id, epochs[-1]) if epochs else None
+        try:
+            if len(epochs) == task.attempts_before:
+                attempt = begin_attempt(self.store, cell_id, {"study": self.plan.study.name})
+            untold = attempt is not None and read_end(self.store, cell_id, attempt.epoch) is None
+            if attempt is not None and untold and cell_state(self.store, cell_id).result is None:
+                record_error(attempt, kind, message)
+        except InputError as error:  # the disk is full: what cannot be recorded must not go on
+            self.halt = str(error)
+
+    def _settle_state(self, one: PlannedCell, tally: Tally, tail: Tail | None = None) -> None:
+        """Put a cell where its files say that it belongs."""
+        cell_id = one.cell.id
+        state = cell_state(self.store, cell_id)
+        if state.state in ("planned", "running"):
+            last = attempt_epochs(self.store, cell_id)
+            end = read_end(self.store, cell_id, last[-1]) if last else None
+            if end is not None and end[0] not in ("preemption", "stopped"):
+                self._note_failure(f"{end[0]}: {end[1]}")
+            if state.state == "running":
+                self.elsewhere[cell_id] = one
+            else:
+                self.queue.appendleft(one)
+            return
+        if state.state == "failed":
+            tally.failed[cell_id] = state.reason or "unknown"
+            self.failed[cell_id] = one
+            self._note_failure(state.reason or "unknown")
+        elif state.state == "diverged":
             tally.diverged += 1
+            self.first_failures = None
         else:
             tally.finished += 1
-        tail.read(self.store, cell_id)
-        loss = f", loss {tail.loss:.4f}" if tail.loss else ""
-        words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state}"
-        self.ended.append(words + (f" ({reason})" if reason else loss))
+            self.first_failures = None
+        self.flops_done += one.counts["C"]
+        loss = tail.final_loss() if tail is not None else None
+        words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
+        self.ended.append(words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""))
 
-    def _after_death(self, cell_id: str, message: str) -> tuple[str, str | None]:
-        """A worker died with a cell in hand: its result may stand all the same; else it is tried again, three times."""
-        state = cell_state(self.store, cell_id)
-        if state.result is not None:
-            return state.state, state.reason
-        epochs = attempt_epochs(self.store, cell_id)
-        reason = f"infrastructure: the worker died ({message})"
-        if epochs:
-            record_error(Attempt(self.store, cell_id, epochs[-1]), "infrastructure", f"the worker died ({message})")
-        self.trials[cell_id] = self.trials.get(cell_id, 0) + 1
-        return ("retry", None) if self.trials[cell_id] <= INFRASTRUCTURE_ATTEMPTS else ("failed", reason)
+    def _note_failure(self, reason: str) -> None:
+        if self.first_failures is None:
+            return
+        self.first_failures.append("".join(letter for letter in reason if not letter.isdigit()))
+        if len(self.first_failures) >= self.give_up_after and len(set(self.first_failures)) == 1:
+            self.halt = f"given up: the first {self.give_up_after} attempts failed alike ({reason})"
 
-    def _progress(self, tally: Tally, workers: int) -> Progress:
+    # --- what changes seldom -----------------------------------------------------------------------------------------
+
+    def _look(self, tally: Tally) -> None:
+        found = read_wish(self.store, self.plan.study.name)
+        if found is not None and found.driver not in (None, self.claim.number):
+            found = None  # it was meant for another driver
+        self.wish = "cancel" if self.halt else found.wish if found else None
+        if self.wish in ("drain", "cancel"):
+            tally.stopped = self.halt or str(found)
+        if self.wish in ("pause", "cancel"):
+            self._ask_to_stop(self.halt or str(found))
+        for cell_id, one in list(self.failed.items()):  # forgiven since?
+            if cell_state(self.store, cell_id).state == "planned":
+                del self.failed[cell_id], tally.failed[cell_id]
+                self.flops_done -= one.counts["C"]
+                self.queue.append(one)
+        if self.elsewhere:
+            self.queue.extendleft(self.elsewhere.values())
+            self.elsewhere.clear()
+            self._settle(tally)
+
+    def _settle(self, tally: Tally) -> None:
+        """Sort the queue's cells by what others have left: ended meanwhile, in other hands, or free."""
+        waiting, self.queue = list(self.queue), deque()
+        for one in waiting:
+            if settle(self.store, one.cell.id, self.plan.study.name, self.claim.number):
+                if cell_state(self.store, one.cell.id).result is not None:
+                    tally.skipped += 1
+                    self.flops_done += one.counts["C"]
+                else:
+                    self.queue.append(one)
+            else:
+                self.elsewhere[one.cell.id] = one
+
+    def _ask_to_stop(self, why: str) -> None:
+        for task in self.tasks.values():
+            epochs = attempt_epochs(self.store, task.one.cell.id)
+            if task.stopping is None and len(epochs) > task.attempts_before:
+                ask_to_stop(Attempt(self.store, task.one.cell.id, epochs[-1]), "stopped", why)
+                task.stopping = why
+
+    def _stop_gracefully(self, ray: Any, tally: Tally) -> None:
+        """Ctrl-C: let the cells that run keep a checkpoint. A second Ctrl-C does not wait."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        self.wish = "cancel"
+        try:
+            while self.tasks and time.monotonic() < deadline and self.claim.holds():
+                self._ask_to_stop("interrupted")
+                done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
+                for task in done:
+                    self._finish(ray, task, tally)
+                self.watch(self._progress(tally))
+        except KeyboardInterrupt:
+            pass
+
+    def _progress(self, tally: Tally) -> Progress:
         running = []
-        for _, one in self.tasks.values():
-            tail = self.tails[one.cell.id]
-            tail.read(self.store, one.cell.id)
+        for task in self.tasks.values():
+            task.tail.read()
+            one, tail = task.one, task.tail
             running.append(
                 Running(one.cell.id, one.counts["N"], tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
             )
-        under_way = sum(
-            one.counts["flops_per_token"] * self.tails[one.cell.id].tokens for _, one in self.tasks.values()
-        )
+        under_way = sum(task.one.counts["flops_per_token"] * task.tail.tokens for task in self.tasks.values())
         done = self.flops_done + under_way
-        left = sum(one.counts["C"] for one in self.queue)
-        left += sum(one.counts["C"] for _, one in self.tasks.values()) - under_way
+        waiting = [*self.queue, *self.elsewhere.values(), *(task.one for task in self.tasks.values())]
+        left = sum(one.counts["C"] for one in waiting) - under_way
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": tally.finished + tally.skipped,
             "diverged": tally.diverged,
             "failed": len(tally.failed),
             "running": len(self.tasks),
-            "planned": len(self.queue),
+            "planned": len(self.queue) + len(self.elsewhere),
         }
         eta = elapsed * left / done if done else None
         ended, self.ended = tuple(self.ended), []
-        return Progress(counts, len(self.plan.cells), tuple(running), eta, workers, self.mirror.fault, ended)
-
-
-class _Tail:
-    """The last figures in a running cell's log."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.loss: float | None = None
-        self.tokens_per_second = 0.0
-        self._epoch, self._offset = -1, 0
-
-    def read(self, store: Store, cell_id: str) -> None:
-        epochs = attempt_epochs(store, cell_id)
-        if not epochs:
-            return
-        if epochs[-1] != self._epoch:
-            self._epoch, self._offset = epochs[-1], 0
-        rows, self._offset = read_rows(store.attempt(cell_id, self._epoch) / "log.jsonl", self._offset)
-        for row in rows:
-            self.tokens = row["tokens"]
-            self.loss = row["metrics"].get("val_loss_final", row["metrics"].get("train_loss", self.loss))
-            self.tokens_per_second = row["metrics"].get("tokens_per_second", self.tokens_per_second)
-
-
-# --- Ray ---------------------------------------------------------------------------------------------------------
-
-
-def start_ray(address: str, workers: int | None = None) -> Any:
-    """Start Ray on this machine ("local") or join a cluster; returns the ray module. InputError where it fails."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray keeps its auth token under HOME; where that cannot be written, one that lives as long as this process will do.
-    if "RAY_AUTH_MODE" not in os.environ and not os.access(Path.home(), os.W_OK):
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
-    import ray
-
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-    try:
-        if address == "local":
-            cpus = workers or os.cpu_count()
-            ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, **quiet)
-        else:
-            _join(ray, address, quiet)
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        raise InputError(
-            f"Ray is not reachable at {address!r}: {str(error).splitlines()[0]}. Start the cluster, correct --address "
-            "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."
-        ) from None
-    return ray
-
-
-def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
-    """Join a cluster. Ray retries an address that does not answer for a long time; ask the port first."""
-    import socket
-
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "://" not in address:
-        with socket.create_connection((host, int(port)), timeout=10):
-            pass
-    ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
-
-
-def _make_worker(ray: Any, slots: Slots) -> Any:
-    from cluster.worker import Worker
-
-    return ray.remote(**slots.options)(Worker).remote()
+        fault = self.mirror.fault
+        return Progress(counts, len(self.plan.cells), tuple(running), eta, self.slots.count, fault, ended, self.wish)

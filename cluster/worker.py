@@ -1,6 +1,6 @@
 """A worker: an unnamed Ray actor that stays warm and trains one cell after another.
 
-It writes to the store and returns a few words; losses never travel through Ray. It imports neither Ray nor MLflow.
+It writes to the store and returns a few words; losses never travel through Ray. It does not import MLflow.
 """
 
 from pathlib import Path
@@ -16,8 +16,22 @@ class Worker:
         # Imported when the worker starts, so that its first cell does not wait for it.
         import sweeps.training  # noqa: F401
 
-    def run(self, root: str, cell_id: str, study: str, base_dir: str | None) -> dict[str, Any]:
-        """Try a cell once: {"cell", "attempt", "state", "reason"}."""
+    def run(
+        self, root: str, cell_id: str, study: str, base_dir: str | None, checkpoint_seconds: float, driver: int
+    ) -> dict[str, Any]:
+        """Try a cell once: how it ended, as `sweeps.attempt.Ended`."""
         from sweeps.attempt import run_attempt
 
-        return run_attempt(Store(Path(root)), cell_id, study=study, base_dir=Path(base_dir) if base_dir else None)
+        ended = run_attempt(
+            Store(Path(root)),
+            cell_id,
+            study=study,
+            base_dir=Path(base_dir) if base_dir else None,
+            checkpoint_seconds=checkpoint_seconds,
+            driver=driver,
+        )
+        if ended.state == "preemption":  # whoever sent SIGTERM wants the process gone; the files say how it ended
+            import ray
+
+            ray.actor.exit_actor()
+        return vars(ended)

@@ -1,9 +1,10 @@
 """An attempt: one try at a cell, from its lease to its committed result. Runs in any process, with or without Ray."""
 
+import io
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,62 +14,112 @@ import numpy as np
 from sweeps.cell import Cell, cell_from_identity
 from sweeps.corpora import Corpus, open_corpus
 from sweeps.devices import Numerics, choose_numerics
+from sweeps.errors import InputError
+from sweeps.faults import fault
+from sweeps.heartbeat import Heartbeat, terminable
 from sweeps.store import (
     Attempt,
     Store,
-    append_rows,
     attempt_epochs,
     begin_attempt,
     commit_result,
     read_cell,
+    read_end,
     read_json,
     record_error,
     timestamp,
     write_bytes,
 )
+from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, TrainerIO, find_trainer
+
+GPU_TOLERANCE = 1e-3
+"""Relative difference of a recomputed value that a GPU's kernels may make at equal numerics; a CPU makes none."""
+OTHER_TOLERANCE = 2e-2
+"""And where the numerics are not those of the first computation."""
 
 
-def run_attempt(store: Store, cell_id: str, *, study: str, base_dir: Path | None = None) -> dict[str, Any]:
-    """Try a cell once and say how it ended: {"cell", "attempt", "state", "reason"}.
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended. `state` is finished or diverged, an end kind of the store, or superseded."""
 
-    A failure of the cell's own code is not raised: its traceback goes to the attempt's error.txt and the state is
-    failed. A result is committed only while the attempt still holds the cell's lease; a superseded one says so.
+    cell_id: str
+    attempt: int
+    state: str
+    reason: str | None
+
+
+def run_attempt(
+    store: Store,
+    cell_id: str,
+    *,
+    study: str,
+    base_dir: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    driver: int = 0,
+) -> Ended:
+    """Try a cell once, from its last checkpoint where it has one.
+
+    A failure of the cell's own code is not raised: its traceback goes to the attempt's error.txt. A result is committed
+    only while the attempt still holds the cell's lease; a superseded one says so. `driver` is the number of the claim
+    for which it runs. In a main thread, SIGTERM keeps a checkpoint and ends the attempt as preempted.
     """
     started = time.time()
     record = read_cell(store, cell_id)
     cell = cell_from_identity(record["identity"])
-    numerics = _numerics(store, cell)
-    attempt = begin_attempt(store, cell_id, {"study": study, "numerics": numerics.to_json()})
+    numerics, tolerance = _numerics(store, cell)
+    attempt = begin_attempt(store, cell_id, {"study": study, "driver": driver, "numerics": numerics.to_json()})
     try:
-        corpus = _corpus(store.root, cell.corpus)
-        state, reason = _train_and_commit(attempt, cell, corpus, numerics, record["counts"], started, base_dir)
+        with Heartbeat(attempt) as heartbeat, terminable(heartbeat):
+            corpus = _corpus(store.root, cell.corpus)
+            with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
+                trainer_io = TrainerIO(
+                    heartbeat,
+                    stream,
+                    corpus,
+                    numerics,
+                    tolerance=tolerance,
+                    base_dir=base_dir,
+                    checkpoint_seconds=checkpoint_seconds,
+                )
+                outcome = _train(cell, trainer_io, base_dir)
+            state, reason = _commit(attempt, cell, corpus, numerics, record["counts"], outcome, started)
+    except Stopped as stopped:
+        state, reason = stopped.stop.kind, stopped.stop.why
+        if state != "superseded":
+            record_error(attempt, state, reason)
     except Exception as error:
-        kind = "out_of_memory" if _is_out_of_memory(error) else "infrastructure" if _is_disk(error) else "code"
-        record_error(attempt, kind, f"{type(error).__name__}: {error}", traceback.format_exc())
-        state, reason = "failed", f"{kind}: {type(error).__name__}: {error}"
-    return {"cell": cell_id, "attempt": attempt.epoch, "state": state, "reason": reason}
+        state, reason = _kind_of(error), f"{type(error).__name__}: {error}"
+        record_error(attempt, state, reason, traceback.format_exc())
+    return Ended(cell_id, attempt.epoch, state, reason)
 
 
-def _train_and_commit(
+def _train(cell: Cell, trainer_io: TrainerIO, base_dir: Path | None) -> Outcome:
+    try:
+        ended = find_trainer(cell.trainer, base_dir)(cell, trainer_io)
+    except Diverged as diverged:
+        ended = Outcome(state="diverged", reason=str(diverged))
+    finally:
+        trainer_io.close()
+    if isinstance(ended, Outcome):
+        return ended
+    return Outcome(val_loss_final=float(ended))
+
+
+def _commit(
     attempt: Attempt,
     cell: Cell,
     corpus: Corpus,
     numerics: Numerics,
     counts: Mapping[str, Any],
+    outcome: Outcome,
     started: float,
-    base_dir: Path | None,
 ) -> tuple[str, str | None]:
-    from sweeps.training import train  # torch and transformers
-
-    with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
-
-        def log(tokens: int, metrics: Mapping[str, float]) -> None:
-            append_rows(stream, [{"time": round(time.time(), 3), "tokens": tokens, "metrics": dict(metrics)}])
-
-        outcome = train(cell, corpus, numerics, log, base_dir=base_dir)
+    fault("documents.before_write")
     if outcome.document_losses is not None and outcome.document_tokens is not None:
         _write_documents(attempt.folder / "documents.npz", outcome.document_losses, outcome.document_tokens)
-    tokens = outcome.steps * cell.batch_tokens
+    steps = cell.steps if outcome.steps is None else outcome.steps
+    tokens = steps * cell.batch_tokens
+    seconds = {name: round(value, 3) for name, value in (outcome.seconds or {}).items()}
     result = {
         "state": outcome.state,
         "reason": outcome.reason,
@@ -77,11 +128,10 @@ def _train_and_commit(
         "loss_at_start": outcome.loss_at_start,
         "tokens": tokens,
         "flops": tokens * counts["flops_per_token"],
-        "steps": outcome.steps,
+        "steps": steps,
         "epochs": round(corpus.info.epochs(tokens, cell.shape.context), 4),
-        "seconds": {name: round(value, 3) for name, value in outcome.seconds.items()}
-        | {"total": round(time.time() - started, 3)},
-        "tokens_per_second": round(outcome.tokens_per_second, 1),
+        "seconds": seconds | {"total": round(time.time() - started, 3)},
+        "tokens_per_second": None if outcome.tokens_per_second is None else round(outcome.tokens_per_second, 1),
         "peak_memory_bytes": outcome.peak_memory_bytes,
         "started": timestamp(started),
         "ended": timestamp(),
@@ -93,15 +143,26 @@ def _train_and_commit(
     return outcome.state, outcome.reason
 
 
-def _numerics(store: Store, cell: Cell) -> Numerics:
-    """Those of the cell's first attempt, where there was one; else those of this process."""
-    if attempt_epochs(store, cell.id):
+def _numerics(store: Store, cell: Cell) -> tuple[Numerics, float]:
+    """Those of the cell's last attempt, where there was one, else those of this process; and the relative difference
+    that they allow between a value that is computed again and its first.
+
+    After an attempt that ran out of memory, half its micro-batch.
+    """
+    here = choose_numerics(cell.sequences)
+    tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
+    for epoch in reversed(attempt_epochs(store, cell.id)):
         try:
-            found = read_json(store.attempt(cell.id, 0) / "attempt.json")["numerics"]
-            return Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
-        except FileNotFoundError:  # the first attempt died before it wrote its record
-            pass
-    return choose_numerics(cell.sequences)
+            found = read_json(store.attempt(cell.id, epoch) / "attempt.json")["numerics"]
+        except FileNotFoundError:  # it died before it wrote its record
+            continue
+        before = Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
+        kept = replace(before, device=here.device, versions=here.versions)
+        end = read_end(store, cell.id, epoch)
+        if end is not None and end[0] == "out_of_memory":
+            kept = replace(kept, micro_batch=max(1, kept.micro_batch // 2))
+        return kept, tolerance if kept == before else OTHER_TOLERANCE
+    return here, tolerance
 
 
 @lru_cache(maxsize=4)
@@ -110,16 +171,14 @@ def _corpus(root: Path, fingerprint: str) -> Corpus:
 
 
 def _write_documents(path: Path, losses: np.ndarray, tokens: np.ndarray) -> None:
-    import io
-
     buffer = io.BytesIO()
     np.savez(buffer, loss_sum=losses, tokens=tokens)
     write_bytes(path, buffer.getvalue())
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
-def _is_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) or (isinstance(error, ValueError) and isinstance(error.__cause__, OSError))
+def _kind_of(error: Exception) -> str:
+    """Which budget an error is charged to."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "out_of_memory"
+    disk = isinstance(error, OSError) or (isinstance(error, InputError) and isinstance(error.__cause__, OSError))
+    return "infrastructure" if disk else "code"

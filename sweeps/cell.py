@@ -68,6 +68,8 @@ class Cell:
     """Of the initial weights."""
     data_seed: int
     """Of the data order."""
+    trainer: str = ""
+    """A user's own trainer, `my_file.py:train@<hash>`; empty: Escala's."""
 
     @property
     def steps(self) -> int:
@@ -83,6 +85,8 @@ class Cell:
         """The cell as plain JSON values."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
+        if not self.trainer:  # so that cells of before there were any keep their ids
+            del plain["trainer"]
         return plain | nested | {"options": dict(self.options)}
 
     @cached_property

@@ -8,10 +8,7 @@ To add a family, add one entry to `FAMILIES` and, if no existing one serves, one
 fields of its `transformers` config. `tests/sweeps/test_families.py` then holds its counts against the real model.
 """
 
-import hashlib
 import math
-import sys
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.accounting import Shape, parameters
 from sweeps.errors import InputError, nearest
+from sweeps.usercode import load_function
 
 if TYPE_CHECKING:
     import torch
@@ -228,53 +226,26 @@ def find_family(name: str, *, allow_code: bool = False, base_dir: Path = Path())
     """
     if name in FAMILIES:
         return FAMILIES[name]
-    path_text, colon, function_name = name.rpartition(":")
-    if not colon or not path_text.endswith(".py"):
+    if not name.rpartition(":")[0].endswith(".py"):
         known = ", ".join(FAMILIES)
         raise InputError(
             f'no family "{name}"{nearest(name, FAMILIES)}. Built-in families: {known}. '
             "A family of your own is written my_file.py:function."
         )
-    if not allow_code:
-        raise InputError(
-            f'family "{name}" runs code from a file. Read {path_text}, then allow it with --allow-code '
-            "(allow_code=True in Python)."
-        )
-    path = Path(base_dir) / path_text
-    try:
-        source = path.read_bytes()
-    except OSError as error:
-        raise InputError(f'family "{name}": cannot read {path} ({error.strerror}). Check the path.') from error
-    return _run_family_file(name, path, source, function_name)
+    function, digest = load_function("family", name, Path(base_dir) if allow_code else None)
+    return _call_family(name, function, digest)
 
 
 @lru_cache(maxsize=16)
-def _run_family_file(name: str, path: Path, source: bytes, function_name: str) -> Family:
-    # The bytes that are hashed are the bytes that run: no import system, so no stale bytecode.
-    digest = hashlib.sha256(source).hexdigest()[:12]
-    module = types.ModuleType(f"escala_family_{digest}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module
+def _call_family(name: str, function: Callable[[], Any], digest: str) -> Family:
     try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
-        function = getattr(module, function_name, None)
-        family = function() if callable(function) else None
+        family = function()
     except Exception as error:
-        raise InputError(f'family "{name}": {path} fails with {type(error).__name__}: {error}. Mend it.') from error
-    if not callable(function):
-        there = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
-        raise InputError(
-            f"{path} has no function {function_name}{nearest(function_name, there)}. "
-            f"Its functions: {', '.join(there) or 'none'}."
-        )
+        raise InputError(f'family "{name}" fails with {type(error).__name__}: {error}. Mend it.') from error
     if not isinstance(family, Family):
-        raise InputError(
-            f"{path}: {function_name}() returned {type(family).__name__}; it must return a sweeps.families.Family."
-        )
+        raise InputError(f'family "{name}" returned {type(family).__name__}; it must return a sweeps.families.Family.')
     if (family.config is None) == (family.build is None) or "tied" not in family.options:
-        raise InputError(
-            f'{path}: the family of {function_name}() needs exactly one of config and build, and a "tied" option.'
-        )
+        raise InputError(f'family "{name}" needs exactly one of config and build, and a "tied" option.')
     return replace(family, name=name, version=f"{family.version}+{digest}")
 
 

@@ -20,6 +20,7 @@ from sweeps.families import Family, find_family, resolve_options
 from sweeps.rules import PowerRule, evaluate
 from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
 from sweeps.study import Factors, IsoflopGrid, LadderGrid, LogVary, Study, Training, check_hyperparameter, listed
+from sweeps.usercode import trainer_identity
 
 MAX_CELLS = 100_000
 MAX_TOKENS = 1e16
@@ -72,6 +73,7 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
     corpus.validation_windows(study.context)
     planned: dict[str, PlannedCell] = {}
     faults: dict[str, None] = {}
+    trainer = trainer_identity(study.trainer, base_dir if allow_code else None) if study.trainer else ""
     declared = 0
     for name, given in study.families.items():
         try:
@@ -86,7 +88,7 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
             if declared > MAX_CELLS:
                 raise InputError(f"the study declares more than {MAX_CELLS:,} cells. Split it, or vary less.")
             try:
-                one = _plan_cell(study, corpus, family, options, point, variation, seed)
+                one = _plan_cell(study, corpus, family, options, point, variation, seed, trainer)
             except ValueError as error:
                 faults[str(error)] = None
             else:
@@ -226,6 +228,7 @@ def _plan_cell(
     point: _Point,
     variation: Mapping[str, tuple[str, Any]],
     seed: int,
+    trainer: str,
 ) -> PlannedCell:
     shape = _shape(family, point.size, corpus.vocab_size, study.context, tuple(sorted(options.items())))
     counts = _counts(shape)
@@ -299,6 +302,7 @@ def _plan_cell(
         precision=recipe["precision"],
         seed=seed,
         data_seed=seed,
+        trainer=trainer,
     )
     realised = {
         "C": tokens * flops_per_token,

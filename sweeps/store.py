@@ -5,16 +5,21 @@
     cells/<id>/cell.json                         what the cell is: identity, counts
     cells/<id>/attempts/<k>/attempt.json         who tries it, where, since when, with which numerics
     cells/<id>/attempts/<k>/log.jsonl            metric rows, one checksummed line each
+    cells/<id>/attempts/<k>/heartbeat.json       the last sign of life: time, tokens, time of the last progress
+    cells/<id>/attempts/<k>/stop.json            asks the attempt to keep a checkpoint and end: kind, why
+    cells/<id>/attempts/<k>/checkpoints/<tokens>/{state.safetensors, state.json}
     cells/<id>/attempts/<k>/documents.npz        per-document losses of the final evaluation
-    cells/<id>/attempts/<k>/error.txt            why it failed: "kind: message", then the traceback
+    cells/<id>/attempts/<k>/error.txt            why it ended without a result: "kind: message", then the traceback
+    cells/<id>/retry.json                        attempts up to this one are no longer held against the cell
     cells/<id>/result.json                       the end of the cell, written once
     studies/<name>/{study.yaml, plan.json, quarantine.json, fits/<law>.json, report.html}
     mlflow/                                      the embedded tracking database
 
-Three rules keep it safe on a disk that several machines share. A record is written beside its place, synced and
+Four rules keep it safe on a disk that several machines share. A record is written beside its place, synced and
 renamed, so no reader sees half of one. The folder of attempt k is made with mkdir, which only one caller can win:
 its number is the lease epoch of the cell. A result is linked into place only while no higher attempt exists and no
-result stands, so a worker that outlives its driver cannot overwrite what came after it.
+result stands, so a worker that outlives its driver cannot overwrite what came after it. An attempt notes how long the
+logs of its predecessors are; what a zombie writes there later does not count.
 """
 
 import errno
@@ -24,6 +29,7 @@ import socket
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +38,18 @@ from typing import Any
 import psutil
 
 from sweeps.errors import InputError
+from sweeps.faults import fault
 
 FORMAT = 1
-HEARTBEAT_SECONDS = 60.0
-"""An attempt on another machine that wrote nothing for this long is taken to be dead."""
+BEAT_SECONDS = float(os.environ.get("ESCALA_BEAT_SECONDS", "5"))
+"""Between the signs of life of attempts and drivers."""
+SILENCE_SECONDS = 12 * BEAT_SECONDS
+"""Who gave no sign for this long is taken to be dead, or frozen, which comes to the same."""
+
+END_KINDS = ("code", "infrastructure", "out_of_memory", "preemption", "stopped")
+"""How an attempt may end without a result. Divergence is a result."""
+BUDGETS: dict[str, float] = {"code": 0, "infrastructure": 3, "out_of_memory": 1}
+"""How many ends of a kind a cell survives; ends of the other kinds are not counted. Each kind has its own budget."""
 
 Json = dict[str, Any]
 
@@ -51,6 +65,9 @@ class Store:
 
     def attempt(self, cell_id: str, epoch: int) -> Path:
         return self.cell(cell_id) / "attempts" / str(epoch)
+
+    def checkpoints(self, cell_id: str, epoch: int) -> Path:
+        return self.attempt(cell_id, epoch) / "checkpoints"
 
     def study(self, name: str) -> Path:
         return self.root / "studies" / name
@@ -107,12 +124,13 @@ def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file atomically: a temporary file beside it, synced, renamed. InputError where the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _write_beside(path, content, sync=sync)
+        temporary = write_beside(path, content, sync=sync)
         os.replace(temporary, path)
+        fault("record.after_rename")
         if sync:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
 
 
 def read_json(path: Path) -> Json:
@@ -128,22 +146,24 @@ def read_json(path: Path) -> Json:
     return value
 
 
-def _write_beside(path: Path, content: bytes, *, sync: bool = True) -> str:
+def write_beside(path: Path, content: bytes, *, sync: bool = True) -> str:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
+            fault("record.before_write")
             stream.write(content)
             if sync:
                 stream.flush()
                 os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)
+        fault("record.before_rename")
     except BaseException:
         os.unlink(temporary)
         raise
     return temporary
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -151,7 +171,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_error(path: Path, error: OSError) -> InputError:
+def disk_error(path: Path, error: OSError) -> InputError:
     advice = {
         errno.ENOSPC: "the disk is full: free some space, then run again; nothing that was finished is lost",
         errno.EDQUOT: "the disk quota is used up: free some space, then run again; nothing that was finished is lost",
@@ -186,8 +206,12 @@ def decode_row(line: bytes) -> Json | None:
 
 
 def append_rows(stream: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append whole lines to an unbuffered binary stream in one write."""
-    stream.write(b"".join(encode_row(row) for row in rows))
+    """Append whole lines to an unbuffered binary stream in one write. OSError where the disk takes but a part."""
+    content = b"".join(encode_row(row) for row in rows)
+    fault("log.before_write")
+    if stream.write(content) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    fault("log.after_write")
 
 
 def read_rows(path: Path, offset: int = 0, stop: int | None = None) -> tuple[list[Json], int]:
@@ -209,11 +233,35 @@ def read_metrics(store: Store, cell_id: str) -> list[Json]:
     A row is {"time": Unix seconds fixed at first write, "tokens": step, "metrics": {key: value}}.
     """
     merged: dict[int, Json] = {}
-    for epoch in attempt_epochs(store, cell_id):
-        for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl")[0]:
+    for epoch, stop in log_stops(store, cell_id).items():
+        for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl", 0, stop)[0]:
             kept = merged.setdefault(row["tokens"], {**row, "metrics": {}})
             kept["metrics"] = row["metrics"] | kept["metrics"]
-    return [merged[tokens] for tokens in sorted(merged)]
+    return [row for tokens in sorted(merged) if (row := merged[tokens])["metrics"]]
+
+
+def read_differences(store: Store, cell_id: str) -> list[Json]:
+    """What came out otherwise when it was computed again after a resume: {"attempt", "tokens", "metric", "logged",
+    "recomputed"}. Empty where the cell is deterministic."""
+    return [
+        {"attempt": epoch, "tokens": row["tokens"], "metric": key, "logged": logged, "recomputed": recomputed}
+        for epoch, stop in log_stops(store, cell_id).items()
+        for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl", 0, stop)[0]
+        for key, (logged, recomputed) in row.get("differs", {}).items()
+    ]
+
+
+def log_stops(store: Store, cell_id: str) -> dict[int, int | None]:
+    """Attempt -> the byte at which its log ended when the next attempt began; None for the last one."""
+    epochs = attempt_epochs(store, cell_id)
+    stops: dict[int, int | None] = dict.fromkeys(epochs)
+    for epoch in reversed(epochs[1:]):  # the earlier the successor, the less counts
+        try:
+            noted = read_json(store.attempt(cell_id, epoch) / "attempt.json").get("earlier_logs", {})
+        except FileNotFoundError:
+            continue
+        stops |= {int(earlier): size for earlier, size in noted.items()}
+    return stops
 
 
 # --- attempts and results ----------------------------------------------------------------------------------------
@@ -258,8 +306,13 @@ def begin_attempt(store: Store, cell_id: str, record: Mapping[str, Any]) -> Atte
             except FileExistsError:
                 epoch += 1
     except OSError as error:
-        raise _disk_error(folder, error) from error
-    write_json(folder / str(epoch) / "attempt.json", {"format": FORMAT, "attempt": epoch, **record, **here()})
+        raise disk_error(folder, error) from error
+    fault("attempt.after_folder")
+    logs = {earlier: folder / str(earlier) / "log.jsonl" for earlier in attempt_epochs(store, cell_id)[:-1]}
+    sizes = {str(earlier): path.stat().st_size if path.exists() else 0 for earlier, path in logs.items()}
+    known = {"format": FORMAT, "attempt": epoch, **({"earlier_logs": sizes} if sizes else {})}
+    write_json(folder / str(epoch) / "attempt.json", {**known, **record, **here()})
+    fault("attempt.after_record")
     return Attempt(store, cell_id, epoch)
 
 
@@ -268,25 +321,38 @@ def commit_result(attempt: Attempt, result: Mapping[str, Any]) -> bool:
     path = attempt.store.cell(attempt.cell_id) / "result.json"
     record = {"format": FORMAT, "cell": attempt.cell_id, "attempt": attempt.epoch, **result}
     try:
-        temporary = _write_beside(path, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
+        temporary = write_beside(path, json.dumps(record, indent=1, allow_nan=False).encode() + b"\n")
         try:
             if not attempt.holds_lease():
                 return False
+            fault("result.before_link")
             os.link(temporary, path)
+            fault("result.after_link")
         except FileExistsError:
             return False
         finally:
             os.unlink(temporary)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
-        raise _disk_error(path, error) from error
+        raise disk_error(path, error) from error
     return True
 
 
 def record_error(attempt: Attempt, kind: str, message: str, traceback: str = "") -> None:
-    """Write the attempt's error.txt, "kind: message" first. Kinds: code, infrastructure, out_of_memory, preemption."""
+    """Write the attempt's error.txt, "kind: message" first; `kind` is one of END_KINDS."""
     first_line = " ".join(message.split()) or "no message"
+    fault("error.before_write")
     write_bytes(attempt.folder / "error.txt", f"{kind}: {first_line}\n\n{traceback}".encode())
+
+
+def read_end(store: Store, cell_id: str, epoch: int) -> tuple[str, str] | None:
+    """How an attempt ended without a result: (kind, message); None where it did not say."""
+    try:
+        with (store.attempt(cell_id, epoch) / "error.txt").open(errors="replace") as stream:
+            kind, _, message = stream.readline().strip().partition(": ")
+    except FileNotFoundError:
+        return None
+    return (kind, message) if kind in END_KINDS else ("code", f"{kind}: {message}")
 
 
 @dataclass(frozen=True)
@@ -300,7 +366,7 @@ class CellState:
 
 
 def cell_state(store: Store, cell_id: str) -> CellState:
-    """Derive a cell's state from its files alone."""
+    """Derive a cell's state from its files alone. It has failed where the budget of a kind of end is used up."""
     try:
         result = read_json(store.cell(cell_id) / "result.json")
         return CellState(result["state"], result.get("reason"), result["attempt"] + 1, result)
@@ -309,23 +375,59 @@ def cell_state(store: Store, cell_id: str) -> CellState:
     epochs = attempt_epochs(store, cell_id)
     if not epochs:
         return CellState("planned", None, 0, None)
-    folder = store.attempt(cell_id, epochs[-1])
+    last = epochs[-1]
+    end = read_end(store, cell_id, last)
+    if end is None:
+        if attempt_lives(store, cell_id, last):
+            return CellState("running", None, len(epochs), None)
+        return CellState("planned", f"attempt {last} was interrupted", len(epochs), None)
+    words = f"{end[0]}: {end[1]}"
+    if spent_budget(store, cell_id, epochs) is not None:
+        return CellState("failed", words, len(epochs), None)
+    return CellState("planned", f"attempt {last} ended, {words}", len(epochs), None)
+
+
+def count_ends(store: Store, cell_id: str, epochs: Sequence[int]) -> dict[str, int]:
+    """How many of these attempts ended in which kind, those left out that a person has forgiven (`forgive`)."""
     try:
-        with (folder / "error.txt").open(errors="replace") as stream:
-            return CellState("failed", stream.readline().strip(), len(epochs), None)
+        forgiven = read_json(store.cell(cell_id) / "retry.json")["attempt"]
     except FileNotFoundError:
-        pass
-    if _is_alive(folder):
-        return CellState("running", None, len(epochs), None)
-    return CellState("planned", f"attempt {epochs[-1]} was interrupted", len(epochs), None)
+        forgiven = -1
+    ends = [end for epoch in epochs if epoch > forgiven and (end := read_end(store, cell_id, epoch))]
+    return dict(Counter(kind for kind, _ in ends))
 
 
-def _is_alive(folder: Path) -> bool:
-    signs = [path.stat().st_mtime for name in ("attempt.json", "log.jsonl") if (path := folder / name).exists()]
+def spent_budget(store: Store, cell_id: str, epochs: Sequence[int]) -> str | None:
+    """The kind of end whose budget these attempts have used up, if any."""
+    ends = count_ends(store, cell_id, epochs)
+    return next((kind for kind, budget in BUDGETS.items() if ends.get(kind, 0) > budget), None)
+
+
+def forgive(store: Store, cell_id: str, who: str) -> None:
+    """Give a failed cell its budgets back: its attempts so far are no longer held against it."""
+    last = attempt_epochs(store, cell_id)[-1]
+    write_json(store.cell(cell_id) / "retry.json", {"attempt": last, "who": who, "when": timestamp()})
+
+
+def ask_to_stop(attempt: Attempt, kind: str, why: str) -> None:
+    """Ask a running attempt, wherever it runs, to keep a checkpoint and to end with this kind and reason."""
+    write_json(attempt.folder / "stop.json", {"kind": kind, "why": why}, sync=False)
+
+
+def attempt_lives(store: Store, cell_id: str, epoch: int) -> bool:
+    """Whether the process of an attempt lives (see `is_alive`)."""
+    folder = store.attempt(cell_id, epoch)
     try:
-        return is_alive(read_json(folder / "attempt.json"), max(signs, default=0.0))
+        return is_alive(read_json(folder / "attempt.json"), last_sign(store, cell_id, epoch))
     except FileNotFoundError:  # the folder is made a moment before its record
-        return time.time() - folder.stat().st_mtime < HEARTBEAT_SECONDS
+        return time.time() - folder.stat().st_mtime < SILENCE_SECONDS
+
+
+def last_sign(store: Store, cell_id: str, epoch: int) -> float:
+    """When an attempt last wrote anything, in Unix seconds by the clock of the store's disk."""
+    folder = store.attempt(cell_id, epoch)
+    signs = ("attempt.json", "log.jsonl", "heartbeat.json")
+    return max((path.stat().st_mtime for name in signs if (path := folder / name).exists()), default=0.0)
 
 
 def here() -> Json:
@@ -343,47 +445,13 @@ def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
     """Whether the process that wrote `here()` into a record lives: by its id and start time on this host (an id may be
     used again), elsewhere by its last sign of life (Unix seconds)."""
     if record["host"] != socket.gethostname():
-        return time.time() - last_sign < HEARTBEAT_SECONDS
+        return time.time() - last_sign < SILENCE_SECONDS
     try:
         process = psutil.Process(record["pid"])
         started = round(process.create_time(), 1)
         return process.status() != psutil.STATUS_ZOMBIE and abs(started - record["process_started"]) < 1.0
     except psutil.Error:
         return False
-
-
-# --- drivers -----------------------------------------------------------------------------------------------------
-
-
-def claim_study(store: Store, name: str) -> Path:
-    """Make this process the study's only driver. Returns the claim's file: touch it now and then, unlink it at last.
-
-    Claims are numbered, driver-<k>.json, and the highest counts. A dead one is never taken away, only outbid by the
-    next number, which one process alone can link: so of many that find a dead driver, one replaces it.
-    Raises InputError that names the holder where another driver lives.
-    """
-    folder = store.study(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        number = max((int(path.stem.partition("-")[2]) for path in folder.glob("driver-*.json")), default=-1)
-        path = folder / f"driver-{number}.json"
-        try:
-            if number >= 0 and is_alive(holder := read_json(path), path.stat().st_mtime):
-                raise InputError(
-                    f"study {name} is being run by process {holder['pid']} on {holder['host']} "
-                    f"since {holder['started']}. Wait for it, or stop it first."
-                )
-        except FileNotFoundError:  # it has just ended
-            continue
-        path = folder / f"driver-{number + 1}.json"
-        temporary = _write_beside(path, json.dumps(here()).encode())
-        try:
-            os.link(temporary, path)
-            return path
-        except FileExistsError:  # another was quicker
-            continue
-        finally:
-            os.unlink(temporary)
 
 
 # --- studies -----------------------------------------------------------------------------------------------------

@@ -258,6 +258,8 @@ class Study(Declared):
     training: Training = Training()
     seeds: Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
     """Each seed sets both the initial weights and the data order."""
+    trainer: str = ""
+    """A trainer of one's own, my_file.py:train; empty: Escala's."""
     vary: dict[str, Variation] = {}
     """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
 

@@ -1,248 +1,212 @@
-"""Training: one cell, from random weights to its final validation loss.
+"""Training: one cell, from random weights or its last checkpoint, to its final validation loss.
 
 The loop never waits for the device between log points: losses and norms stay there as tensors until a row is due.
-Evaluations are not counted in C.
+Evaluations are not counted in C. A run that is interrupted at any step and goes on gives the same bits as one that was
+not, at equal numerics: `snapshot` holds everything that the next step depends on, besides the cell itself.
 """
 
 import math
 import resource
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
 from sweeps.accounting import flops_per_token
 from sweeps.cell import Cell
-from sweeps.corpora import Corpus
-from sweeps.devices import Numerics, peak_flops
+from sweeps.devices import peak_flops
+from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows, to_device
 from sweeps.families import build_model, find_family
 from sweeps.optimizers import make_optimizer
 from sweeps.schedules import fraction
+from sweeps.trainer import Outcome, TrainerIO
 
-EVALUATIONS_PER_DECADE = 10
-FIRST_EVALUATION = 0.01
-"""Evaluations during the run start at this share of its steps."""
-SUBSET_TOKENS = 8192
-"""Validation tokens of an evaluation during the run: windows spread evenly over the fixed stream."""
 TRAIN_ROWS = 50
 """Rows of training metrics a run, besides those at the evaluations."""
-EVALUATION_TOKENS = 8192
-"""Tokens of one forward pass in an evaluation."""
 DIVERGED_NATS = 1.0
+"""A mean training loss so far above the loss at start is high."""
+DIVERGED_NORM = 1000.0
+"""A gradient norm of so many times the median of the rows before is high."""
 DIVERGED_ROWS = 3
-"""A run whose mean training loss stands this far above its start for so many rows in a row has diverged."""
-
-Log = Callable[[int, Mapping[str, float]], None]
-"""Takes tokens seen and the metrics there."""
+"""Rows in a row that are high: the run has diverged."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How a cell ended. Losses in nats per token; None where the cell diverged."""
+@dataclass
+class Progress:
+    """How far a run is, in plain values: what a checkpoint keeps besides tensors."""
 
-    state: str
-    """finished or diverged."""
-    reason: str | None
-    val_loss_final: float | None
-    val_bpb_final: float | None
-    loss_at_start: float
-    steps: int
-    seconds: dict[str, float]
-    """build, train, evaluate: wall-clock seconds."""
-    tokens_per_second: float
-    peak_memory_bytes: int
-    document_losses: np.ndarray | None
-    """Summed loss of each validation document in the final evaluation, float64."""
-    document_tokens: np.ndarray | None
+    start: float
+    """Validation loss before the first step, over the subset."""
+    step: int = 0
+    high: int = 0
+    """Rows in a row whose loss or gradient was high."""
+    norms: list[float] = field(default_factory=list)
+    row: dict[str, float] = field(default_factory=dict)
+    """The metrics of the last row."""
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Summed losses over validation windows and over documents."""
-
-    window_sums: np.ndarray
-    document_sums: np.ndarray
-    document_tokens: np.ndarray
-
-    @property
-    def loss(self) -> float:
-        """Mean nats per token."""
-        return float(self.document_sums.sum() / self.document_tokens.sum())
+    def judge(self, loss: float, norm: float, tokens: int) -> str | None:
+        """Take a row in; say why the run has diverged, if it has."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            return f"training {what} not finite after {tokens:,} tokens (start: {self.start:.4g})"
+        blown = len(self.norms) >= 10 and norm > DIVERGED_NORM * statistics.median(self.norms)
+        self.high = self.high + 1 if loss > self.start + DIVERGED_NATS or blown else 0
+        self.norms.append(norm)
+        if self.high < DIVERGED_ROWS:
+            return None
+        if blown:
+            return f"gradient norm {norm:.4g} after {tokens:,} tokens, {DIVERGED_NORM:g} times what it was"
+        return f"training loss {loss:.4g} nats after {tokens:,} tokens (start: {self.start:.4g})"
 
 
-def train(cell: Cell, corpus: Corpus, numerics: Numerics, log: Log, *, base_dir: Path | None = None) -> Outcome:
-    """Train a cell and evaluate it.
+def train(cell: Cell, io: TrainerIO) -> Outcome:
+    """Train a cell, from its last checkpoint where it has one, and evaluate it.
 
-    `base_dir` is where a user's own family file lives; None allows no such code. Rows go to `log` at log-spaced
-    evaluations and at even distances between. A loss that is not finite, or that stays far above its start, ends the
-    cell as diverged.
+    Rows are logged at log-spaced evaluations and at even distances between. A loss or gradient that is not finite, or
+    that stays far above where it was, ends the cell as diverged.
     """
+    numerics, corpus, context = io.numerics, io.corpus, cell.shape.context
     torch.set_num_threads(numerics.threads)
     device = torch.device("cpu" if numerics.device == "cpu" else "cuda")
     clock = _Clock()
+    losses: list[torch.Tensor] = []
     with clock("build"):
-        family = find_family(cell.family, allow_code=base_dir is not None, base_dir=base_dir or Path())
+        family = find_family(cell.family, allow_code=io.base_dir is not None, base_dir=io.base_dir or Path())
         model = build_model(family, cell.shape, init_std=cell.init_std, seed=cell.seed, options=dict(cell.options))
         model.to(device).train()
         optimizer = make_optimizer(model, cell.optimizer)
         amplify = _precision(cell.precision, device)
-        subset = subset_windows(corpus.validation_windows(cell.shape.context), cell.shape.context)
-    with clock("evaluate"):
-        start = evaluate(model, corpus, cell.shape.context, device, amplify, subset).loss
-    log(0, {"val_loss": start, "flops": 0.0, "optimizer_step": 0.0})
+        subset = subset_windows(corpus.validation_windows(context), context)
+        state = io.restore()
+    if state is None:
+        with clock("evaluate"):
+            progress = Progress(start=evaluate(model, corpus, context, device, amplify, subset).loss)
+        io.log(0, {"val_loss": progress.start, "flops": 0.0, "optimizer_step": 0.0})
+    else:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        _set_random_state(state["random"])
+        progress = Progress(**state["progress"])
+        losses += [loss.to(device) for loss in state["losses"]]
+
+    def snapshot() -> dict[str, Any]:
+        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
+        return {**parts, "losses": losses, "progress": vars(progress)}
 
     evaluations = evaluation_steps(cell.steps)
-    rows = evaluations | set(range(max(1, cell.steps // TRAIN_ROWS), cell.steps, max(1, cell.steps // TRAIN_ROWS)))
+    between = max(1, cell.steps // TRAIN_ROWS)
+    rows = evaluations | set(range(between, cell.steps, between)) | {cell.steps}
     cost = flops_per_token(cell.shape)
     peak = peak_flops(numerics.device, cell.precision)
-    losses: list[torch.Tensor] = []
-    high = 0
-    reason = None
+    first = since = progress.step
     logged_seconds = 0.0
-    step = 0
-    for step in range(1, cell.steps + 1):
+    reason: str | None = None
+    for step in range(first + 1, cell.steps + 1):
+        tokens = step * cell.batch_tokens
         with clock("train"):
-            rate = cell.optimizer.learning_rate * fraction(cell.schedule, (step - 0.5) * cell.batch_tokens, cell.tokens)
+            middle = (step - 0.5) * cell.batch_tokens
+            rate = cell.optimizer.learning_rate * fraction(cell.schedule, middle, cell.tokens)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = _to_device(corpus.batch(cell.data_seed, step - 1, cell.sequences, cell.shape.context), device)
-            with amplify:
-                logits = model(batch[:, :-1]).logits
-                loss = cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
+            batch = to_device(corpus.batch(cell.data_seed, step - 1, cell.sequences, context), device)
+            losses.append(_backward(model, batch, numerics.micro_batch, amplify))
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cell.optimizer.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.detach())
-            if step not in rows and step < cell.steps:
-                continue
-            mean_loss = float(torch.stack(losses).mean())  # the device is waited for here, and only here
-        tokens = step * cell.batch_tokens
-        pace = len(losses) * cell.batch_tokens / max(clock.seconds["train"] - logged_seconds, 1e-9)
-        logged_seconds = clock.seconds["train"]
-        losses.clear()
-        high = high + 1 if mean_loss > start + DIVERGED_NATS else 0
-        if not math.isfinite(mean_loss) or high >= DIVERGED_ROWS:
-            found = f"{mean_loss:.4g} nats" if math.isfinite(mean_loss) else "not finite"
-            reason = f"training loss {found} after {tokens:,} tokens (start: {start:.4g})"
-            log(tokens, {"diverged_at_tokens": float(tokens), "learning_rate": rate, "optimizer_step": float(step)})
-            break
-        metrics = {
-            "train_loss": mean_loss,
-            "learning_rate": rate,
-            "gradient_norm": float(norm),
-            "tokens_per_second": pace,
-            "flops": float(tokens * cost),
-            "optimizer_step": float(step),
-        }
-        if peak:
-            metrics["mfu"] = pace * cost / peak
-        if step in evaluations:
-            with clock("evaluate"):
-                metrics["val_loss"] = evaluate(model, corpus, cell.shape.context, device, amplify, subset).loss
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        if step < cell.steps:  # the last row waits for the final evaluation
-            log(tokens, metrics)
+            progress.step = step
+            if step in rows:
+                mean_loss, last_norm = float(torch.stack(losses).mean()), float(norm)  # the device is waited for here
+        if step in rows:
+            pace = (step - since) * cell.batch_tokens / max(clock.seconds["train"] - logged_seconds, 1e-9)
+            since, logged_seconds = step, clock.seconds["train"]
+            losses.clear()
+            reason = progress.judge(mean_loss, last_norm, tokens)
+            if reason is not None:
+                fate = {"diverged_at_tokens": float(tokens), "learning_rate": rate, "optimizer_step": float(step)}
+                io.log(tokens, fate)
+                break
+            progress.row = {
+                "train_loss": mean_loss,
+                "learning_rate": rate,
+                "gradient_norm": last_norm,
+                "tokens_per_second": pace,
+                "flops": float(tokens * cost),
+                "optimizer_step": float(step),
+            }
+            if peak:
+                progress.row["mfu"] = pace * cost / peak
+            if step in evaluations:
+                with clock("evaluate"):
+                    progress.row["val_loss"] = evaluate(model, corpus, context, device, amplify, subset).loss
+            if step < cell.steps:  # the last row waits for the final evaluation
+                io.log(tokens, progress.row)
+        io.checkpoint(tokens, snapshot, last=step == cell.steps)
 
-    final = None
+    final: Evaluation | None = None
     if reason is None:
         with clock("evaluate"):
-            final = evaluate(model, corpus, cell.shape.context, device, amplify)
-        if not math.isfinite(final.loss) or final.loss > start:
-            reason, final = f"final validation loss {final.loss:.4g} is above its start ({start:.4g})", None
-        if final is not None:
-            metrics["val_loss"] = float(final.window_sums[subset].sum() / (len(subset) * cell.shape.context))
-            metrics |= {"val_loss_final": final.loss, "val_bpb_final": corpus.info.bits_per_byte(final.loss)}
-        log(cell.tokens, metrics)
+            final = evaluate(model, corpus, context, device, amplify, working=io.progress)
+        row = progress.row
+        if math.isfinite(final.loss) and final.loss <= progress.start:
+            row |= {"val_loss": final.subset_loss(subset, context), "val_loss_final": final.loss}
+            row |= {"val_bpb_final": corpus.info.bits_per_byte(final.loss)}
+        else:
+            reason = f"final validation loss {final.loss:.4g} is above its start ({progress.start:.4g})"
+            final = None
+        io.log(cell.tokens, row)
     return Outcome(
         state="finished" if final else "diverged",
         reason=reason,
         val_loss_final=final.loss if final else None,
         val_bpb_final=corpus.info.bits_per_byte(final.loss) if final else None,
-        loss_at_start=start,
-        steps=step,
+        loss_at_start=progress.start,
+        steps=progress.step,
         seconds=clock.seconds,
-        tokens_per_second=step * cell.batch_tokens / max(clock.seconds["train"], 1e-9),
+        tokens_per_second=(progress.step - first) * cell.batch_tokens / max(clock.seconds["train"], 1e-9),
         peak_memory_bytes=_peak_memory_bytes(),
         document_losses=final.document_sums if final else None,
         document_tokens=final.document_tokens if final else None,
     )
 
 
-def evaluation_steps(steps: int) -> set[int]:
-    """The steps of the evaluations during a run: ten a decade, evenly in log tokens, from 1 % of the run on.
-
-    The last step is not among them: the final evaluation covers it.
-    """
-    first = math.floor(EVALUATIONS_PER_DECADE * math.log10(max(1.0, FIRST_EVALUATION * steps)))
-    last = math.ceil(EVALUATIONS_PER_DECADE * math.log10(steps)) + 1
-    wanted = {round(10 ** (index / EVALUATIONS_PER_DECADE)) for index in range(first, last)}
-    return {step for step in wanted if 1 <= step < steps}
-
-
-def subset_windows(windows: int, context: int) -> np.ndarray:
-    """Indices of the windows, evenly spread over the validation stream, that evaluations during a run use."""
-    count = min(windows, max(1, SUBSET_TOKENS // context))
-    return np.unique(np.linspace(0, windows - 1, count).round().astype(np.int64))
-
-
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module,
-    corpus: Corpus,
-    context: int,
-    device: torch.device,
-    amplify: AbstractContextManager[Any],
-    windows: np.ndarray | None = None,
-) -> Evaluation:
-    """Loss over non-overlapping full-context windows of the validation stream: all of them, or those given."""
-    model.eval()
-    window_sums, document_sums = [], np.zeros(corpus.info.validation_documents)
-    document_tokens = np.zeros(corpus.info.validation_documents, dtype=np.int64)
-    for tokens, documents in _window_batches(corpus, context, windows):
-        batch = _to_device(tokens, device)
+def _backward(
+    model: torch.nn.Module, batch: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]
+) -> torch.Tensor:
+    """Gradients of the mean loss of a batch, in micro-batches of so many sequences. Returns the loss."""
+    parts = batch.split(micro_batch)
+    total: torch.Tensor | None = None
+    for part in parts:
         with amplify:
-            logits = model(batch[:, :-1]).logits
-        each = (
-            cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none").double().cpu().numpy()
-        )
-        window_sums.append(each.reshape(len(tokens), context).sum(axis=1))
-        document_sums += np.bincount(documents.ravel(), weights=each, minlength=len(document_sums))
-        document_tokens += np.bincount(documents.ravel(), minlength=len(document_tokens))
-    model.train()
-    return Evaluation(np.concatenate(window_sums), document_sums, document_tokens)
+            logits = model(part[:, :-1]).logits
+            loss = cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
+        if len(parts) > 1:
+            loss = loss * (len(part) / len(batch))
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total
 
 
-def _window_batches(
-    corpus: Corpus, context: int, windows: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    size = max(1, EVALUATION_TOKENS // context)
-    if windows is None:
-        total = corpus.validation_windows(context)
-        for start in range(0, total, size):
-            yield corpus.validation_batch(start, min(size, total - start), context)
-        return
-    single = [corpus.validation_batch(int(index), 1, context) for index in windows]
-    for start in range(0, len(single), size):
-        chunk = single[start : start + size]
-        yield np.concatenate([tokens for tokens, _ in chunk]), np.concatenate([documents for _, documents in chunk])
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """float32 throughout, or bfloat16 matmuls over float32 weights."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-
-def _to_device(batch: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(batch)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _peak_memory_bytes() -> int:

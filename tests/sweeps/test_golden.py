@@ -5,14 +5,13 @@ the new values. If it fails after any other change, the change is wrong. Other p
 bound is 2e-5; equality to the bit on one machine is tested in test_training.py.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from small import MemoryIO
 
 from sweeps.cell import NUMERICS_VERSION, Cell, Optimizer, Schedule
 from sweeps.corpora import make_source, open_corpus, prepare
-from sweeps.devices import choose_numerics
 from sweeps.families import FAMILIES, resolve_options
 from sweeps.sizes import shape_for
 from sweeps.training import train
@@ -56,10 +55,8 @@ def test_losses_do_not_move_without_a_new_numerics_version(family: str, tmp_path
         seed=3,
         data_seed=4,
     )
-    losses: list[float] = []
-
-    def log(tokens: int, metrics: Mapping[str, float]) -> None:
-        losses.extend(value for key, value in metrics.items() if key == "train_loss")
-
-    outcome = train(cell, corpus, choose_numerics(cell.sequences), log)
-    assert (losses[-1], outcome.val_loss_final) == pytest.approx(GOLDEN[NUMERICS_VERSION][family], rel=2e-5)
+    io = MemoryIO(cell, corpus)
+    outcome = train(cell, io)
+    assert (io.rows[cell.tokens]["train_loss"], outcome.val_loss_final) == pytest.approx(
+        GOLDEN[NUMERICS_VERSION][family], rel=2e-5
+    )

@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from sweeps.store import (
     attempt_epochs,
     begin_attempt,
     cell_state,
-    claim_study,
     commit_result,
     decode_row,
     encode_row,
@@ -167,41 +165,6 @@ def test_an_attempt_elsewhere_lives_by_its_last_sign(store: Store) -> None:
     assert cell_state(store, "c").state == "planned"
     write_log(attempt, row(1, loss=1.0))
     assert cell_state(store, "c").state == "running"
-
-
-def test_one_driver_holds_a_study_and_a_dead_one_is_replaced(store: Store) -> None:
-    claim = claim_study(store, "s")
-    with pytest.raises(InputError, match=f"study s is being run by process {os.getpid()} on .* since"):
-        claim_study(store, "s")
-    write_json(claim, read_json(claim) | {"process_started": 1.0})
-    second = claim_study(store, "s")
-    assert second != claim
-    assert read_json(second)["pid"] == os.getpid()
-    with pytest.raises(InputError, match="is being run by"):
-        claim_study(store, "s")
-    second.unlink()
-    assert claim_study(store, "s") == second  # the dead one stays, and is outbid again
-
-
-@pytest.mark.parametrize("attempt", range(20))
-def test_of_many_that_replace_a_dead_driver_one_wins(store: Store, attempt: int) -> None:
-    claim = claim_study(store, "s")
-    write_json(claim, read_json(claim) | {"process_started": 1.0})
-    outcomes: list[str] = []
-
-    def take() -> None:
-        try:
-            claim_study(store, "s")
-            outcomes.append("won")
-        except InputError:
-            outcomes.append("lost")
-
-    threads = [threading.Thread(target=take) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(outcomes) == ["lost"] * 7 + ["won"]
 
 
 def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:

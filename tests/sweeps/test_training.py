@@ -1,12 +1,8 @@
 """Training learns, repeats itself to the bit, evaluates exactly, and says when it diverged."""
 
-import dataclasses
-import json
 import math
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +10,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import CONTEXT, MemoryIO, make_cell, put
 
 from sweeps.accounting import parameters
 from sweeps.attempt import run_attempt
-from sweeps.cell import Cell, Optimizer, Schedule
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
-from sweeps.devices import choose_numerics, peak_flops
-from sweeps.families import FAMILIES, build_model, resolve_options
+from sweeps.devices import peak_flops
+from sweeps.evaluation import evaluate, evaluation_steps, subset_windows
+from sweeps.families import FAMILIES, build_model
 from sweeps.optimizers import make_optimizer
-from sweeps.sizes import shape_for
-from sweeps.store import Store, open_store, read_json, read_metrics, write_json
-from sweeps.training import evaluate, evaluation_steps, subset_windows, train
+from sweeps.store import Store, open_store, read_json, read_metrics
+from sweeps.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
@@ -41,44 +36,9 @@ def corpus(store: Store) -> Corpus:
     return open_corpus(store.root, prepare(source, "bytes", store.root).fingerprint)
 
 
-def make_cell(corpus: Corpus, steps: int = 40, learning_rate: float = 0.01, **changes: object) -> Cell:
-    shape = shape_for(FAMILIES["llama"], 10_000, vocab_size=corpus.info.vocab_size, context=CONTEXT)
-    optimizer = Optimizer(learning_rate=learning_rate, weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8, clip_norm=1.0)
-    fields = {
-        "family": "llama",
-        "family_version": "1",
-        "options": tuple(sorted(resolve_options(FAMILIES["llama"]).items())),
-        "shape": shape,
-        "init_std": 0.05,
-        "corpus": corpus.info.fingerprint,
-        "tokenizer": corpus.info.tokenizer,
-        "tokens": steps * 512,
-        "batch_tokens": 512,
-        "optimizer": optimizer,
-        "schedule": Schedule(name="cosine", warmup_tokens=steps * 51, final_fraction=0.1, cooldown_fraction=0.2),
-        "precision": "float32",
-        "seed": 0,
-        "data_seed": 0,
-    }
-    return Cell(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-def put(store: Store, cell: Cell) -> str:
-    counts = {"flops_per_token": 1}
-    write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": cell.identity, "counts": counts})
-    return cell.id
-
-
-def record(rows: list[tuple[int, dict[str, float]]]):  # type: ignore[no-untyped-def]
-    def log(tokens: int, metrics: Mapping[str, float]) -> None:
-        rows.append((tokens, {k: v for k, v in metrics.items() if k != "tokens_per_second"}))
-
-    return log
-
-
 def test_a_small_model_reaches_the_entropy_rate_of_its_source_from_above(corpus: Corpus) -> None:
     cell = make_cell(corpus, steps=500, learning_rate=0.02)
-    outcome = train(cell, corpus, choose_numerics(cell.sequences), record([]))
+    outcome = train(cell, MemoryIO(cell, corpus))
     rate = corpus.info.entropy_rate
     assert outcome.state == "finished"
     assert rate is not None
@@ -89,16 +49,16 @@ def test_a_small_model_reaches_the_entropy_rate_of_its_source_from_above(corpus:
 
 def test_equal_numerics_give_bit_equal_losses(corpus: Corpus) -> None:
     cell = make_cell(corpus)
-    runs: list[list[tuple[int, dict[str, float]]]] = [[], []]
-    finals = [train(cell, corpus, choose_numerics(cell.sequences), record(rows)).val_loss_final for rows in runs]
+    runs = [MemoryIO(cell, corpus), MemoryIO(cell, corpus)]
+    finals = [train(cell, run).val_loss_final for run in runs]
     assert finals[0] == finals[1]
-    assert runs[0] == runs[1]
+    assert runs[0].rows == runs[1].rows
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"data_seed": 1}])
 def test_each_seed_moves_the_losses(corpus: Corpus, changes: dict[str, int]) -> None:
     one, other = make_cell(corpus, 10), make_cell(corpus, 10, **changes)
-    losses = [train(cell, corpus, choose_numerics(cell.sequences), record([])).val_loss_final for cell in (one, other)]
+    losses = [train(cell, MemoryIO(cell, corpus)).val_loss_final for cell in (one, other)]
     assert losses[0] != losses[1]
 
 
@@ -106,14 +66,14 @@ def test_bfloat16_stays_near_float32(corpus: Corpus) -> None:
     losses = []
     for precision in ("float32", "bfloat16"):
         cell = make_cell(corpus, precision=precision)
-        losses.append(train(cell, corpus, choose_numerics(cell.sequences), record([])).val_loss_final)
+        losses.append(train(cell, MemoryIO(cell, corpus)).val_loss_final)
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
 def test_a_learning_rate_far_too_high_ends_as_diverged_and_never_as_infinite(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, steps=60, learning_rate=1000.0)
-    assert run_attempt(store, put(store, cell), study="s")["state"] == "diverged"
+    assert run_attempt(store, put(store, cell), study="s").state == "diverged"
     result = read_json(store.cell(cell.id) / "result.json")
     assert result["state"] == "diverged"
     assert result["val_loss_final"] is None
@@ -169,7 +129,7 @@ def test_an_attempt_needs_neither_ray_nor_mlflow_and_leaves_a_whole_record(corpu
     code = (
         "import sys; sys.modules['ray'] = sys.modules['mlflow'] = None\n"
         "from pathlib import Path; from sweeps.store import Store; from sweeps.attempt import run_attempt\n"
-        f"print(run_attempt(Store(Path({str(store.root)!r})), {cell.id!r}, study='s')['state'])"
+        f"print(run_attempt(Store(Path({str(store.root)!r})), {cell.id!r}, study='s').state)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "finished"
@@ -183,36 +143,8 @@ def test_an_attempt_needs_neither_ray_nor_mlflow_and_leaves_a_whole_record(corpu
     assert len({key for row in rows for key in row["metrics"]}) < 50
     with np.load(store.attempt(cell.id, 0) / "documents.npz", allow_pickle=False) as documents:
         assert documents["loss_sum"].sum() / documents["tokens"].sum() == pytest.approx(result["val_loss_final"])
-    again = train(cell, corpus, choose_numerics(cell.sequences), record([]))
+    again = train(cell, MemoryIO(cell, corpus))
     assert again.val_loss_final == result["val_loss_final"], "another process, the same bits"
-
-
-def test_an_error_in_the_code_is_recorded_with_its_traceback_and_not_raised(corpus: Corpus, store: Store) -> None:
-    cell = make_cell(corpus, family="gone.py:family")
-    ended = run_attempt(store, put(store, cell), study="s")
-    assert ended["state"] == "failed"
-    text = (store.attempt(cell.id, 0) / "error.txt").read_text()
-    assert text.startswith("code: InputError: ")
-    assert "Traceback" in text
-    assert not (store.cell(cell.id) / "result.json").exists()
-
-
-def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store: Store) -> None:
-    cell = make_cell(corpus, steps=3, seed=9)
-    put(store, cell)
-    os.environ["OMP_NUM_THREADS"] = "2"
-    try:
-        first = dataclasses.replace(cell, corpus="missing")
-        write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": first.identity, "counts": {}})
-        assert run_attempt(store, cell.id, study="s")["state"] == "failed"
-    finally:
-        os.environ["OMP_NUM_THREADS"] = "1"
-    put(store, cell)
-    assert run_attempt(store, cell.id, study="s")["state"] == "finished"
-    numerics = [read_json(store.attempt(cell.id, epoch) / "attempt.json")["numerics"] for epoch in (0, 1)]
-    assert numerics[0] == numerics[1]
-    assert numerics[1]["threads"] == 2
-    assert json.dumps(read_json(store.cell(cell.id) / "result.json")["numerics"]) == json.dumps(numerics[1])
 
 
 def test_mfu_is_given_only_where_the_peak_is_known() -> None:

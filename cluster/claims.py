@@ -1,0 +1,131 @@
+"""Claims: which process is the one driver of a study.
+
+Claims are numbered, studies/<name>/driver-<k>.json, and the highest counts. The highest is never taken away, only
+outbid by the next number, which one process alone can link: so of many that find a dead driver, one replaces it. A
+driver that was frozen wakes up to a higher number, even if its successor has ended; it looks whether it still holds
+the study before it writes anything.
+"""
+
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from sweeps.errors import InputError
+from sweeps.store import (
+    BEAT_SECONDS,
+    SILENCE_SECONDS,
+    Json,
+    Store,
+    here,
+    is_alive,
+    read_json,
+    timestamp,
+    write_beside,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A claim that was found."""
+
+    number: int
+    path: Path
+    record: Json
+    silent_seconds: float
+
+    @property
+    def lives(self) -> bool:
+        """A process that is gone, or that gave no sign for long (frozen, or on a machine that is gone), does not."""
+        if "ended" in self.record:
+            return False
+        return self.silent_seconds < SILENCE_SECONDS and is_alive(self.record, time.time() - self.silent_seconds)
+
+
+def read_holder(store: Store, study: str) -> Holder | None:
+    """The study's highest claim; None where there is none."""
+    while True:
+        path = max(store.study(study).glob("driver-*.json"), key=_number, default=None)
+        if path is None:
+            return None
+        with suppress(FileNotFoundError):  # it has just been outbid
+            return Holder(_number(path), path, read_json(path), time.time() - path.stat().st_mtime)
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.partition("-")[2])
+
+
+def driver_lives(store: Store, study: str, number: int) -> bool:
+    """Whether the driver with this claim is at work."""
+    holder = read_holder(store, study)
+    return holder is not None and holder.number == number and holder.lives
+
+
+class Claim:
+    """This process as a study's driver, from entering to leaving its `with` block. A thread keeps it alive.
+
+    Entering raises InputError that names the holder where another driver lives.
+    """
+
+    def __init__(self, store: Store, study: str) -> None:
+        self.store, self.study = store, study
+        self.number = -1
+        self._path = Path()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="escala-claim", daemon=True)
+
+    def holds(self) -> bool:
+        """Whether no other driver has taken the study over. Looks at the disk."""
+        holder = read_holder(self.store, self.study)
+        return holder is not None and holder.number == self.number
+
+    def __enter__(self) -> "Claim":
+        folder = self.store.study(self.study)
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            holder = read_holder(self.store, self.study)
+            if holder is not None and holder.lives:
+                raise InputError(_held(self.study, holder))
+            self.number = holder.number + 1 if holder else 0
+            self._path = folder / f"driver-{self.number}.json"
+            temporary = write_beside(self._path, json.dumps(here()).encode())
+            try:
+                os.link(temporary, self._path)
+                break
+            except FileExistsError:  # another was quicker
+                continue
+            finally:
+                os.unlink(temporary)
+        for lower in folder.glob("driver-*.json"):
+            if _number(lower) < self.number:
+                lower.unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        if self.holds():
+            write_json(self._path, {**read_json(self._path), "ended": timestamp()}, sync=False)
+
+    def _loop(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                if self.holds():
+                    os.utime(self._path)
+
+
+def _held(study: str, holder: Holder) -> str:
+    record, silent = holder.record, max(0.0, holder.silent_seconds)
+    return (
+        f"study {study} is being run by process {record['pid']} on {record['host']} since {record['started']}, last "
+        f"sign of life {silent:.0f} s ago. Wait for it, or stop it: escala cancel {study}. If that machine is gone, "
+        f"run this again in {SILENCE_SECONDS - silent:.0f} s: who is silent for {SILENCE_SECONDS:.0f} s is replaced "
+        "safely."
+    )

@@ -1,0 +1,56 @@
+"""The connection to Ray: an embedded one on this machine, or a cluster's; and the workers that it gives."""
+
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+from cluster.placement import Slots
+from sweeps.errors import InputError
+
+OBJECT_STORE_BYTES = 80 * 1024**2
+"""Ray's least: nothing heavy goes through it."""
+
+
+def start_ray(address: str, workers: int | None = None) -> Any:
+    """Start Ray on this machine ("local") or join a cluster; returns the ray module. InputError where it fails."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray keeps its auth token under HOME; where that cannot be written, one that lives as long as this process will do.
+    if "RAY_AUTH_MODE" not in os.environ and not os.access(Path.home(), os.W_OK):
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    try:
+        if address == "local":
+            cpus = workers or os.cpu_count()
+            ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+        else:
+            _join(ray, address, quiet)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        raise InputError(
+            f"Ray is not reachable at {address!r}: {str(error).splitlines()[0]}. Start the cluster, correct --address "
+            "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."
+        ) from None
+    return ray
+
+
+def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
+    """Join a cluster. Ray retries an address that does not answer for a long time; ask the port first."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "://" not in address:
+        with socket.create_connection((host, int(port)), timeout=10):
+            pass
+    ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
+
+
+def make_worker(ray: Any, slots: Slots) -> Any:
+    """A new worker, unnamed: a name that a dead one had may be taken for a while."""
+    from cluster.worker import Worker
+
+    return ray.remote(**slots.options)(Worker).remote()

@@ -1,0 +1,76 @@
+"""Leftovers: attempts that no living driver watches any more, ended before their cells are tried again.
+
+Workers outlive a killed driver by seconds and go on writing. Their lease protects the result; this ends them, or waits
+until they have let go, so that no two processes train one cell.
+"""
+
+import os
+import signal
+import socket
+import time
+from contextlib import suppress
+
+from cluster.claims import driver_lives
+from sweeps.errors import InputError
+from sweeps.store import (
+    SILENCE_SECONDS,
+    Attempt,
+    Json,
+    Store,
+    ask_to_stop,
+    attempt_epochs,
+    attempt_lives,
+    last_sign,
+    read_end,
+    read_json,
+    record_error,
+)
+
+END_SECONDS = 10.0
+
+
+def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
+    """Whether a cell is free to be tried by this driver (the number of its claim on `study`), or has ended.
+
+    A worker of a dead driver on this machine is killed; on another it is asked to stop, and the cell is not free until
+    it does or falls silent. A cell that a living driver trains for another study is not free.
+    """
+    epochs = attempt_epochs(store, cell_id)
+    if not epochs or read_end(store, cell_id, epochs[-1]) or (store.cell(cell_id) / "result.json").exists():
+        return True
+    attempt = Attempt(store, cell_id, epochs[-1])
+    try:
+        record = read_json(attempt.folder / "attempt.json")
+    except FileNotFoundError:  # its process was killed within a moment of taking the lease, or is within that moment
+        record = {}
+    owner = (record.get("study"), record.get("driver", -1))
+    if owner[0] is not None and owner != (study, driver) and driver_lives(store, owner[0], owner[1]):
+        return False
+    if attempt_lives(store, cell_id, attempt.epoch) and not _end(attempt, record):
+        return False
+    if read_end(store, cell_id, attempt.epoch) is None and not (store.cell(cell_id) / "result.json").exists():
+        record_error(attempt, "preemption", "its driver was gone")
+    return True
+
+
+def _end(attempt: Attempt, record: Json) -> bool:
+    """End a living attempt. Whether it is over."""
+    if record.get("host") == socket.gethostname():
+        _kill(record, attempt)
+        return True
+    silent = time.time() - last_sign(attempt.store, attempt.cell_id, attempt.epoch)
+    if record and not (attempt.folder / "stop.json").exists():
+        ask_to_stop(attempt, "preemption", "its driver was gone")
+    return silent > SILENCE_SECONDS
+
+
+def _kill(record: Json, attempt: Attempt) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(record["pid"], signal.SIGKILL)  # `attempt_lives` has just held its start time against the record's
+    deadline = time.monotonic() + END_SECONDS
+    while attempt_lives(attempt.store, attempt.cell_id, attempt.epoch):
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"process {record['pid']}, which a dead driver left behind, does not end. End it, then run again."
+            )
+        time.sleep(0.05)

@@ -1,0 +1,62 @@
+"""How a run stands at a moment, for displays: read from the logs of the cells that run."""
+
+from dataclasses import dataclass
+
+from sweeps.store import Store, attempt_epochs, read_rows
+
+
+@dataclass(frozen=True)
+class Running:
+    """A cell in training as its log tells it."""
+
+    cell_id: str
+    N: int
+    tokens: int
+    horizon: int
+    loss: float | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A moment of a run."""
+
+    counts: dict[str, int]
+    total: int
+    running: tuple[Running, ...]
+    eta_seconds: float | None
+    workers: int
+    mirror_fault: str | None
+    ended: tuple[str, ...]
+    """The cells that ended since the last moment, in words."""
+    wish: str | None = None
+    """pause, drain or cancel, where a person wishes so."""
+
+
+class Tail:
+    """The last figures in a running cell's log."""
+
+    def __init__(self, store: Store, cell_id: str) -> None:
+        self.tokens = 0
+        self.loss: float | None = None
+        self.tokens_per_second = 0.0
+        self._store, self._cell_id = store, cell_id
+        self._epoch, self._offset = -1, 0
+
+    def read(self) -> None:
+        """Take in what was written since the last call."""
+        epochs = attempt_epochs(self._store, self._cell_id)
+        if not epochs:
+            return
+        if epochs[-1] != self._epoch:
+            self._epoch, self._offset = epochs[-1], 0
+        rows, self._offset = read_rows(self._store.attempt(self._cell_id, self._epoch) / "log.jsonl", self._offset)
+        for row in rows:
+            self.tokens = row["tokens"]
+            self.loss = row["metrics"].get("val_loss_final", row["metrics"].get("train_loss", self.loss))
+            self.tokens_per_second = row["metrics"].get("tokens_per_second", self.tokens_per_second)
+
+    def final_loss(self) -> float | None:
+        """The last loss that the log holds."""
+        self.read()
+        return self.loss

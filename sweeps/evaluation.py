@@ -1,0 +1,108 @@
+"""Evaluation: the loss of a model over the fixed validation stream, whole or in part, by window and by document."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from sweeps.corpora import Corpus
+
+EVALUATIONS_PER_DECADE = 10
+FIRST_EVALUATION = 0.01
+"""Evaluations during the run start at this share of its steps."""
+SUBSET_TOKENS = 8192
+"""Validation tokens of an evaluation during the run: windows spread evenly over the fixed stream."""
+EVALUATION_TOKENS = 8192
+"""Tokens of one forward pass in an evaluation."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Summed losses over validation windows and over documents."""
+
+    window_sums: np.ndarray
+    document_sums: np.ndarray
+    document_tokens: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return float(self.document_sums.sum() / self.document_tokens.sum())
+
+    def subset_loss(self, windows: np.ndarray, context: int) -> float:
+        """Mean nats per token over some of the windows, where all were evaluated."""
+        return float(self.window_sums[windows].sum() / (len(windows) * context))
+
+
+def evaluation_steps(steps: int) -> set[int]:
+    """The steps of the evaluations during a run: ten a decade, evenly in log tokens, from 1 % of the run on.
+
+    The last step is not among them: the final evaluation covers it.
+    """
+    first = math.floor(EVALUATIONS_PER_DECADE * math.log10(max(1.0, FIRST_EVALUATION * steps)))
+    last = math.ceil(EVALUATIONS_PER_DECADE * math.log10(steps)) + 1
+    wanted = {round(10 ** (index / EVALUATIONS_PER_DECADE)) for index in range(first, last)}
+    return {step for step in wanted if 1 <= step < steps}
+
+
+def subset_windows(windows: int, context: int) -> np.ndarray:
+    """Indices of the windows, evenly spread over the validation stream, that evaluations during a run use."""
+    count = min(windows, max(1, SUBSET_TOKENS // context))
+    return np.unique(np.linspace(0, windows - 1, count).round().astype(np.int64))
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    corpus: Corpus,
+    context: int,
+    device: torch.device,
+    amplify: AbstractContextManager[Any],
+    windows: np.ndarray | None = None,
+    working: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Loss over non-overlapping full-context windows of the validation stream: all of them, or those given.
+
+    `working` is called after every forward pass: a long evaluation shows that it goes on.
+    """
+    model.eval()
+    window_sums, document_sums = [], np.zeros(corpus.info.validation_documents)
+    document_tokens = np.zeros(corpus.info.validation_documents, dtype=np.int64)
+    for tokens, documents in _window_batches(corpus, context, windows):
+        batch = to_device(tokens, device)
+        with amplify:
+            logits = model(batch[:, :-1]).logits
+        each = (
+            cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none").double().cpu().numpy()
+        )
+        window_sums.append(each.reshape(len(tokens), context).sum(axis=1))
+        document_sums += np.bincount(documents.ravel(), weights=each, minlength=len(document_sums))
+        document_tokens += np.bincount(documents.ravel(), minlength=len(document_tokens))
+        working()
+    model.train()
+    return Evaluation(np.concatenate(window_sums), document_sums, document_tokens)
+
+
+def _window_batches(
+    corpus: Corpus, context: int, windows: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    size = max(1, EVALUATION_TOKENS // context)
+    if windows is None:
+        total = corpus.validation_windows(context)
+        for start in range(0, total, size):
+            yield corpus.validation_batch(start, min(size, total - start), context)
+        return
+    single = [corpus.validation_batch(int(index), 1, context) for index in windows]
+    for start in range(0, len(single), size):
+        chunk = single[start : start + size]
+        yield np.concatenate([tokens for tokens, _ in chunk]), np.concatenate([documents for _, documents in chunk])
+
+
+def to_device(batch: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(batch)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

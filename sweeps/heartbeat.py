@@ -1,0 +1,101 @@
+"""The heartbeat of an attempt: says that it lives, and hears that it must stop.
+
+A thread beside training writes heartbeat.json and looks for three reasons to stop: a request in the attempt's folder
+(a person's, or the driver's), a later attempt that has taken the cell over, and SIGTERM, which a machine gets a
+moment before it is taken away. Training itself never waits for a disk to learn of them.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from sweeps.errors import InputError
+from sweeps.store import BEAT_SECONDS, Attempt, read_json, write_json
+
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why an attempt must end."""
+
+    kind: str
+    """preemption, stopped, or superseded: a later attempt holds the cell."""
+    why: str
+
+
+class Heartbeat:
+    """Runs from entering to leaving its `with` block."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.stop: Stop | None = None
+        """Set once there is a reason to stop."""
+        self.resumed_from = 0
+        """Tokens of the checkpoint from which the attempt went on."""
+        self._tokens, self._progressed = 0, time.time()
+        self._path = attempt.folder / "heartbeat.json"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="escala-heartbeat", daemon=True)
+
+    def progress(self, tokens: int | None = None) -> None:
+        """Training goes on: a process that beats without progress hangs."""
+        if tokens is not None:
+            self._tokens = tokens
+        self._progressed = time.time()
+
+    def __enter__(self) -> "Heartbeat":
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._beat()
+
+    def _loop(self) -> None:
+        beaten = time.monotonic()
+        while not self._over.wait(LOOK_SECONDS):
+            with suppress(OSError, InputError):  # a disk that fails stops training where it writes, not here
+                self._look()
+                if time.monotonic() - beaten >= BEAT_SECONDS:
+                    beaten = time.monotonic()
+                    self._beat()
+
+    def _look(self) -> None:
+        if self.stop is None and not self.attempt.holds_lease():
+            self.stop = Stop("superseded", "a later attempt has taken this cell over")
+        if self.stop is None:
+            with suppress(FileNotFoundError):
+                asked = read_json(self.attempt.folder / "stop.json")
+                self.stop = Stop(asked["kind"], asked["why"])
+
+    def _beat(self) -> None:
+        record = {"time": round(time.time(), 3), "tokens": self._tokens, "progressed": round(self._progressed, 3)}
+        record |= {"resumed_from": self.resumed_from}
+        try:
+            write_json(self._path, record, sync=False)
+        except InputError:  # a full disk can still take a new time
+            os.utime(self._path)
+
+
+@contextmanager
+def terminable(heartbeat: Heartbeat) -> Iterator[None]:
+    """SIGTERM asks the attempt to stop, as a preempted machine does. Elsewhere than in the main thread: no change."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(*_: object) -> None:
+        heartbeat.stop = heartbeat.stop or Stop("preemption", "SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -1,0 +1,203 @@
+"""What a trainer sees of the system: a cell, and an `io` through which it logs, keeps checkpoints and hears to stop.
+
+A trainer is a function `train(cell, io) -> Outcome | float`: Escala's own (sweeps/training.py), or a user's,
+`my_file.py:train`. Both run under the same store, leases, checkpoints and mirror, and use nothing but `io`:
+
+    def train(cell, io):
+        state = io.restore() or {"step": 0, "x": 0.0}
+        for step in range(state["step"] + 1, cell.steps + 1):
+            state = {"step": step, "x": ...}                                  # one step of training
+            io.log(step * cell.batch_tokens, {"train_loss": ...})             # nats per token
+            io.checkpoint(step * cell.batch_tokens, lambda: state)            # costs nothing until one is due
+        return final_validation_loss
+
+What was logged stays: after a resume a trainer runs through steps that are in the log already. Equal values are not
+written again; values that differ are noted beside the first, which stands.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sweeps.cell import Cell
+from sweeps.devices import Numerics
+from sweeps.errors import InputError
+from sweeps.heartbeat import Heartbeat, Stop
+from sweeps.store import append_rows, read_metrics
+from sweeps.usercode import load_function
+
+if TYPE_CHECKING:
+    from sweeps.checkpoints import State, Writer
+    from sweeps.corpora import Corpus
+
+CHECKPOINT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a cell ended. Losses in nats per token; None where the cell diverged."""
+
+    state: str = "finished"
+    """finished or diverged."""
+    reason: str | None = None
+    val_loss_final: float | None = None
+    val_bpb_final: float | None = None
+    loss_at_start: float | None = None
+    steps: int | None = None
+    """Optimizer steps taken; None: all that were planned."""
+    seconds: Mapping[str, float] | None = None
+    """Wall-clock seconds of this attempt by part of the work."""
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    document_losses: np.ndarray | None = None
+    """Summed loss of each validation document in the final evaluation, float64."""
+    document_tokens: np.ndarray | None = None
+
+
+Trainer = Callable[[Cell, "TrainerIO"], "Outcome | float"]
+
+
+class Stopped(Exception):
+    """The attempt must end now; its checkpoint is kept. A trainer lets it pass."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.why)
+        self.stop = stop
+
+
+class Diverged(Exception):
+    """The cell's loss is lost for good: a result, not a failure. A trainer may raise it with the reason."""
+
+
+class TrainerIO:
+    """One attempt as its trainer sees it."""
+
+    def __init__(
+        self,
+        heartbeat: Heartbeat,
+        stream: Any,
+        corpus: "Corpus",
+        numerics: Numerics,
+        *,
+        tolerance: float,
+        base_dir: Path | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        self.corpus = corpus
+        """The tokens: batch(seed, step, sequences, context) and the validation stream."""
+        self.numerics = numerics
+        """How to compute: device, threads, micro-batch."""
+        self.base_dir = base_dir
+        """Where the study's own code lives; None where none may run."""
+        self._heartbeat, self._stream, self._tolerance = heartbeat, stream, tolerance
+        self._attempt = heartbeat.attempt
+        self._interval = checkpoint_seconds
+        self._kept = time.monotonic()
+        self._writer: Writer | None = None
+        logged = read_metrics(self._attempt.store, self._attempt.cell_id) if self._attempt.epoch else []
+        self._logged: dict[int, dict[str, float]] = {row["tokens"]: row["metrics"] for row in logged}
+
+    def log(self, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics at so many tokens seen. A value that is not finite ends the cell as diverged.
+
+        Pairs of (tokens, key) that are in the log already are not written again. Names that end in _seconds,
+        _per_second or mfu are taken to be of the clock and may differ.
+        """
+        known = self._logged.setdefault(tokens, {})
+        fresh = {key: float(value) for key, value in metrics.items() if key not in known}
+        for key, value in fresh.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{key} is {value} after {tokens:,} tokens")
+        differs = {
+            key: [known[key], float(metrics[key])]
+            for key in metrics
+            if key in known and not _is_clock(key) and not self._agree(known[key], float(metrics[key]))
+        }
+        if fresh or differs:
+            row = {"time": round(time.time(), 3), "tokens": tokens, "metrics": fresh}
+            append_rows(self._stream, [row | ({"differs": differs} if differs else {})])
+            known |= fresh
+        self._heartbeat.progress(tokens)
+
+    def checkpoint(self, tokens: int, snapshot: "Callable[[], State]", *, last: bool = False) -> None:
+        """Keep a checkpoint where one is due: after the interval, at the `last` step, or before a stop.
+
+        `snapshot` returns the state as a nested mapping of tensors, arrays and plain values, and is called only when
+        it is due; the copy is written by a thread. Raises Stopped where the attempt must end.
+        """
+        self._heartbeat.progress(tokens)
+        stop = self._heartbeat.stop
+        if stop is not None and stop.kind == "superseded":
+            raise Stopped(stop)
+        if not (stop or last or time.monotonic() - self._kept >= self._interval):
+            return
+        if self._writer is None:
+            from sweeps.checkpoints import Writer
+
+            self._writer = Writer(self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch))
+        if not (stop or last) and self._writer.busy():
+            return
+        self._writer.submit(tokens, snapshot())
+        self._kept = time.monotonic()
+        if stop or last:
+            self._writer.wait()
+        if stop:
+            raise Stopped(stop)
+
+    def restore(self) -> "dict[str, Any] | None":
+        """The state of the cell's last good checkpoint, tensors on the CPU; None for a cell that has none."""
+        if not self._attempt.epoch:
+            return None
+        from sweeps.checkpoints import newest
+
+        found = newest(self._attempt.store, self._attempt.cell_id)
+        if found is None:
+            return None
+        self._heartbeat.resumed_from = found.tokens
+        self._heartbeat.progress(found.tokens)
+        return found.state
+
+    def should_stop(self) -> bool:
+        """Whether the attempt was asked to end: the next `checkpoint` will keep the state and raise Stopped."""
+        return self._heartbeat.stop is not None
+
+    def progress(self) -> None:
+        """Say that work goes on where neither log nor checkpoint is called for long. Raises Stopped as they do."""
+        self._heartbeat.progress()
+        if self._heartbeat.stop is not None:
+            raise Stopped(self._heartbeat.stop)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint to be written."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def _agree(self, one: float, two: float) -> bool:
+        return abs(one - two) <= self._tolerance * max(abs(one), abs(two))
+
+
+def _is_clock(key: str) -> bool:
+    return key.endswith(("_seconds", "_per_second", "mfu"))
+
+
+def find_trainer(name: str, base_dir: Path | None) -> Trainer:
+    """The trainer of a cell: Escala's own for "", else the function of `my_file.py:train@<hash>`.
+
+    A file is looked up from `base_dir`; None allows no such code. InputError where it is missing, or is not the file
+    that the cell was planned with.
+    """
+    if not name:
+        from sweeps.training import train
+
+        return train
+    declared, _, planned = name.rpartition("@")
+    function, digest = load_function("trainer", declared, base_dir)
+    if digest != planned:
+        raise InputError(f"trainer {declared}: the file has changed since this cell was planned. Run the study again.")
+    found: Trainer = function
+    return found

@@ -1,0 +1,104 @@
+"""One driver holds a study; a dead or frozen one is replaced by exactly one other."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.claims import Claim, driver_lives, read_holder
+from cluster.control import cancel, pause, read_wish, resume
+from sweeps.errors import InputError
+from sweeps.store import SILENCE_SECONDS, Store, open_store, read_json, write_json
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+def kill(store: Store) -> None:
+    """Make the highest claim that of a process that is gone."""
+    holder = read_holder(store, "s")
+    assert holder is not None
+    write_json(holder.path, read_json(holder.path) | {"process_started": 1.0})
+
+
+def test_one_driver_holds_a_study_and_a_dead_one_is_replaced(store: Store) -> None:
+    with Claim(store, "s") as first:
+        with pytest.raises(InputError, match=f"study s is being run by process {os.getpid()} on .* since"):
+            Claim(store, "s").__enter__()
+        assert first.holds()
+        kill(store)
+        with Claim(store, "s") as second:
+            assert second.number == first.number + 1
+            assert second.holds()
+            assert not first.holds()
+            assert driver_lives(store, "s", second.number)
+            assert not driver_lives(store, "s", first.number)
+        assert not first.holds(), "not even when its successor has ended"
+    with Claim(store, "s") as third:
+        assert third.number == second.number + 1
+
+
+def test_a_driver_that_gave_no_sign_for_long_is_taken_to_be_frozen(store: Store) -> None:
+    with Claim(store, "s") as first:
+        holder = read_holder(store, "s")
+        assert holder is not None
+        assert holder.lives
+        old = time.time() - SILENCE_SECONDS - 1
+        os.utime(holder.path, (old, old))
+        with Claim(store, "s") as second:
+            assert not first.holds()
+            assert second.holds()
+
+
+def test_a_driver_elsewhere_lives_by_its_signs_and_the_message_says_how_to_take_over(store: Store) -> None:
+    with Claim(store, "s"):
+        holder = read_holder(store, "s")
+        assert holder is not None
+        write_json(holder.path, holder.record | {"host": "elsewhere"})
+        with pytest.raises(InputError, match=r"on elsewhere since .* If that machine is gone, run this again in \d+ s"):
+            Claim(store, "s").__enter__()
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_of_many_that_replace_a_dead_driver_one_wins(store: Store, attempt: int) -> None:
+    Claim(store, "s").__enter__()
+    kill(store)
+    outcomes: list[str] = []
+
+    def take() -> None:
+        try:
+            Claim(store, "s").__enter__()
+            outcomes.append("won")
+        except InputError:
+            outcomes.append("lost")
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["lost"] * 7 + ["won"]
+
+
+def test_a_pause_holds_until_it_is_lifted(store: Store) -> None:
+    with pytest.raises(InputError, match="is not paused"):
+        resume(store, "s")
+    assert pause(store, "s").wish == "pause"
+    with pytest.raises(InputError, match=r"is paused by .* already"):
+        pause(store, "s")
+    assert resume(store, "s") is False
+    assert read_wish(store, "s") is None
+
+
+def test_a_cancel_is_meant_for_the_driver_at_work(store: Store) -> None:
+    with pytest.raises(InputError, match="no driver is at work on study s"):
+        cancel(store, "s", now=True)
+    with Claim(store, "s") as claim:
+        assert cancel(store, "s", now=False).wish == "drain"
+        wish = read_wish(store, "s")
+        assert wish is not None
+        assert wish.driver == claim.number

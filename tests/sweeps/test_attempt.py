@@ -1,0 +1,272 @@
+"""An attempt resumes where the last one stopped, to the bit; says how it ended; and harms nobody who came after it."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import make_cell, put
+
+from sweeps.attempt import run_attempt
+from sweeps.cell import Cell
+from sweeps.checkpoints import listed, load
+from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.store import (
+    Attempt,
+    Store,
+    append_rows,
+    ask_to_stop,
+    attempt_epochs,
+    begin_attempt,
+    cell_state,
+    forgive,
+    open_store,
+    read_differences,
+    read_json,
+    read_metrics,
+    read_rows,
+    record_error,
+    write_json,
+)
+from sweeps.usercode import trainer_identity
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return open_store(tmp_path_factory.mktemp("attempts") / "store")
+
+
+@pytest.fixture(scope="module")
+def corpus(store: Store) -> Corpus:
+    source = make_source("markov", None, {"vocab_size": 8, "tokens": 400_000, "seed": 3})
+    return open_corpus(store.root, prepare(source, "bytes", store.root).fingerprint)
+
+
+def start(
+    store: Store, cell_id: str, fault: str = "", base_dir: Path | None = None, **options: Any
+) -> "subprocess.Popen[str]":
+    """An attempt in a process of its own, which prints how it ended."""
+    code = (
+        "import sys, json; from pathlib import Path\n"
+        "from sweeps.store import Store; from sweeps.attempt import run_attempt\n"
+        f"base = {base_dir and str(base_dir)!r}\n"
+        f"ended = run_attempt(Store(Path({str(store.root)!r})), {cell_id!r}, study='s', "
+        f"base_dir=base and Path(base), **{options!r})\n"
+        "print(json.dumps(vars(ended)))"
+    )
+    environment = {**os.environ, "ESCALA_FAULT": fault}
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def outcome(store: Store, cell_id: str) -> tuple[Any, ...]:
+    """What must not depend on what happened on the way."""
+    result = read_json(store.cell(cell_id) / "result.json")
+    kept = [result[key] for key in ("state", "val_loss_final", "loss_at_start", "tokens", "flops", "steps")]
+    rows = [
+        (row["tokens"], {key: value for key, value in row["metrics"].items() if key != "tokens_per_second"})
+        for row in read_metrics(store, cell_id)
+    ]
+    return kept, rows
+
+
+def test_an_error_in_the_code_is_recorded_with_its_traceback_and_not_raised(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, family="gone.py:family")
+    ended = run_attempt(store, put(store, cell), study="s")
+    assert ended.state == "code"
+    text = (store.attempt(cell.id, 0) / "error.txt").read_text()
+    assert text.startswith("code: InputError: ")
+    assert "Traceback" in text
+    assert not (store.cell(cell.id) / "result.json").exists()
+
+
+def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, steps=3, seed=9)
+    put(store, cell)
+    os.environ["OMP_NUM_THREADS"] = "2"
+    try:
+        first = dataclasses.replace(cell, corpus="missing")
+        write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": first.identity, "counts": {}})
+        assert run_attempt(store, cell.id, study="s").state == "code"
+    finally:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    put(store, cell)
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    numerics = [read_json(store.attempt(cell.id, epoch) / "attempt.json")["numerics"] for epoch in (0, 1)]
+    assert numerics[0] == numerics[1]
+    assert numerics[1]["threads"] == 2
+    assert json.dumps(read_json(store.cell(cell.id) / "result.json")["numerics"]) == json.dumps(numerics[1])
+
+
+def wait_for(condition: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_attempt_is_resumed_from_its_checkpoint_to_the_same_bits(corpus: Corpus, store: Store) -> None:
+    killed = make_cell(corpus, 60, data_seed=5)
+    elsewhere = Store(store.root.parent / "other")
+    (elsewhere.root / "corpora").parent.mkdir()
+    (elsewhere.root / "corpora").symlink_to(store.root / "corpora")
+    put(store, killed), put(elsewhere, killed)
+    assert run_attempt(elsewhere, killed.id, study="s").state == "finished"
+    process = start(store, killed.id, "log.after_write:crash@20", checkpoint_seconds=0.0)
+    assert process.wait() == -signal.SIGKILL
+    kept = listed(store.checkpoints(killed.id, 0))
+    assert kept
+    assert cell_state(store, killed.id).state == "planned"
+    assert run_attempt(store, killed.id, study="s").state == "finished"
+    assert outcome(store, killed.id) == outcome(elsewhere, killed.id)
+    assert read_differences(store, killed.id) == []
+    resumed = read_json(store.attempt(killed.id, 1) / "heartbeat.json")
+    assert resumed["tokens"] == killed.tokens
+    assert resumed["resumed_from"] == int(kept[-1].name) > 0
+
+
+def test_sigterm_keeps_a_checkpoint_and_ends_the_attempt_as_preempted(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, 3000, data_seed=6)
+    put(store, cell)
+    process = start(store, cell.id)
+    log = store.attempt(cell.id, 0) / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size > 1000)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=10)
+    assert json.loads(out)["state"] == "preemption"
+    (path,) = listed(store.checkpoints(cell.id, 0))
+    assert load(path) is not None
+    assert cell_state(store, cell.id).state == "planned"
+    assert (cell_state(store, cell.id).reason or "").endswith("preemption: SIGTERM")
+
+
+def test_a_request_in_the_store_stops_an_attempt_that_runs_elsewhere(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, 3000, data_seed=7)
+    put(store, cell)
+    asked = threading.Timer(1.0, lambda: ask_to_stop(Attempt(store, cell.id, 0), "stopped", "paused by a test"))
+    asked.start()
+    ended = run_attempt(store, cell.id, study="s")
+    assert (ended.state, ended.reason) == ("stopped", "paused by a test")
+    assert listed(store.checkpoints(cell.id, 0))
+
+
+def test_an_attempt_that_lost_its_lease_ends_and_leaves_the_cell_to_its_successor(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, 3000, data_seed=8)
+    put(store, cell)
+    taken = threading.Timer(1.0, lambda: begin_attempt(store, cell.id, {"study": "s", "numerics": {}}))
+    taken.start()
+    ended = run_attempt(store, cell.id, study="s")
+    assert ended.state == "superseded"
+    assert not (store.attempt(cell.id, 0) / "error.txt").exists()
+    assert not (store.cell(cell.id) / "result.json").exists()
+
+
+def test_rows_that_a_zombie_writes_after_it_was_replaced_do_not_count(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, 20, data_seed=9)
+    put(store, cell)
+    zombie = begin_attempt(store, cell.id, {"study": "s", "numerics": {}})
+    begin_attempt(store, cell.id, {"study": "s", "numerics": {}})
+    with (zombie.folder / "log.jsonl").open("ab", buffering=0) as stream:
+        append_rows(stream, [{"time": 1.0, "tokens": 512, "metrics": {"train_loss": 9.0}}])
+    assert read_metrics(store, cell.id) == []
+
+
+def test_a_cell_out_of_memory_is_tried_once_more_with_half_the_micro_batch(corpus: Corpus, store: Store) -> None:
+    cell = make_cell(corpus, 10, data_seed=10)
+    put(store, cell)
+    twin = make_cell(corpus, 10, data_seed=10, seed=0)
+    assert twin.id == cell.id
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    whole = read_json(store.cell(cell.id) / "result.json")
+    (store.cell(cell.id) / "result.json").unlink()
+    record_error(Attempt(store, cell.id, 0), "out_of_memory", "too large")
+    assert cell_state(store, cell.id).state == "planned"
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    halved = read_json(store.cell(cell.id) / "result.json")
+    assert halved["numerics"]["micro_batch"] == whole["numerics"]["micro_batch"] // 2
+    assert halved["val_loss_final"] == pytest.approx(whole["val_loss_final"], rel=1e-4)
+    (store.cell(cell.id) / "result.json").unlink()
+    record_error(Attempt(store, cell.id, 1), "out_of_memory", "still too large")
+    assert cell_state(store, cell.id).state == "failed"
+
+
+BUDGETS = [("infrastructure", 3), ("out_of_memory", 1), ("code", 0), ("preemption", 30), ("stopped", 30)]
+
+
+@pytest.mark.parametrize(("kind", "survived"), BUDGETS)
+def test_budgets_are_kept_exactly_and_apart(kind: str, survived: int, store: Store, corpus: Corpus) -> None:
+    cell = make_cell(corpus, 11, data_seed=100 + survived + len(kind))
+    put(store, cell)
+    for other in ("preemption", "stopped"):
+        record_error(begin_attempt(store, cell.id, {}), other, "not charged")
+    for _ in range(survived):
+        record_error(begin_attempt(store, cell.id, {}), kind, "again")
+        assert cell_state(store, cell.id).state == "planned"
+    record_error(begin_attempt(store, cell.id, {}), kind, "once more")
+    charged = kind not in ("preemption", "stopped")
+    assert cell_state(store, cell.id).state == ("failed" if charged else "planned")
+    if charged:
+        forgive(store, cell.id, "a test")
+        assert cell_state(store, cell.id).state == "planned"
+        assert attempt_epochs(store, cell.id)[-1] == survived + 2
+
+
+def test_a_value_that_comes_out_otherwise_after_a_resume_is_noted_and_the_first_stands(
+    corpus: Corpus, store: Store
+) -> None:
+    cell = make_cell(corpus, 20, data_seed=11)
+    put(store, cell)
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    (store.cell(cell.id) / "result.json").unlink()
+    log = store.attempt(cell.id, 0) / "log.jsonl"
+    rows, _ = read_rows(log)
+    for path in listed(store.checkpoints(cell.id, 0)):
+        (path / "state.safetensors").write_bytes(b"damaged")
+    rows[3]["metrics"]["train_loss"] += 1e-12
+    log.unlink()
+    with log.open("ab", buffering=0) as stream:
+        append_rows(stream, [{k: v for k, v in row.items() if k != "crc"} for row in rows])
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    (found,) = read_differences(store, cell.id)
+    assert (found["attempt"], found["tokens"], found["metric"]) == (1, rows[3]["tokens"], "train_loss")
+    assert found["logged"] == rows[3]["metrics"]["train_loss"] != found["recomputed"]
+    assert read_metrics(store, cell.id)[3]["metrics"]["train_loss"] == found["logged"]
+
+
+TRAINER = """
+def train(cell, io):
+    state = io.restore() or {"step": 0, "x": 1.0}
+    for step in range(state["step"] + 1, cell.steps + 1):
+        state = {"step": step, "x": state["x"] * 0.5}
+        io.log(step * cell.batch_tokens, {"train_loss": state["x"]})
+        io.checkpoint(step * cell.batch_tokens, lambda: state)
+    return state["x"]
+"""
+
+
+def test_a_trainer_of_ones_own_runs_under_the_same_store_and_resumes(
+    corpus: Corpus, store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(TRAINER)
+    cell: Cell = make_cell(corpus, 30, trainer=trainer_identity("mine.py:train", tmp_path))
+    put(store, cell)
+    refused = run_attempt(store, cell.id, study="s")
+    assert refused.state == "code"
+    assert "--allow-code" in (refused.reason or "")
+    process = start(store, cell.id, "log.after_write:crash@20", checkpoint_seconds=0.0, base_dir=tmp_path)
+    assert process.wait() != 0
+    assert run_attempt(store, cell.id, study="s", base_dir=tmp_path).state == "finished"
+    assert read_json(store.cell(cell.id) / "result.json")["val_loss_final"] == 0.5**30
+    assert [row["metrics"] for row in read_metrics(store, cell.id)] == [{"train_loss": 0.5**k} for k in range(1, 31)]
+    (tmp_path / "mine.py").write_text(TRAINER.replace("0.5", "0.25"))
+    (store.cell(cell.id) / "result.json").unlink()
+    changed = run_attempt(store, cell.id, study="s", base_dir=tmp_path)
+    assert "has changed since this cell was planned" in (changed.reason or "")
