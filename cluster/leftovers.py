@@ -56,7 +56,8 @@ def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
 def _end(attempt: Attempt, record: Json) -> bool:
     """End a living attempt. Whether it is over."""
     if record.get("host") == socket.gethostname():
-        _kill(record, attempt)
+        if record["pid"] != os.getpid():  # ours is one that this driver began for a worker that died too early
+            _kill(record, attempt)
         return True
     silent = time.time() - last_sign(attempt.store, attempt.cell_id, attempt.epoch)
     if record and not (attempt.folder / "stop.json").exists():

@@ -39,7 +39,7 @@ class Pulse:
     def _feel(self, now: float) -> None:
         epochs = attempt_epochs(self._store, self._cell_id)
         if len(epochs) <= self._attempts:  # the worker still starts: importing torch on a busy disk takes its time
-            self._beaten = now
+            self._beaten = self._stepped = now
             return
         try:
             found = read_json(self._store.attempt(self._cell_id, epochs[-1]) / "heartbeat.json")

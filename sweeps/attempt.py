@@ -153,8 +153,10 @@ def _numerics(store: Store, cell: Cell) -> tuple[Numerics, float]:
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     for epoch in reversed(attempt_epochs(store, cell.id)):
         try:
-            found = read_json(store.attempt(cell.id, epoch) / "attempt.json")["numerics"]
-        except FileNotFoundError:  # it died before it wrote its record
+            found = read_json(store.attempt(cell.id, epoch) / "attempt.json").get("numerics")
+        except FileNotFoundError:
+            found = None
+        if found is None:  # its process died before it wrote them
             continue
         before = Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
         kept = replace(before, device=here.device, versions=here.versions)

@@ -1,0 +1,312 @@
+"""The driver keeps budgets, hears wishes, ends what hangs, and shares cells with other studies' drivers."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from commandline import ROOT
+
+from cluster import pulse
+from cluster.claims import Claim
+from cluster.control import cancel, pause, resume
+from cluster.driver import Tally, run_study
+from cluster.progress import Progress
+from sweeps.corpora import make_source, prepare
+from sweeps.errors import InputError
+from sweeps.grids import Plan, plan_study
+from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, cell_state, forgive, open_store, read_end
+
+from sweeps.store import read_json, read_metrics, record_error, write_json  # isort: skip
+from sweeps.study import Study
+
+TRAINER = """
+import os, pathlib, time
+
+def train(cell, io):
+    here = pathlib.Path(__file__).parent
+    state = io.restore() or {"step": 0, "x": 1.0 + cell.seed}
+    if (here / f"hang-{cell.seed}").exists():
+        (here / f"hang-{cell.seed}").unlink()
+        time.sleep(3600)
+    if (here / "broken").exists():
+        raise RuntimeError("the disk of node 17 is on fire")
+    for step in range(state["step"] + 1, cell.steps + 1):
+        time.sleep(0.02)
+        state = {"step": step, "x": state["x"] * 0.9}
+        io.log(step * cell.batch_tokens, {"train_loss": state["x"]})
+        io.checkpoint(step * cell.batch_tokens, lambda: state)
+    return state["x"]
+"""
+
+
+@pytest.fixture(scope="module")
+def ray_address() -> Iterator[str]:
+    """A Ray of two CPUs that all tests here join: starting one costs more than they do."""
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["ESCALA_BEAT_SECONDS"] = "0.25"
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 1024**2})
+    yield cluster.address
+    cluster.shutdown()
+    del os.environ["PYTHONPATH"], os.environ["ESCALA_BEAT_SECONDS"]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+@pytest.fixture
+def make_plan(store: Store, tmp_path: Path) -> Callable[..., Plan]:
+    (tmp_path / "mine.py").write_text(TRAINER)
+    source = make_source("markov", None, {"vocab_size": 8, "tokens": 60_000})
+    corpus = prepare(source, "bytes", store.root)
+
+    def make(cells: int, steps: int, name: str = "s") -> Plan:
+        declared: dict[str, Any] = {
+            "name": name,
+            "corpus": {"source": "markov", "options": {"vocab_size": 8, "tokens": 60_000}},
+            "context": 32,
+            "families": ["llama"],
+            "grid": {"type": "points", "points": [{"size": 10_000, "tokens": steps * 64}]},
+            "training": {"batch_tokens": 64},
+            "seeds": list(range(cells)),
+            "trainer": "mine.py:train",
+        }
+        return plan_study(Study.model_validate(declared), corpus, allow_code=True, base_dir=tmp_path)
+
+    return make
+
+
+@pytest.fixture
+def drive(ray_address: str, store: Store, tmp_path: Path) -> Callable[..., Tally]:
+    def run(plan: Plan, watch: Callable[[Progress], None] = lambda _: None, **options: Any) -> Tally:
+        return run_study(
+            store,
+            plan,
+            b"",
+            watch=watch,
+            address=ray_address,
+            workers=2,
+            base_dir=tmp_path,
+            checkpoint_seconds=0.1,
+            **options,
+        )
+
+    return run
+
+
+def ids(plan: Plan) -> list[str]:
+    return [one.cell.id for one in plan.cells]
+
+
+def ends(store: Store, plan: Plan) -> list[str]:
+    """The kinds of end of all attempts, cell by cell."""
+    found = [read_end(store, one, epoch) for one in ids(plan) for epoch in attempt_epochs(store, one)]
+    return [end[0] for end in found if end is not None]
+
+
+def assert_whole(store: Store, plan: Plan, steps: int) -> None:
+    """Every cell has the result and the rows of an undisturbed run."""
+    for one in plan.cells:
+        result = read_json(store.cell(one.cell.id) / "result.json")
+        x, rows = 1.0 + one.cell.seed, []
+        for _ in range(steps):
+            x *= 0.9
+            rows.append({"train_loss": x})
+        assert result["val_loss_final"] == x
+        assert [row["metrics"] for row in read_metrics(store, one.cell.id)] == rows
+
+
+class Once:
+    """Does something at the first moment of a run that a condition holds for, in a thread of its own."""
+
+    def __init__(self, condition: Callable[[Progress], bool], act: Callable[[], object]) -> None:
+        self.condition, self.act, self.done = condition, act, False
+
+    def __call__(self, progress: Progress) -> None:
+        if not self.done and self.condition(progress):
+            self.done = True
+            self.act()
+
+
+def trained(progress: Progress) -> bool:
+    return any(one.tokens > 64 * 20 for one in progress.running)
+
+
+def pids(store: Store, plan: Plan) -> list[int]:
+    """The processes of the attempts that run."""
+    running = [one for one in ids(plan) if cell_state(store, one).state == "running"]
+    return [read_json(store.attempt(one, attempt_epochs(store, one)[-1]) / "attempt.json")["pid"] for one in running]
+
+
+def test_a_worker_that_is_killed_four_times_over_uses_up_the_budget_of_one_cell(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(1, 400)
+    killed: set[int] = set()
+
+    def kill(progress: Progress) -> None:
+        for pid in pids(store, plan) if progress.running and progress.running[0].tokens else []:
+            if pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+
+    tally = drive(plan, kill, give_up_after=9)
+    assert list(tally.failed) == ids(plan)
+    assert len(killed) == 4
+    assert ends(store, plan) == ["infrastructure"] * 4
+    assert "the worker died" in tally.failed[ids(plan)[0]]
+    again = drive(plan)
+    assert list(again.failed) == ids(plan), "it stays failed"
+    assert len(attempt_epochs(store, ids(plan)[0])) == 4
+    forgive(store, ids(plan)[0], "a test")
+    assert drive(plan).finished == 1
+    assert_whole(store, plan, 400)
+
+
+def test_a_preempted_worker_keeps_a_checkpoint_is_replaced_and_costs_nothing(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(2, 150)
+    tally = drive(plan, Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGTERM)))
+    assert (tally.finished, tally.failed) == (2, {})
+    assert ends(store, plan) == ["preemption"]
+    assert_whole(store, plan, 150)
+
+
+def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_one(
+    make_plan: Callable[..., Plan],
+    drive: Callable[..., Tally],
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = make_plan(3, 150)
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(pulse, "HANG_SECONDS", 6.0)
+    (tmp_path / "hang-2").touch()
+    tally = drive(plan, Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGSTOP)))
+    assert (tally.finished, tally.failed) == (3, {})
+    said = [read_end(store, one, epoch) for one in ids(plan) for epoch in attempt_epochs(store, one)]
+    assert sorted(end[1] for end in said if end) == ["hung: no step for 6 s", "no sign of life for 3 s"]
+    assert_whole(store, plan, 150)
+
+
+def test_a_pause_stops_the_cells_with_a_checkpoint_until_it_is_lifted(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(3, 150)
+    moments: list[tuple[str | None, int]] = []
+    paused = Once(trained, lambda: pause(store, "s"))
+    lifted = Once(lambda now: now.wish == "pause" and not now.running, lambda: resume(store, "s"))
+
+    def watch(progress: Progress) -> None:
+        moments.append((progress.wish, len(progress.running)))
+        paused(progress)
+        lifted(progress)
+
+    tally = drive(plan, watch)
+    assert ("pause", 0) in moments
+    assert (tally.finished, tally.stopped) == (3, None)
+    assert set(ends(store, plan)) == {"stopped"}
+    assert_whole(store, plan, 150)
+
+
+def test_a_paused_study_is_not_run(make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store) -> None:
+    plan = make_plan(1, 10)
+    with Claim(store, "s"):
+        pause(store, "s")
+    with pytest.raises(InputError, match=r"study s is paused by .* Lift it first: escala resume s"):
+        drive(plan)
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_cancelled_study_ends_and_goes_on_when_it_is_run_again(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, now: bool
+) -> None:
+    plan = make_plan(3, 100)
+    tally = drive(plan, Once(trained, lambda: cancel(store, "s", now=now)))
+    assert tally.stopped is not None
+    assert tally.stopped.startswith("cancelled by" if now else "drained by")
+    assert tally.finished == (0 if now else 2)
+    assert tally.planned == (3 if now else 1)
+    assert ends(store, plan) == (["stopped"] * 2 if now else [])
+    assert drive(plan).finished == tally.planned
+    assert_whole(store, plan, 100)
+
+
+def test_a_study_whose_first_attempts_fail_alike_is_given_up(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, tmp_path: Path
+) -> None:
+    plan = make_plan(12, 10)
+    (tmp_path / "broken").touch()
+    tally = drive(plan)
+    assert tally.stopped is not None
+    assert tally.stopped.startswith(
+        "given up: the first 3 attempts failed alike (code: RuntimeError: the disk of node 17"
+    )
+    assert 3 <= len(tally.failed) <= 4
+    assert tally.planned == 12 - len(tally.failed)
+
+
+def test_what_a_dead_driver_left_is_ended_before_its_cell_is_tried_again(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(1, 30)
+    cell_id = ids(plan)[0]
+    left = psutil.Popen(["sleep", "600"])
+    attempt = begin_attempt(store, cell_id, {"study": "s", "driver": 0})
+    owner = {"pid": left.pid, "process_started": round(left.create_time(), 1)}
+    write_json(attempt.folder / "attempt.json", read_json(attempt.folder / "attempt.json") | owner)
+    assert cell_state(store, cell_id).state == "running"
+    assert drive(plan).finished == 1
+    assert left.wait(5) == -signal.SIGKILL
+    assert ends(store, plan) == ["preemption"]
+    assert_whole(store, plan, 30)
+
+
+def test_a_cell_that_another_studys_driver_trains_is_waited_for_and_trained_once(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan, other = make_plan(2, 60), make_plan(2, 60, "other")
+    assert ids(plan) == ids(other)
+    with Claim(store, "other") as claim:
+        attempt = begin_attempt(store, ids(plan)[0], {"study": "other", "driver": claim.number})
+
+        def end() -> None:
+            record_error(attempt, "stopped", "a test")
+
+        done = threading.Timer(4.0, end)
+        done.start()
+        began = time.monotonic()
+        tally = drive(plan)
+        assert time.monotonic() - began > 3.5
+    assert tally.finished == 2
+    assert attempt_epochs(store, ids(plan)[0]) == [0, 1]
+    assert_whole(store, plan, 60)
+
+
+def test_a_driver_that_was_replaced_ends_without_touching_a_cell(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(2, 600)
+
+    def replace() -> None:
+        write_json(store.study("s") / "driver-7.json", {"host": "elsewhere", "pid": 1, "started": "now"})
+
+    tally = drive(plan, Once(trained, replace))
+    assert tally.stopped is not None
+    assert tally.stopped.startswith("taken over")
+    assert tally.planned == 2
+    assert ends(store, plan) == []
+    assert not any((store.cell(one) / "result.json").exists() for one in ids(plan))
+    assert Attempt(store, ids(plan)[0], 0).holds_lease()
