@@ -41,6 +41,13 @@ AcceptOption = Annotated[
     bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
 ]
 
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="What to read from a table: N=COL,D='C/(6*N)',loss=COL. Arithmetic; names in backquotes."),
+]
+WhereOption = Annotated[
+    list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
+]
 PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
 """The panels of `escala --help`, in the order in which the commands stand in this file."""
 
@@ -127,13 +134,8 @@ def fit(
             help="isoflop: N*(C) and D*(C). chinchilla: L = E + A/N^alpha + B/D^beta. Or any law of analysis.laws."
         ),
     ] = "isoflop",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(help="What to read from a table: N=COL,D='C/(6*N)',loss=COL. Arithmetic; names in backquotes."),
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
-    ] = None,
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
     at: Annotated[list[float] | None, typer.Option(help="Also the optimum at this compute (FLOPs).")] = None,
     for_loss: Annotated[list[float] | None, typer.Option(help="Also the least compute for this loss.")] = None,
     objective: Annotated[
@@ -228,6 +230,68 @@ def report(
     print(f"report: {path}")
 
 
+@app.command("import", rich_help_panel=ANALYSE)
+def import_table(
+    table: Annotated[Path, typer.Argument(help="Finished runs: CSV, TSV, JSON lines or Parquet, one run a row.")],
+    study: Annotated[str, typer.Option(help="The study that they become.")],
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
+    n_is: Annotated[
+        str | None, typer.Option(help="What N counts: N_total, N_nonembedding, N_nonembedding_head or N (as here).")
+    ] = None,
+    c_is: Annotated[str | None, typer.Option(help="What C counts: C (every operation) or C_6nd.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Finished runs from elsewhere, as a study of foreign cells that can be seen, fitted, reported and synced."""
+    from analysis.expressions import split_definitions
+    from analysis.foreign import read_foreign
+    from sweeps.foreign import import_runs
+    from sweeps.store import open_store
+
+    given, conditions = split_definitions(columns or [], "--columns"), split_definitions(where or [], "--where")
+    rows, conventions, left_out = read_foreign(table, given, conditions, n_is=n_is, c_is=c_is)
+    told = import_runs(open_store(store), study, rows, conventions, table.name)
+    if as_json:
+        print(json.dumps({"study": study, **vars(told), "left_out": left_out, "conventions": conventions}))
+        return
+    said = ", ".join(
+        f"{what} is not said (--{what.lower()}-is says it)" if found == "unknown" else f"{what} is {found}"
+        for what, found in conventions.items()
+    )
+    print(f"{study}: {told.new} runs imported, {told.known} were there; {said}.")
+    if told.repeated:
+        print(f"note: {told.repeated} rows are equal to another row in everything and count once.")
+    if left_out:
+        some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
+        print(f"note: {len(left_out)} rows without a positive N, D, C and loss are left out (rows {some}).")
+
+
+@app.command(rich_help_panel=ANALYSE)
+def export(
+    study: StudyArgument,
+    out: Annotated[Path, typer.Option(help="Where the runs go, one a row: .csv or .parquet.")],
+    curves: Annotated[Path | None, typer.Option(help="Where the curves go, one logged step a row.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """A study's runs, and its curves, as tidy tables for other programs."""
+    import analysis
+    from analysis.foreign import check_written, write_frame
+
+    for path in filter(None, (out, curves)):
+        check_written(path)
+    place = _store_or_none(store)
+    name = study_name(study, place)
+    runs = analysis.load_runs(name, place, tracking_uri=tracking_uri)
+    write_frame(runs, out)
+    print(f"{len(runs)} runs: {out}")
+    if curves is not None:
+        steps = analysis.load_curves(name, place, tracking_uri=tracking_uri)
+        write_frame(steps, curves)
+        print(f"{len(steps)} rows of curves: {curves}")
+
+
 @app.command(rich_help_panel=LOOK)
 def ui(
     study: Annotated[str | None, typer.Argument(help="Open this study's charts.")] = None,
@@ -281,9 +345,14 @@ def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tu
     )
     place = open_store(store)
     pinned = declared.corpus.fingerprint
-    if pinned is None and declared.name in study_names(place):
+    if declared.name in study_names(place):
         before = read_plan(place, declared.name)
-        if _same_corpus(before["study"], declared.model_dump(mode="json", by_alias=True)):
+        if before.get("foreign"):
+            raise InputError(
+                f"{path}: study {declared.name} of {place.root} holds imported runs and trains nothing. Name this one "
+                "otherwise."
+            )
+        if pinned is None and _same_corpus(before["study"], declared.model_dump(mode="json", by_alias=True)):
             pinned = before["corpus"]["fingerprint"]
     with Waiting() as waiting:
         corpus = prepare(

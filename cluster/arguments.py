@@ -54,11 +54,13 @@ def study_name(study: str, store: "Store | None") -> str:
 
 
 def find_cell(prefix: str, store: "Store") -> str:
-    """The one cell whose id begins with `prefix`."""
+    """The one cell whose id begins with `prefix`. InputError where none does; where several do, it tells them apart."""
+    from cluster.watching import ambiguous, cells_named
     from sweeps.errors import InputError
 
-    found = sorted(path.name for path in (store.root / "cells").glob(f"{prefix}*")) if prefix.isalnum() else []
-    if len(found) != 1:
-        what = "no cell" if not found else f"{len(found)} cells"
-        raise InputError(f"{what} in {store.root} with an id that begins with {prefix!r}. `escala status` lists them.")
+    found = cells_named(store, prefix)
+    if not found:
+        raise InputError(f"no cell in {store.root} with an id that begins with {prefix!r}. `escala status` lists them.")
+    if len(found) > 1:
+        raise ambiguous(store, prefix, found)
     return found[0]

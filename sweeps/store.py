@@ -18,6 +18,7 @@ result stands, so a worker that outlives its driver cannot overwrite what came a
 """
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,11 +211,26 @@ def read_metrics(store: Store, cell_id: str) -> list[Json]:
     A row is {"time": Unix seconds fixed at first write, "tokens": step, "metrics": {key: value}}.
     """
     merged: dict[int, Json] = {}
-    for epoch in attempt_epochs(store, cell_id):
+    epochs = attempt_epochs(store, cell_id)
+    if not epochs:
+        return _imported_rows(store, cell_id)
+    for epoch in epochs:
         for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl")[0]:
             kept = merged.setdefault(row["tokens"], {**row, "metrics": {}})
             kept["metrics"] = row["metrics"] | kept["metrics"]
     return [merged[tokens] for tokens in sorted(merged)]
+
+
+def _imported_rows(store: Store, cell_id: str) -> list[Json]:
+    """The one row of a run that was trained elsewhere: its final loss."""
+    try:
+        result = read_json(store.cell(cell_id) / "result.json")
+    except FileNotFoundError:
+        return []
+    if not result.get("foreign"):
+        return []
+    metrics = {"val_loss_final": result["val_loss_final"]}
+    return [{"time": result["imported"], "tokens": result["tokens"], "metrics": metrics}]
 
 
 # --- attempts and results ----------------------------------------------------------------------------------------
@@ -303,7 +320,8 @@ def cell_state(store: Store, cell_id: str) -> CellState:
     """Derive a cell's state from its files alone."""
     try:
         result = read_json(store.cell(cell_id) / "result.json")
-        return CellState(result["state"], result.get("reason"), result["attempt"] + 1, result)
+        attempts = 0 if result.get("foreign") else result["attempt"] + 1
+        return CellState(result["state"], result.get("reason"), attempts, result)
     except FileNotFoundError:
         pass
     epochs = attempt_epochs(store, cell_id)
@@ -386,6 +404,19 @@ def claim_study(store: Store, name: str) -> Path:
             os.unlink(temporary)
 
 
+def living_drivers(store: Store) -> list[tuple[str, Json]]:
+    """(study, claim) of every driver that works on the store now."""
+    found = []
+    for path in sorted((store.root / "studies").glob("*/driver-*.json")):
+        try:
+            record = read_json(path)
+            if is_alive(record, path.stat().st_mtime):
+                found.append((path.parent.name, record))
+        except FileNotFoundError:  # it has just ended
+            continue
+    return found
+
+
 # --- studies -----------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +445,34 @@ def read_quarantine(store: Store, name: str) -> dict[str, Json]:
         return read_json(store.study(name) / "quarantine.json")
     except FileNotFoundError:
         return {}
+
+
+def quarantine_cell(store: Store, name: str, cell_id: str, why: str, who: str) -> None:
+    """Take a cell out of the study's fits, or change the reason. The cell itself stays as it is."""
+    with _quarantine(store, name) as marks:
+        if marks.get(cell_id, {}).get("why") != why:
+            marks[cell_id] = {"why": why, "who": who, "when": timestamp()}
+
+
+def release_cell(store: Store, name: str, cell_id: str) -> bool:
+    """Let the study's fits use a cell again. False where it was not in quarantine."""
+    with _quarantine(store, name) as marks:
+        return marks.pop(cell_id, None) is not None
+
+
+@contextmanager
+def _quarantine(store: Store, name: str) -> Iterator[dict[str, Json]]:
+    """The study's quarantine, to change: one process at a time, so that no mark of another is lost."""
+    try:
+        with (store.study(name) / "quarantine.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = read_quarantine(store, name)
+            marks = dict(before)
+            yield marks
+            if marks != before:
+                write_json(store.study(name) / "quarantine.json", marks)
+    except OSError as error:
+        raise _disk_error(store.study(name) / "quarantine.json", error) from error
 
 
 def iterate_cells(store: Store, name: str) -> Iterator[tuple[Json, Json, CellState]]:
