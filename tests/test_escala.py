@@ -20,7 +20,23 @@ def error(escala: Escala, *arguments: object) -> str:
 
 def test_help_lists_every_verb(escala: Escala) -> None:
     text = escala("--help").stdout
-    for verb in ("plan", "run", "status", "logs", "why", "sync", "fit", "report", "ui", "doctor"):
+    for verb in (
+        "plan",
+        "run",
+        "status",
+        "logs",
+        "why",
+        "sync",
+        "quarantine",
+        "unquarantine",
+        "gc",
+        "import",
+        "export",
+        "fit",
+        "report",
+        "ui",
+        "doctor",
+    ):
         assert f" {verb} " in text
 
 
