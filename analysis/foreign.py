@@ -5,6 +5,7 @@ other as if they were one. Which N and which C a table holds is asked, or read f
 "unknown".
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,10 @@ def check_written(path: Path) -> None:
         raise InputError(f"{path}: a table is written as {' or '.join(WRITTEN)}, by the ending of its name.")
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file.")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        what = "cannot be written to" if above.is_dir() else "is a file, not a folder"
+        raise InputError(f"cannot write {path}: {above} {what}. Name another place.")
 
 
 def write_frame(frame: pd.DataFrame, path: Path) -> None:

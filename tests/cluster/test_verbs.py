@@ -429,7 +429,7 @@ def test_bad_imports_and_exports_are_refused_before_anything_is_written(place: t
     assert ".csv or .parquet" in refused(escala, "export", "demo", "--out", "runs.xlsx", *at)
     assert "no study 'dmo'" in refused(escala, "export", "dmo", "--out", "o.csv", *at)
     (escala.folder / "file").write_text("")
-    assert "a part of the path is a file" in refused(escala, "export", "demo", "--out", "file/runs.csv", *at)
+    assert "is a file, not a folder" in refused(escala, "export", "demo", "--out", "file/runs.csv", *at)
 
 
 def test_a_study_of_imported_runs_trains_nothing(escala: Escala) -> None:
