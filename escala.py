@@ -13,6 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster import verbs
+from cluster.arguments import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    StudyArgument,
+    TrackingOption,
+    existing_store,
+    study_name,
+)
+
 if TYPE_CHECKING:
     from sweeps.grids import Plan
     from sweeps.store import Store
@@ -25,25 +36,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped or finished study.")]
-StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="ESCALA_STORE", help="The folder that holds corpora, cells and studies.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study run Python files beside it.")]
 AcceptOption = Annotated[
     bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
 ]
-TrackingOption = Annotated[
-    str | None,
-    typer.Option(
-        "--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server. Default: a database in the store."
-    ),
+
+ColumnsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="What to read from a table: N=COL,D='C/(6*N)',loss=COL. Arithmetic; names in backquotes."),
 ]
-DEFAULT_STORE = Path("escala-store")
+WhereOption = Annotated[
+    list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
+]
+PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
+"""The panels of `escala --help`, in the order in which the commands stand in this file."""
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def plan(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
@@ -71,7 +80,7 @@ def plan(
     _warn(planned.warnings)
 
 
-@app.command()
+@app.command(rich_help_panel=PLAN)
 def run(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
@@ -121,79 +130,10 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command()
-def status(study: StudyArgument, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """The state of every cell of a study, with its reason, as the store's files tell it."""
-    from cluster.ledger import count_states, ledger_rows
-
-    place = _store(store)
-    name = _name(study, place)
-    rows = ledger_rows(place, name)
-    if as_json:
-        print(json.dumps({"study": name, "counts": count_states(rows), "cells": rows}))
-        return
-    from cluster.display import cell_table, console
-
-    console.print(cell_table(rows, title=name))
-    console.print(", ".join(f"{count} {state}" for state, count in count_states(rows).items()))
+app.registered_commands += verbs.app.registered_commands
 
 
-@app.command()
-def logs(
-    cell: Annotated[str, typer.Argument(help="A cell's id, or the beginning of it.")],
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
-) -> None:
-    """A cell's metric rows, and the traceback of an attempt that failed."""
-    from sweeps.store import attempt_epochs, read_metrics
-
-    place = _store(store)
-    cell_id = _cell(cell, place)
-    rows = read_metrics(place, cell_id)
-    if as_json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        print(f"{row['tokens']:>14,}  " + "  ".join(f"{key} {value:.5g}" for key, value in row["metrics"].items()))
-    for epoch in attempt_epochs(place, cell_id):
-        error = place.attempt(cell_id, epoch) / "error.txt"
-        if error.exists():
-            print(f"\nattempt {epoch} failed:\n{error.read_text()}")
-
-
-@app.command()
-def why(
-    cell: Annotated[str, typer.Argument(help="A cell's id, or the beginning of it.")],
-    other: Annotated[str, typer.Argument(help="Another cell's.")],
-    store: StoreOption = DEFAULT_STORE,
-    as_json: JsonOption = False,
-) -> None:
-    """Which fields make two cells differ."""
-    from sweeps.cell import differences
-    from sweeps.store import read_cell
-
-    place = _store(store)
-    one, two = (read_cell(place, _cell(name, place))["identity"] for name in (cell, other))
-    found = list(differences(one, two))
-    if as_json:
-        print(json.dumps([{"field": name, "one": a, "other": b} for name, a, b in found]))
-        return
-    print("\n".join(f"{name}: {a!r} -> {b!r}" for name, a, b in found) or "the same cell")
-
-
-@app.command()
-def sync(study: StudyArgument, store: StoreOption = DEFAULT_STORE, tracking_uri: TrackingOption = None) -> None:
-    """Bring MLflow up to date from the store's files, and read quarantine tags back from it."""
-    from cluster.mirror import Mirror
-
-    place = _store(store)
-    mirror = Mirror(place, _name(study, place), tracking_uri)
-    mirror.connect()
-    mirror.sync()
-    mirror.pull_quarantine()
-
-
-@app.command()
+@app.command(rich_help_panel=ANALYSE)
 def fit(
     study: Annotated[str, typer.Argument(help="A study, or a table of runs (CSV, TSV, JSON lines, Parquet).")],
     law: Annotated[
@@ -202,13 +142,8 @@ def fit(
             help="isoflop: N*(C) and D*(C). chinchilla: L = E + A/N^alpha + B/D^beta. Or any law of analysis.laws."
         ),
     ] = "isoflop",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(help="What to read from a table: N=COL,D='C/(6*N)',loss=COL. Arithmetic; names in backquotes."),
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
-    ] = None,
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
     at: Annotated[list[float] | None, typer.Option(help="Also the optimum at this compute (FLOPs).")] = None,
     for_loss: Annotated[list[float] | None, typer.Option(help="Also the least compute for this loss.")] = None,
     objective: Annotated[
@@ -263,7 +198,7 @@ def fit(
         raise InputError("--columns is for tables; what a study's columns hold is known.")
     else:
         place = _store_or_none(store)
-        name = _name(study, place)
+        name = study_name(study, place)
         runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
     if cluster is not None and cluster not in runs.columns:
         raise InputError(f"--cluster: no column {cluster!r}{nearest(cluster, map(str, runs.columns))}.")
@@ -289,7 +224,7 @@ def fit(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=ANALYSE)
 def report(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
@@ -298,12 +233,74 @@ def report(
     """One self-contained HTML page with the pictures and the answer to the study's question."""
     import analysis
 
-    place = _store(store)
-    path = analysis.write_report(_name(study, place), place, out)
+    place = existing_store(store)
+    path = analysis.write_report(study_name(study, place), place, out)
     print(f"report: {path}")
 
 
-@app.command()
+@app.command("import", rich_help_panel=ANALYSE)
+def import_table(
+    table: Annotated[Path, typer.Argument(help="Finished runs: CSV, TSV, JSON lines or Parquet, one run a row.")],
+    study: Annotated[str, typer.Option(help="The study that they become.")],
+    columns: ColumnsOption = None,
+    where: WhereOption = None,
+    n_is: Annotated[
+        str | None, typer.Option(help="What N counts: N_total, N_nonembedding, N_nonembedding_head or N (as here).")
+    ] = None,
+    c_is: Annotated[str | None, typer.Option(help="What C counts: C (every operation) or C_6nd.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Finished runs from elsewhere, as a study of foreign cells that can be seen, fitted, reported and synced."""
+    from analysis.expressions import split_definitions
+    from analysis.foreign import read_foreign
+    from sweeps.foreign import import_runs
+    from sweeps.store import open_store
+
+    given, conditions = split_definitions(columns or [], "--columns"), split_definitions(where or [], "--where")
+    rows, conventions, left_out = read_foreign(table, given, conditions, n_is=n_is, c_is=c_is)
+    told = import_runs(open_store(store), study, rows, conventions, table.name)
+    if as_json:
+        print(json.dumps({"study": study, **vars(told), "left_out": left_out, "conventions": conventions}))
+        return
+    said = ", ".join(
+        f"{what} is not said (--{what.lower()}-is says it)" if found == "unknown" else f"{what} is {found}"
+        for what, found in conventions.items()
+    )
+    print(f"{study}: {told.new} runs imported, {told.known} were there; {said}.")
+    if told.repeated:
+        print(f"note: {told.repeated} rows are equal to another row in everything and count once.")
+    if left_out:
+        some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
+        print(f"note: {len(left_out)} rows without a positive N, D, C and loss are left out (rows {some}).")
+
+
+@app.command(rich_help_panel=ANALYSE)
+def export(
+    study: StudyArgument,
+    out: Annotated[Path, typer.Option(help="Where the runs go, one a row: .csv or .parquet.")],
+    curves: Annotated[Path | None, typer.Option(help="Where the curves go, one logged step a row.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+) -> None:
+    """A study's runs, and its curves, as tidy tables for other programs."""
+    import analysis
+    from analysis.foreign import check_written, write_frame
+
+    for path in filter(None, (out, curves)):
+        check_written(path)
+    place = _store_or_none(store)
+    name = study_name(study, place)
+    runs = analysis.load_runs(name, place, tracking_uri=tracking_uri)
+    write_frame(runs, out)
+    print(f"{len(runs)} runs: {out}")
+    if curves is not None:
+        steps = analysis.load_curves(name, place, tracking_uri=tracking_uri)
+        write_frame(steps, curves)
+        print(f"{len(steps)} rows of curves: {curves}")
+
+
+@app.command(rich_help_panel=LOOK)
 def ui(
     study: Annotated[str | None, typer.Argument(help="Open this study's charts.")] = None,
     store: StoreOption = DEFAULT_STORE,
@@ -314,13 +311,13 @@ def ui(
     from cluster.interface import serve
     from sweeps.store import study_names
 
-    place = _store(store)
+    place = existing_store(store)
     known = study_names(place)
-    name = _name(study, place) if study else known[0] if len(known) == 1 else None
+    name = study_name(study, place) if study else known[0] if len(known) == 1 else None
     serve(place, name, port, open_browser)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
     """Check Python, torch, GPU, Ray, MLflow and the store; say what to do about each fault."""
     from cluster.doctor import check
@@ -356,9 +353,14 @@ def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tu
     )
     place = open_store(store)
     pinned = declared.corpus.fingerprint
-    if pinned is None and declared.name in study_names(place):
+    if declared.name in study_names(place):
         before = read_plan(place, declared.name)
-        if _same_corpus(before["study"], declared.model_dump(mode="json", by_alias=True)):
+        if before.get("foreign"):
+            raise InputError(
+                f"{path}: study {declared.name} of {place.root} holds imported runs and trains nothing. Name this one "
+                "otherwise."
+            )
+        if pinned is None and _same_corpus(before["study"], declared.model_dump(mode="json", by_alias=True)):
             pinned = before["corpus"]["fingerprint"]
     with Waiting() as waiting:
         corpus = prepare(
@@ -376,39 +378,15 @@ def _same_corpus(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return before["tokenizer"] == now["tokenizer"] and all(before["corpus"][k] == now["corpus"][k] for k in keys)
 
 
-def _store(store: Path) -> "Store":
-    from sweeps.store import open_store
-
-    return open_store(store, create=False)
-
-
 def _store_or_none(store: Path) -> "Store | None":
     from sweeps.errors import InputError
 
     try:
-        return _store(store)
+        return existing_store(store)
     except InputError:
         if (store / "store.json").exists():
             raise
         return None
-
-
-def _name(study: str, store: "Store | None") -> str:
-    """A study's name, from the name itself or from its file."""
-    from sweeps.errors import InputError
-    from sweeps.store import study_names
-    from sweeps.studyfile import find_study_file, load_study
-
-    known = study_names(store) if store else []
-    if study in known:
-        return study
-    try:
-        return load_study(find_study_file(study)).name
-    except InputError:
-        if store is None or Path(study).is_file():
-            raise
-        there = ", ".join(known) or "none yet"
-        raise InputError(f"no study {study!r} in the store {store.root} (it has: {there}), and no such file.") from None
 
 
 def _is_table(text: str) -> bool:
@@ -450,17 +428,6 @@ def _fit_options(
     if level != 0.95:
         asked["level"] = level
     return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})
-
-
-def _cell(prefix: str, store: "Store") -> str:
-    """The one cell whose id begins with `prefix`."""
-    from sweeps.errors import InputError
-
-    found = sorted(path.name for path in (store.root / "cells").glob(f"{prefix}*")) if prefix.isalnum() else []
-    if len(found) != 1:
-        what = "no cell" if not found else f"{len(found)} cells"
-        raise InputError(f"{what} in {store.root} with an id that begins with {prefix!r}. `escala status` lists them.")
-    return found[0]
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -366,8 +366,13 @@ def _cells(runs: pd.DataFrame) -> str:
             [
                 escape(str(row["family"])),
                 *(human(row["N"]), human(row["D"]), flops(row["C"]), page.number(row["tokens_per_parameter"], 3)),
-                *(page.number(row["learning_rate"], 3), page.number(row["adamw_timescale"], 3), f"{row['steps']:,}"),
-                *(page.number(row["epochs"], 2), str(row["seed"]), page.plain(row["val_loss_final"], "{:.4f}".format)),
+                *(page.number(row["learning_rate"], 3), page.number(row["adamw_timescale"], 3)),
+                _whole(row["steps"]),
+                *(
+                    page.number(row["epochs"], 2),
+                    _whole(row["seed"]),
+                    page.plain(row["val_loss_final"], "{:.4f}".format),
+                ),
                 escape(str(note)),
             ]
         )
@@ -378,6 +383,11 @@ def _cells(runs: pd.DataFrame) -> str:
         "run. Losses are nats per token.</p>"
     )
     return f"<h2>Cells</h2>{note}" + page.table([*head, "epochs", "seed", "final loss", "state"], rows) + more
+
+
+def _whole(number: float) -> str:
+    """A count; a dash where a foreign run does not tell it."""
+    return f"{int(number):,}" if np.isfinite(number) else page.DASH
 
 
 def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
@@ -396,6 +406,8 @@ def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("escala", "numpy", "scipy", "pandas")),
         "written": timestamp(),
     }
+    if plan.get("foreign"):
+        lines |= dict.fromkeys(("corpus", "tokenizer", "tokens"), "unknown: these runs were imported from elsewhere")
     rows = [[escape(key), escape(str(value))] for key, value in lines.items()]
     return "<h2>Where this comes from</h2>" + page.table(None, rows, kind="facts")
 

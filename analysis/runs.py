@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sweeps.errors import InputError
+from sweeps.foreign import described
 from sweeps.store import Store, iterate_cells, open_store, read_metrics, study_names
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _WHOLE = ("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", 
 COLUMNS = (
     *("cell", "study", "family", "state", "reason", "excluded"),
     *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd"),
-    *("flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
+    *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("val_loss_final", "val_bpb_final", "seconds", "tokens_per_second", "attempts"),
@@ -44,8 +45,10 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     """One row per planned cell of a study, sorted by budget, N, D and seed.
 
     N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte).
-    `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time as a fraction of the
-    run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the cell out.
+    `C_assumed`: C is 6 N D, because the table that a foreign run was imported from has none; what else such a run does
+    not tell is NaN or None. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
+    as a fraction of the run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the
+    cell out.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -53,8 +56,17 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     """
     rows = [_row(study, *source) for source in _sources(study, store, tracking_uri)]
     frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
-    frame = frame.astype({c: "object" if c in _TEXT else "int64" if c in _WHOLE else "float64" for c in COLUMNS})
+    frame = frame.astype({c: _kind(frame[c]) for c in COLUMNS})
     return frame.sort_values(["budget", "N", "D", "seed", "data_seed", "cell"], ignore_index=True)
+
+
+def _kind(column: "pd.Series[Any]") -> str:
+    """A column's type; whole numbers that are not known of every run (of foreign ones) are floats with NaN."""
+    if column.name in _TEXT:
+        return "object"
+    if column.name == "C_assumed":
+        return "bool"
+    return "int64" if column.name in _WHOLE and column.notna().all() else "float64"
 
 
 def load_curves(
@@ -86,7 +98,7 @@ def load_documents(study: str, store: str | Path | Store | None = None) -> pd.Da
     assert found is not None
     frames = []
     for entry, _, state in _cells(found, study):
-        if state.result is None:
+        if state.result is None or state.result.get("foreign"):
             continue
         path = found.attempt(entry["id"], state.result["attempt"]) / "documents.npz"
         if not path.exists():
@@ -114,6 +126,7 @@ def _row(
     attempts: int,
     result: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
+    cell = described(cell)
     identity, counts, labels = cell["identity"], cell["counts"], entry.get("labels", {})
     optimizer, schedule, shape, end = identity["optimizer"], identity["schedule"], identity["shape"], result or {}
     tokens, batch = identity["tokens"], identity["batch_tokens"]
@@ -128,6 +141,7 @@ def _row(
         **{name: counts[name] for name in ("N", "N_nonembedding", "N_nonembedding_head", "N_total")},
         **{name: counts[name] for name in ("C", "C_6nd", "flops_per_token", "steps", "epochs")},
         "D": tokens,
+        "C_assumed": identity.get("foreign", {}).get("run", {}).get("C_assumed", False),
         "tokens_per_parameter": tokens / counts["N"],
         "budget": labels.get("budget"),
         "size": labels.get("size"),
@@ -160,7 +174,7 @@ def _excluded(row: Mapping[str, Any]) -> str | None:
         return f"not finished ({state}{because})"
     if row["val_loss_final"] is None:
         return "finished without a final loss"
-    if row["epochs"] > MAX_EPOCHS:
+    if (row["epochs"] or 0.0) > MAX_EPOCHS:
         return f"repeats its corpus ({row['epochs']:.3g} epochs; these laws hold for up to {MAX_EPOCHS})"
     return None
 

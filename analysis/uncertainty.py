@@ -61,7 +61,7 @@ def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None
 
     None where no group has two finished runs. Rows with a reason in `excluded` do not count.
     """
-    seeds = [c for c in SEEDS if c in runs.columns]
+    seeds = [c for c in SEEDS if c in runs.columns and runs[c].notna().any()]
     if not seeds or loss not in runs.columns:
         return None
     kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs

@@ -61,6 +61,13 @@ def _number(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
+def living_drivers(store: Store) -> list[tuple[str, Json]]:
+    """(study, claim) of every driver that works on the store now."""
+    folders = sorted({path.parent.name for path in (store.root / "studies").glob("*/driver-*.json")})
+    holders = {name: read_holder(store, name) for name in folders}
+    return [(name, holder.record) for name, holder in holders.items() if holder is not None and holder.lives]
+
+
 def driver_lives(store: Store, study: str, number: int) -> bool:
     """Whether the driver with this claim is at work."""
     holder = read_holder(store, study)

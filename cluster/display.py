@@ -26,43 +26,54 @@ def _make_console(stderr: bool = False) -> Console:
 console = _make_console()
 _errors = _make_console(stderr=True)
 _COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "quarantined": "yellow"}
+_WIDE = 120
+_FOLLOWS = ("D/N", "timescale", "steps", "epochs")
+"""Columns that a narrow terminal goes without: they follow from the others."""
 _SHOWN = 200
 """Rows of a table on a terminal; --json prints all."""
 
 
-def cell_table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
-    """The cells of a study, one a line."""
+def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) -> RenderableType:
+    """The cells of a study, one a line. Where `width` is less than 120 columns, those that follow from others go."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
+    names = ["N", "D", "C", "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
+    names = [name for name in names if not (width and width < _WIDE and name in _FOLLOWS)]
     for name in ("cell", *(["family"] if len(families) > 1 else [])):
         table.add_column(name, no_wrap=True)
-    for name in ("N", "D", "C", "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"):
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("state", no_wrap=True)
+    table.add_column("state", no_wrap=True, overflow="ellipsis")
     for row in rows[:_SHOWN]:
         state = Text(row["state"], style=_COLOURS.get(row["state"], ""))
         if row["reason"]:
             state.append(f": {row['reason']}"[:60], style="dim")
-        table.add_row(
-            row["id"][:8],
-            *([row["family"]] if len(families) > 1 else []),
-            human(row["N"]),
-            human(row["D"]),
-            flops(row["C"]),
-            f"{row['tokens_per_parameter']:.3g}",
-            f"{row['learning_rate']:.3g}",
-            *(str(row["labels"].get(name, "-")) for name in varied),
-            f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
-            f"{row['steps']:,}",
-            Text(f"{row['epochs']:.2f}!", style="yellow") if row["epochs"] > 1 else f"{row['epochs']:.2f}",
-            str(row["seed"]),
-            f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
-            state,
-        )
+        cells = {
+            "N": human(row["N"]),
+            "D": human(row["D"]),
+            "C": flops(row["C"]),
+            "D/N": f"{row['tokens_per_parameter']:.3g}",
+            "lr": f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-",
+            **{name: str(row["labels"].get(name, "-")) for name in varied},
+            "timescale": f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
+            "steps": f"{row['steps']:,}" if row["steps"] else "-",
+            "epochs": _epochs(row["epochs"]),
+            "seed": "-" if row["seed"] is None else str(row["seed"]),
+            "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
+        }
+        family = [row["family"]] if len(families) > 1 else []
+        table.add_row(row["id"][:8], *family, *(cells[name] for name in names), state)
     if len(rows) <= _SHOWN:
         return table
     return Group(table, Text(f"... and {len(rows) - _SHOWN:,} more cells; --json prints all", style="dim"))
+
+
+def _epochs(epochs: float | None) -> str | Text:
+    """More than once through the corpus is marked."""
+    if epochs is None:
+        return "-"
+    return Text(f"{epochs:.2f}!", style="yellow") if epochs > 1 else f"{epochs:.2f}"
 
 
 class Waiting:

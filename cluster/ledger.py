@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sweeps.foreign import described
 from sweeps.grids import Plan
 from sweeps.rules import adamw_timescale
 from sweeps.store import (
@@ -84,7 +85,7 @@ def plan_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:
 def ledger_rows(store: Store, name: str) -> list[dict[str, Any]]:
     """The same rows for a study on record."""
     return [
-        _row(entry["id"], record["identity"], record["counts"], entry["labels"], state)
+        _row(entry["id"], described(record)["identity"], record["counts"], entry["labels"], state)
         for entry, record, state in iterate_cells(store, name)
     ]
 
@@ -96,6 +97,8 @@ def count_states(rows: list[dict[str, Any]]) -> dict[str, int]:
 
 def _row(cell_id: str, identity: Any, counts: Any, labels: Any, state: CellState) -> dict[str, Any]:
     rate, decay = identity["optimizer"]["learning_rate"], identity["optimizer"]["weight_decay"]
+    batch = identity["batch_tokens"]
+    known = None not in (rate, decay, batch)
     result = state.result or {}
     return {
         "id": cell_id,
@@ -111,7 +114,7 @@ def _row(cell_id: str, identity: Any, counts: Any, labels: Any, state: CellState
         "steps": counts["steps"],
         "epochs": counts["epochs"],
         "learning_rate": rate,
-        "adamw_timescale": adamw_timescale(rate, decay, identity["batch_tokens"], identity["tokens"]),
+        "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
         "seed": identity["seed"],
         "labels": dict(labels),
         "state": state.state,

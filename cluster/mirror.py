@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import charts
 from sweeps.errors import InputError
+from sweeps.foreign import described, is_foreign
 from sweeps.store import (
     CellState,
     Store,
@@ -20,6 +21,7 @@ from sweeps.store import (
     cell_state,
     read_cell,
     read_json,
+    read_metrics,
     read_plan,
     read_quarantine,
     read_rows,
@@ -214,9 +216,9 @@ class Mirror:
         """The cell's one run; found by its tag where a crash came between its making and our note of it."""
         for _, run in self._runs(client, f"tags.`escala.cell` = '{cell_id}'"):
             return str(run.info.run_id)
-        from mlflow.entities import Param
+        from mlflow.entities import Metric, Param
 
-        record = read_cell(self.store, cell_id)
+        record = described(read_cell(self.store, cell_id))
         identity, counts, labels = record["identity"], record["counts"], self._labels[cell_id]
         name = f"{identity['family']} N={human(counts['N'])} D={human(identity['tokens'])}"
         name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
@@ -235,10 +237,14 @@ class Mirror:
             "weight_decay": identity["optimizer"]["weight_decay"],
             "batch_tokens": identity["batch_tokens"],
             "schedule": identity["schedule"]["name"],
-            "width_x_depth": f"{identity['shape']['width']}x{identity['shape']['depth']}",
+            "width_x_depth": f"{identity['shape']['width'] or '-'}x{identity['shape']['depth'] or '-'}",
             "seed": identity["seed"],
         }
-        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
+        shown = [Param(key, "-" if value is None else str(value)) for key, value in params.items()]
+        rows = read_metrics(self.store, cell_id) if is_foreign(record) else []  # it has no attempt that logs
+        told = [(row, key) for row in rows for key in row["metrics"]]
+        metrics = [Metric(k, row["metrics"][k], round(row["time"] * 1000), row["tokens"]) for row, k in told]
+        client.log_batch(run_id, params=shown, metrics=metrics)
         return run_id
 
     def _show_state(self, client: "MlflowClient", run_id: str, cell_id: str, state: CellState) -> None:

@@ -23,6 +23,7 @@ logs of its predecessors are; what a zombie writes there later does not count.
 """
 
 import errno
+import fcntl
 import json
 import os
 import socket
@@ -31,6 +32,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +235,10 @@ def read_metrics(store: Store, cell_id: str) -> list[Json]:
     A row is {"time": Unix seconds fixed at first write, "tokens": step, "metrics": {key: value}}.
     """
     merged: dict[int, Json] = {}
-    for epoch, stop in log_stops(store, cell_id).items():
+    stops = log_stops(store, cell_id)
+    if not stops:
+        return _imported_rows(store, cell_id)
+    for epoch, stop in stops.items():
         for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl", 0, stop)[0]:
             kept = merged.setdefault(row["tokens"], {**row, "metrics": {}})
             kept["metrics"] = row["metrics"] | kept["metrics"]
@@ -262,6 +267,18 @@ def log_stops(store: Store, cell_id: str) -> dict[int, int | None]:
             continue
         stops |= {int(earlier): size for earlier, size in noted.items()}
     return stops
+
+
+def _imported_rows(store: Store, cell_id: str) -> list[Json]:
+    """The one row of a run that was trained elsewhere: its final loss."""
+    try:
+        result = read_json(store.cell(cell_id) / "result.json")
+    except FileNotFoundError:
+        return []
+    if not result.get("foreign"):
+        return []
+    metrics = {"val_loss_final": result["val_loss_final"]}
+    return [{"time": result["imported"], "tokens": result["tokens"], "metrics": metrics}]
 
 
 # --- attempts and results ----------------------------------------------------------------------------------------
@@ -369,7 +386,8 @@ def cell_state(store: Store, cell_id: str) -> CellState:
     """Derive a cell's state from its files alone. It has failed where the budget of a kind of end is used up."""
     try:
         result = read_json(store.cell(cell_id) / "result.json")
-        return CellState(result["state"], result.get("reason"), result["attempt"] + 1, result)
+        attempts = 0 if result.get("foreign") else result["attempt"] + 1
+        return CellState(result["state"], result.get("reason"), attempts, result)
     except FileNotFoundError:
         pass
     epochs = attempt_epochs(store, cell_id)
@@ -482,6 +500,34 @@ def read_quarantine(store: Store, name: str) -> dict[str, Json]:
         return read_json(store.study(name) / "quarantine.json")
     except FileNotFoundError:
         return {}
+
+
+def quarantine_cell(store: Store, name: str, cell_id: str, why: str, who: str) -> None:
+    """Take a cell out of the study's fits, or change the reason. The cell itself stays as it is."""
+    with _quarantine(store, name) as marks:
+        if marks.get(cell_id, {}).get("why") != why:
+            marks[cell_id] = {"why": why, "who": who, "when": timestamp()}
+
+
+def release_cell(store: Store, name: str, cell_id: str) -> bool:
+    """Let the study's fits use a cell again. False where it was not in quarantine."""
+    with _quarantine(store, name) as marks:
+        return marks.pop(cell_id, None) is not None
+
+
+@contextmanager
+def _quarantine(store: Store, name: str) -> Iterator[dict[str, Json]]:
+    """The study's quarantine, to change: one process at a time, so that no mark of another is lost."""
+    try:
+        with (store.study(name) / "quarantine.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = read_quarantine(store, name)
+            marks = dict(before)
+            yield marks
+            if marks != before:
+                write_json(store.study(name) / "quarantine.json", marks)
+    except OSError as error:
+        raise disk_error(store.study(name) / "quarantine.json", error) from error
 
 
 def iterate_cells(store: Store, name: str) -> Iterator[tuple[Json, Json, CellState]]:

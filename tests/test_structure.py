@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ANALYSIS_MAY_USE = {"sweeps.accounting", "sweeps.rules", "sweeps.store", "sweeps.errors", "sweeps.units"}
+ANALYSIS_MAY_USE = {"sweeps.accounting", "sweeps.rules", "sweeps.store", "sweeps.foreign", "sweeps.errors"}
+ANALYSIS_MAY_USE |= {"sweeps.units"}
 
 
 def imports(path: Path) -> Iterator[str]:

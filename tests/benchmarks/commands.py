@@ -44,6 +44,23 @@ def plan(place: Place) -> list[Row]:
     ]
 
 
+def finished(place: Place) -> list[Row]:
+    """A store of 10,000 finished cells: what looks at it, and a run that has nothing to do."""
+    study, store = place.study("finished", LARGE), place.folder / "finished"
+    timed([sys.executable, str(ROOT / "tests" / "many.py"), str(study), str(store)])
+    rows = []
+    for verb, said in (("status", f"{CELLS} finished"), ("plan", f"{CELLS} cells"), ("run", "nothing to train")):
+        ended = escala(verb, study, "--store", store)
+        if said not in ended.output:
+            raise RuntimeError(f"escala {verb} was to say {said!r}:\n{ended.output[-500:]}")
+        what = f"{verb}, {CELLS:,} finished cells"
+        rows.append(Row(what=what, measured=ended.seconds, unit="s", target=3.0, note="whole process"))
+    code = f"import analysis; assert len(analysis.load_runs('finished', {str(store)!r})) == {CELLS}"
+    seconds = timed([sys.executable, "-c", code]).seconds
+    what = f"load_runs, {CELLS:,} finished cells"
+    return [*rows, Row(what=what, measured=seconds, unit="s", target=3.0, note="whole process, with imports")]
+
+
 def light(place: Place) -> list[Row]:
     python = [sys.executable, "-X", "importtime", str(ROOT / "escala.py")]
     ended = timed([*python, "plan", str(place.small_study), "--store", str(place.store_with_corpus)])

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "help": commands.help_text,
     "tokenise": commands.tokenise,
     "plan": commands.plan,
+    "finished": commands.finished,
     "light": commands.light,
     "cells": cells.run,
     "step": step.step,

@@ -1,0 +1,66 @@
+"""What the commands share: their common options, and how a store, a study and a cell are named on the command line.
+
+Every command of `escala.py` and `cluster/verbs.py` reads its words here, so that a wrong name is refused in the same
+way everywhere. Imports are inside the functions: `escala --help` loads this file.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sweeps.store import Store
+
+DEFAULT_STORE = Path("escala-store")
+
+StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped or finished study.")]
+CellArgument = Annotated[str, typer.Argument(help="A cell's id, or the beginning of it.")]
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="ESCALA_STORE", help="The folder that holds corpora, cells and studies.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+TrackingOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server. Default: a database in the store."
+    ),
+]
+
+
+def existing_store(store: Path) -> "Store":
+    """The store at a path. InputError where there is none: a command that only looks makes no new one."""
+    from sweeps.store import open_store
+
+    return open_store(store, create=False)
+
+
+def study_name(study: str, store: "Store | None") -> str:
+    """A study's name, from the name itself or from its file."""
+    from sweeps.errors import InputError
+    from sweeps.store import study_names
+    from sweeps.studyfile import find_study_file, load_study
+
+    known = study_names(store) if store else []
+    if study in known:
+        return study
+    try:
+        return load_study(find_study_file(study)).name
+    except InputError:
+        if store is None or Path(study).is_file():
+            raise
+        there = ", ".join(known) or "none yet"
+        raise InputError(f"no study {study!r} in the store {store.root} (it has: {there}), and no such file.") from None
+
+
+def find_cell(prefix: str, store: "Store") -> str:
+    """The one cell whose id begins with `prefix`. InputError where none does; where several do, it tells them apart."""
+    from cluster.watching import ambiguous, cells_named
+    from sweeps.errors import InputError
+
+    found = cells_named(store, prefix)
+    if not found:
+        raise InputError(f"no cell in {store.root} with an id that begins with {prefix!r}. `escala status` lists them.")
+    if len(found) > 1:
+        raise ambiguous(store, prefix, found)
+    return found[0]

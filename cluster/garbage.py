@@ -1,0 +1,174 @@
+"""What of a store may go: checkpoints of ended cells, leftovers of killed writers, cells and corpora nobody needs.
+
+Nothing of a planned cell's result or log ever goes. The failure it guards against: a file that somebody is still
+writing, or a cell that a driver is about to plan, is taken away. So nothing goes while a driver or an attempt lives.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.claims import living_drivers
+from sweeps.errors import InputError, nearest
+from sweeps.store import Store, attempt_epochs, is_alive, read_cell, read_json, read_plan, study_names
+
+LEFTOVER_SECONDS = 3600.0
+"""A temporary file that nobody wrote to for so long was left by a killed writer."""
+IMPORT_SECONDS = 60.0
+"""A cell that is younger may belong to an import that has not put its study on record yet."""
+KINDS = {
+    "checkpoints": "checkpoints of cells that have ended, but for permanent ones",
+    "leftovers": "temporary files that killed writers left",
+    "cells": "cells that no study plans any more, with their results and logs",
+    "corpora": "corpora that no cell and no study uses",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file or folder that may go."""
+
+    kind: str
+    path: Path
+    size: int
+    """Bytes that it frees."""
+
+
+def collectable(store: Store, kinds: Sequence[str] = tuple(KINDS)) -> list[Item]:
+    """All that may go now. InputError for an unknown kind, and while a driver or an attempt lives."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"--only: found {kind!r}{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}.")
+    if not os.access(store.root, os.W_OK):
+        raise InputError(f"the store {store.root} is not writable: nothing can be removed from it.")
+    refuse_while_running(store)
+    planned = {entry["id"] for name in study_names(store) for entry in read_plan(store, name)["cells"]}
+    folder = store.root / "cells"
+    cells = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    gone = cells - planned if "cells" in kinds else set()
+    found = [
+        Item("cells", folder / name, _size(folder / name)) for name in sorted(gone) if _is_old(folder / name, 60.0)
+    ]
+    gone = {item.path.name for item in found}
+    if "checkpoints" in kinds:
+        found += [item for name in sorted(cells - gone) for item in _checkpoints(store, name)]
+    if "leftovers" in kinds:
+        found += _leftovers(store, gone)
+    if "corpora" in kinds:
+        found += _corpora(store, cells - gone)
+    order = list(KINDS)
+    return sorted(found, key=lambda item: (order.index(item.kind), str(item.path)))
+
+
+def remove(store: Store, items: Sequence[Item]) -> int:
+    """Take these away; returns the bytes freed. Asks again before each that nobody works on the store."""
+    freed = 0
+    for item in items:
+        refuse_while_running(store, attempts=False)
+        try:
+            if item.path.is_dir() and not item.path.is_symlink():
+                shutil.rmtree(item.path)
+            else:
+                item.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{item.path} cannot be removed ({error.strerror}); {freed:,} bytes were freed."
+            ) from error
+        freed += item.size
+    return freed
+
+
+def refuse_while_running(store: Store, *, attempts: bool = True) -> None:
+    """InputError that names the driver or the attempt that lives."""
+    for name, holder in living_drivers(store):
+        raise InputError(
+            f"study {name} is being run by process {holder['pid']} on {holder['host']} since {holder['started']}: "
+            "nothing is removed from its store meanwhile. Wait for it, or stop it first."
+        )
+    folder = store.root / "cells"
+    for path in folder.iterdir() if attempts and folder.exists() else ():
+        if (path / "result.json").exists():
+            continue
+        for epoch in attempt_epochs(store, path.name):
+            if _lives(path / "attempts" / str(epoch)):
+                raise InputError(
+                    f"attempt {epoch} of cell {path.name} is still alive: nothing is removed meanwhile. Wait for it."
+                )
+
+
+def _lives(folder: Path) -> bool:
+    if (folder / "error.txt").exists():
+        return False
+    names = ("attempt.json", "log.jsonl", "heartbeat.json")
+    signs = [path.stat().st_mtime for name in names if (path := folder / name).exists()]
+    try:
+        return is_alive(read_json(folder / "attempt.json"), max(signs, default=0.0))
+    except FileNotFoundError:
+        return False
+
+
+# --- the kinds ---------------------------------------------------------------------------------------------------
+
+
+def _checkpoints(store: Store, cell_id: str) -> Iterator[Item]:
+    if not (store.cell(cell_id) / "result.json").exists():
+        return
+    for epoch in attempt_epochs(store, cell_id):
+        folder = store.attempt(cell_id, epoch) / "checkpoints"
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if not path.name.startswith(".") and not _is_permanent(path):
+                yield Item("checkpoints", path, _size(path))
+
+
+def _is_permanent(folder: Path) -> bool:
+    try:
+        return bool(read_json(folder / "state.json").get("permanent"))
+    except FileNotFoundError:
+        return False
+
+
+def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
+    """Dot files and dot folders (what is written beside its place begins with a dot), outside cells that go whole."""
+    places = [store.root]
+    while places:
+        place = places.pop()
+        for entry in os.scandir(place):
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                if _is_old(path):
+                    yield Item("leftovers", path, _size(path))
+            elif entry.is_dir(follow_symlinks=False) and entry.name != "mlflow" and entry.name not in gone:
+                places.append(path)
+
+
+def _corpora(store: Store, cells: set[str]) -> Iterator[Item]:
+    used = {read_plan(store, name)["corpus"].get("fingerprint") for name in study_names(store)}
+    for cell_id in cells:
+        try:
+            used.add(read_cell(store, cell_id)["identity"].get("corpus"))
+        except FileNotFoundError:  # half a cell, of a plan that was killed
+            continue
+    folder = store.root / "corpora"
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.name not in used and not path.name.startswith(".") and _is_old(path):
+            yield Item("corpora", path, _size(path))
+
+
+def _files(path: Path) -> Iterator[os.stat_result]:
+    yield path.lstat()
+    if path.is_dir() and not path.is_symlink():
+        for folder, _, names in os.walk(path):
+            yield from (os.lstat(os.path.join(folder, name)) for name in names)
+
+
+def _size(path: Path) -> int:
+    sizes = [found.st_size for found in _files(path)]
+    return sum(sizes[1:]) if path.is_dir() and not path.is_symlink() else sizes[0]
+
+
+def _is_old(path: Path, seconds: float = LEFTOVER_SECONDS) -> bool:
+    """Whether nobody wrote to it lately: what is in the making (an import, a plan's corpus) is not on record yet."""
+    return time.time() - max(found.st_mtime for found in _files(path)) > seconds

@@ -1,0 +1,106 @@
+"""`escala status` as a person sees it: a table that fits 80 columns, once or drawn anew while the study runs."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cluster.claims import living_drivers
+from cluster.display import cell_table, console
+from cluster.ledger import count_states
+from cluster.watching import status_rows
+from sweeps.store import Store
+from sweeps.units import duration, human
+
+WATCH_SECONDS = 2.0
+
+
+def study_picture(rows: list[dict[str, Any]], name: str) -> RenderableType:
+    """The cells, then those that run with how far they are, then the counts."""
+    parts: list[RenderableType] = [cell_table(rows, title=name, width=console.width)]
+    if running := [row for row in rows if row["progress"]]:
+        parts += [Text(), running_table(running)]
+    ends = _sum_of(rows)
+    counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
+    told = ", ".join(f"{count} {kind}" for kind, count in ends.items())
+    parts.append(Text(counts + (f"   (attempts that failed: {told})" if told else "")))
+    return Group(*parts)
+
+
+def running_table(rows: list[dict[str, Any]]) -> Table:
+    """What runs: how far, how fast, how long silent, where, and how earlier attempts ended."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("running", no_wrap=True)
+    for name in ("tokens", "done", "loss", "tokens/s", "silent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("host", no_wrap=True, overflow="ellipsis")
+    table.add_column("earlier attempts", overflow="ellipsis", no_wrap=True)
+    for row in rows:
+        now = row["progress"]
+        table.add_row(
+            row["id"][:8],
+            f"{human(now['tokens'])}/{human(now['horizon'])}",
+            f"{now['tokens'] / now['horizon']:.0%}",
+            f"{now['loss']:.3f}" if now["loss"] else "-",
+            human(now["tokens_per_second"]) if now["tokens_per_second"] else "-",
+            duration(now["silent_seconds"]),
+            row["host"] or "-",
+            ", ".join(f"{count} {kind}" for kind, count in row["ends"].items()) or "-",
+        )
+    return table
+
+
+def watch_study(store: Store, name: str) -> None:
+    """Draw the status anew every 2 s, until nothing is planned or running any more, or Ctrl-C."""
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        try:
+            while True:
+                rows = status_rows(store, name)
+                drivers = [holder for study, holder in living_drivers(store) if study == name]
+                by = f"driver {drivers[0]['pid']} on {drivers[0]['host']}" if drivers else "no driver runs"
+                dim = Text(f"{time.strftime('%H:%M:%S')}, {by}; Ctrl-C ends this view, not the study", style="dim")
+                live.update(Group(_newest(rows, name), dim), refresh=True)
+                if not {"planned", "running"} & {row["state"] for row in rows}:
+                    return
+                time.sleep(WATCH_SECONDS)
+        except KeyboardInterrupt:
+            return
+
+
+def _newest(rows: list[dict[str, Any]], name: str) -> RenderableType:
+    """What fits the screen: the cells that run or wait come first where there are too many."""
+    room = max(5, console.height - 8 - sum(row["state"] == "running" for row in rows))
+    if len(rows) <= room or not console.is_terminal:
+        return study_picture(rows, name)
+    order = {"running": 0, "failed": 1, "diverged": 2, "planned": 3}
+    shown = sorted(rows, key=lambda row: order.get(row["state"], 4))[:room]
+    counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
+    return Group(study_picture(shown, name), Text(f"of all {len(rows):,} cells: {counts}"))
+
+
+def _sum_of(rows: list[dict[str, Any]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for row in rows:
+        for kind, count in row["ends"].items():
+            total[kind] = total.get(kind, 0) + count
+    return total
+
+
+def garbage_picture(items: Sequence[Mapping[str, Any]], most: int = 30) -> RenderableType:
+    """What may go, by kind and then one by one, with what each frees."""
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("kind", no_wrap=True)
+    table.add_column("frees", justify="right", no_wrap=True)
+    table.add_column("what", overflow="fold")
+    for item in items[:most]:
+        table.add_row(item["kind"], f"{item['bytes']:,}", item["path"])
+    totals: dict[str, list[int]] = {}
+    for item in items:
+        totals.setdefault(item["kind"], []).append(item["bytes"])
+    lines = [Text(f"... and {len(items) - most:,} more; --json lists all", style="dim")] if len(items) > most else []
+    lines += [Text(f"{kind}: {len(sizes):,}, {sum(sizes):,} bytes") for kind, sizes in totals.items()]
+    return Group(table, *lines)

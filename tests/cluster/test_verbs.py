@@ -1,0 +1,484 @@
+"""The verbs work from any terminal on the files alone, whether a driver lives or not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from commandline import ROOT, TINY, Escala
+
+import analysis
+from analysis.laws import CHINCHILLA
+from cluster.claims import Claim
+from sweeps.store import (
+    Store,
+    append_rows,
+    begin_attempt,
+    commit_result,
+    open_store,
+    read_plan,
+    read_quarantine,
+    record_error,
+    write_json,
+)
+from tests.analysis.synthetic import Run, write_study
+
+RUNS = [
+    *(Run(width=width, budget=1.2e11) for width in (16, 24, 32)),
+    Run(width=24, budget=1.2e11, seed=1),
+    Run(width=40, budget=1.2e11, state="failed"),
+    Run(width=48, budget=1.2e11, state="planned"),
+]
+LAW = {"E": 1.8, "A": 482.0, "B": 2085.0, "alpha": 0.35, "beta": 0.37}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[Escala, Store]:
+    return Escala(tmp_path), open_store(write_study(tmp_path / "store", RUNS))
+
+
+def ids(store: Store, name: str = "demo") -> list[str]:
+    return [entry["id"] for entry in read_plan(store, name)["cells"]]
+
+
+def refused(escala: Escala, *arguments: object) -> str:
+    before = {path: path.stat().st_mtime_ns for path in escala.folder.rglob("*")}
+    run = escala(*arguments, ok=2)
+    assert run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
+    assert {path: path.stat().st_mtime_ns for path in escala.folder.rglob("*")} == before, "something was changed"
+    return run.stderr
+
+
+def old(path: Path, seconds: float = 2 * 3600) -> Path:
+    """Make a file or folder look as if nobody had written to it for long."""
+    for one in [*path.rglob("*"), path]:
+        os.utime(one, (time.time() - seconds,) * 2)
+    return path
+
+
+def row(tokens: int, **metrics: float) -> dict[str, Any]:
+    return {"time": 1.7e9, "tokens": tokens, "metrics": metrics}
+
+
+# --- status ------------------------------------------------------------------------------------------------------
+
+
+def test_status_shows_how_far_a_running_cell_is_and_how_its_attempts_ended(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    cell = ids(store)[4]
+    attempt = begin_attempt(store, cell, {"numerics": {}})
+    with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
+        append_rows(stream, [row(1000, train_loss=3.5, tokens_per_second=2500.0)])
+    shown = json.loads(escala("status", "demo", "--store", store.root, "--json").stdout)["cells"]
+    running = next(one for one in shown if one["id"] == cell)
+    assert running["state"] == "running"
+    assert running["ends"] == {"code": 1}
+    assert {key: running["progress"][key] for key in ("tokens", "loss", "tokens_per_second")} == {
+        "tokens": 1000,
+        "loss": 3.5,
+        "tokens_per_second": 2500.0,
+    }
+    assert running["progress"]["horizon"] == running["D"]
+    os.utime(attempt.folder / "log.jsonl", (time.time() - 900,) * 2)
+    os.utime(attempt.folder / "attempt.json", (time.time() - 900,) * 2)
+    write_json(attempt.folder / "heartbeat.json", {"time": time.time() - 30, "tokens": 2000, "progressed": 0.0})
+    text = escala("status", "demo", "--store", store.root).stdout
+    assert "2k/" in text
+    assert "30s" in text or "31s" in text or "32s" in text
+    assert "attempts that failed: 1 code" in text
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_status_table_is_whole_on_narrow_terminals(place: tuple[Escala, Store], columns: int) -> None:
+    _, store = place
+    begin_attempt(store, ids(store)[5], {"numerics": {}})
+    code = (
+        "import sys\nfrom rich.console import Console\nfrom cluster import display, overview\n"
+        "from cluster.watching import status_rows\nfrom sweeps.store import Store\nfrom pathlib import Path\n"
+        "overview.console = Console(width=int(sys.argv[2]))\n"
+        "overview.console.print(overview.study_picture(status_rows(Store(Path(sys.argv[1])), 'demo'), 'demo'))"
+    )
+    command = [sys.executable, "-c", code, str(store.root), str(columns)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = run.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert sum("finished" in line for line in lines) == 5, "four cells and the counts"
+    assert any("failed: code: Val" in line for line in lines)
+    assert ("timescale" in run.stdout) == (columns >= 120)
+
+
+def test_watching_ends_by_itself_when_nothing_is_left(tmp_path: Path) -> None:
+    store = open_store(write_study(tmp_path / "store", RUNS[:3]))
+    cell = ids(store)[0]
+    (store.cell(cell) / "result.json").rename(tmp_path / "result.json")
+    escala = Escala(tmp_path)
+    watch = escala.start("status", "demo", "--watch", "--store", store.root)
+    time.sleep(3)
+    assert watch.poll() is None, "a cell is still to come"
+    (tmp_path / "result.json").rename(store.cell(cell) / "result.json")
+    text, _ = watch.communicate(timeout=20)
+    assert watch.returncode == 0
+    assert "3 finished" in text
+    assert "--json" not in text
+    assert "--watch" in refused(escala, "status", "demo", "--watch", "--json", "--store", store.root)
+
+
+# --- logs --------------------------------------------------------------------------------------------------------
+
+
+def test_following_shows_each_row_once_over_attempts_and_ends_with_the_cell(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    cell = ids(store)[5]
+    claim = Claim(store, "demo")
+    claim.__enter__()
+    first = begin_attempt(store, cell, {"numerics": {}})
+    stream = (first.folder / "log.jsonl").open("ab", buffering=0)
+    append_rows(stream, [row(100, train_loss=4.0)])
+    follow = escala.start("logs", cell[:10], "-f", "--json", "--store", store.root)
+    rows: list[dict[str, Any]] = []
+    assert follow.stdout is not None
+    rows.append(json.loads(follow.stdout.readline()))
+    stream.write(b'{"time":1.0,"tok')  # half a line is no row yet
+    record_error(first, "infrastructure", "the worker died")
+    rows.append(json.loads(follow.stdout.readline()))
+    second = begin_attempt(store, cell, {"numerics": {}})
+    with (second.folder / "log.jsonl").open("ab", buffering=0) as again:
+        append_rows(again, [row(100, train_loss=4.5), row(200, train_loss=3.0)])
+    rows.append(json.loads(follow.stdout.readline()))
+    commit_result(second, {"state": "finished", "reason": None, "val_loss_final": 3.0})
+    rest, errors = follow.communicate(timeout=20)
+    claim.__exit__(None, None, None)
+    assert (follow.returncode, rest, errors) == (0, "", "")
+    assert [one.get("tokens") for one in rows] == [100, None, 200]
+    assert rows[1]["error"].startswith("infrastructure: the worker died")
+    assert rows[2]["attempt"] == 1
+
+
+def test_following_ends_at_once_where_nothing_more_can_come_and_at_ctrl_c(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    finished, failed, planned = (ids(store)[i] for i in (0, 4, 5))
+    assert escala("logs", finished, "-f", "--store", store.root).stdout.count("val_loss_final") == 1
+    assert "it broke" in escala("logs", failed, "--follow", "--store", store.root).stdout
+    begin_attempt(store, planned, {"numerics": {}})
+    follow = escala.start("logs", planned, "-f", "--store", store.root)
+    time.sleep(2)
+    assert follow.poll() is None
+    follow.send_signal(signal.SIGINT)
+    _, errors = follow.communicate(timeout=20)
+    assert (follow.returncode, errors) == (0, "")
+
+
+# --- why ---------------------------------------------------------------------------------------------------------
+
+
+def test_why_of_one_cell_names_its_nearest_and_those_no_longer_planned_first(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    cell, twin = ids(store)[1], ids(store)[3]
+    told = json.loads(escala("why", cell, "--store", store.root, "--json").stdout)
+    assert (told["state"], list(told["studies"]), len(told["attempts"])) == ("finished", ["demo"], 1)
+    assert [(near["cell"], near["fields"]) for near in told["nearest"]] == [
+        (twin, [{"field": "seed", "one": 0, "other": 1}])
+    ]
+    before = read_plan(store, "demo")
+    gone = write_study(store.root, [Run(width=24, budget=1.2e11, changes={"learning_rate": 0.02})])
+    changed = ids(store)[0]
+    write_json(store.study("demo") / "plan.json", before)
+    text = escala("why", cell, "--store", gone).stdout
+    assert f"nearest: {changed} (finished, no longer planned) differs in 1 fields" in text
+    assert "optimizer.learning_rate: 0.01 here, 0.02 there" in text
+    assert text.index(changed) < text.index(twin)
+    assert "no study plans it any more" in escala("why", changed, "--store", store.root).stdout
+
+
+def test_why_of_a_failed_cell_tells_each_attempt(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    text = escala("why", ids(store)[4], "--store", store.root).stdout
+    assert "failed: code: ValueError: it broke" in text
+    assert "attempt 0 on " in text
+
+
+def test_an_ambiguous_beginning_lists_the_cells_with_what_tells_them_apart(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    one = json.loads((store.cell(ids(store)[0]) / "cell.json").read_text())
+    for name, seed in (("abc0", 5), ("abc1", 6)):
+        changed = {**one, "id": name, "identity": {**one["identity"], "seed": seed}}
+        write_json(store.cell(name) / "cell.json", changed)
+    for verb in ("logs", "why", "unquarantine"):
+        message = refused(escala, verb, "abc", "--store", store.root)
+        assert "2 cells" in message
+        assert "abc0  seed 5" in message
+        assert "abc1  seed 6" in message
+    assert "no cell" in refused(escala, "why", "zz", "--store", store.root)
+
+
+# --- quarantine --------------------------------------------------------------------------------------------------
+
+
+def test_quarantine_takes_a_cell_out_of_fits_with_its_reason_and_back(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    cell = ids(store)[0]
+    escala("quarantine", cell[:8], "--reason", "loss spike at the end", "--store", store.root)
+    mark = read_quarantine(store, "demo")[cell]
+    assert mark["why"] == "loss spike at the end"
+    assert "@" in mark["who"]
+    counts = json.loads(escala("status", "demo", "--store", store.root, "--json").stdout)["counts"]
+    assert counts["quarantined"] == 1
+    runs = analysis.load_runs("demo", store).set_index("cell")
+    assert runs["excluded"][cell] == "quarantined: loss spike at the end"
+    assert "in quarantine in demo since" in escala("why", cell, "--store", store.root).stdout
+    escala("unquarantine", cell, "--store", store.root)
+    assert analysis.load_runs("demo", store).set_index("cell")["excluded"][cell] is None
+    assert "is not in quarantine" in refused(escala, "unquarantine", cell, "--store", store.root)
+
+
+def test_a_quarantine_without_a_reason_or_of_a_stranger_is_refused(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    write_study(store.root, [Run(width=64, budget=1.2e11)], name="other")
+    (cell,) = ids(store, "other")
+    assert "say why" in refused(escala, "quarantine", cell, "--reason", " ", "--store", store.root)
+    message = refused(escala, "quarantine", cell, "--reason", "odd", "--study", "demo", "--store", store.root)
+    assert "planned by: other" in message
+    assert "no study 'dmo'" in refused(
+        escala, "quarantine", cell, "--reason", "odd", "--study", "dmo", "--store", store.root
+    )
+
+
+def test_marks_made_at_the_same_time_are_all_kept(place: tuple[Escala, Store]) -> None:
+    from sweeps.store import quarantine_cell
+
+    _, store = place
+    cells = ids(store)
+    threads = [threading.Thread(target=quarantine_cell, args=(store, "demo", c, "odd", "me@here")) for c in cells]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(read_quarantine(store, "demo")) == set(cells)
+
+
+# --- gc ----------------------------------------------------------------------------------------------------------
+
+
+def littered(store: Store) -> dict[str, Path]:
+    """One thing of each kind that may go, and beside each something like it that must stay."""
+    done, failed = ids(store)[0], ids(store)[4]
+    made = {}
+    for key, cell, name, permanent in (
+        ("checkpoint", done, "1000", False),
+        ("permanent", done, "2000", True),
+        ("resumable", failed, "1000", False),
+    ):
+        made[key] = store.attempt(cell, 0) / "checkpoints" / name
+        write_json(made[key] / "state.json", {"permanent": permanent})
+        (made[key] / "state.safetensors").write_bytes(b"0" * 1000)
+    made["leftover"] = store.attempt(done, 0) / "checkpoints" / ".tmp-3000"
+    made["leftover"].mkdir()
+    (made["leftover"] / "half").write_bytes(b"0" * 500)
+    made["fresh"] = store.cell(done) / ".result.json.xyz"
+    made["fresh"].write_bytes(b"half")
+    write_study(store.root, [Run(width=80, budget=1.2e11)], name="gone")
+    made["cell"] = store.cell(ids(store, "gone")[0])
+    (store.study("gone") / "plan.json").unlink()
+    made["corpus"] = store.root / "corpora" / "feedfeedfeedfeed"
+    made["used"] = store.root / "corpora" / "0123456789abcdef"
+    for key in ("corpus", "used"):
+        made[key].mkdir(parents=True)
+        (made[key] / "train-00000.bin").write_bytes(b"0" * 300)
+    for key in ("leftover", "cell", "corpus", "used"):
+        old(made[key])
+    return made
+
+
+def test_gc_lists_first_and_removes_only_what_nobody_needs(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    made = littered(store)
+    kept = {
+        p: p.read_bytes() for c in ids(store) for p in store.cell(c).rglob("*.json*") if "checkpoints" not in str(p)
+    }
+    listed = json.loads(escala("gc", "--store", store.root, "--json").stdout)
+    goes = {"checkpoint", "leftover", "cell", "corpus"}
+    assert {item["path"] for item in listed["items"]} == {str(made[key].relative_to(store.root)) for key in goes}
+    assert [item["kind"] for item in listed["items"]] == ["checkpoints", "leftovers", "cells", "corpora"]
+    assert listed["items"][1]["bytes"] == 500
+    assert listed["items"][3]["bytes"] == 300
+    asked = escala("gc", "--store", store.root).stdout
+    assert "--yes" in asked
+    assert all(path.exists() for path in made.values()), "nothing goes unasked"
+    only = json.loads(escala("gc", "--only", "corpora", "--store", store.root, "--json").stdout)
+    assert [item["kind"] for item in only["items"]] == ["corpora"]
+    done = json.loads(escala("gc", "--yes", "--store", store.root, "--json").stdout)
+    assert done["freed"] == listed["bytes"]
+    assert {key for key, path in made.items() if not path.exists()} == goes
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert "nothing to remove" in escala("gc", "--store", store.root).stdout
+
+
+def test_gc_is_refused_while_a_driver_or_an_attempt_lives(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    littered(store)
+    assert 'mean "corpora"' in refused(escala, "gc", "--only", "corpra", "--store", store.root)
+    claim = Claim(store, "demo")
+    claim.__enter__()
+    message = refused(escala, "gc", "--yes", "--store", store.root)
+    assert f"study demo is being run by process {os.getpid()}" in message
+    claim.__exit__(None, None, None)
+    begin_attempt(store, ids(store)[5], {"numerics": {}})
+    assert f"attempt 0 of cell {ids(store)[5]} is still alive" in refused(escala, "gc", "--yes", "--store", store.root)
+
+
+# --- import and export -------------------------------------------------------------------------------------------
+
+
+def table(**more: Any) -> pd.DataFrame:
+    rows = []
+    for budget in (1e19, 4e19, 1.6e20):
+        for times in (0.25, 0.5, 1.0, 2.0, 4.0):
+            n = (budget / 120) ** 0.5 * times
+            d = budget / 6 / n
+            rows.append({"params": n, "tokens": d, "loss": float(CHINCHILLA({"N": n, "D": d}, LAW)), "budget": budget})
+    return pd.DataFrame(rows).assign(**more)
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "runs.parquet", "runs.jsonl"])
+def test_an_imported_table_is_a_study_that_every_verb_reads(escala: Escala, name: str) -> None:
+    frame, path = table(), escala.folder / name
+    if name.endswith("csv"):
+        frame.to_csv(path, index=False)
+    elif name.endswith("parquet"):
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=True, double_precision=15)
+    told = json.loads(escala("import", name, "--study", "lit", "--store", "s", "--json").stdout)
+    assert (told["new"], told["known"], told["left_out"]) == (15, 0, [])
+    runs = analysis.load_runs("lit", escala.folder / "s")
+    assert runs["excluded"].isna().all()
+    assert runs["N"].to_numpy() == pytest.approx(frame.sort_values(["budget", "params"])["params"].to_numpy())
+    assert runs["seed"].isna().all()
+    assert runs["attempts"].eq(0).all()
+    status = json.loads(escala("status", "lit", "--store", "s", "--json").stdout)
+    assert status["counts"] == {"finished": 15}
+    fit = json.loads(escala("fit", "lit", "--store", "s", "--law", "chinchilla", "--json").stdout)
+    assert fit["params"]["alpha"] == pytest.approx(LAW["alpha"], rel=1e-3)
+    cell = status["cells"][0]["id"]
+    assert "val_loss_final" in escala("logs", cell, "--store", "s").stdout
+    assert "foreign.run.N" in escala("why", cell, "--store", "s").stdout
+    escala("quarantine", cell, "--reason", "typo in the paper", "--store", "s")
+    assert analysis.load_runs("lit", escala.folder / "s")["excluded"].notna().sum() == 1
+
+
+def test_an_import_is_reported_exported_and_mirrored(escala: Escala) -> None:
+    table(seed=1).to_csv(escala.folder / "runs.csv", index=False)
+    escala("import", "runs.csv", "--study", "lit", "--store", "s")
+    escala("report", "lit", "--store", "s")
+    assert "imported from elsewhere" in (escala.folder / "s" / "studies" / "lit" / "report.html").read_text()
+    escala("export", "lit", "--out", "out.csv", "--curves", "curves.parquet", "--store", "s")
+    runs = analysis.load_runs("lit", escala.folder / "s")
+    pd.testing.assert_series_equal(pd.read_csv(escala.folder / "out.csv")["val_loss_final"], runs["val_loss_final"])
+    assert len(pd.read_parquet(escala.folder / "curves.parquet")) == 15
+    escala("sync", "lit", "--store", "s")
+    uri = open_store(escala.folder / "s").tracking_uri
+    away = escala.folder / "nowhere"
+    pd.testing.assert_frame_equal(analysis.load_runs("lit", away, tracking_uri=uri), runs)
+    here = analysis.load_curves("lit", escala.folder / "s")
+    pd.testing.assert_frame_equal(analysis.load_curves("lit", away, tracking_uri=uri), here)
+
+
+def test_importing_again_adds_nothing_and_more_rows_add_only_themselves(escala: Escala) -> None:
+    frame = table()
+    frame[:10].to_csv(escala.folder / "a.csv", index=False)
+    frame.to_csv(escala.folder / "b.csv", index=False)
+    escala("import", "a.csv", "--study", "lit", "--store", "s")
+    before = {p: p.stat().st_mtime_ns for p in (escala.folder / "s").rglob("*")}
+    assert "0 runs imported, 10 were there" in escala("import", "a.csv", "--study", "lit", "--store", "s").stdout
+    assert {p: p.stat().st_mtime_ns for p in (escala.folder / "s").rglob("*")} == before
+    assert "5 runs imported, 10 were there" in escala("import", "b.csv", "--study", "lit", "--store", "s").stdout
+    assert len(analysis.load_runs("lit", escala.folder / "s")) == 15
+
+
+def test_what_n_and_c_mean_is_kept_and_a_derived_c_is_marked(escala: Escala) -> None:
+    frame = table().drop(columns="budget").rename(columns={"params": "non_embedding_params"})
+    frame.to_csv(escala.folder / "runs.csv", index=False)
+    told = json.loads(escala("import", "runs.csv", "--study", "lit", "--store", "s", "--json").stdout)
+    assert told["conventions"] == {"N": "N_nonembedding", "C": "C_6nd"}
+    runs = analysis.load_runs("lit", escala.folder / "s")
+    assert runs["C_assumed"].all()
+    assert (runs["N_nonembedding"] == runs["N"]).all()
+    assert runs["N_total"].isna().all()
+    fit = json.loads(escala("fit", "lit", "--law", "chinchilla", "--store", "s", "--json").stdout)
+    assert "compute_assumed" in {verdict["code"] for verdict in fit["verdicts"]}
+
+
+def test_bad_imports_and_exports_are_refused_before_anything_is_written(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    table().to_csv(escala.folder / "runs.csv", index=False)
+    (escala.folder / "bad.csv").write_text("a,b\n1,2\n")
+    (escala.folder / "none.csv").write_text("N,D,loss\n1e8,1e9,\n")
+    at = ("--store", store.root)
+    assert "trains cells of its own" in refused(escala, "import", "runs.csv", "--study", "demo", *at)
+    assert "a, b" in refused(escala, "import", "bad.csv", "--study", "lit", *at)
+    assert "no finished run" in refused(escala, "import", "none.csv", "--study", "lit", *at)
+    assert "--study: found '../x'" in refused(escala, "import", "runs.csv", "--study", "../x", *at)
+    assert "--n-is: found 'all'" in refused(escala, "import", "runs.csv", "--study", "lit", "--n-is", "all", *at)
+    assert "no such table" in refused(escala, "import", "nowhere.csv", "--study", "lit", *at)
+    assert ".csv or .parquet" in refused(escala, "export", "demo", "--out", "runs.xlsx", *at)
+    assert "no study 'dmo'" in refused(escala, "export", "dmo", "--out", "o.csv", *at)
+    (escala.folder / "file").write_text("")
+    assert "is a file, not a folder" in refused(escala, "export", "demo", "--out", "file/runs.csv", *at)
+
+
+def test_a_study_of_imported_runs_trains_nothing(escala: Escala) -> None:
+    table().to_csv(escala.folder / "runs.csv", index=False)
+    escala("import", "runs.csv", "--study", "tiny", "--store", "s")
+    study = escala.study(TINY)
+    for verb in ("plan", "run"):
+        assert "holds imported runs" in refused(escala, verb, study, "--store", "s")
+
+
+def test_a_store_of_a_newer_format_is_refused_by_every_verb(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    cell = ids(store)[0]
+    write_json(store.root / "store.json", {"format": 99})
+    for verb in (
+        *(["status", "demo"], ["logs", cell], ["why", cell], ["quarantine", cell, "--reason", "x"], ["gc", "--yes"]),
+        *(["unquarantine", cell], ["sync", "demo"], ["export", "demo", "--out", "o.csv"]),
+    ):
+        assert "format 99" in refused(escala, *verb, "--store", store.root)
+
+
+# --- many cells --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("verb", "most"), [("status", 3), ("plan", 2), ("run", 3)])
+def test_what_looks_at_finished_cells_opens_few_files_of_each(tmp_path: Path, verb: str, most: int) -> None:
+    """What keeps 10,000 cells within seconds (tests/benchmarks times them): no attempt of a finished cell is opened."""
+    from tests.many import write_finished
+
+    escala = Escala(tmp_path)
+    study = escala.study(TINY.replace("training:", "seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\ntraining:"))
+    store = write_finished(study, tmp_path / "store")
+    code = (
+        "import sys\nopened = []\nsys.addaudithook(lambda event, args: opened.append(str(args[0])) "
+        "if event in ('open', 'os.listdir', 'os.scandir') and '/cells/' in str(args[0]) else None)\n"
+        "import escala\ntry: escala.app(sys.argv[1:])\nexcept SystemExit as end: assert not end.code\n"
+        "print(len(opened), sum('/attempts' in one for one in opened), file=sys.stderr)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, verb, str(study), "--store", str(store.root)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    opened, attempts = map(int, run.stderr.split()[-2:])
+    cells = len(ids(store, "tiny"))
+    assert cells >= 60
+    assert cells <= opened <= most * cells
+    assert attempts == 0
