@@ -112,7 +112,6 @@ class _Connected:
 
     def __enter__(self) -> None:
         self.mirror.connect()
-        self.mirror.pull_quarantine()
         self.mirror.start()
 
     def __exit__(self, *_: object) -> None:
