@@ -41,6 +41,7 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
     # reply would make a second run.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is the command's own
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
