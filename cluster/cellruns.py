@@ -33,7 +33,8 @@ def run_name(record: Json, labels: Mapping[str, Any]) -> str:
 def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
     """What defines the cell, as text; what a cell from elsewhere does not tell is a dash."""
     identity, counts, tokens = record["identity"], record["counts"], _tokens(record)
-    optimizer, shape = identity.get("optimizer", {}), identity.get("shape", {})
+    told = identity.get("foreign", {}).get("run", {})
+    optimizer, shape = identity.get("optimizer", told), identity.get("shape", told)
     params = {
         "family": _family(identity),
         "N": counts["N"],
@@ -43,10 +44,10 @@ def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
         "tokens_per_parameter": f"{tokens / counts['N']:.4g}" if tokens else None,
         "learning_rate": optimizer.get("learning_rate"),
         "weight_decay": optimizer.get("weight_decay"),
-        "batch_tokens": identity.get("batch_tokens"),
+        "batch_tokens": identity.get("batch_tokens", told.get("batch_tokens")),
         "schedule": identity.get("schedule", {}).get("name"),
-        "width_x_depth": f"{shape['width']}x{shape['depth']}" if shape else None,
-        "seed": identity.get("seed"),
+        "width_x_depth": f"{shape['width']}x{shape['depth']}" if shape.get("width") and shape.get("depth") else None,
+        "seed": identity.get("seed", told.get("seed")),
     }
     return {key: "-" if value is None else str(value) for key, value in params.items()}
 
@@ -90,9 +91,9 @@ def _owner(store: Store, cell_id: str, state: CellState, record: Json) -> str | 
 
 
 def _family(identity: Json) -> str:
-    return str(identity.get("family") or identity.get("foreign", {}).get("family") or "foreign")
+    return str(identity.get("family") or identity.get("foreign", {}).get("run", {}).get("family") or "foreign")
 
 
 def _tokens(record: Json) -> int | None:
-    tokens: int | None = record["identity"].get("tokens") or record["counts"].get("D")
-    return tokens
+    tokens = record["identity"].get("tokens") or record["identity"].get("foreign", {}).get("run", {}).get("D")
+    return None if tokens is None else round(tokens)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sweeps.store import Json, Store, attempt_epochs, read_rows
+from sweeps.store import Json, Store, attempt_epochs, read_metrics, read_rows
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -34,7 +34,12 @@ class Rows:
 
     def chunks(self, cell_id: str, attempt: int, start: int) -> Iterator[Chunk]:
         """What the cell logged after the byte `start` of the given attempt, which was given out and acknowledged."""
-        for epoch in attempt_epochs(self.store, cell_id):
+        epochs = attempt_epochs(self.store, cell_id)
+        if not epochs and not start:  # of a cell from elsewhere, which no attempt has logged, there is only this
+            fresh = list(self._fresh(cell_id, 0, 0, read_metrics(self.store, cell_id)))
+            if fresh:
+                yield Chunk(0, 1, fresh)
+        for epoch in epochs:
             if epoch < attempt:
                 continue
             offset, path = start if epoch == attempt else 0, self.store.attempt(cell_id, epoch) / "log.jsonl"
