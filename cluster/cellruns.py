@@ -5,13 +5,18 @@ from the store. MLflow cuts tags at 8,000 characters: a longer record goes on in
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sweeps.store import CellState, Json, Store, read_json
 from sweeps.units import flops, human
 
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
 TAG_CHARACTERS = 8000
+_OWN_TAGS = ("escala.", "mlflow.")
+_PEOPLES_TAGS = ("mlflow.note.content", "mlflow.runColor")
 STATUS = {
     "finished": "FINISHED",
     "diverged": "FINISHED",
@@ -75,6 +80,15 @@ def difference_tag(first: Sequence[Any], count: int) -> dict[str, str]:
     text = f"{metric} at {tokens:,} tokens differs by {abs(recomputed - logged):.3g} after a resume: "
     text += f"{logged:.9g} logged, {recomputed:.9g} recomputed"
     return {"escala.nondeterminism": text + (f"; and {count - 1} more" if count > 1 else "")}
+
+
+def peoples_tags(runs: Iterable["Run"]) -> dict[str, str]:
+    """What people wrote on runs, as against what Escala and MLflow did."""
+    tags: dict[str, str] = {}
+    for run in runs:
+        theirs = (key for key in run.data.tags if key in _PEOPLES_TAGS or not key.startswith(_OWN_TAGS))
+        tags |= {key: run.data.tags[key] for key in theirs}
+    return tags
 
 
 def _owner(store: Store, cell_id: str, state: CellState, record: Json) -> str | None:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cluster import quarantine
-from cluster.cellruns import STATUS, difference_tag, run_name, run_params, state_tags
+from cluster.cellruns import STATUS, difference_tag, peoples_tags, run_name, run_params, state_tags
 from cluster.parent import parent_run, show_parent
 from cluster.rows import Chunk, Rows
 from cluster.tracking import Reached, find_runs, is_gone, keep_one, reach, words
@@ -48,8 +48,6 @@ LOOK_SECONDS = 30.0
 SAVE_SECONDS = 5.0
 SETTLED_SECONDS = 60.0
 """A request that was given up (after 20 s) may still be carried out; after so long it is not."""
-_OWN_TAGS = ("escala.", "mlflow.")
-_PEOPLES_TAGS = ("mlflow.note.content", "mlflow.runColor")
 
 
 @dataclass
@@ -340,7 +338,11 @@ class Mirror:
             mark = read_quarantine(self.store, self.study).get(cell_id)
             marked = quarantine.mark_tags(mark) if mark else {}
             tags = {"escala.cell": cell_id, "escala.study": self.study, "mlflow.source.name": "escala"}
-            tags |= {"mlflow.parentRunId": self._state["parent"]["run_id"], **marked, **self._peoples_tags(cell_id)}
+            tags |= {
+                "mlflow.parentRunId": self._state["parent"]["run_id"],
+                **marked,
+                **peoples_tags(self._replaced.get(cell_id, [])),
+            }
             name = run_name(read_cell(self.store, cell_id), self._labels[cell_id])
             fault("mirror.before_create_run")
             run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
@@ -372,14 +374,6 @@ class Mirror:
             if run.data.tags["escala.cell"] in self._labels:
                 found.setdefault(run.data.tags["escala.cell"], []).append(run)
         return found
-
-    def _peoples_tags(self, cell_id: str) -> dict[str, str]:
-        """What people wrote on the runs that a rebuild replaces."""
-        tags: dict[str, str] = {}
-        for run in self._replaced.get(cell_id, []):
-            own = (key for key in run.data.tags if key in _PEOPLES_TAGS or not key.startswith(_OWN_TAGS))
-            tags |= {key: run.data.tags[key] for key in own}
-        return tags
 
     # --- mirror.json ---------------------------------------------------------------------------------------------
 
