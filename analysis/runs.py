@@ -7,7 +7,8 @@ fit must leave out stays in the frame and says why in the column `excluded`.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,11 @@ from sweeps.store import Store, iterate_cells, open_store, read_metrics, study_n
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
+PAGE_RUNS = 1000
+READERS = 8
+"""Histories asked for at once: MLflow's HTTP client keeps ten connections."""
 MAX_EPOCHS = 1.5
 """Laws of N and D hold for fresh tokens; up to four epochs cost little, but not nothing (Muennighoff et al. 2023)."""
 
@@ -79,10 +84,7 @@ def load_curves(
     runs = load_runs(study, store, tracking_uri=tracking_uri)
     found = _visible(study, store, tracking_uri)
     logged = _curves_of_store(found, runs["cell"]) if found else _curves_of_mlflow(study, str(tracking_uri))
-    rows = [{"cell": cell, "tokens": tokens, **metrics} for cell, tokens, metrics in logged]
-    curves = pd.DataFrame(rows, columns=["cell", "tokens", *METRICS]).astype(
-        {"cell": "object", "tokens": "int64"} | dict.fromkeys(METRICS, "float64")
-    )
+    curves = _curve_frame(logged)
     known = runs[["cell", "family", "seed", "N", "D", "C", "budget", "size"]].reset_index(names="order")
     joined = known.merge(curves, on="cell", how="inner").sort_values(["order", "tokens"], ignore_index=True)
     return joined[list(_CURVE_COLUMNS)]
@@ -112,6 +114,27 @@ def load_documents(study: str, store: str | Path | Store | None = None) -> pd.Da
         )
     columns = ["cell", "document", "loss_sum", "tokens"]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _curve_frame(logged: Iterable[tuple[str, Sequence[int], Sequence[Mapping[str, float]]]]) -> pd.DataFrame:
+    """Of (cell, tokens of its rows, metrics of its rows). Column by column and cell by cell: a frame made of one
+    dictionary a row takes several times as long, and all rows at once several times the memory."""
+    cells, tokens, metrics = [], [], []
+    for cell, at, rows in logged:
+        cells.append(np.full(len(at), cell, dtype=object))
+        tokens.append(np.array(at, dtype="int64"))
+        there = set().union(*rows)
+        values = np.full((len(METRICS), len(at)), np.nan)
+        for order, key in enumerate(METRICS):
+            if key in there:
+                values[order] = [row.get(key, np.nan) for row in rows]
+        metrics.append(values)
+    if not cells:
+        none = dict.fromkeys(METRICS, np.empty(0))
+        return pd.DataFrame({"cell": np.empty(0, dtype=object), "tokens": np.empty(0, dtype="int64"), **none})
+    table = np.concatenate(metrics, axis=1)
+    columns = {"cell": np.concatenate(cells), "tokens": np.concatenate(tokens), **dict(zip(METRICS, table))}
+    return pd.DataFrame(columns)
 
 
 # --- one cell, one row -------------------------------------------------------------------------------------------
@@ -212,9 +235,10 @@ def _sources(study: str, store: str | Path | Store | None, tracking_uri: str | N
         for entry, cell, state in _cells(found, study):
             yield entry, cell, state.state, state.reason, state.attempts, state.result
         return
-    for cell, _, tags in _mirrored(_client(str(tracking_uri)), study):
+    for cell, run in _mirrored(_client(str(tracking_uri)), study):
+        tags = run.data.tags
         try:
-            record = json.loads(tags["escala.record"])
+            record = _record(tags)
         except ValueError as error:
             raise InputError(
                 f"the MLflow run of cell {cell} holds a damaged record ({error}): sync the study again."
@@ -225,10 +249,10 @@ def _sources(study: str, store: str | Path | Store | None, tracking_uri: str | N
         yield record["entry"], record["cell"], state, reason, record["attempts"], record["result"]
 
 
-def _curves_of_store(store: Store, cells: pd.Series) -> Iterator[tuple[str, int, dict[str, float]]]:
+def _curves_of_store(store: Store, cells: pd.Series) -> Iterator[tuple[str, list[int], list[dict[str, float]]]]:
     for cell in cells:
-        for row in read_metrics(store, cell):
-            yield cell, row["tokens"], {k: v for k, v in row["metrics"].items() if k in METRICS}
+        rows = read_metrics(store, cell)
+        yield cell, [row["tokens"] for row in rows], [row["metrics"] for row in rows]
 
 
 # --- MLflow ------------------------------------------------------------------------------------------------------
@@ -240,32 +264,51 @@ def _client(tracking_uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri)
 
 
-def _mirrored(client: "MlflowClient", study: str) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(cell id, MLflow run id, tags) of the runs that mirror the study's cells, page by page."""
+def _mirrored(client: "MlflowClient", study: str) -> "Iterator[tuple[str, Run]]":
+    """(cell id, MLflow run) of the runs that mirror the study's cells, page by page."""
     experiment = client.get_experiment_by_name(study)
     if experiment is None:
         raise InputError(
             f"MLflow at {client.tracking_uri} has no experiment {study!r}. Run the study, or sync it first."
         )
-    token, seen = None, set()
+    token, seen, where = None, set(), "tags.`escala.cell` != ''"
     while True:
-        page = client.search_runs([experiment.experiment_id], max_results=500, page_token=token)
+        page = client.search_runs([experiment.experiment_id], where, max_results=PAGE_RUNS, page_token=token)
         for run in page:
-            cell = run.data.tags.get("escala.cell")
-            if cell and cell not in seen and "escala.record" in run.data.tags:
+            cell = run.data.tags["escala.cell"]
+            if cell not in seen and "escala.record" in run.data.tags:
                 seen.add(cell)
-                yield cell, run.info.run_id, run.data.tags
+                yield cell, run
         token = page.token
         if not token:
             return
 
 
-def _curves_of_mlflow(study: str, tracking_uri: str) -> Iterator[tuple[str, int, dict[str, float]]]:
+def _record(tags: Mapping[str, str]) -> dict[str, Any]:
+    """The cell's record; one longer than a tag goes on in the tags escala.record.1 and so on."""
+    text, order = tags["escala.record"], 1
+    while more := tags.get(f"escala.record.{order}"):
+        text, order = text + more, order + 1
+    record, _ = json.JSONDecoder().raw_decode(text)  # after it may stand the end of an earlier, longer record
+    assert isinstance(record, dict)
+    return record
+
+
+def _curves_of_mlflow(study: str, tracking_uri: str) -> Iterator[tuple[str, list[int], list[dict[str, float]]]]:
+    """Exact: MLflow's bulk requests sample or cut long histories, so each is asked for by itself, several at a time."""
     client = _client(tracking_uri)
-    for cell, run_id, _ in _mirrored(client, study):
-        merged: dict[int, dict[str, float]] = {}
-        keys = [key for key in METRICS if key in client.get_run(run_id).data.metrics]
-        for key in keys:
-            for metric in client.get_metric_history(run_id, key):  # pages by itself on a server
-                merged.setdefault(metric.step, {}).setdefault(key, metric.value)
-        yield from ((cell, tokens, metrics) for tokens, metrics in merged.items())
+    wanted = [
+        (cell, run.info.run_id, key)
+        for cell, run in _mirrored(client, study)
+        for key in METRICS
+        if key in run.data.metrics
+    ]
+    merged: dict[str, dict[int, dict[str, float]]] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        histories = pool.map(lambda one: client.get_metric_history(one[1], one[2]), wanted)  # pages by itself
+        for (cell, _, key), history in zip(wanted, histories):
+            rows = merged.setdefault(cell, {})
+            for metric in history:
+                rows.setdefault(metric.step, {}).setdefault(key, metric.value)
+    for cell, rows in merged.items():
+        yield cell, list(rows), list(rows.values())

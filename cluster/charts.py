@@ -31,7 +31,8 @@ def shared_view() -> str:
     ]
     view = {
         "runsHiddenMode": "SHOWALL",
-        "orderByKey": "attributes.start_time",
+        # By any key but the start, the UI lists the cells beside the study's own run, not folded away below it.
+        "orderByKey": "metrics.`val_loss_final`",
         "orderByAsc": True,
         "selectedColumns": [f"params.`{name}`" for name in ("N", "D", "C")] + ["metrics.`val_loss_final`"],
         "compareRunCharts": charts,

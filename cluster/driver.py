@@ -96,7 +96,7 @@ def run_study(
         tally.failed = {
             cell_id: state.reason or "unknown" for cell_id, state in states.items() if state.state == "failed"
         }
-        mirror = Mirror(store, study, tracking_uri)
+        mirror = Mirror(store, study, tracking_uri, claim.holds)
         if not missing and mirror.is_complete():
             return tally
         with _Connected(mirror):
@@ -116,7 +116,6 @@ class _Connected:
 
     def __enter__(self) -> None:
         self.mirror.connect()
-        self.mirror.pull_quarantine()
         self.mirror.start()
 
     def __exit__(self, *_: object) -> None:

@@ -1,294 +1,414 @@
 """The mirror: ships the logs of cells to MLflow, one run per cell and study, without training ever waiting for it.
 
-One thread in the driver reads complete log lines, sends them in batches and keeps its offset in the study's
-mirror.json. The first committed value of a (cell, key, step) wins: rows that an earlier attempt has logged are not
-sent again. A batch that is sent twice has the same timestamps and adds nothing, so delivery is exactly once.
+One thread in the driver reads complete log lines, sends them in batches and keeps what the server acknowledged in the
+study's mirror.json. The first committed value of a (cell, key, step) wins: rows that an earlier attempt has logged are
+not sent again. A batch that is sent twice has the same timestamps and adds nothing, so delivery is exactly once: after
+a fault, a lost reply or a crash the mirror goes back to the last acknowledged offset and sends again.
+
+A cell that the server refuses rests for a while and is named; the others go on. A server that is gone is asked again
+after 2, 4, ... 60 seconds, and gets what it missed.
 """
 
-import json
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from cluster import charts
-from sweeps.errors import InputError
-from sweeps.foreign import described, is_foreign
+from cluster import quarantine
+from cluster.cellruns import STATUS, difference_tag, peoples_tags, run_name, run_params, state_tags
+from cluster.parent import parent_run, show_parent
+from cluster.rows import Chunk, Rows
+from cluster.tracking import Reached, find_runs, is_gone, keep_one, reach, words
+from sweeps.faults import fault
 from sweeps.store import (
     CellState,
+    Json,
     Store,
-    attempt_epochs,
     cell_state,
     read_cell,
     read_json,
-    read_metrics,
     read_plan,
     read_quarantine,
-    read_rows,
-    timestamp,
     write_json,
 )
-from sweeps.units import flops, human
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-BATCH = 1000
-"""Metrics a request: MLflow's own limit."""
+BATCH = 950
+"""Metrics a request: MLflow takes 1,000 metrics, params and tags together."""
 INTERVAL_SECONDS = 2.0
-_STATUS = {
-    "finished": "FINISHED",
-    "diverged": "FINISHED",
-    "failed": "FAILED",
-    "running": "RUNNING",
-    "planned": "KILLED",
-}
+LONGEST_SECONDS = 60.0
+"""Between two tries, after many faults."""
+LOOK_SECONDS = 30.0
+"""Between two looks at what people changed in MLflow, and at the study's own files."""
+SAVE_SECONDS = 5.0
+SETTLED_SECONDS = 60.0
+"""A request that was given up (after 20 s) may still be carried out; after so long it is not."""
+
+
+@dataclass
+class _Rest:
+    """A cell that was refused: not tried again before `until` (monotonic seconds)."""
+
+    until: float
+    seconds: float
+    fault: str
 
 
 class Mirror:
     """Mirrors one study. `start` runs it in a thread until `stop`; `sync` is one pass."""
 
-    def __init__(self, store: Store, study: str, tracking_uri: str | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        study: str,
+        tracking_uri: str | None = None,
+        holds: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.store, self.study = store, study
         self.tracking_uri = tracking_uri or store.tracking_uri
+        self.holds = holds
+        """Whether the study is still this process's own; where not, nothing more is written."""
         self.fault: str | None = None
-        """Why the last pass did not get through, for people to see."""
+        """What did not get through in the last pass, for people to see."""
         self._path = store.study(study) / "mirror.json"
         self._labels = {entry["id"]: entry["labels"] for entry in read_plan(store, study)["cells"]}
         self._state = self._read_state()
         self._open = {cell_id for cell_id in self._labels if not self._cells.get(cell_id, {}).get("closed")}
-        self._seen: dict[str, set[tuple[str, int]]] = {}
-        self._client: MlflowClient | None = None
+        self._rows = Rows(store)
+        self._rests: dict[str, _Rest] = {}
+        self._found: dict[str, list[Run]] | None = None
+        self._replaced: dict[str, list[Run]] = {}
+        self._reached: Reached | None = None
+        self._changed = False
+        self._saved = self._looked = float("-inf")
+        self._progressed = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="escala-mirror", daemon=True)
+
+    def is_complete(self) -> bool:
+        """Whether every cell that has ended is in MLflow already, by the mirror's own record."""
+        ended = (cell_id for cell_id in self._open if (self.store.cell(cell_id) / "result.json").exists())
+        return not self._state["doubtful"] and next(ended, None) is None
+
+    def connect(self) -> None:
+        """Reach the tracking server, or make the embedded database, and merge quarantines. InputError where the
+        server is not there."""
+        reached = reach(self.store, self.study, self.tracking_uri)
+        before = self._state["experiment_id"], self._state.get("created")
+        if before != (reached.experiment_id, reached.created):  # another database than last time: everything goes again
+            named = {"experiment_id": reached.experiment_id, "created": reached.created}
+            self._state, self._open = self._new_state() | named, set(self._labels)
+        self._reached = reached
+        faults: list[str] = []
+        self._attempt("quarantine", self.merge_quarantine, faults)
+        self._attempt("the study's run", self._show_parent, faults)
+        self._say(faults)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, seconds: float = 60.0) -> None:
+        """Ship what is left and end the thread. Gives up where the server acknowledged nothing for `seconds`: what is
+        missing goes at the next run."""
+        self._progressed = time.monotonic()
+        self._stopping.set()
+        while self._thread.is_alive() and time.monotonic() - self._progressed < seconds:
+            self._thread.join(0.1)
+        if self._thread.is_alive():
+            self.fault = "the tracking server did not answer in time"
+
+    def _loop(self) -> None:
+        wait = INTERVAL_SECONDS
+        while not self._stopping.wait(wait):
+            answers = self.sync(final=False)
+            wait = INTERVAL_SECONDS if answers else min(2 * wait, LONGEST_SECONDS)
+        self.sync()
+
+    def sync(self, *, final: bool = True, progress: Callable[[str, float], None] | None = None) -> bool:
+        """One pass over the cells that are not closed: ship new rows, show states, close what has ended.
+
+        A `final` pass also tries what is resting and looks at what people changed. Raises nothing: `fault` says what
+        did not get through, and the next pass begins there. Returns whether the server answers.
+        """
+        look = final or time.monotonic() - self._looked >= LOOK_SECONDS
+        faults: list[str] = []
+        if answers := self._holds(faults):
+            if look:
+                self._attempt("quarantine", self.merge_quarantine, faults)
+                self._attempt("doubtful runs", self._settle, faults)
+            answers = self._sync_cells(final, faults, progress)
+            if look and answers:
+                answers = self._attempt("the study's run", partial(self._show_parent, final), faults)
+                self._looked = time.monotonic()
+            self._attempt("mirror.json", self._save, faults)
+        self._say(faults)
+        return answers
+
+    def merge_quarantine(self) -> None:
+        """Merge the tags `escala.quarantine` with the store's marks: who changed one last is heard. Raises MLflow's
+        errors."""
+        runs = {cell_id: kept["run_id"] for cell_id, kept in self._cells.items()}
+        merged = self._state["quarantine"]
+        before = dict(merged)
+        try:
+            quarantine.merge(self._client, self._state["experiment_id"], self.store, self.study, runs, merged)
+        finally:
+            self._changed |= merged != before
+
+    def rebuild(self) -> None:
+        """Forget what MLflow holds of the planned cells, so that the next pass makes every run anew from the store and
+        then deletes the old one. First what people marked there is read back. Raises MLflow's errors."""
+        self.merge_quarantine()
+        self._replaced = self._search()
+        self._found, self._rows, self._rests = {}, Rows(self.store), {}
+        self._state["cells"], self._open = {}, set(self._labels)
+        if self._state["parent"]:
+            self._state["parent"]["sent"] = {}
+        self._changed = True
+        self._save()
+
+    # --- a pass --------------------------------------------------------------------------------------------------
+
+    def _sync_cells(self, final: bool, faults: list[str], progress: Callable[[str, float], None] | None) -> bool:
+        if not self._state["parent"] and not self._attempt("the study's run", self._show_parent, faults):
+            return False
+        order = sorted(self._open, key=lambda cell_id: (cell_id in self._rests, cell_id))
+        for number, cell_id in enumerate(order):
+            rest = self._rests.get(cell_id)
+            if rest and not final and time.monotonic() < rest.until:
+                faults.append(rest.fault)
+                continue
+            if not self._holds(faults):
+                return False
+            if self._stopping.is_set() and not final:
+                return True
+            count = len(faults)
+            answers = self._attempt(f"cell {cell_id}", partial(self._sync_cell, cell_id), faults)
+            if len(faults) == count:
+                self._rests.pop(cell_id, None)
+            else:
+                self._rows.forget(cell_id)  # it gave out what was not acknowledged
+                self._state["doubtful"][cell_id] = time.time()
+                self._changed = True
+                if not answers:
+                    return False
+                seconds = min(2 * rest.seconds, LONGEST_SECONDS) if rest else INTERVAL_SECONDS
+                self._rests[cell_id] = _Rest(time.monotonic() + seconds, seconds, faults[-1])
+            if time.monotonic() - self._saved > SAVE_SECONDS:
+                self._attempt("mirror.json", self._save, faults)
+            if progress:
+                progress("bringing MLflow up to date", (number + 1) / len(order))
+        return True
+
+    def _attempt(self, what: str, work: Callable[[], None], faults: list[str]) -> bool:
+        """Do one thing; a fault is noted under its name. False where the server does not answer any more."""
+        try:
+            work()
+        except Exception as error:  # of MLflow, its database, the network or the disk: none of them may end the thread
+            faults.append(f"{what}: {words(error)}")
+            try:
+                self._client.get_experiment(self._state["experiment_id"])
+            except Exception:
+                return False
+        return True
+
+    def _holds(self, faults: list[str]) -> bool:
+        if self.holds():
+            return True
+        faults.append("another driver has taken the study over; this one writes nothing more to MLflow")
+        return False
+
+    def _say(self, faults: Sequence[str]) -> None:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        self.fault = f"{faults[0]}{more}" if faults else None
+
+    def _settle(self) -> None:
+        """After a request whose outcome is unknown: leave the cell one run, and say its state again."""
+        for cell_id, since in list(self._state["doubtful"].items()):
+            kept = self._cells.get(cell_id)
+            keep_one(self._client, self._runs_of(cell_id), kept and kept["run_id"])
+            if kept and kept.get("closed"):
+                kept |= {"closed": False, "state": None, "status": None}
+                self._open.add(cell_id)
+            if time.time() - since > SETTLED_SECONDS:
+                del self._state["doubtful"][cell_id]
+            self._changed = True
+
+    def _show_parent(self, final: bool = False) -> None:
+        """The study's own run: made where there is none, its files and its status up to date."""
+        kept = self._state["parent"]
+        if not kept:
+            kept |= parent_run(self._client, self._state["experiment_id"], self.study)
+            self._changed = True
+        status = "FINISHED" if not self._open else "KILLED" if final else "RUNNING"
+        before = repr(kept)
+        try:
+            show_parent(self._client, self.store, self.study, kept, status)
+        finally:
+            self._changed |= repr(kept) != before
+
+    # --- one cell ------------------------------------------------------------------------------------------------
+
+    def _sync_cell(self, cell_id: str) -> None:
+        state = cell_state(self.store, cell_id)
+        if not (state.attempts or state.result):
+            return
+        kept = self._cells.get(cell_id) or self._take_run(cell_id)
+        try:
+            self._ship_log(cell_id, kept, state)
+            status = STATUS.get(state.state, "KILLED")
+            if kept.get("status") != status:
+                if status == "RUNNING":
+                    self._client.update_run(kept["run_id"], status=status)
+                else:
+                    self._client.set_terminated(kept["run_id"], status=status)
+                kept["status"] = status
+                self._changed = True
+        except Exception as error:
+            if is_gone(error):  # deleted in MLflow: files win, the cell gets another run
+                self._forget(cell_id)
+            raise
+        for run in self._replaced.pop(cell_id, []):
+            self._client.delete_run(run.info.run_id)
+        if state.result is not None:
+            kept["closed"] = self._changed = True
+            self._open.discard(cell_id)
+            self._rows.forget(cell_id)
+
+    def _ship_log(self, cell_id: str, kept: Json, state: CellState) -> None:
+        """Send what is new in the cell's logs; its state goes with the last of it, so that it never runs ahead."""
+        last = Chunk(kept["attempt"], kept["offset"])
+        for chunk in self._rows.chunks(cell_id, kept["attempt"], kept["offset"]):
+            self._ship(cell_id, kept, last)
+            last = chunk
+        tags: dict[str, str] = {}
+        if kept["state"] != [state.state, state.attempts]:
+            record = read_cell(self.store, cell_id)
+            tags = state_tags(self.store, self.study, cell_id, self._labels[cell_id], state, record)
+        first, count = _differing(kept, last)
+        if count != kept.get("told", 0):
+            tags |= difference_tag(first, count)
+        self._ship(cell_id, kept, last, tags)
+        kept["state"] = [state.state, state.attempts]
+        if count:
+            kept["told"] = count
+
+    def _ship(self, cell_id: str, kept: Json, chunk: Chunk, tags: Mapping[str, str] | None = None) -> None:
+        """Send one chunk; only when all of it is acknowledged does the offset go on."""
+        from mlflow.entities import Param, RunTag
+
+        batches = [chunk.metrics[start : start + BATCH] for start in range(0, len(chunk.metrics), BATCH)] or [[]]
+        for batch in batches:
+            given = (
+                {} if kept.get("params", True) else run_params(read_cell(self.store, cell_id), self._labels[cell_id])
+            )
+            said = tags if tags and batch is batches[-1] else {}
+            if not (batch or given or said):
+                continue
+            fault("mirror.before_log_batch")
+            self._client.log_batch(
+                kept["run_id"],
+                metrics=batch,
+                params=[Param(key, value) for key, value in given.items()],
+                tags=[RunTag(key, value) for key, value in said.items()],
+            )
+            fault("mirror.after_log_batch")
+            kept["params"] = True
+            self._progressed = time.monotonic()
+            self._changed = True
+        if chunk.differences:
+            kept["first_difference"], kept["differences"] = _differing(kept, chunk)
+        if (kept["attempt"], kept["offset"]) != (chunk.epoch, chunk.end):
+            kept |= {"attempt": chunk.epoch, "offset": chunk.end}
+            self._changed = True
+
+    def _take_run(self, cell_id: str) -> Json:
+        """The cell's one run, noted; found by its tag where a fault came between its making and our note of it."""
+        if self._found is None:
+            self._found = self._search()
+        doubtful = cell_id in self._state["doubtful"]
+        run = keep_one(self._client, self._runs_of(cell_id) if doubtful else self._found.get(cell_id, []))
+        new = run is None
+        if run is None:
+            mark = read_quarantine(self.store, self.study).get(cell_id)
+            marked = quarantine.mark_tags(mark) if mark else {}
+            tags = {"escala.cell": cell_id, "escala.study": self.study, "mlflow.source.name": "escala"}
+            tags |= {
+                "mlflow.parentRunId": self._state["parent"]["run_id"],
+                **marked,
+                **peoples_tags(self._replaced.get(cell_id, [])),
+            }
+            name = run_name(read_cell(self.store, cell_id), self._labels[cell_id])
+            fault("mirror.before_create_run")
+            run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
+            fault("mirror.after_create_run")
+            self._state["quarantine"] |= {cell_id: marked} if marked else {}
+        kept = {"run_id": run.info.run_id, "attempt": 0, "offset": 0, "state": None, "status": run.info.status}
+        kept["params"] = not new and bool(run.data.params)
+        self._cells[cell_id] = kept
+        self._changed = True
+        return kept
+
+    def _forget(self, cell_id: str) -> None:
+        self._cells.pop(cell_id, None)
+        self._state["quarantine"].pop(cell_id, None)
+        if self._found is not None:
+            self._found.pop(cell_id, None)
+        self._changed = True
+
+    def _runs_of(self, cell_id: str) -> list["Run"]:
+        """The cell's runs as they are in MLflow now, without those that a rebuild replaces."""
+        found = find_runs(self._client, self._state["experiment_id"], f"tags.`escala.cell` = '{cell_id}'")
+        replaced = {run.info.run_id for run in self._replaced.get(cell_id, [])}
+        return [run for run in found if run.info.run_id not in replaced]
+
+    def _search(self) -> dict[str, list["Run"]]:
+        """All runs of the planned cells, by cell."""
+        found: dict[str, list[Run]] = {}
+        for run in find_runs(self._client, self._state["experiment_id"], "tags.`escala.cell` != ''"):
+            if run.data.tags["escala.cell"] in self._labels:
+                found.setdefault(run.data.tags["escala.cell"], []).append(run)
+        return found
+
+    # --- mirror.json ---------------------------------------------------------------------------------------------
+
+    @property
+    def _client(self) -> "MlflowClient":
+        assert self._reached is not None, "connect first"
+        return self._reached.client
 
     @property
     def _cells(self) -> dict[str, Any]:
         cells: dict[str, Any] = self._state["cells"]
         return cells
 
-    def is_complete(self) -> bool:
-        """Whether every cell that has ended is in MLflow already, by the mirror's own record."""
-        return not any((self.store.cell(cell_id) / "result.json").exists() for cell_id in self._open)
-
-    def connect(self) -> None:
-        """Reach the tracking server, or make the embedded database. InputError where that fails."""
-        # Fail after seconds, not minutes: the client's default is seven tries with back-off.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        import logging
-
-        from mlflow.exceptions import MlflowException
-        from mlflow.tracking import MlflowClient
-
-        for name in ("alembic", "mlflow"):  # set at their import, so after it
-            logging.getLogger(name).setLevel(logging.WARNING)
-
-        from sqlalchemy.exc import SQLAlchemyError
-
-        embedded = self.tracking_uri == self.store.tracking_uri
-        database = self.store.root / "mlflow" / "mlflow.db"
-        fresh = embedded and not database.exists()
-        try:
-            if embedded:
-                (self.store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
-            client = MlflowClient(tracking_uri=self.tracking_uri)
-            experiment = client.get_experiment_by_name(self.study)
-            if experiment is None:
-                artifacts = (self.store.root / "mlflow" / "artifacts").as_uri()
-                experiment_id = client.create_experiment(self.study, artifact_location=artifacts if embedded else None)
-                self._describe(client, experiment_id)
-            else:
-                experiment_id = experiment.experiment_id
-                if experiment.lifecycle_stage == "deleted":
-                    client.restore_experiment(experiment_id)
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = str(error).splitlines()[0][:300]
-            if embedded:
-                if fresh:  # half a database would stop the next run too; nothing is in it yet
-                    database.unlink(missing_ok=True)
-                raise InputError(
-                    f"the MLflow database {database} cannot be written: {reason}. Free space or permissions there, or "
-                    "choose another store; where the file is damaged, delete it: it is rebuilt from the store's files."
-                ) from None
-            raise InputError(
-                f"MLflow is not reachable at {self.tracking_uri}: {reason}. Start the server, correct --tracking-uri "
-                "(or MLFLOW_TRACKING_URI), or leave it out to use the database in the store."
-            ) from None
-        if self._state.get("experiment_id") != experiment_id:  # another database than last time: everything goes again
-            self._state = {"tracking_uri": self.tracking_uri, "experiment_id": experiment_id, "cells": {}}
-            self._open = set(self._labels)
-        self._client = client
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self, seconds: float = 60.0) -> None:
-        """Ship what is left and end the thread; gives up after `seconds`: what is missing goes at the next run."""
-        self._stopping.set()
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            self.fault = "the tracking server did not answer in time"
-
-    def _loop(self) -> None:
-        while not self._stopping.wait(INTERVAL_SECONDS):
-            self._try_sync()
-        self._try_sync()
-
-    def _try_sync(self) -> None:
-        try:
-            self.sync()
-            self.fault = None
-        except Exception as error:  # an outage must not end the thread: the next pass begins where this one stopped
-            self.fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-
-    def sync(self) -> None:
-        """One pass over the cells that are not closed: ship new rows, show states, close what has ended."""
-        assert self._client is not None, "connect first"
-        changed = False
-        for cell_id in sorted(self._open):
-            state = cell_state(self.store, cell_id)
-            if state.attempts or state.result:
-                changed |= self._sync_cell(self._client, cell_id, state)
-        if changed:
-            write_json(self._path, self._state)
-
-    def pull_quarantine(self) -> None:
-        """Read the tag `escala.quarantine` back from MLflow into the store: who, when and why."""
-        assert self._client is not None, "connect first"
-        found = {}
-        known = read_quarantine(self.store, self.study)
-        for cell_id, run in self._runs(self._client, "tags.`escala.quarantine` != ''"):
-            why = run.data.tags["escala.quarantine"]
-            who = run.data.tags.get("escala.quarantine.by", "MLflow UI")
-            same = known.get(cell_id, {}).get("why") == why
-            found[cell_id] = known[cell_id] if same else {"why": why, "who": who, "when": timestamp()}
-        if found != known:
-            write_json(self.store.study(self.study) / "quarantine.json", found)
-
-    # --- one cell ------------------------------------------------------------------------------------------------
-
-    def _sync_cell(self, client: "MlflowClient", cell_id: str, state: CellState) -> bool:
-        kept = self._cells.get(cell_id)
-        if kept is None:
-            kept = {"run_id": self._find_or_create_run(client, cell_id), "attempt": 0, "offset": 0, "state": None}
-        changed = cell_id not in self._cells
-        for epoch in attempt_epochs(self.store, cell_id):
-            if epoch < kept["attempt"]:
-                continue
-            offset = kept["offset"] if epoch == kept["attempt"] else 0
-            rows, end = read_rows(self.store.attempt(cell_id, epoch) / "log.jsonl", offset)
-            metrics = list(self._fresh_metrics(cell_id, epoch, offset, rows))
-            for start in range(0, len(metrics), BATCH):
-                client.log_batch(kept["run_id"], metrics=metrics[start : start + BATCH])
-            changed |= end != offset or epoch != kept["attempt"]
-            kept |= {"attempt": epoch, "offset": end}
-        ended = state.result is not None
-        if kept["state"] != [state.state, state.attempts]:
-            self._show_state(client, kept["run_id"], cell_id, state)
-            kept["state"] = [state.state, state.attempts]
-            changed = True
-        if ended:
-            kept["closed"] = True
-            self._open.discard(cell_id)
-            self._seen.pop(cell_id, None)
-        self._cells[cell_id] = kept
-        return changed
-
-    def _fresh_metrics(self, cell_id: str, epoch: int, offset: int, rows: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
-        """What of these rows, those of an attempt from `offset` on, no earlier row of the cell has said."""
-        from mlflow.entities import Metric
-
-        if cell_id not in self._seen:
-            earlier = [e for e in attempt_epochs(self.store, cell_id) if e < epoch]
-            logs = [read_rows(self.store.attempt(cell_id, e) / "log.jsonl")[0] for e in earlier]
-            # what an earlier driver shipped of this attempt counts too, or a later attempt would say it again
-            logs.append(read_rows(self.store.attempt(cell_id, epoch) / "log.jsonl", 0, offset)[0])
-            self._seen[cell_id] = {(key, row["tokens"]) for log in logs for row in log for key in row["metrics"]}
-        seen = self._seen[cell_id]
-        for row in rows:
-            for key, value in row["metrics"].items():
-                if (key, row["tokens"]) not in seen:
-                    seen.add((key, row["tokens"]))
-                    yield Metric(key, value, round(row["time"] * 1000), row["tokens"])
-
-    def _find_or_create_run(self, client: "MlflowClient", cell_id: str) -> str:
-        """The cell's one run; found by its tag where a crash came between its making and our note of it."""
-        for _, run in self._runs(client, f"tags.`escala.cell` = '{cell_id}'"):
-            return str(run.info.run_id)
-        from mlflow.entities import Metric, Param
-
-        record = described(read_cell(self.store, cell_id))
-        identity, counts, labels = record["identity"], record["counts"], self._labels[cell_id]
-        name = f"{identity['family']} N={human(counts['N'])} D={human(identity['tokens'])}"
-        name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
-        name += f" seed {identity['seed']}" if identity["seed"] else ""
-        tags = {"escala.cell": cell_id, "escala.study": self.study, "mlflow.source.name": "escala"}
-        experiment_id = self._state["experiment_id"]
-        run_id = str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
-        params = {
-            "family": identity["family"],
-            "N": counts["N"],
-            "D": identity["tokens"],
-            "C": f"{counts['C']:.4g}",
-            "budget": labels.get("budget", "-"),
-            "tokens_per_parameter": f"{identity['tokens'] / counts['N']:.4g}",
-            "learning_rate": identity["optimizer"]["learning_rate"],
-            "weight_decay": identity["optimizer"]["weight_decay"],
-            "batch_tokens": identity["batch_tokens"],
-            "schedule": identity["schedule"]["name"],
-            "width_x_depth": f"{identity['shape']['width'] or '-'}x{identity['shape']['depth'] or '-'}",
-            "seed": identity["seed"],
-        }
-        shown = [Param(key, "-" if value is None else str(value)) for key, value in params.items()]
-        rows = read_metrics(self.store, cell_id) if is_foreign(record) else []  # it has no attempt that logs
-        told = [(row, key) for row in rows for key in row["metrics"]]
-        metrics = [Metric(k, row["metrics"][k], round(row["time"] * 1000), row["tokens"]) for row, k in told]
-        client.log_batch(run_id, params=shown, metrics=metrics)
-        return run_id
-
-    def _show_state(self, client: "MlflowClient", run_id: str, cell_id: str, state: CellState) -> None:
-        from mlflow.entities import RunTag
-
-        entry = {"id": cell_id, "labels": self._labels[cell_id]}
-        cell = {key: value for key, value in read_cell(self.store, cell_id).items() if key != "format"}
-        record: dict[str, Any] = {"entry": entry, "cell": cell, "state": state.state, "reason": state.reason}
-        record |= {"attempts": state.attempts, "result": state.result}
-        tags = {
-            "escala.state": state.state,
-            "escala.reason": state.reason or "",
-            "escala.attempts": str(state.attempts),
-            "escala.record": json.dumps(record, allow_nan=False, separators=(",", ":")),
-        }
-        client.log_batch(run_id, tags=[RunTag(key, value[:8000]) for key, value in tags.items()])
-        if state.state == "running":
-            client.update_run(run_id, status="RUNNING")
-        else:
-            client.set_terminated(run_id, status=_STATUS[state.state])
-
-    def _runs(self, client: "MlflowClient", where: str) -> Iterator[tuple[str, Any]]:
-        token = None
-        while True:
-            page = client.search_runs([self._state["experiment_id"]], where, max_results=1000, page_token=token)
-            yield from ((run.data.tags["escala.cell"], run) for run in page if "escala.cell" in run.data.tags)
-            token = page.token
-            if not token:
-                return
-
-    def _describe(self, client: "MlflowClient", experiment_id: str) -> None:
-        study = read_plan(self.store, self.study)["study"]
-        note = (
-            f"{study['question']}\n\nSteps are training tokens. One run per cell; set the tag `escala.quarantine` to a "
-        )
-        note += "reason to take a run out of every fit."
-        client.set_experiment_tag(experiment_id, "mlflow.note.content", note)
-        client.set_experiment_tag(experiment_id, charts.TAG, charts.shared_view())
-
-    def _read_state(self) -> dict[str, Any]:
+    def _read_state(self) -> Json:
         try:
             state = read_json(self._path)
         except FileNotFoundError:
             state = {}
-        if state.get("tracking_uri") != self.tracking_uri:
-            state = {"tracking_uri": self.tracking_uri, "experiment_id": None, "cells": {}}
-        return state
+        same = state.get("tracking_uri") == self.tracking_uri
+        return self._new_state() | (state if same else {})
+
+    def _new_state(self) -> Json:
+        empty: Json = {"cells": {}, "quarantine": {}, "parent": {}, "doubtful": {}}
+        return {"tracking_uri": self.tracking_uri, "experiment_id": None, **empty}
+
+    def _save(self) -> None:
+        """Note what was acknowledged. What a crash leaves unnoted is sent again and adds nothing."""
+        if self._changed and self.holds():
+            fault("mirror.before_state")
+            write_json(self._path, self._state)
+            self._changed, self._saved = False, time.monotonic()
+            fault("mirror.after_state")
+
+
+def _differing(kept: Json, chunk: Chunk) -> tuple[Sequence[Any], int]:
+    """The first recomputed value of the cell that differs, and how many do, with those of a chunk."""
+    first = kept.get("first_difference") or (chunk.differences[0] if chunk.differences else ())
+    return first, kept.get("differences", 0) + len(chunk.differences)

@@ -256,15 +256,26 @@ def _planning(store: "Store", cell_id: str, study: str | None) -> list[str]:
 
 
 @app.command(rich_help_panel=STEER)
-def sync(study: StudyArgument, store: StoreOption = DEFAULT_STORE, tracking_uri: TrackingOption = None) -> None:
+def sync(
+    study: StudyArgument,
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make every run in MLflow anew from the store and delete the old ones.")
+    ] = False,
+) -> None:
     """Bring MLflow up to date from the store's files, and read quarantine tags back from it."""
-    from cluster.mirror import Mirror
+    import sys
+
+    from cluster.display import Waiting
+    from cluster.sync import sync_study
 
     place = existing_store(store)
-    mirror = Mirror(place, study_name(study, place), tracking_uri)
-    mirror.connect()
-    mirror.sync()
-    mirror.pull_quarantine()
+    with Waiting() as waiting:
+        fault = sync_study(place, study_name(study, place), tracking_uri, rebuild=rebuild, progress=waiting.update)
+    if fault:
+        print(f"not all of it got through: {fault}. Nothing is lost: sync again.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command(rich_help_panel=STEER)

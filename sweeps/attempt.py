@@ -30,7 +30,8 @@ from sweeps.store import (
     timestamp,
     write_bytes,
 )
-from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, TrainerIO, find_trainer
+from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, Trainer, TrainerIO
+from sweeps.usercode import load_function
 
 GPU_TOLERANCE = 1e-3
 """Relative difference of a recomputed value that a GPU's kernels may make at equal numerics; a CPU makes none."""
@@ -95,7 +96,7 @@ def run_attempt(
 
 def _train(cell: Cell, trainer_io: TrainerIO, base_dir: Path | None) -> Outcome:
     try:
-        ended = find_trainer(cell.trainer, base_dir)(cell, trainer_io)
+        ended = _find_trainer(cell.trainer, base_dir)(cell, trainer_io)
     except Diverged as diverged:
         ended = Outcome(state="diverged", reason=str(diverged))
     finally:
@@ -103,6 +104,24 @@ def _train(cell: Cell, trainer_io: TrainerIO, base_dir: Path | None) -> Outcome:
     if isinstance(ended, Outcome):
         return ended
     return Outcome(val_loss_final=float(ended))
+
+
+def _find_trainer(name: str, base_dir: Path | None) -> Trainer:
+    """The trainer of a cell: Escala's own for "", else the function of `my_file.py:train@<hash>`.
+
+    A file is looked up from `base_dir`; None allows no such code. InputError where it is missing, or is not the file
+    that the cell was planned with.
+    """
+    if not name:
+        from sweeps.training import train
+
+        return train
+    declared, _, planned = name.rpartition("@")
+    function, digest = load_function("trainer", declared, base_dir)
+    if digest != planned:
+        raise InputError(f"trainer {declared}: the file has changed since this cell was planned. Run the study again.")
+    found: Trainer = function
+    return found
 
 
 def _commit(

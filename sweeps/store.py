@@ -200,11 +200,15 @@ def encode_row(row: Mapping[str, Any]) -> bytes:
 
 def decode_row(line: bytes) -> Json | None:
     """The row of one log line without its newline, or None where the line is torn or damaged."""
-    body, mark, tail = line.rpartition(b',"crc":"')
-    if not mark or tail != f'{zlib.crc32(body):08x}"}}'.encode():
-        return None
-    row: Json = json.loads(body + b"}")
+    body = _checked(line)
+    row: Json | None = None if body is None else json.loads(body + b"}")
     return row
+
+
+def _checked(line: bytes) -> bytes | None:
+    """What stands before the checksum of a whole line; None where the line is torn or damaged."""
+    body, mark, tail = line.rpartition(b',"crc":"')
+    return body if mark and tail == b'%08x"}' % zlib.crc32(body) else None
 
 
 def append_rows(stream: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -221,11 +225,13 @@ def read_rows(path: Path, offset: int = 0, stop: int | None = None) -> tuple[lis
     try:
         with path.open("rb") as stream:
             stream.seek(offset)
-            content = stream.read() if stop is None else stream.read(stop - offset)
+            content = stream.read() if stop is None else stream.read(max(0, stop - offset))
     except FileNotFoundError:
         return [], offset
     end = content.rfind(b"\n") + 1
-    rows = [row for line in content[:end].splitlines() if (row := decode_row(line)) is not None]
+    bodies = [body for line in content[:end].split(b"\n") if (body := _checked(line)) is not None]
+    # in one go: a call of the parser for each line takes twice as long as the parsing
+    rows: list[Json] = json.loads(b"[" + b"},".join(bodies) + b"}]") if bodies else []
     return rows, offset + end
 
 
@@ -240,8 +246,8 @@ def read_metrics(store: Store, cell_id: str) -> list[Json]:
         return _imported_rows(store, cell_id)
     for epoch, stop in stops.items():
         for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl", 0, stop)[0]:
-            kept = merged.setdefault(row["tokens"], {**row, "metrics": {}})
-            kept["metrics"] = row["metrics"] | kept["metrics"]
+            if (kept := merged.setdefault(row["tokens"], row)) is not row:
+                kept["metrics"] = row["metrics"] | kept["metrics"]
     return [row for tokens in sorted(merged) if (row := merged[tokens])["metrics"]]
 
 

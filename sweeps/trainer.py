@@ -26,10 +26,8 @@ import numpy as np
 
 from sweeps.cell import Cell
 from sweeps.devices import Numerics
-from sweeps.errors import InputError
 from sweeps.heartbeat import Heartbeat, Stop
 from sweeps.store import append_rows, read_metrics
-from sweeps.usercode import load_function
 
 if TYPE_CHECKING:
     from sweeps.checkpoints import State, Writer
@@ -183,21 +181,3 @@ class TrainerIO:
 
 def _is_clock(key: str) -> bool:
     return key.endswith(("_seconds", "_per_second", "mfu"))
-
-
-def find_trainer(name: str, base_dir: Path | None) -> Trainer:
-    """The trainer of a cell: Escala's own for "", else the function of `my_file.py:train@<hash>`.
-
-    A file is looked up from `base_dir`; None allows no such code. InputError where it is missing, or is not the file
-    that the cell was planned with.
-    """
-    if not name:
-        from sweeps.training import train
-
-        return train
-    declared, _, planned = name.rpartition("@")
-    function, digest = load_function("trainer", declared, base_dir)
-    if digest != planned:
-        raise InputError(f"trainer {declared}: the file has changed since this cell was planned. Run the study again.")
-    found: Trainer = function
-    return found

@@ -2,11 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from commandline import TINY, Escala, Finished
+from faultproxy import Server, start_server
 
 # No test run may reach out, and none may see the user's own settings.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -37,3 +38,12 @@ def copy_of_finished(finished: Finished, tmp_path: Path) -> Callable[[], Finishe
         return Finished(Escala(tmp_path), finished.study, tmp_path / "store", finished.output)
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One real MLflow server over SQLite; every test names its own experiment."""
+    server, process = start_server(tmp_path_factory.mktemp("mlflow"))
+    yield server
+    process.terminate()
+    process.wait(30)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from commandline import ROOT, TINY, Escala, Finished
 
-from sweeps.store import read_json, write_json
+from cluster.claims import living_drivers
+from sweeps.store import Store, read_json, write_json
 
 
 def error(escala: Escala, *arguments: object) -> str:
@@ -167,7 +168,7 @@ def test_servers_that_do_not_answer_are_named_before_anything_trains(escala: Esc
     message = error(escala, "run", study, "--store", "s", "--address", "127.0.0.1:9")
     assert "Ray is not reachable at '127.0.0.1:9'" in message
     assert not list((escala.folder / "s" / "cells").glob("*/attempts"))
-    assert not list((escala.folder / "s" / "studies" / "tiny").glob("driver-*.json"))
+    assert not living_drivers(Store(escala.folder / "s"))
 
 
 def test_a_database_that_cannot_be_written_is_named_and_left_as_it_was(escala: Escala) -> None:

@@ -18,6 +18,7 @@ import commands
 import compare
 import coverage
 import fits
+import mirror
 import step
 from measuring import Place, Row
 from rich.console import Console
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "fits": fits.fits,
     "coverage": coverage.coverage,
     "compare": compare.run,
+    "mirror": mirror.mirror,
 }
 
 

@@ -1,0 +1,113 @@
+"""A cell as its MLflow run shows it: name, params, tags. At most 12 params; what a person or a reader needs, in tags.
+
+The tag `escala.record` holds the cell's whole record, so that `analysis.load_runs` makes the same frame from MLflow as
+from the store. MLflow cuts tags at 8,000 characters: a longer record goes on in `escala.record.1` and so on.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sweeps.store import CellState, Json, Store, read_json
+from sweeps.units import flops, human
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+TAG_CHARACTERS = 8000
+_OWN_TAGS = ("escala.", "mlflow.")
+_PEOPLES_TAGS = ("mlflow.note.content", "mlflow.runColor")
+STATUS = {
+    "finished": "FINISHED",
+    "diverged": "FINISHED",
+    "failed": "FAILED",
+    "running": "RUNNING",
+}
+"""Of a run, by the state of its cell. Any other state is of a cell that is not at work now: KILLED."""
+
+
+def run_name(record: Json, labels: Mapping[str, Any]) -> str:
+    """What the cell is, in a few words."""
+    identity, counts = record["identity"], record["counts"]
+    tokens = _tokens(record)
+    name = f"{_family(identity)} N={human(counts['N'])}" + (f" D={human(tokens)}" if tokens else "")
+    name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
+    return name + (f" seed {identity['seed']}" if identity.get("seed") else "")
+
+
+def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
+    """What defines the cell, as text; what a cell from elsewhere does not tell is a dash."""
+    identity, counts, tokens = record["identity"], record["counts"], _tokens(record)
+    told = identity.get("foreign", {}).get("run", {})
+    optimizer, shape = identity.get("optimizer", told), identity.get("shape", told)
+    params = {
+        "family": _family(identity),
+        "N": counts["N"],
+        "D": tokens,
+        "C": f"{counts['C']:.4g}" if counts.get("C") else None,
+        "budget": labels.get("budget"),
+        "tokens_per_parameter": f"{tokens / counts['N']:.4g}" if tokens else None,
+        "learning_rate": optimizer.get("learning_rate"),
+        "weight_decay": optimizer.get("weight_decay"),
+        "batch_tokens": identity.get("batch_tokens", told.get("batch_tokens")),
+        "schedule": identity.get("schedule", {}).get("name"),
+        "width_x_depth": f"{shape['width']}x{shape['depth']}" if shape.get("width") and shape.get("depth") else None,
+        "seed": identity.get("seed", told.get("seed")),
+    }
+    return {key: "-" if value is None else str(value) for key, value in params.items()}
+
+
+def state_tags(
+    store: Store, study: str, cell_id: str, labels: Mapping[str, Any], state: CellState, record: Json
+) -> dict[str, str]:
+    """The cell's state and its record; where another study has trained the cell, which."""
+    cell = {key: value for key, value in record.items() if key != "format"}
+    told: dict[str, Any] = {"entry": {"id": cell_id, "labels": labels}, "cell": cell, "state": state.state}
+    told |= {"reason": state.reason, "attempts": state.attempts, "result": state.result}
+    text = json.dumps(told, allow_nan=False, separators=(",", ":"))
+    parts = [text[start : start + TAG_CHARACTERS] for start in range(0, len(text), TAG_CHARACTERS)]
+    tags = {"escala.state": state.state, "escala.reason": (state.reason or "")[:TAG_CHARACTERS]}
+    tags |= {"escala.attempts": str(state.attempts)}
+    tags |= {f"escala.record.{order}" if order else "escala.record": part for order, part in enumerate(parts)}
+    owner = _owner(store, cell_id, state, record)
+    return tags | ({"escala.reused": owner} if owner not in (None, study) else {})
+
+
+def difference_tag(first: Sequence[Any], count: int) -> dict[str, str]:
+    """The flag of a cell whose recomputed values differ from the logged: `first` is (metric, tokens, logged,
+    recomputed) of the first of `count`."""
+    metric, tokens, logged, recomputed = first
+    text = f"{metric} at {tokens:,} tokens differs by {abs(recomputed - logged):.3g} after a resume: "
+    text += f"{logged:.9g} logged, {recomputed:.9g} recomputed"
+    return {"escala.nondeterminism": text + (f"; and {count - 1} more" if count > 1 else "")}
+
+
+def peoples_tags(runs: Iterable["Run"]) -> dict[str, str]:
+    """What people wrote on runs, as against what Escala and MLflow did."""
+    tags: dict[str, str] = {}
+    for run in runs:
+        theirs = (key for key in run.data.tags if key in _PEOPLES_TAGS or not key.startswith(_OWN_TAGS))
+        tags |= {key: run.data.tags[key] for key in theirs}
+    return tags
+
+
+def _owner(store: Store, cell_id: str, state: CellState, record: Json) -> str | None:
+    """The study that trained a cell that has ended; None where its files do not say."""
+    if "foreign" in record["identity"]:
+        return "an import"
+    if state.result is None:
+        return None
+    try:
+        owner: str | None = read_json(store.attempt(cell_id, state.result["attempt"]) / "attempt.json").get("study")
+    except FileNotFoundError:
+        return None
+    return owner
+
+
+def _family(identity: Json) -> str:
+    return str(identity.get("family") or identity.get("foreign", {}).get("run", {}).get("family") or "foreign")
+
+
+def _tokens(record: Json) -> int | None:
+    tokens = record["identity"].get("tokens") or record["identity"].get("foreign", {}).get("run", {}).get("D")
+    return None if tokens is None else round(tokens)
