@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.claims import living_drivers
+from cluster.control import read_wish
 from cluster.display import cell_table, console
 from cluster.ledger import count_states
 from cluster.watching import status_rows
@@ -28,6 +29,7 @@ def study_picture(rows: list[dict[str, Any]], name: str) -> RenderableType:
     counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
     told = ", ".join(f"{count} {kind}" for kind, count in ends.items())
     parts.append(Text(counts + (f"   (attempts that failed: {told})" if told else "")))
+    parts += [Text(f"{row['id'][:8]} other numerics since {row['numerics']}") for row in rows if row["numerics"]]
     return Group(*parts)
 
 
@@ -62,6 +64,8 @@ def watch_study(store: Store, name: str) -> None:
                 rows = status_rows(store, name)
                 drivers = [holder for study, holder in living_drivers(store) if study == name]
                 by = f"driver {drivers[0]['pid']} on {drivers[0]['host']}" if drivers else "no driver runs"
+                wish = read_wish(store, name)
+                by += f", {wish}" if wish is not None and (wish.wish == "pause" or drivers) else ""
                 dim = Text(f"{time.strftime('%H:%M:%S')}, {by}; Ctrl-C ends this view, not the study", style="dim")
                 live.update(Group(_newest(rows, name), dim), refresh=True)
                 if not {"planned", "running"} & {row["state"] for row in rows}:

@@ -39,6 +39,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is."""
+    from cluster.control import read_wish
     from cluster.ledger import count_states
     from cluster.watching import status_rows
     from sweeps.errors import InputError
@@ -53,13 +54,17 @@ def status(
         watch_study(place, name)
         return
     rows = status_rows(place, name)
+    wish = read_wish(place, name)
+    paused = str(wish) if wish is not None and wish.wish == "pause" else None
     if as_json:
-        print(json.dumps({"study": name, "counts": count_states(rows), "cells": rows}))
+        print(json.dumps({"study": name, "counts": count_states(rows), "paused": paused, "cells": rows}))
         return
     from cluster.display import console
     from cluster.overview import study_picture
 
     console.print(study_picture(rows, name))
+    if paused:
+        console.print(f"{paused}; go on with: escala resume {name}", highlight=False)
 
 
 @app.command(rich_help_panel=STEER)

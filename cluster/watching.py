@@ -35,11 +35,13 @@ NEAREST = 3
 
 def status_rows(store: Store, name: str) -> list[Json]:
     """The ledger's rows, each with `ends` (attempts by kind of end), `host`, and for a running cell `progress`:
-    {"tokens", "horizon", "loss", "tokens_per_second", "silent_seconds"}."""
+    {"tokens", "horizon", "loss", "tokens_per_second", "silent_seconds"}; `numerics`: what an attempt computed otherwise
+    than the one before, in words."""
     rows = ledger_rows(store, name)
     for row in rows:
         tried = row["attempts"] > (row["state"] in ("finished", "diverged"))
         row["ends"] = attempt_ends(store, row["id"]) if tried else {}
+        row["numerics"] = changed_numerics(store, row["id"]) if row["attempts"] > 1 else None
         row["progress"] = row["host"] = None
         if row["state"] == "running":
             row["progress"] = progress(store, row["id"], row["D"])
@@ -51,6 +53,20 @@ def attempt_ends(store: Store, cell_id: str) -> dict[str, int]:
     """How many attempts of a cell ended in each kind of error; one that left no word is not counted."""
     kinds = (_end(store.attempt(cell_id, epoch)) for epoch in attempt_epochs(store, cell_id))
     return dict(Counter(end.partition(":")[0] for end in kinds if end))
+
+
+def changed_numerics(store: Store, cell_id: str) -> str | None:
+    """What the last attempt that changed them computed otherwise than the one before: its losses agree with theirs to
+    rounding, not to the bit. None where all computed alike."""
+    told: str | None = None
+    before: Json = {}
+    for one in _attempts(store, cell_id):
+        now = one["numerics"] or before
+        changed = [f"{field} {a} -> {b}" for field, a, b in differences(before, now)] if before else []
+        if changed:
+            told = f"attempt {one['attempt']}: {', '.join(changed)}"
+        before = now
+    return told
 
 
 def progress(store: Store, cell_id: str, horizon: int) -> Json:
@@ -85,7 +101,7 @@ def _end(folder: Path) -> str | None:
 
 
 def _attempts(store: Store, cell_id: str) -> list[Json]:
-    """Every attempt: {"attempt", "study", "host", "started", "end"}."""
+    """Every attempt: {"attempt", "study", "host", "started", "numerics", "end"}."""
     found = []
     for epoch in attempt_epochs(store, cell_id):
         folder = store.attempt(cell_id, epoch)
@@ -93,7 +109,7 @@ def _attempts(store: Store, cell_id: str) -> list[Json]:
             record = read_json(folder / "attempt.json")
         except FileNotFoundError:  # its process died before it wrote it
             record = {}
-        told = {key: record.get(key) for key in ("study", "host", "started")}
+        told = {key: record.get(key) for key in ("study", "host", "started", "numerics")}
         found.append({"attempt": epoch, **told, "end": _end(folder)})
     return found
 
@@ -152,7 +168,8 @@ def planning_studies(store: Store, cells: list[str]) -> dict[str, dict[str, Json
 
 
 def explain(store: Store, cell_id: str) -> Json:
-    """Why a cell is one of its own: {"cell", "state", "reason", "studies", "quarantine", "attempts", "nearest"}.
+    """Why a cell is one of its own: {"cell", "state", "reason", "studies", "quarantine", "attempts",
+    "numerics", "nearest"}.
 
     nearest: the cells of the store that differ in the fewest fields, those first that no study plans any more: a study
     that was edited leaves its old cells so. Each is {"cell", "state", "studies", "fields"}, a field {"field", "one",
@@ -180,6 +197,7 @@ def explain(store: Store, cell_id: str) -> Json:
         "studies": plans[cell_id],
         "quarantine": {name: mark for name, mark in marks.items() if mark},
         "attempts": _attempts(store, cell_id),
+        "numerics": changed_numerics(store, cell_id),
         "nearest": [
             {
                 "cell": name,
@@ -208,6 +226,8 @@ def explain_lines(found: Json) -> Iterator[str]:
     for one in found["attempts"]:
         where = f"on {one['host']} since {one['started']}, for {one['study']}" if one["host"] else "left no record"
         yield f"attempt {one['attempt']} {where}" + (f": {one['end']}" if one["end"] else "")
+    if found["numerics"]:
+        yield f"other numerics since {found['numerics']}"
     if not found["nearest"]:
         yield "it is the only cell of the store"
     for one in found["nearest"]:

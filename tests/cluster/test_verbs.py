@@ -482,3 +482,48 @@ def test_what_looks_at_finished_cells_opens_few_files_of_each(tmp_path: Path, ve
     assert cells >= 60
     assert cells <= opened <= most * cells
     assert attempts == 0
+
+
+# --- steering ----------------------------------------------------------------------------------------------------
+
+
+def test_a_pause_is_told_and_lifted_without_a_driver(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    assert "is not paused" in refused(escala, "resume", "demo", "--store", store.root)
+    assert "is paused" in escala("pause", "demo", "--store", store.root).stdout
+    assert "is paused by" in refused(escala, "pause", "demo", "--store", store.root)
+    assert "paused by" in escala("status", "demo", "--store", store.root).stdout
+    assert "No driver waits: run it again" in escala("resume", "demo", "--store", store.root).stdout
+    assert json.loads(escala("status", "demo", "--store", store.root, "--json").stdout)["paused"] is None
+
+
+def test_there_is_nothing_to_cancel_without_a_driver(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    assert "no driver is at work on study demo" in refused(escala, "cancel", "demo", "--now", "--store", store.root)
+    assert "no study" in refused(escala, "cancel", "nemo", "--store", store.root)
+
+
+def test_only_failed_cells_are_tried_again_and_their_attempts_are_forgiven(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    failed = ids(store)[4]
+    for arguments in ((), (failed, "--failed", "demo")):
+        assert "either a cell or --failed" in refused(escala, "retry", *arguments, "--store", store.root)
+    assert "has not failed: it is finished" in refused(escala, "retry", ids(store)[0], "--store", store.root)
+    attempt = begin_attempt(store, ids(store)[5], {"numerics": {}})
+    assert "has not failed: it is running" in refused(escala, "retry", ids(store)[5], "--store", store.root)
+    record_error(attempt, "stopped", "a test")
+    assert failed in escala("retry", "--failed", "demo", "--store", store.root).stdout
+    shown = json.loads(escala("status", "demo", "--store", store.root, "--json").stdout)
+    assert "failed" not in shown["counts"]
+    assert "has no failed cell" in refused(escala, "retry", "--failed", "demo", "--store", store.root)
+
+
+def test_the_ledger_says_where_an_attempt_computed_otherwise(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    cell = ids(store)[5]
+    for micro_batch, kind in ((8, "out_of_memory"), (4, "preemption"), (4, "stopped")):
+        record_error(begin_attempt(store, cell, {"numerics": {"micro_batch": micro_batch}}), kind, "a test")
+    shown = json.loads(escala("status", "demo", "--store", store.root, "--json").stdout)["cells"]
+    told = {one["id"]: one["numerics"] for one in shown if one["numerics"]}
+    assert told == {cell: "attempt 1: micro_batch 8 -> 4"}
+    assert "other numerics since attempt 1" in escala("why", cell, "--store", store.root).stdout
