@@ -102,6 +102,7 @@ def run_study(
         with _Connected(mirror):
             if missing:
                 pool = _Pool(store, plan, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
+                pool.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 pool.run(tally, address, workers)
         tally.mirror_fault = mirror.fault
         tally.seconds = time.monotonic() - began
@@ -158,6 +159,7 @@ class _Pool:
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
         self.failed: dict[str, PlannedCell] = {}
+        """Looked at now and then: a person may forgive them."""
         self.tasks: dict[Any, _Task] = {}
         self.idle: list[Any] = []
         self.ended: list[str] = []
@@ -279,7 +281,7 @@ class _Pool:
         else:
             tally.finished += 1
             self.first_failures = None
-        self.flops_done += one.counts["C"]
+        self.flops_done += one.counts["C"] if state.result is not None else 0.0
         loss = tail.final_loss() if tail is not None else None
         words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
         self.ended.append(words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""))
@@ -305,7 +307,6 @@ class _Pool:
         for cell_id, one in list(self.failed.items()):  # forgiven since?
             if cell_state(self.store, cell_id).state == "planned":
                 del self.failed[cell_id], tally.failed[cell_id]
-                self.flops_done -= one.counts["C"]
                 self.queue.append(one)
         if self.elsewhere:
             self.queue.extendleft(self.elsewhere.values())

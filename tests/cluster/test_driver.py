@@ -16,6 +16,7 @@ from cluster import pulse
 from cluster.claims import Claim
 from cluster.control import cancel, pause, resume
 from cluster.driver import Tally, run_study
+from cluster.ledger import register
 from cluster.progress import Progress
 from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
@@ -242,6 +243,18 @@ def test_a_cancelled_study_ends_and_goes_on_when_it_is_run_again(
     assert ends(store, plan) == (["stopped"] * 2 if now else [])
     assert drive(plan).finished == tally.planned
     assert_whole(store, plan, 100)
+
+
+def test_a_failed_cell_that_is_forgiven_while_the_driver_works_is_tried_again(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(2, 200)
+    register(store, plan, b"")
+    failed = ids(plan)[1]
+    record_error(begin_attempt(store, failed, {"study": "s", "driver": 0}), "code", "a test")
+    tally = drive(plan, Once(trained, lambda: forgive(store, failed, "a test")))
+    assert (tally.finished, tally.failed) == (2, {})
+    assert_whole(store, plan, 200)
 
 
 def test_a_study_whose_first_attempts_fail_alike_is_given_up(
