@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from cluster.claims import driver_lives
 from sweeps.errors import InputError
+from sweeps.faults import fault
 from sweeps.store import (
     SILENCE_SECONDS,
     Attempt,
@@ -48,6 +49,7 @@ def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
         return False
     if attempt_lives(store, cell_id, attempt.epoch) and not _end(attempt, record):
         return False
+    fault("leftovers.after_kill")
     if read_end(store, cell_id, attempt.epoch) is None and not (store.cell(cell_id) / "result.json").exists():
         record_error(attempt, "preemption", "its driver was gone")
     return True

@@ -88,7 +88,7 @@ def open_store(root: str | Path, *, create: bool = True) -> Store:
     if not marker.exists():
         if not create:
             raise InputError(f"no Escala store at {path}. Name one with --store or ESCALA_STORE, or run a study first.")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(not one.name.startswith(".store.json.") for one in path.iterdir()):  # a crash's
             raise InputError(
                 f"{path} is a folder with other things in it, not an Escala store. Name an empty or new one."
             )

@@ -28,7 +28,7 @@ from sweeps.cell import Cell
 from sweeps.devices import Numerics
 from sweeps.errors import InputError
 from sweeps.heartbeat import Heartbeat, Stop
-from sweeps.store import append_rows, read_metrics
+from sweeps.store import append_rows, disk_error, read_metrics
 from sweeps.usercode import load_function
 
 if TYPE_CHECKING:
@@ -120,7 +120,10 @@ class TrainerIO:
         }
         if fresh or differs:
             row = {"time": round(time.time(), 3), "tokens": tokens, "metrics": fresh}
-            append_rows(self._stream, [row | ({"differs": differs} if differs else {})])
+            try:
+                append_rows(self._stream, [row | ({"differs": differs} if differs else {})])
+            except OSError as error:
+                raise disk_error(self._attempt.folder / "log.jsonl", error) from error
             known |= fresh
         self._heartbeat.progress(tokens)
 
