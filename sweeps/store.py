@@ -309,11 +309,22 @@ def begin_attempt(store: Store, cell_id: str, record: Mapping[str, Any]) -> Atte
         raise disk_error(folder, error) from error
     fault("attempt.after_folder")
     logs = {earlier: folder / str(earlier) / "log.jsonl" for earlier in attempt_epochs(store, cell_id)[:-1]}
-    sizes = {str(earlier): path.stat().st_size if path.exists() else 0 for earlier, path in logs.items()}
+    sizes = {str(earlier): _synced_size(path) for earlier, path in logs.items()}
     known = {"format": FORMAT, "attempt": epoch, **({"earlier_logs": sizes} if sizes else {})}
     write_json(folder / str(epoch) / "attempt.json", {**known, **record, **here()})
     fault("attempt.after_record")
     return Attempt(store, cell_id, epoch)
+
+
+def _synced_size(path: Path) -> int:
+    """The length of an earlier attempt's log, which is on disk from now on: its rows will not be written again."""
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            os.fsync(stream.fileno())
+            return size
+    except FileNotFoundError:
+        return 0
 
 
 def commit_result(attempt: Attempt, result: Mapping[str, Any]) -> bool:

@@ -142,7 +142,8 @@ class TrainerIO:
         if self._writer is None:
             from sweeps.checkpoints import Writer
 
-            self._writer = Writer(self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch))
+            folder = self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch)
+            self._writer = Writer(folder, self._stream)
         if not (stop or last) and self._writer.busy():
             return
         self._writer.submit(tokens, snapshot())

@@ -19,11 +19,13 @@ from small import make_cell, put
 
 from cluster.claims import Claim, read_holder
 from sweeps.cell import Cell
+from sweeps.checkpoints import listed
 from sweeps.corpora import make_source, open_corpus, prepare
 from sweeps.faults import POINTS, arm
 from sweeps.store import (
     Store,
     attempt_epochs,
+    begin_attempt,
     cell_state,
     log_stops,
     open_store,
@@ -186,6 +188,20 @@ def test_a_full_disk_anywhere_changes_nothing(
         else:  # it was the last heartbeat
             assert ended.answer["state"] == "finished", f"{fault}: {ended}"
         assert bench.finish(store, "mine") == undisturbed["mine"], fault
+
+
+@pytest.mark.parametrize("zombie", [False, True], ids=["power cut", "zombie"])
+def test_a_checkpoint_ahead_of_the_log_is_passed_over(bench: Bench, undisturbed: dict[str, Any], zombie: bool) -> None:
+    store, cell_id = bench.store("mine"), bench.cells["mine"].id
+    bench.attempt(store, "mine", "checkpoint.after_rename:crash@5")
+    log = store.attempt(cell_id, 0) / "log.jsonl"
+    whole = log.read_bytes()
+    log.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))  # what was not on the disk yet
+    if zombie:  # what attempt 0 wrote after it was replaced
+        begin_attempt(store, cell_id, {"study": "s", "numerics": read_json(log.parent / "attempt.json")["numerics"]})
+        log.write_bytes(whole)
+    assert len(listed(store.checkpoints(cell_id, 0))) > 1
+    assert bench.finish(store, "mine") == undisturbed["mine"]
 
 
 @pytest.mark.parametrize("seed", range(6))
