@@ -54,7 +54,8 @@ def plan(
     """Dry run: every cell with its size, tokens, FLOPs and state, and the totals. Trains nothing."""
     from cluster.ledger import compare, plan_rows
 
-    place, planned, _ = _plan(study, store, allow_code, accept_corpus)
+    known = (store / "store.json").exists()  # a store that is there is only read
+    place, planned, _ = _plan(study, store, allow_code, accept_corpus, create=not known)
     rows = plan_rows(place, planned)
     totals = _totals(rows)
     if as_json:
@@ -340,7 +341,9 @@ def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> N
 # --- shared by the commands --------------------------------------------------------------------------------------
 
 
-def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tuple[Store, Plan, Path]":
+def _plan(
+    study: str, store: Path, allow_code: bool, accept_corpus: bool, *, create: bool = True
+) -> "tuple[Store, Plan, Path]":
     """Load a study file, find or build its corpus, plan its cells."""
     from cluster.display import Waiting
     from sweeps.corpora import make_source, prepare
@@ -354,7 +357,7 @@ def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tu
     source = make_source(
         declared.corpus.source, declared.corpus.path, declared.corpus.options, base_dir=path.resolve().parent
     )
-    place = open_store(store)
+    place = open_store(store, create=create)
     pinned = declared.corpus.fingerprint
     if pinned is None and declared.name in study_names(place):
         before = read_plan(place, declared.name)

@@ -24,6 +24,7 @@ from cluster.pulse import Pulse
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
 from sweeps.store import (
+    FREE_SPACE,
     Attempt,
     Store,
     ask_to_stop,
@@ -265,6 +266,8 @@ class _Pool:
             end = read_end(self.store, cell_id, last[-1]) if last else None
             if end is not None and end[0] not in ("preemption", "stopped"):
                 self._note_failure(f"{end[0]}: {end[1]}")
+            if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
+                self.halt = end[1]
             if state.state == "running":
                 self.elsewhere[cell_id] = one
             else:

@@ -81,6 +81,9 @@ class Mirror:
 
         for name in ("alembic", "mlflow"):  # set at their import, so after it
             logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(
+            logging.CRITICAL
+        )  # tracebacks of what `fault` says in words
 
         from sqlalchemy.exc import SQLAlchemyError
 

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -175,7 +176,8 @@ def _write(
         fault("checkpoint.after_rename")
     except SafetensorError as error:  # which is how it reports what the disk said
         shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(final, cause := OSError(errno.EIO, str(error))) from cause
+        number = re.search(r"os error (\d+)", str(error))
+        raise disk_error(final, cause := OSError(int(number[1]) if number else errno.EIO, str(error))) from cause
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise disk_error(final, error) from error

@@ -171,10 +171,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+FREE_SPACE = "free some space, then run again; nothing that was finished is lost"
+"""What every message about a full disk says."""
+
+
 def disk_error(path: Path, error: OSError) -> InputError:
     advice = {
-        errno.ENOSPC: "the disk is full: free some space, then run again; nothing that was finished is lost",
-        errno.EDQUOT: "the disk quota is used up: free some space, then run again; nothing that was finished is lost",
+        errno.ENOSPC: f"the disk is full: {FREE_SPACE}",
+        errno.EDQUOT: f"the disk quota is used up: {FREE_SPACE}",
         errno.EACCES: "permission denied: change the permissions, or name another store with --store",
         errno.EROFS: "the file system is read-only: name another store with --store",
         errno.ENOTDIR: "a part of the path is a file, not a folder: name another store with --store",

@@ -109,17 +109,21 @@ class Submitted:
         command += ["--store", str(self.store.root), "--workers", "2", "--checkpoint-seconds", "0.2"]
         command += ["--tracking-uri", self.tracking_uri] if self.tracking_uri else []
         self.count += 1
-        with (self.folder / f"driver-{self.count}.txt").open("wb") as out:
+        with self.output().open("wb") as out:
             return subprocess.Popen(command, env=environment(self.mark), cwd=self.folder, stdout=out, stderr=out)
 
+    def output(self) -> Path:
+        """What the last driver printed."""
+        return self.folder / f"driver-{self.count}.txt"
+
     def said(self) -> str:
-        lines = (self.folder / f"driver-{self.count}.txt").read_text(errors="replace").strip().splitlines()
+        lines = self.output().read_text(errors="replace").strip().splitlines()
         return " / ".join(lines[-3:])[-300:]
 
     def resubmit_if_ended(self) -> bool:
         """Whether the study is done: its driver ended by itself with 0. A driver that ended otherwise is followed."""
         code = self.driver.poll()
-        if code == 0 and "MLflow is behind" not in self.said():
+        if code == 0 and b"MLflow is behind" not in self.output().read_bytes():
             return True
         if code is not None:
             self.note(f"driver {self.driver.pid} ended with {code} ({self.said()}); submitted again")
