@@ -83,7 +83,7 @@ class Mirror:
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("mlflow.store.db.utils").setLevel(
             logging.CRITICAL
-        )  # tracebacks of what `fault` says in words
+        )  # `fault` says it in words
 
         from sqlalchemy.exc import SQLAlchemyError
 
