@@ -304,7 +304,8 @@ def _judge_mirror(store: Store, study: str, planned: list[str], database: Path) 
     with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
         query = (
             "select cell.value, cell.run_uuid from tags cell join runs using (run_uuid) join experiments "
-            "using (experiment_id) where cell.key = 'escala.cell' and experiments.name = ?"
+            "using (experiment_id) where cell.key = 'escala.cell' and experiments.name = ? "
+            "and runs.lifecycle_stage = 'active'"
         )
         runs = connection.execute(query, (study,)).fetchall()
         count = Counter(cell_id for cell_id, _ in runs)
@@ -401,6 +402,7 @@ def table(verdicts: list[Verdict]) -> str:
 
 
 def main(first: int, seeds: int) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is ended
     folder = Path(tempfile.mkdtemp(prefix="escala-chaos-"))
     (folder / "reference").mkdir()
     reference = make_reference(folder / "reference")
