@@ -274,7 +274,10 @@ def fit(
     if place is not None and not conditions:
         from sweeps.store import write_json
 
-        write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
+        try:
+            write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
+        except InputError as error:  # a store of someone else's may be read
+            print(f"the fit is not kept: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(fitted.to_json() | ({"source": source} if source else {})))
     else:

@@ -97,7 +97,7 @@ def run_study(
         tally.failed = {
             cell_id: state.reason or "unknown" for cell_id, state in states.items() if state.state == "failed"
         }
-        mirror = Mirror(store, study, tracking_uri)
+        mirror = Mirror(store, study, tracking_uri, claim.holds)
         if not missing and mirror.is_complete():
             return tally
         with _Connected(mirror):

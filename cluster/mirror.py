@@ -8,7 +8,7 @@ sent again. A batch that is sent twice has the same timestamps and adds nothing,
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cluster import charts
@@ -46,8 +46,11 @@ _STATUS = {
 class Mirror:
     """Mirrors one study. `start` runs it in a thread until `stop`; `sync` is one pass."""
 
-    def __init__(self, store: Store, study: str, tracking_uri: str | None = None) -> None:
-        self.store, self.study = store, study
+    def __init__(
+        self, store: Store, study: str, tracking_uri: str | None = None, holds: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`holds` says whether this process still holds the study; one that was replaced writes nothing more."""
+        self.store, self.study, self.holds = store, study, holds
         self.tracking_uri = tracking_uri or store.tracking_uri
         self.fault: str | None = None
         """Why the last pass did not get through, for people to see."""
@@ -81,9 +84,7 @@ class Mirror:
 
         for name in ("alembic", "mlflow"):  # set at their import, so after it
             logging.getLogger(name).setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store.db.utils").setLevel(
-            logging.CRITICAL
-        )  # `fault` says it in words
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # `fault` says it in words
 
         from sqlalchemy.exc import SQLAlchemyError
 
@@ -138,6 +139,8 @@ class Mirror:
 
     def _try_sync(self) -> None:
         try:
+            if not self.holds():
+                return
             self.sync()
             self.fault = None
         except Exception as error:  # an outage must not end the thread: the next pass begins where this one stopped
@@ -227,6 +230,7 @@ class Mirror:
         tags = {"escala.cell": cell_id, "escala.study": self.study, "mlflow.source.name": "escala"}
         experiment_id = self._state["experiment_id"]
         run_id = str(client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
+        self._leave_one_run(client, cell_id, run_id)
         params = {
             "family": identity["family"],
             "N": counts["N"],
@@ -243,6 +247,16 @@ class Mirror:
         }
         client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
         return run_id
+
+    def _leave_one_run(self, client: "MlflowClient", cell_id: str, made: str) -> None:
+        """After a run was made: a driver that was frozen between its look and its making made a second one."""
+        others = [run.info.run_id for _, run in self._runs(client, f"tags.`escala.cell` = '{cell_id}'")]
+        others.remove(made)
+        holds = self.holds()
+        for run_id in others if holds else [made] if others else []:
+            client.delete_run(run_id)
+        if not holds:
+            raise ConnectionError("another driver has taken this study over")
 
     def _show_state(self, client: "MlflowClient", run_id: str, cell_id: str, state: CellState) -> None:
         from mlflow.entities import RunTag
