@@ -178,6 +178,22 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
     assert not holder.lives
 
 
+def test_a_run_whose_ray_died_says_so_and_leaves_no_process_behind(escala: Escala, tmp_path: Path) -> None:
+    study, store = escala.study(long_study(4)), tmp_path / "store"
+    process = escala.start("run", study, "--store", store, "--workers", 2)
+    wait_for(lambda: bool(list(store.glob("cells/*/attempts/0/log.jsonl"))), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    worker = read_json(next(store.glob("cells/*/attempts/0/attempt.json")))["pid"]
+    os.kill(worker, signal.SIGSTOP)  # nobody but the driver can end it now
+    next(one for one in family if one.name() == "raylet").kill()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, out + err
+    assert "Ray is gone" in out
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
 FAMILY = """
 from dataclasses import replace
 from sweeps.families import FAMILIES
