@@ -223,6 +223,7 @@ def _freeze_driver(under: Submitted) -> bool:
 
     holder = read_holder(under.store, under.name)
     if holder is None or holder.record["pid"] != under.driver.pid:
+        under.note("driver frozen: it holds nothing yet")
         return False
     frozen, before = under.driver, holder.number
     frozen.send_signal(signal.SIGSTOP)
