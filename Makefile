@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check notebooks bench clean
+.PHONY: demo test check notebooks bench chaos clean
 
 demo: .venv/demo
 	$(BIN)/escala run quickstart
@@ -36,6 +36,11 @@ bench: .venv/dev
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
+
+# Schedules of kills and freezes over a small study; prints what was done, and a table of what was survived.
+N ?= 200
+chaos: .venv/dev
+	PYTHONPATH=.:tests $(BIN)/python -m chaos.run $(N)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -63,7 +63,8 @@ def plan(
     """Dry run: every cell with its size, tokens, FLOPs and state, and the totals. Trains nothing."""
     from cluster.ledger import compare, plan_rows
 
-    place, planned, _ = _plan(study, store, allow_code, accept_corpus)
+    known = (store / "store.json").exists()  # a store that is there is only read
+    place, planned, _ = _plan(study, store, allow_code, accept_corpus, create=not known)
     rows = plan_rows(place, planned)
     totals = _totals(rows)
     if as_json:
@@ -208,7 +209,10 @@ def fit(
     if place is not None and not conditions:
         from sweeps.store import write_json
 
-        write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
+        try:
+            write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
+        except InputError as error:  # a store of someone else's may be read
+            print(f"the fit is not kept: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(fitted.to_json() | ({"source": source} if source else {})))
     else:
@@ -337,7 +341,9 @@ def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> N
 # --- shared by the commands --------------------------------------------------------------------------------------
 
 
-def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tuple[Store, Plan, Path]":
+def _plan(
+    study: str, store: Path, allow_code: bool, accept_corpus: bool, *, create: bool = True
+) -> "tuple[Store, Plan, Path]":
     """Load a study file, find or build its corpus, plan its cells."""
     from cluster.display import Waiting
     from sweeps.corpora import make_source, prepare
@@ -351,7 +357,7 @@ def _plan(study: str, store: Path, allow_code: bool, accept_corpus: bool) -> "tu
     source = make_source(
         declared.corpus.source, declared.corpus.path, declared.corpus.options, base_dir=path.resolve().parent
     )
-    place = open_store(store)
+    place = open_store(store, create=create)
     pinned = declared.corpus.fingerprint
     if declared.name in study_names(place):
         before = read_plan(place, declared.name)

@@ -16,11 +16,13 @@ from pathlib import Path
 from types import TracebackType
 
 from sweeps.errors import InputError
+from sweeps.faults import fault
 from sweeps.store import (
     BEAT_SECONDS,
     SILENCE_SECONDS,
     Json,
     Store,
+    disk_error,
     here,
     is_alive,
     read_json,
@@ -94,7 +96,18 @@ class Claim:
 
     def __enter__(self) -> "Claim":
         folder = self.store.study(self.study)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._outbid(folder)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+        for lower in folder.glob("driver-*.json"):
+            if _number(lower) < self.number:
+                lower.unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def _outbid(self, folder: Path) -> None:
         while True:
             holder = read_holder(self.store, self.study)
             if holder is not None and holder.lives:
@@ -103,23 +116,21 @@ class Claim:
             self._path = folder / f"driver-{self.number}.json"
             temporary = write_beside(self._path, json.dumps(here()).encode())
             try:
+                fault("claim.before_link")
                 os.link(temporary, self._path)
-                break
+                fault("claim.after_link")
+                return
             except FileExistsError:  # another was quicker
                 continue
             finally:
                 os.unlink(temporary)
-        for lower in folder.glob("driver-*.json"):
-            if _number(lower) < self.number:
-                lower.unlink(missing_ok=True)
-        self._thread.start()
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
         if self.holds():
-            write_json(self._path, {**read_json(self._path), "ended": timestamp()}, sync=False)
+            with suppress(InputError):  # a full disk: the next driver sees that this process is gone
+                write_json(self._path, {**read_json(self._path), "ended": timestamp()}, sync=False)
 
     def _loop(self) -> None:
         while not self._over.wait(BEAT_SECONDS):

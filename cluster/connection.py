@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import signal
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ def start_ray(address: str, workers: int | None = None) -> Any:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
     import ray
 
+    before = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     try:
         if address == "local":
@@ -37,6 +40,9 @@ def start_ray(address: str, workers: int | None = None) -> Any:
             f"Ray is not reachable at {address!r}: {str(error).splitlines()[0]}. Start the cluster, correct --address "
             "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."
         ) from None
+    # Ray puts a handler of its own in the driver, which kills Ray under it; whoever set one before keeps it.
+    if before not in (None, signal.SIG_DFL) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
     return ray
 
 

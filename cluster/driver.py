@@ -8,15 +8,18 @@ another took over.
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.claims import Claim
 from cluster.connection import make_worker, start_ray
 from cluster.control import read_wish
 from cluster.ledger import register
-from cluster.leftovers import settle
+from cluster.leftovers import descendants, end_processes, kill_worker, settle
 from cluster.mirror import Mirror
 from cluster.placement import choose_slots
 from cluster.progress import Progress, Running, Tail
@@ -24,6 +27,7 @@ from cluster.pulse import Pulse
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
 from sweeps.store import (
+    FREE_SPACE,
     Attempt,
     Store,
     ask_to_stop,
@@ -109,6 +113,12 @@ def run_study(
         return tally
 
 
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 class _Connected:
     """The mirror's thread around a block: reached first, so that an unreachable server is known before training."""
 
@@ -167,6 +177,10 @@ class _Pool:
         self.first_failures: list[str] | None = []
         """The first attempts' failures while there is nothing else; None once anything else happened."""
         self.wish: str | None = None
+        self.family: set[psutil.Process] = set()
+        """What this process has started, with a Ray of its own."""
+        self.core: list[psutil.Process] = []
+        """Of these, the processes without which such a Ray is dead."""
         self.halt: str | None = None
         """Why nothing more is to be tried, if so."""
 
@@ -174,6 +188,9 @@ class _Pool:
         self.began = time.monotonic()
         self._settle(tally)
         ray = start_ray(address, limit)
+        if address == "local":
+            self.family = descendants()
+            self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
             self.slots = choose_slots(ray.cluster_resources(), len(self.queue) + len(self.elsewhere), limit)
             self.idle = [make_worker(ray, self.slots) for _ in range(self.slots.count)]
@@ -186,6 +203,7 @@ class _Pool:
         finally:
             tally.planned = len(self.queue) + len(self.elsewhere) + len(self.tasks)
             ray.shutdown()
+            end_processes(self.family)
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0
@@ -196,6 +214,9 @@ class _Pool:
             if self.halt or time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 self._look(tally)
+            if dead := [process.name() for process in self.core if not _runs(process)]:
+                tally.stopped = f"Ray is gone (its {dead[0]} died)"  # a call would wait for it for minutes, or for ever
+                return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
             while self.queue and self.idle and self.wish is None:
@@ -213,6 +234,9 @@ class _Pool:
                 if fate is not None:  # its end is recorded when Ray reports the death
                     task.pulse.killed = fate
                     ray.kill(task.worker)
+                    epochs = attempt_epochs(self.store, task.one.cell.id)
+                    if len(epochs) > task.attempts_before:
+                        kill_worker(Attempt(self.store, task.one.cell.id, epochs[-1]))
             self.watch(self._progress(tally))
 
     def _start(self, one: PlannedCell) -> None:
@@ -266,6 +290,8 @@ class _Pool:
             end = read_end(self.store, cell_id, last[-1]) if last else None
             if end is not None and end[0] not in ("preemption", "stopped"):
                 self._note_failure(f"{end[0]}: {end[1]}")
+            if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
+                self.halt = end[1]
             if state.state == "running":
                 self.elsewhere[cell_id] = one
             else:
@@ -296,6 +322,8 @@ class _Pool:
     # --- what changes seldom -----------------------------------------------------------------------------------------
 
     def _look(self, tally: Tally) -> None:
+        if self.core:
+            self.family |= descendants()
         found = read_wish(self.store, self.plan.study.name)
         if found is not None and found.driver not in (None, self.claim.number):
             found = None  # it was meant for another driver

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sweeps.faults import fault
 from sweeps.foreign import described
 from sweeps.grids import Plan
 from sweeps.rules import adamw_timescale
@@ -61,6 +62,7 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
             record = {"format": FORMAT, "id": one.cell.id, "identity": one.cell.identity, "counts": dict(one.counts)}
             write_json(path, record, sync=False)
     folder = store.study(plan.study.name)
+    fault("plan.before_write")
     write_bytes(folder / "study.yaml", text)
     write_json(
         folder / "plan.json",

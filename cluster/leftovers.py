@@ -8,10 +8,14 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+
+import psutil
 
 from cluster.claims import driver_lives
 from sweeps.errors import InputError
+from sweeps.faults import fault
 from sweeps.store import (
     SILENCE_SECONDS,
     Attempt,
@@ -48,9 +52,32 @@ def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
         return False
     if attempt_lives(store, cell_id, attempt.epoch) and not _end(attempt, record):
         return False
+    fault("leftovers.after_kill")
     if read_end(store, cell_id, attempt.epoch) is None and not (store.cell(cell_id) / "result.json").exists():
         record_error(attempt, "preemption", "its driver was gone")
     return True
+
+
+def kill_worker(attempt: Attempt) -> None:
+    """Kill the process of an attempt where it is on this machine: Ray's order does not reach a frozen one."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        record = read_json(attempt.folder / "attempt.json")
+        ours = record["host"] == socket.gethostname() and record["pid"] != os.getpid()
+        if ours and attempt_lives(attempt.store, attempt.cell_id, attempt.epoch):
+            os.kill(record["pid"], signal.SIGKILL)
+
+
+def descendants() -> set[psutil.Process]:
+    """The processes that this one has started, and theirs."""
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_processes(processes: Iterable[psutil.Process]) -> None:
+    """Kill those that do not end by themselves. One whose parent died first is told by nobody else."""
+    _, alive = psutil.wait_procs(list(processes), timeout=5.0)
+    for process in alive:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def _end(attempt: Attempt, record: Json) -> bool:

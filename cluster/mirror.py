@@ -347,6 +347,9 @@ class Mirror:
             fault("mirror.before_create_run")
             run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
             fault("mirror.after_create_run")
+            if not self.holds():  # it was frozen since it looked, and its successor may have made one
+                self._client.delete_run(run.info.run_id)
+                raise ConnectionError("another driver has taken the study over")
             self._state["quarantine"] |= {cell_id: marked} if marked else {}
         kept = {"run_id": run.info.run_id, "attempt": 0, "offset": 0, "state": None, "status": run.info.status}
         kept["params"] = not new and bool(run.data.params)

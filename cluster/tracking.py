@@ -47,6 +47,7 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
 
     for name in ("alembic", "mlflow"):  # set at their import, so after it
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the fault says it in words
 
     from sqlalchemy.exc import SQLAlchemyError
 

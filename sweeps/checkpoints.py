@@ -6,7 +6,8 @@
 1. A state is a nested mapping of tensors, arrays and plain values, such as `optimizer.state_dict()`; it comes back
    equal.
 2. A checkpoint is written into a folder beside its place, synced and renamed. Its checksums are verified when it is
-   read; a damaged one is passed over for the one before.
+   read; a damaged one is passed over for the one before. So is one that is ahead of the log: from it a run would go on
+   without the rows before it, which a zombie wrote or a power cut took.
 3. Training waits for the copy of the tensors alone: a thread writes them. The newest KEEP stay, and those marked
    permanent.
 """
@@ -15,6 +16,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -29,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sweeps.faults import fault
-from sweeps.store import Store, attempt_epochs, decode_row, disk_error, encode_row, sync_folder
+from sweeps.store import Store, attempt_epochs, decode_row, disk_error, encode_row, log_stops, sync_folder
 
 FORMAT = 1
 KEEP = 2
@@ -45,6 +47,8 @@ class Checkpoint:
     tokens: int
     state: dict[str, Any]
     """Tensors on the CPU."""
+    log_bytes: int
+    """How long the attempt's log was when the state was copied."""
 
 
 def save(folder: Path, tokens: int, state: State, *, permanent: bool = False) -> Path:
@@ -65,7 +69,7 @@ def load(path: Path) -> Checkpoint | None:
         tensors = load_file(path / "state.safetensors")
     except (OSError, SafetensorError):
         return None
-    return Checkpoint(path, record["tokens"], _unpack(record["state"], tensors))
+    return Checkpoint(path, record["tokens"], _unpack(record["state"], tensors), record.get("log_bytes", 0))
 
 
 def listed(folder: Path) -> list[Path]:
@@ -78,15 +82,22 @@ def listed(folder: Path) -> list[Path]:
 
 
 def newest(store: Store, cell_id: str) -> Checkpoint | None:
-    """The cell's last good checkpoint over all its attempts: the one of most tokens whose checksums hold."""
-    return next((found for path in _candidates(store, cell_id) if (found := load(path)) is not None), None)
+    """The cell's last good checkpoint over all its attempts: the one of most tokens whose checksums hold and whose log
+    holds what was written before it."""
+    stops = log_stops(store, cell_id)
+    for path in _candidates(store, cell_id):
+        found = load(path)
+        if found is not None and found.log_bytes <= _counted(path.parent.parent, stops):
+            return found
+    return None
 
 
 class Writer:
     """Writes the checkpoints of one attempt from a thread of its own, one at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, log: Any = None) -> None:
+        """`log` is the attempt's open log, an unbuffered binary stream."""
+        self.folder, self._log = folder, log
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -98,10 +109,13 @@ class Writer:
         self.wait()
         tensors: dict[str, torch.Tensor] = {}
         skeleton = _pack(state, tensors, "")
+        log_bytes = os.fstat(self._log.fileno()).st_size if self._log is not None else 0
 
         def write() -> None:
             try:
-                _write(self.folder, tokens, skeleton, tensors, permanent)
+                if self._log is not None:
+                    os.fsync(self._log.fileno())
+                _write(self.folder, tokens, skeleton, tensors, permanent, log_bytes)
             except BaseException as error:
                 self._error = error
 
@@ -125,7 +139,19 @@ def _candidates(store: Store, cell_id: str) -> Iterator[Path]:
     yield from sorted(found, key=lambda path: int(path.name), reverse=True)  # stable: the last attempt's
 
 
-def _write(folder: Path, tokens: int, skeleton: Any, tensors: dict[str, torch.Tensor], permanent: bool) -> Path:
+def _counted(attempt: Path, stops: Mapping[int, int | None]) -> float:
+    """How many bytes of an attempt's log are there and count."""
+    stop = stops.get(int(attempt.name))
+    try:
+        there = (attempt / "log.jsonl").stat().st_size
+    except FileNotFoundError:
+        there = 0
+    return there if stop is None else min(stop, there)
+
+
+def _write(
+    folder: Path, tokens: int, skeleton: Any, tensors: dict[str, torch.Tensor], permanent: bool, log_bytes: int = 0
+) -> Path:
     final, temporary = folder / str(tokens), folder / f".tmp-{tokens}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -136,6 +162,7 @@ def _write(folder: Path, tokens: int, skeleton: Any, tensors: dict[str, torch.Te
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
             os.fsync(stream.fileno())
         record = {"format": FORMAT, "tokens": tokens, "time": round(time.time(), 3), "permanent": permanent}
+        record |= {"log_bytes": log_bytes}
         with (temporary / "state.json").open("wb") as stream:
             stream.write(encode_row({**record, "sha256": digest, "state": skeleton}))
             stream.flush()
@@ -149,7 +176,8 @@ def _write(folder: Path, tokens: int, skeleton: Any, tensors: dict[str, torch.Te
         fault("checkpoint.after_rename")
     except SafetensorError as error:  # which is how it reports what the disk said
         shutil.rmtree(temporary, ignore_errors=True)
-        raise disk_error(final, cause := OSError(errno.EIO, str(error))) from cause
+        number = re.search(r"os error (\d+)", str(error))
+        raise disk_error(final, cause := OSError(int(number[1]) if number else errno.EIO, str(error))) from cause
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise disk_error(final, error) from error

@@ -30,6 +30,9 @@ POINTS = {
     "result.after_link": "a result is in its place",
     "error.before_write": "an attempt has failed and cannot say so yet",
     "plan.before_write": "the cells are on record, the plan is not",
+    "claim.before_link": "a driver's claim stands beside its place",
+    "claim.after_link": "a driver holds the study, the claim that it outbid still stands",
+    "leftovers.after_kill": "a dead driver's worker is ended, its attempt is not on record as ended",
     "mirror.before_create_run": "a cell has no run yet",
     "mirror.after_create_run": "a run is made, the mirror has not noted it",
     "mirror.before_log_batch": "rows are ready to be sent",
@@ -46,6 +49,12 @@ def fault(point: str) -> None:
     """Pass a point. Does nothing unless the environment armed it."""
     if point in _armed:
         _trip(point)
+
+
+def arm(text: str) -> None:
+    """Arm this process as ESCALA_FAULT would have; for a process that was forked after the import."""
+    _armed.clear()
+    _armed.update(_read(text))
 
 
 def _trip(point: str) -> None:

@@ -56,7 +56,8 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        self._beat()
+        with suppress(OSError, InputError):  # how the attempt ended is on record, or is on its way there
+            self._beat()
 
     def _loop(self) -> None:
         beaten = time.monotonic()
@@ -80,8 +81,10 @@ class Heartbeat:
         record |= {"resumed_from": self.resumed_from}
         try:
             write_json(self._path, record, sync=False)
-        except InputError:  # a full disk can still take a new time
-            os.utime(self._path)
+        except InputError:
+            if not self._path.exists():  # the first: an attempt on such a disk must not begin
+                raise
+            os.utime(self._path)  # a full disk can still take a new time
 
 
 @contextmanager

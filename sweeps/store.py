@@ -90,7 +90,7 @@ def open_store(root: str | Path, *, create: bool = True) -> Store:
     if not marker.exists():
         if not create:
             raise InputError(f"no Escala store at {path}. Name one with --store or ESCALA_STORE, or run a study first.")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(not one.name.startswith(".store.json.") for one in path.iterdir()):  # a crash's
             raise InputError(
                 f"{path} is a folder with other things in it, not an Escala store. Name an empty or new one."
             )
@@ -173,10 +173,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+FREE_SPACE = "free some space, then run again; nothing that was finished is lost"
+"""What every message about a full disk says."""
+
+
 def disk_error(path: Path, error: OSError) -> InputError:
     advice = {
-        errno.ENOSPC: "the disk is full: free some space, then run again; nothing that was finished is lost",
-        errno.EDQUOT: "the disk quota is used up: free some space, then run again; nothing that was finished is lost",
+        errno.ENOSPC: f"the disk is full: {FREE_SPACE}",
+        errno.EDQUOT: f"the disk quota is used up: {FREE_SPACE}",
         errno.EACCES: "permission denied: change the permissions, or name another store with --store",
         errno.EROFS: "the file system is read-only: name another store with --store",
         errno.ENOTDIR: "a part of the path is a file, not a folder: name another store with --store",
@@ -332,11 +336,22 @@ def begin_attempt(store: Store, cell_id: str, record: Mapping[str, Any]) -> Atte
         raise disk_error(folder, error) from error
     fault("attempt.after_folder")
     logs = {earlier: folder / str(earlier) / "log.jsonl" for earlier in attempt_epochs(store, cell_id)[:-1]}
-    sizes = {str(earlier): path.stat().st_size if path.exists() else 0 for earlier, path in logs.items()}
+    sizes = {str(earlier): _synced_size(path) for earlier, path in logs.items()}
     known = {"format": FORMAT, "attempt": epoch, **({"earlier_logs": sizes} if sizes else {})}
     write_json(folder / str(epoch) / "attempt.json", {**known, **record, **here()})
     fault("attempt.after_record")
     return Attempt(store, cell_id, epoch)
+
+
+def _synced_size(path: Path) -> int:
+    """The length of an earlier attempt's log, which is on disk from now on: its rows will not be written again."""
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            os.fsync(stream.fileno())
+            return size
+    except FileNotFoundError:
+        return 0
 
 
 def commit_result(attempt: Attempt, result: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ import numpy as np
 from sweeps.cell import Cell
 from sweeps.devices import Numerics
 from sweeps.heartbeat import Heartbeat, Stop
-from sweeps.store import append_rows, read_metrics
+from sweeps.store import append_rows, disk_error, read_metrics
 
 if TYPE_CHECKING:
     from sweeps.checkpoints import State, Writer
@@ -118,7 +118,10 @@ class TrainerIO:
         }
         if fresh or differs:
             row = {"time": round(time.time(), 3), "tokens": tokens, "metrics": fresh}
-            append_rows(self._stream, [row | ({"differs": differs} if differs else {})])
+            try:
+                append_rows(self._stream, [row | ({"differs": differs} if differs else {})])
+            except OSError as error:
+                raise disk_error(self._attempt.folder / "log.jsonl", error) from error
             known |= fresh
         self._heartbeat.progress(tokens)
 
@@ -137,7 +140,8 @@ class TrainerIO:
         if self._writer is None:
             from sweeps.checkpoints import Writer
 
-            self._writer = Writer(self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch))
+            folder = self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch)
+            self._writer = Writer(folder, self._stream)
         if not (stop or last) and self._writer.busy():
             return
         self._writer.submit(tokens, snapshot())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from commandline import ROOT, TINY, Escala, Finished
 
 from cluster.claims import read_holder
@@ -156,14 +157,17 @@ def test_a_killed_worker_is_replaced_and_its_cell_tried_again(escala: Escala, tm
     assert_mirror_is_exact(store, "tiny")
 
 
-def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(escala: Escala, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
+    escala: Escala, tmp_path: Path, number: signal.Signals
+) -> None:
     study, store = escala.study(long_study(4)), tmp_path / "store"
     process = escala.start("run", study, "--store", store, "--workers", 2)
     wait_for(lambda: bool(list(store.glob("cells/*/attempts/0/log.jsonl"))), process)
     family = psutil.Process(process.pid).children(recursive=True)
     second = escala("run", study, "--store", store, ok=2)
     assert f"study tiny is being run by process {process.pid} on " in second.stderr
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 1, out + err
     assert "interrupted. What was done is kept" in out
@@ -173,6 +177,22 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(escala: Escala, tmp_p
     holder = read_holder(Store(store), "tiny")
     assert holder is not None
     assert not holder.lives
+
+
+def test_a_run_whose_ray_died_says_so_and_leaves_no_process_behind(escala: Escala, tmp_path: Path) -> None:
+    study, store = escala.study(long_study(4)), tmp_path / "store"
+    process = escala.start("run", study, "--store", store, "--workers", 2)
+    wait_for(lambda: bool(list(store.glob("cells/*/attempts/0/log.jsonl"))), process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    worker = read_json(next(store.glob("cells/*/attempts/0/attempt.json")))["pid"]
+    os.kill(worker, signal.SIGSTOP)  # nobody but the driver can end it now
+    next(one for one in family if one.name() == "raylet").kill()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, out + err
+    assert "Ray is gone" in out
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
 
 
 FAMILY = """
