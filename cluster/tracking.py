@@ -68,6 +68,11 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
             if fresh:  # half a database would stop the next run too; nothing is in it yet
                 database.unlink(missing_ok=True)
             break
+    if embedded and "locked" in reason:
+        raise InputError(
+            f"the MLflow database {database} is held by another process ({reason}): a driver or a UI that is frozen, "
+            "perhaps. End it, or try again when it has let go; nothing was changed."
+        )
     if embedded:
         raise InputError(
             f"the MLflow database {database} cannot be written: {reason}. Free space or permissions there, or "

@@ -161,4 +161,4 @@ def test_a_read_only_store_is_refused_by_what_writes_and_read_by_what_reads(
     plan = json.loads(escala("plan", finished.study, "--store", store, "--json").stdout)
     assert plan["totals"]["missing"] == 0
     fit = escala("fit", "tiny", "--store", store, "--json", "--law", "chinchilla")
-    assert json.loads(fit.stdout)["parameters"]
+    assert json.loads(fit.stdout)["params"]
