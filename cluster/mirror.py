@@ -282,9 +282,10 @@ class Mirror:
 
     def _ship_log(self, cell_id: str, kept: Json, state: CellState) -> None:
         """Send what is new in the cell's logs; its state goes with the last of it, so that it never runs ahead."""
-        last = Chunk(kept["attempt"], kept["offset"])
+        last = start = Chunk(kept["attempt"], kept["offset"])
         for chunk in self._rows.chunks(cell_id, kept["attempt"], kept["offset"]):
-            self._ship(cell_id, kept, last)
+            if last is not start:
+                self._ship(cell_id, kept, last)
             last = chunk
         tags: dict[str, str] = {}
         if kept["state"] != [state.state, state.attempts]:

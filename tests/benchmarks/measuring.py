@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,15 +95,18 @@ class Place:
         return path
 
 
-def escala(*arguments: object) -> Ended:
+def escala(*arguments: object, watch: Callable[[int], None] | None = None) -> Ended:
     """Run the command line as a user does, and time it from outside."""
     script = Path(sys.executable).with_name("escala")
     command = [str(script)] if script.exists() else [sys.executable, str(ROOT / "escala.py")]
-    return timed([*command, *map(str, arguments)])
+    return timed([*command, *map(str, arguments)], watch)
 
 
-def timed(command: list[str]) -> Ended:
-    """Run a process; wall-clock seconds and its largest resident size. RuntimeError where it fails."""
+def timed(command: list[str], watch: Callable[[int], None] | None = None) -> Ended:
+    """Run a process; wall-clock seconds and its largest resident size. RuntimeError where it fails.
+
+    `watch` is called with the process's id every quarter of a second.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -110,22 +114,27 @@ def timed(command: list[str]) -> Ended:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     ) as process:
-        output, errors, usage = _collect(process)
+        output, errors, usage = _collect(process, watch)
     seconds = time.perf_counter() - began
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with code {process.returncode}:\n{errors or output}")
     return Ended(seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), output, errors)
 
 
-def _collect(process: "subprocess.Popen[str]") -> tuple[str, str, resource.struct_rusage]:
+def _collect(
+    process: "subprocess.Popen[str]", watch: Callable[[int], None] | None
+) -> tuple[str, str, resource.struct_rusage]:
     """Both streams to their ends, then the process's own resource usage, which only wait4 tells."""
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, wait
 
     assert process.stdout is not None
     assert process.stderr is not None
-    with ThreadPoolExecutor(1) as pool:
-        errors = pool.submit(process.stderr.read)
-        output = process.stdout.read()
+    with ThreadPoolExecutor(2) as pool:
+        output, errors = pool.submit(process.stdout.read), pool.submit(process.stderr.read)
+        while watch and not output.done():
+            watch(process.pid)
+            wait([output], timeout=0.25)
+        wait([output])
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        return output, errors.result(), usage
+        return output.result(), errors.result(), usage

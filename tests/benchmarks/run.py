@@ -19,6 +19,8 @@ import compare
 import coverage
 import fits
 import mirror
+import overhead
+import stalls
 import step
 from measuring import Place, Row
 from rich.console import Console
@@ -36,6 +38,9 @@ BENCHMARKS = {
     "coverage": coverage.coverage,
     "compare": compare.run,
     "mirror": mirror.mirror,
+    "overhead": overhead.overhead,
+    "logging": stalls.logging,
+    "checkpoints": stalls.checkpoints,
 }
 
 
