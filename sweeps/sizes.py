@@ -153,12 +153,8 @@ def _ladder(
 
 
 def _split(width: int, heads_per_kv: int) -> tuple[int, float]:
-    """(heads, misfit) for a width, heads 0 where it does not split well into heads of 16, 32, 64 or 128.
-
-    Attention over narrower heads takes up to twice the time: it computes in vectors of 16. Widths below 32 have two
-    heads: one alone costs some 4 % of the loss, a step that a study would see.
-    """
-    ideal = min(max(width // 2, 8), 16) if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
+    """(heads, misfit) for a width, heads 0 where it does not split well into heads of 8, 16, 32, 64 or 128."""
+    ideal = 8 if width < 64 else 16 if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
     even = 2 if width < 512 else 8  # rotary turns pairs; wide models want what attention kernels like
     best = (0, math.inf)
     for head_dim in range(even, 2 * ideal, even):

@@ -27,13 +27,12 @@ DOCUMENT_BYTES = 256 * 1024
 KINDS = ("pystdlib", "folder", "jsonl", "parquet", "hf", "markov")
 
 # What of the standard library is left out, and why: tests are mostly literals made to be odd; installed packages and
-# files written when Python was built or set up differ between machines; tables and generated files are not prose or
-# program: pydoc_data/topics.py alone would be 7 % of the text, and the entities of HTML 6 % of the validation error.
+# files written when Python was built or set up differ between machines; generated tables are not written by people,
+# and pydoc_data/topics.py alone would be 7 % of the text.
 SKIPPED_FOLDERS = re.compile(r"tests?|idle_test|site-packages|dist-packages|lib-dynload|config-.*|__pycache__|\..*")
 SKIPPED_FILES = re.compile(r"_sysconfigdata.*|sitecustomize\.py|usercustomize\.py|\..*")
 GENERATED = re.compile(rb"(auto-?|automatically |file is )generated|do not edit|mapping codec", re.IGNORECASE)
 GENERATED_WITHIN = 200  # bytes: a generated file says so at its top; further down the word is about something else
-TABLE_SHARE = 0.7  # of the lines that are not blank end in a comma
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,12 +220,6 @@ def pieces(handle: BinaryIO, limit: int) -> Iterator[bytes]:
 # -- readers: each yields (document, fraction read) ----------------------------------------------------------------
 
 
-def _is_table(text: bytes) -> bool:
-    lines = [line for line in text.splitlines() if line.strip()]
-    entries = sum(line.rstrip().endswith(b",") for line in lines)
-    return entries > TABLE_SHARE * len(lines) or GENERATED.search(text[:GENERATED_WITHIN]) is not None
-
-
 def _from_text(source: Source) -> Iterator[tuple[bytes, float]]:
     files = source_files(source)
     total, done = sum(file.stat().st_size for file in files) or 1, 0
@@ -234,7 +227,7 @@ def _from_text(source: Source) -> Iterator[tuple[bytes, float]]:
         at = 0
         with _reading(file), file.open("rb") as handle:
             if source.kind == "pystdlib":
-                if _is_table(handle.read()):
+                if GENERATED.search(handle.read(GENERATED_WITHIN)):
                     continue
                 handle.seek(0)
             for piece in pieces(handle, DOCUMENT_BYTES):

@@ -19,13 +19,13 @@ from sweeps.training import train
 WORDS = ("the law of large models is a line on paper until someone pays for the tokens that bend it").split()  # noqa: SIM905
 
 # The corpus that the values hold for. It is part of every cell's identity, so another split needs no new version.
-FINGERPRINT = "d4d531a58acc4ded"
+FINGERPRINT = "8756076be1090d1b"
 # NUMERICS_VERSION -> family -> (training loss after 12 steps, final validation loss)
 GOLDEN = {
     1: {
-        "gpt2": (4.056804180145264, 4.067228485449501),
-        "llama": (4.12703800201416, 4.152823835805706),
-        "mixtral": (4.36834192276001, 4.366848028094872),
+        "gpt2": (4.030627727508545, 4.009329186480036),
+        "llama": (4.174819469451904, 4.17586291313407),
+        "mixtral": (4.415628910064697, 4.424085876628344),
     }
 }
 
