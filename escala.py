@@ -207,7 +207,7 @@ def fit(
         fitted = analysis.fit(runs, law=law, targets=at or (), **options)
     fitted = replace(fitted, verdicts=(*said, *fitted.verdicts))
     if place is not None and not conditions:
-        from sweeps.store import write_json
+        from sweeps.records import write_json
 
         try:
             write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())

@@ -16,7 +16,7 @@ import pandas as pd
 from analysis.conventions import SIZES
 from analysis.tables import keep_rows, read_table
 from sweeps.errors import InputError
-from sweeps.store import write_bytes
+from sweeps.records import write_bytes
 
 _KEPT = (
     *("N", "D", "C", "loss", "budget", "seed", "data_seed", "learning_rate", "weight_decay", "beta2"),

@@ -23,7 +23,8 @@ from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
 from analysis.uncertainty import Noise, paired_errors, seed_noise
 from analysis.verdicts import Estimate, Fit, Verdict, plural
-from sweeps.store import Store, open_store, read_plan, timestamp, write_bytes
+from sweeps.records import timestamp, write_bytes
+from sweeps.store import Store, open_store, read_plan
 from sweeps.units import flops, human
 
 LAW = "chinchilla"

@@ -205,7 +205,7 @@ def provenance(selection: Selection, **settings: object) -> dict[str, object]:
 
     import scipy
 
-    from sweeps.store import timestamp
+    from sweeps.records import timestamp
 
     rows = selection.rows
     names = ("study", "family", "corpus", "tokenizer", "context", "precision")

@@ -8,7 +8,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sweeps.store import CellState, Json, Store, read_json
+from sweeps.records import Json, read_json
+from sweeps.store import CellState, Store
 from sweeps.units import flops, human
 
 if TYPE_CHECKING:

@@ -17,19 +17,8 @@ from types import TracebackType
 
 from sweeps.errors import InputError
 from sweeps.faults import fault
-from sweeps.store import (
-    BEAT_SECONDS,
-    SILENCE_SECONDS,
-    Json,
-    Store,
-    disk_error,
-    here,
-    is_alive,
-    read_json,
-    timestamp,
-    write_beside,
-    write_json,
-)
+from sweeps.records import Json, disk_error, read_json, timestamp, write_beside, write_json
+from sweeps.store import BEAT_SECONDS, SILENCE_SECONDS, Store, here, is_alive
 
 
 @dataclass(frozen=True)

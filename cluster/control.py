@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cluster.claims import read_holder
 from sweeps.errors import InputError
-from sweeps.store import Store, read_json, timestamp, write_json
+from sweeps.records import read_json, timestamp, write_json
+from sweeps.store import Store
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,8 @@ from cluster.progress import Progress, Running, Tail
 from cluster.pulse import Pulse
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
-from sweeps.store import (
-    FREE_SPACE,
-    Attempt,
-    Store,
-    ask_to_stop,
-    attempt_epochs,
-    begin_attempt,
-    cell_state,
-    read_end,
-    record_error,
-)
+from sweeps.records import FREE_SPACE
+from sweeps.store import Attempt, Store, ask_to_stop, attempt_epochs, begin_attempt, cell_state, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS
 
 GIVE_UP_AFTER = 3

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cluster.claims import living_drivers
 from sweeps.errors import InputError, nearest
-from sweeps.store import Store, attempt_epochs, is_alive, read_cell, read_json, read_plan, study_names
+from sweeps.records import read_json
+from sweeps.store import Store, attempt_epochs, is_alive, read_cell, read_plan, study_names
 
 LEFTOVER_SECONDS = 3600.0
 """A temporary file that nobody wrote to for so long was left by a killed writer."""

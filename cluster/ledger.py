@@ -7,19 +7,9 @@ from typing import Any
 from sweeps.faults import fault
 from sweeps.foreign import described
 from sweeps.grids import Plan
+from sweeps.records import timestamp, write_bytes, write_json
 from sweeps.rules import adamw_timescale
-from sweeps.store import (
-    FORMAT,
-    CellState,
-    Store,
-    cell_state,
-    iterate_cells,
-    read_plan,
-    study_names,
-    timestamp,
-    write_bytes,
-    write_json,
-)
+from sweeps.store import FORMAT, CellState, Store, cell_state, iterate_cells, read_plan, study_names
 
 
 @dataclass(frozen=True)

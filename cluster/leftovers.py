@@ -16,17 +16,16 @@ import psutil
 from cluster.claims import driver_lives
 from sweeps.errors import InputError
 from sweeps.faults import fault
+from sweeps.records import Json, read_json
 from sweeps.store import (
     SILENCE_SECONDS,
     Attempt,
-    Json,
     Store,
     ask_to_stop,
     attempt_epochs,
     attempt_lives,
     last_sign,
     read_end,
-    read_json,
     record_error,
 )
 

@@ -22,17 +22,8 @@ from cluster.parent import parent_run, show_parent
 from cluster.rows import Chunk, Rows
 from cluster.tracking import Reached, find_runs, is_gone, keep_one, reach, words
 from sweeps.faults import fault
-from sweeps.store import (
-    CellState,
-    Json,
-    Store,
-    cell_state,
-    read_cell,
-    read_json,
-    read_plan,
-    read_quarantine,
-    write_json,
-)
+from sweeps.records import Json, read_json, write_json
+from sweeps.store import CellState, Store, cell_state, read_cell, read_plan, read_quarantine
 
 if TYPE_CHECKING:
     from mlflow.entities import Run

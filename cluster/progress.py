@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from sweeps.store import Store, attempt_epochs, read_rows
+from sweeps.records import read_rows
+from sweeps.store import Store, attempt_epochs
 
 
 @dataclass(frozen=True)

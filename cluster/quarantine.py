@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cluster.tracking import find_runs
-from sweeps.store import Json, Store, read_quarantine, timestamp, write_json
+from sweeps.records import Json, timestamp, write_json
+from sweeps.store import Store, read_quarantine
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sweeps.store import Json, Store, log_stops, read_metrics, read_rows
+from sweeps.records import Json, read_rows
+from sweeps.store import Store, log_stops, read_metrics
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

@@ -14,17 +14,8 @@ from cluster.claims import living_drivers
 from cluster.ledger import ledger_rows
 from sweeps.cell import differences
 from sweeps.errors import InputError
-from sweeps.store import (
-    Store,
-    attempt_epochs,
-    cell_state,
-    read_cell,
-    read_json,
-    read_plan,
-    read_quarantine,
-    read_rows,
-    study_names,
-)
+from sweeps.records import read_json, read_rows
+from sweeps.store import Store, attempt_epochs, cell_state, read_cell, read_plan, read_quarantine, study_names
 
 Json = dict[str, Any]
 TAIL_BYTES = 65_536

@@ -17,19 +17,8 @@ from sweeps.devices import Numerics, choose_numerics
 from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.heartbeat import Heartbeat, terminable
-from sweeps.store import (
-    Attempt,
-    Store,
-    attempt_epochs,
-    begin_attempt,
-    commit_result,
-    read_cell,
-    read_end,
-    read_json,
-    record_error,
-    timestamp,
-    write_bytes,
-)
+from sweeps.records import read_json, timestamp, write_bytes
+from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, commit_result, read_cell, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, Trainer, TrainerIO
 from sweeps.usercode import load_function
 

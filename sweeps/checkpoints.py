@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from sweeps.faults import fault
-from sweeps.store import Store, attempt_epochs, decode_row, disk_error, encode_row, log_stops, sync_folder
+from sweeps.records import decode_row, disk_error, encode_row, sync_folder
+from sweeps.store import Store, attempt_epochs, log_stops
 
 FORMAT = 1
 KEEP = 2

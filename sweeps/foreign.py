@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.errors import InputError
-from sweeps.store import FORMAT, Store, read_plan, study_names, timestamp, write_json
+from sweeps.records import timestamp, write_json
+from sweeps.store import FORMAT, Store, read_plan, study_names
 
 COUNTS = ("N", "N_nonembedding", "N_nonembedding_head", "N_total")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -14,7 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from sweeps.errors import InputError
-from sweeps.store import BEAT_SECONDS, Attempt, read_json, write_json
+from sweeps.records import read_json, write_json
+from sweeps.store import BEAT_SECONDS, Attempt
 
 LOOK_SECONDS = 0.5
 

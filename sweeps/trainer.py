@@ -27,7 +27,8 @@ import numpy as np
 from sweeps.cell import Cell
 from sweeps.devices import Numerics
 from sweeps.heartbeat import Heartbeat, Stop
-from sweeps.store import append_rows, disk_error, read_metrics
+from sweeps.records import append_rows, disk_error
+from sweeps.store import read_metrics
 
 if TYPE_CHECKING:
     from sweeps.checkpoints import State, Writer

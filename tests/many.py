@@ -10,7 +10,8 @@ from pathlib import Path
 from cluster.ledger import register
 from sweeps.corpora import make_source, prepare
 from sweeps.grids import Plan, plan_study
-from sweeps.store import FORMAT, Store, encode_row, open_store, write_json
+from sweeps.records import encode_row, write_json
+from sweeps.store import FORMAT, Store, open_store
 from sweeps.studyfile import load_study
 
 ATTEMPT = {"format": FORMAT, "attempt": 0, "numerics": {"device": "cpu", "threads": 1}, "host": "somewhere", "pid": 1}

@@ -9,8 +9,9 @@ from sweeps.cell import Cell, Optimizer, Schedule
 from sweeps.corpora import Corpus
 from sweeps.devices import Numerics, choose_numerics
 from sweeps.families import FAMILIES, resolve_options
+from sweeps.records import write_json
 from sweeps.sizes import shape_for
-from sweeps.store import Store, write_json
+from sweeps.store import Store
 
 CONTEXT = 32
 

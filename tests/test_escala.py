@@ -9,7 +9,8 @@ import pytest
 from commandline import ROOT, TINY, Escala, Finished
 
 from cluster.claims import living_drivers
-from sweeps.store import Store, read_json, write_json
+from sweeps.records import read_json, write_json
+from sweeps.store import Store
 
 
 def error(escala: Escala, *arguments: object) -> str:

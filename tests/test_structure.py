@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ANALYSIS_MAY_USE = {"sweeps.accounting", "sweeps.rules", "sweeps.store", "sweeps.foreign", "sweeps.errors"}
-ANALYSIS_MAY_USE |= {"sweeps.units"}
+ANALYSIS_MAY_USE = {
+    "sweeps.accounting",
+    "sweeps.rules",
+    "sweeps.store",
+    "sweeps.records",
+    "sweeps.foreign",
+    "sweeps.errors",
+}
+ANALYSIS_MAY_USE |= {"sweeps.units", "sweeps.records"}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -13,7 +13,8 @@ import pytest
 
 from analysis.allocation import closed_form
 from analysis.laws import CHINCHILLA
-from sweeps.store import append_rows, begin_attempt, commit_result, open_store, record_error, write_json
+from sweeps.records import append_rows, write_json
+from sweeps.store import begin_attempt, commit_result, open_store, record_error
 
 LAW = {"E": 1.0, "A": 31.5, "B": 151.0, "alpha": 0.40, "beta": 0.40}
 """N* near 20 thousand parameters at 1.5e11 FLOPs; both exponents of the optimum are near one half."""

@@ -15,7 +15,8 @@ CELLS = 20
 COMMON = f"""
 import json, sys, time
 from pathlib import Path
-from sweeps.store import begin_attempt, commit_result, encode_row, open_store, write_json
+from sweeps.records import encode_row, write_json
+from sweeps.store import begin_attempt, commit_result, open_store
 sys.path.insert(0, {str(ROOT)!r})
 from tests.analysis.synthetic import Run, record
 

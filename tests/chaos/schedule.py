@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from sweeps.store import Store, attempt_epochs, read_end, read_json
+from sweeps.records import read_json
+from sweeps.store import Store, attempt_epochs, read_end
 
 MARK = "ESCALA_CHAOS"
 """The environment variable whose value every process of a schedule inherits."""

@@ -14,7 +14,8 @@ from small import make_cell, put
 
 from sweeps.attempt import run_attempt
 from sweeps.corpora import make_source, open_corpus, prepare
-from sweeps.store import Store, cell_state, open_store, read_json, read_metrics
+from sweeps.records import read_json
+from sweeps.store import Store, cell_state, open_store, read_metrics
 from sweeps.usercode import trainer_identity
 
 MIB = 1024**2

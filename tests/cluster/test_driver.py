@@ -21,9 +21,10 @@ from cluster.progress import Progress
 from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
+from sweeps.records import read_json, write_json
 from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, cell_state, forgive, open_store, read_end
 
-from sweeps.store import read_json, read_metrics, record_error, write_json  # isort: skip
+from sweeps.store import read_metrics, record_error  # isort: skip
 from sweeps.study import Study
 
 TRAINER = """

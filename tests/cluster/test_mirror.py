@@ -20,18 +20,16 @@ from cluster.claims import Claim, living_drivers
 from cluster.mirror import Mirror
 from cluster.sync import sync_study
 from sweeps.errors import InputError
+from sweeps.records import append_rows, read_json, write_json
 from sweeps.store import (
     Store,
-    append_rows,
     begin_attempt,
     cell_state,
     commit_result,
     open_store,
-    read_json,
     read_metrics,
     read_plan,
     read_quarantine,
-    write_json,
 )
 from tests.analysis.synthetic import Run, write_study
 

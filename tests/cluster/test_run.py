@@ -18,7 +18,8 @@ import pytest
 from commandline import ROOT, TINY, Escala, Finished
 
 from cluster.claims import read_holder
-from sweeps.store import Store, append_rows, attempt_epochs, read_json, read_metrics, read_plan, read_rows, write_json
+from sweeps.records import append_rows, read_json, read_rows, write_json
+from sweeps.store import Store, attempt_epochs, read_metrics, read_plan
 
 
 def results(store: Path) -> dict[str, dict[str, Any]]:

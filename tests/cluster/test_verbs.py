@@ -17,17 +17,8 @@ from commandline import ROOT, TINY, Escala
 import analysis
 from analysis.laws import CHINCHILLA
 from cluster.claims import Claim
-from sweeps.store import (
-    Store,
-    append_rows,
-    begin_attempt,
-    commit_result,
-    open_store,
-    read_plan,
-    read_quarantine,
-    record_error,
-    write_json,
-)
+from sweeps.records import append_rows, write_json
+from sweeps.store import Store, begin_attempt, commit_result, open_store, read_plan, read_quarantine, record_error
 from tests.analysis.synthetic import Run, write_study
 
 RUNS = [

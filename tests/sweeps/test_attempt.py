@@ -18,10 +18,10 @@ from sweeps.attempt import run_attempt
 from sweeps.cell import Cell
 from sweeps.checkpoints import listed, load
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.records import append_rows, read_json, read_rows, write_json
 from sweeps.store import (
     Attempt,
     Store,
-    append_rows,
     ask_to_stop,
     attempt_epochs,
     begin_attempt,
@@ -29,11 +29,8 @@ from sweeps.store import (
     forgive,
     open_store,
     read_differences,
-    read_json,
     read_metrics,
-    read_rows,
     record_error,
-    write_json,
 )
 from sweeps.usercode import trainer_identity
 

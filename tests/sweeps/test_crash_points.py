@@ -22,6 +22,7 @@ from sweeps.cell import Cell
 from sweeps.checkpoints import listed
 from sweeps.corpora import make_source, open_corpus, prepare
 from sweeps.faults import POINTS, arm
+from sweeps.records import read_json, read_rows
 from sweeps.store import (
     Store,
     attempt_epochs,
@@ -31,9 +32,7 @@ from sweeps.store import (
     open_store,
     read_differences,
     read_end,
-    read_json,
     read_metrics,
-    read_rows,
     study_names,
 )
 from sweeps.usercode import trainer_identity

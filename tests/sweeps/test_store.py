@@ -14,22 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.errors import InputError
+from sweeps.records import append_rows, decode_row, encode_row, read_json, read_rows, write_json
 from sweeps.store import (
     Attempt,
     Store,
-    append_rows,
     attempt_epochs,
     begin_attempt,
     cell_state,
     commit_result,
-    decode_row,
-    encode_row,
     open_store,
-    read_json,
     read_metrics,
-    read_rows,
     record_error,
-    write_json,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +190,7 @@ def test_a_write_that_the_disk_refuses_leaves_the_old_record(store: Store) -> No
     write_json(path, {"value": "old"})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     code = (
-        "import resource, signal, sys; from pathlib import Path; from sweeps.store import write_json\n"
+        "import resource, signal, sys; from pathlib import Path; from sweeps.records import write_json\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "write_json(Path(sys.argv[1]), {'value': 'x' * 5000})"

@@ -19,7 +19,8 @@ from sweeps.devices import peak_flops
 from sweeps.evaluation import evaluate, evaluation_steps, subset_windows
 from sweeps.families import FAMILIES, build_model
 from sweeps.optimizers import make_optimizer
-from sweeps.store import Store, open_store, read_json, read_metrics
+from sweeps.records import read_json
+from sweeps.store import Store, open_store, read_metrics
 from sweeps.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
