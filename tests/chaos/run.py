@@ -341,8 +341,8 @@ class Server:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}"]
+        command += ["--artifacts-destination", (self.database.parent / "artifacts").as_uri()]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        command += ["--default-artifact-root", str(self.database.parent / "artifacts")]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true"}
         with (self.database.parent / "server.txt").open("ab") as out:
             self.process = subprocess.Popen(command, env={**os.environ, **quiet}, stdout=out, stderr=out)
