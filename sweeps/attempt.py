@@ -153,26 +153,28 @@ def _commit(
 
 def _numerics(store: Store, cell: Cell) -> tuple[Numerics, float]:
     """Those of the cell's last attempt, where there was one, else those of this process; and the relative difference
-    that they allow between a value that is computed again and its first.
+    that they allow between a value that is computed again and its first, which any earlier attempt may have logged.
 
     After an attempt that ran out of memory, half its micro-batch.
     """
     here = choose_numerics(cell.sequences)
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
-    for epoch in reversed(attempt_epochs(store, cell.id)):
+    earlier: dict[int, Numerics] = {}
+    for epoch in attempt_epochs(store, cell.id):
         try:
             found = read_json(store.attempt(cell.id, epoch) / "attempt.json").get("numerics")
         except FileNotFoundError:
             found = None
-        if found is None:  # its process died before it wrote them
-            continue
-        before = Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
-        kept = replace(before, device=here.device, versions=here.versions)
-        end = read_end(store, cell.id, epoch)
-        if end is not None and end[0] == "out_of_memory":
-            kept = replace(kept, micro_batch=max(1, kept.micro_batch // 2))
-        return kept, tolerance if kept == before else OTHER_TOLERANCE
-    return here, tolerance
+        if found is not None:  # else its process died before it wrote them
+            earlier[epoch] = Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
+    if not earlier:
+        return here, tolerance
+    last = max(earlier)
+    kept = replace(earlier[last], device=here.device, versions=here.versions)
+    end = read_end(store, cell.id, last)
+    if end is not None and end[0] == "out_of_memory":
+        kept = replace(kept, micro_batch=max(1, kept.micro_batch // 2))
+    return kept, tolerance if all(kept == one for one in earlier.values()) else OTHER_TOLERANCE
 
 
 @lru_cache(maxsize=4)

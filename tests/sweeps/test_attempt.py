@@ -195,6 +195,26 @@ def test_a_cell_out_of_memory_is_tried_once_more_with_half_the_micro_batch(corpu
     assert cell_state(store, cell.id).state == "failed"
 
 
+def test_a_value_is_compared_within_the_numerics_of_whichever_attempt_logged_it(corpus: Corpus, store: Store) -> None:
+    """Whole micro-batches, out of memory, halves, preempted, halves: the last reruns what the first has logged."""
+    cell = make_cell(corpus, 20, data_seed=12)
+    put(store, cell)
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    (store.cell(cell.id) / "result.json").unlink()
+    for path in listed(store.checkpoints(cell.id, 0)):
+        (path / "state.safetensors").write_bytes(b"damaged")
+    record_error(Attempt(store, cell.id, 0), "out_of_memory", "too large")
+    whole = read_json(store.attempt(cell.id, 0) / "attempt.json")["numerics"]
+    halves = whole | {"micro_batch": whole["micro_batch"] // 2}
+    record_error(begin_attempt(store, cell.id, {"study": "s", "numerics": halves}), "preemption", "a test")
+    assert run_attempt(store, cell.id, study="s").state == "finished"
+    assert read_json(store.attempt(cell.id, 2) / "attempt.json")["numerics"] == halves
+    again = read_json(store.cell(cell.id) / "result.json")["val_loss_final"]
+    logged = read_metrics(store, cell.id)[-1]["metrics"]["val_loss_final"]
+    assert again != logged, "it was computed again, and rounds otherwise"
+    assert read_differences(store, cell.id) == []
+
+
 BUDGETS = [("infrastructure", 3), ("out_of_memory", 1), ("code", 0), ("preemption", 30), ("stopped", 30)]
 
 
