@@ -1,6 +1,7 @@
 """An attempt: one try at a cell, from its lease to its committed result. Runs in any process, with or without Ray."""
 
 import io
+import math
 import time
 import traceback
 from collections.abc import Mapping
@@ -90,9 +91,18 @@ def _train(cell: Cell, trainer_io: TrainerIO, base_dir: Path | None) -> Outcome:
         ended = Outcome(state="diverged", reason=str(diverged))
     finally:
         trainer_io.close()
-    if isinstance(ended, Outcome):
-        return ended
-    return Outcome(val_loss_final=float(ended))
+    return _finite(ended if isinstance(ended, Outcome) else Outcome(val_loss_final=float(ended)))
+
+
+def _finite(outcome: Outcome) -> Outcome:
+    """An outcome whose losses are finite or None: a trainer of one's own may end with a loss that is lost."""
+    losses = {name: getattr(outcome, name) for name in ("val_loss_final", "val_bpb_final", "loss_at_start")}
+    lost = {name: value for name, value in losses.items() if value is not None and not math.isfinite(value)}
+    if not lost:
+        return outcome
+    reason = outcome.reason or ", ".join(f"{name} is {value}" for name, value in lost.items())
+    kept: dict[str, Any] = {"state": "diverged", "reason": reason, "document_losses": None, "document_tokens": None}
+    return replace(outcome, **kept | dict.fromkeys([*lost, "val_loss_final", "val_bpb_final"]))
 
 
 def _find_trainer(name: str, base_dir: Path | None) -> Trainer:

@@ -39,7 +39,7 @@ CHECKPOINT_SECONDS = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a cell ended. Losses in nats per token; None where the cell diverged."""
+    """How a cell ended. Losses in nats per token; None where the cell diverged, and one that is not finite says so."""
 
     state: str = "finished"
     """finished or diverged."""

@@ -287,3 +287,21 @@ def test_a_trainer_of_ones_own_runs_under_the_same_store_and_resumes(
     (store.cell(cell.id) / "result.json").unlink()
     changed = run_attempt(store, cell.id, study="s", base_dir=tmp_path)
     assert "has changed since this cell was planned" in (changed.reason or "")
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("ending", ["float", "outcome"])
+def test_a_trainer_of_ones_own_that_ends_with_a_loss_that_is_not_finite_has_diverged(
+    corpus: Corpus, store: Store, tmp_path: Path, loss: str, ending: str
+) -> None:
+    returned = f"float({loss!r})" if ending == "float" else f"Outcome(val_loss_final=float({loss!r}), loss_at_start=2.0)"
+    (tmp_path / "mine.py").write_text(
+        f"from sweeps.trainer import Outcome\n\ndef train(cell, io):\n    return {returned}\n"
+    )
+    cell = make_cell(corpus, 30, trainer=trainer_identity("mine.py:train", tmp_path))
+    ended = run_attempt(store, put(store, cell), study="s", base_dir=tmp_path)
+    assert (ended.state, ended.reason) == ("diverged", f"val_loss_final is {loss}")
+    result = read_json(store.cell(cell.id) / "result.json")
+    assert (result["state"], result["val_loss_final"]) == ("diverged", None)
+    assert result["loss_at_start"] == (None if ending == "float" else 2.0)
+    assert not (store.attempt(cell.id, 0) / "error.txt").exists()
