@@ -201,11 +201,11 @@ def is_permanent(path: Path) -> bool:
 def _pack(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
     """A state as JSON values, its tensors copied into `tensors`. TypeError for what JSON and tensors cannot hold."""
     if isinstance(value, torch.Tensor):
-        tensors[place] = value.detach().to("cpu", copy=True).contiguous()
-        return {"$tensor": place}
+        tensors[name := _free(place, tensors)] = value.detach().to("cpu", copy=True).contiguous()
+        return {"$tensor": name}
     if isinstance(value, np.ndarray):
-        tensors[place] = torch.from_numpy(np.array(value))
-        return {"$array": place}
+        tensors[name := _free(place, tensors)] = torch.from_numpy(np.array(value))
+        return {"$array": name}
     if isinstance(value, Mapping):
         packed = [(key, _pack(each, tensors, f"{place}/{key}" if place else str(key))) for key, each in value.items()]
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
@@ -219,6 +219,14 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a checkpoint cannot hold {place}, a {type(value).__name__}: use tensors, arrays, plain values.")
+
+
+def _free(place: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The name of the tensor at a place, itself where it is free: `a/b` is a key or two, and 1 is not "1"."""
+    name, count = place, 1
+    while name in tensors or name == "__metadata__":  # the format's own
+        name, count = f"{place}~{count}", count + 1
+    return name
 
 
 def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -62,6 +62,28 @@ def test_any_state_comes_back_equal(tmp_path_factory: pytest.TempPathFactory, st
     assert same(state, found.state)
 
 
+A, B, C = torch.zeros(2), torch.ones(3), np.arange(4)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a": {"b": A}, "a/b": B},
+        {"a/b": A, "a": {"b": B}, "a/b~1": C},
+        {"a": [A], "a/0": B},
+        {1: A, "1": B},
+        {"x": {True: A, "True": B, None: C, "None": A}},
+        {"__metadata__": A},
+        {"__metadata__": {"": A}, "__metadata__/": B},
+        {"": A, "a": {"": B}, "a/": C},
+    ],
+)
+def test_tensors_of_like_names_are_told_apart(tmp_path: Path, state: dict[Any, Any]) -> None:
+    found = load(save(tmp_path, 7, state))
+    assert found is not None
+    assert same(state, found.state)
+
+
 def test_what_cannot_be_kept_is_refused_by_its_place(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="a checkpoint cannot hold model/0, a object"):
         save(tmp_path, 1, {"model": [object()]})
