@@ -43,11 +43,11 @@ class Pulse:
             self._beaten = self._stepped = now
             return
         try:
-            found = read_json(self._store.attempt(self._cell_id, epochs[-1]) / "heartbeat.json")
-            beat, step = (self._store.attempt(self._cell_id, epochs[-1]) / "heartbeat.json").stat().st_mtime, found
+            path = self._store.attempt(self._cell_id, epochs[-1]) / "heartbeat.json"
+            step, beat = read_json(path)["progressed"], path.stat().st_mtime
         except FileNotFoundError:
             return
         if beat != self._beat:
             self._beat, self._beaten = beat, now
-        if step["progressed"] != self._step:
-            self._step, self._stepped = step["progressed"], now
+        if step != self._step:
+            self._step, self._stepped = step, now

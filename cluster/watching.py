@@ -7,7 +7,6 @@ a driver's memory shows a dead study as running. What is shown of a running cell
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cluster.claims import living_drivers
@@ -15,7 +14,16 @@ from cluster.ledger import ledger_rows
 from sweeps.cell import differences
 from sweeps.errors import InputError
 from sweeps.records import read_json, read_rows
-from sweeps.store import Store, attempt_epochs, cell_state, read_cell, read_plan, read_quarantine, study_names
+from sweeps.store import (
+    Store,
+    attempt_epochs,
+    cell_state,
+    read_cell,
+    read_end,
+    read_plan,
+    read_quarantine,
+    study_names,
+)
 
 Json = dict[str, Any]
 TAIL_BYTES = 65_536
@@ -42,8 +50,8 @@ def status_rows(store: Store, name: str) -> list[Json]:
 
 def attempt_ends(store: Store, cell_id: str) -> dict[str, int]:
     """How many attempts of a cell ended in each kind of error; one that left no word is not counted."""
-    kinds = (_end(store.attempt(cell_id, epoch)) for epoch in attempt_epochs(store, cell_id))
-    return dict(Counter(end.partition(":")[0] for end in kinds if end))
+    ends = (read_end(store, cell_id, epoch) for epoch in attempt_epochs(store, cell_id))
+    return dict(Counter(end[0] for end in ends if end))
 
 
 def changed_numerics(store: Store, cell_id: str) -> str | None:
@@ -82,26 +90,17 @@ def progress(store: Store, cell_id: str, horizon: int) -> Json:
     return found
 
 
-def _end(folder: Path) -> str | None:
-    """The first line of an attempt's error: "kind: message"."""
-    try:
-        with (folder / "error.txt").open(errors="replace") as stream:
-            return stream.readline().strip()
-    except FileNotFoundError:
-        return None
-
-
 def _attempts(store: Store, cell_id: str) -> list[Json]:
     """Every attempt: {"attempt", "study", "host", "started", "numerics", "end"}."""
     found = []
     for epoch in attempt_epochs(store, cell_id):
-        folder = store.attempt(cell_id, epoch)
         try:
-            record = read_json(folder / "attempt.json")
+            record = read_json(store.attempt(cell_id, epoch) / "attempt.json")
         except FileNotFoundError:  # its process died before it wrote it
             record = {}
         told = {key: record.get(key) for key in ("study", "host", "started", "numerics")}
-        found.append({"attempt": epoch, **told, "end": _end(folder)})
+        end = read_end(store, cell_id, epoch)
+        found.append({"attempt": epoch, **told, "end": end and ": ".join(end)})
     return found
 
 

@@ -104,5 +104,6 @@ def _window_batches(
 
 
 def to_device(batch: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The batch as a tensor on the device; to a GPU it is copied from pinned memory while the CPU goes on."""
     tensor = torch.from_numpy(batch)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -60,6 +60,11 @@ def read_json(path: Path) -> Json:
 
 
 def write_beside(path: Path, content: bytes, *, sync: bool = True) -> str:
+    """Write the content into a new dot file beside `path` and return its path, for the caller to move into place.
+
+    Synced, unless told otherwise, and with the permissions that the umask allows. OSError where the disk refuses, and
+    nothing is left.
+    """
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -77,6 +82,7 @@ def write_beside(path: Path, content: bytes, *, sync: bool = True) -> str:
 
 
 def sync_folder(folder: Path) -> None:
+    """Until the names in a folder are on disk: a rename or a link may else be lost in a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,6 +95,7 @@ FREE_SPACE = "free some space, then run again; nothing that was finished is lost
 
 
 def disk_error(path: Path, error: OSError) -> InputError:
+    """What the disk said when `path` was written, with what to do about it. To be raised from `error`."""
     advice = {
         errno.ENOSPC: f"the disk is full: {FREE_SPACE}",
         errno.EDQUOT: f"the disk quota is used up: {FREE_SPACE}",
