@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sweeps.foreign import described, is_foreign
 from sweeps.records import Json, read_json
 from sweeps.store import CellState, Store
 from sweeps.units import flops, human
@@ -29,31 +30,29 @@ STATUS = {
 
 def run_name(record: Json, labels: Mapping[str, Any]) -> str:
     """What the cell is, in a few words."""
-    identity, counts = record["identity"], record["counts"]
-    tokens = _tokens(record)
-    name = f"{_family(identity)} N={human(counts['N'])}" + (f" D={human(tokens)}" if tokens else "")
+    identity = described(record)["identity"]
+    name = f"{identity['family']} N={human(record['counts']['N'])} D={human(identity['tokens'])}"
     name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
-    return name + (f" seed {identity['seed']}" if identity.get("seed") else "")
+    return name + (f" seed {identity['seed']}" if identity["seed"] and not is_foreign(record) else "")
 
 
 def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
     """What defines the cell, as text; what a cell from elsewhere does not tell is a dash."""
-    identity, counts, tokens = record["identity"], record["counts"], _tokens(record)
-    told = identity.get("foreign", {}).get("run", {})
-    optimizer, shape = identity.get("optimizer", told), identity.get("shape", told)
+    identity, counts = described(record)["identity"], record["counts"]
+    optimizer, shape = identity["optimizer"], identity["shape"]
     params = {
-        "family": _family(identity),
+        "family": identity["family"],
         "N": counts["N"],
-        "D": tokens,
+        "D": identity["tokens"],
         "C": f"{counts['C']:.4g}" if counts.get("C") else None,
         "budget": labels.get("budget"),
-        "tokens_per_parameter": f"{tokens / counts['N']:.4g}" if tokens else None,
-        "learning_rate": optimizer.get("learning_rate"),
-        "weight_decay": optimizer.get("weight_decay"),
-        "batch_tokens": identity.get("batch_tokens", told.get("batch_tokens")),
-        "schedule": identity.get("schedule", {}).get("name"),
-        "width_x_depth": f"{shape['width']}x{shape['depth']}" if shape.get("width") and shape.get("depth") else None,
-        "seed": identity.get("seed", told.get("seed")),
+        "tokens_per_parameter": f"{identity['tokens'] / counts['N']:.4g}",
+        "learning_rate": optimizer["learning_rate"],
+        "weight_decay": optimizer["weight_decay"],
+        "batch_tokens": identity["batch_tokens"],
+        "schedule": identity["schedule"]["name"],
+        "width_x_depth": f"{shape['width']}x{shape['depth']}" if shape["width"] and shape["depth"] else None,
+        "seed": identity["seed"],
     }
     return {key: "-" if value is None else str(value) for key, value in params.items()}
 
@@ -94,7 +93,7 @@ def peoples_tags(runs: Iterable["Run"]) -> dict[str, str]:
 
 def _owner(store: Store, cell_id: str, state: CellState, record: Json) -> str | None:
     """The study that trained a cell that has ended; None where its files do not say."""
-    if "foreign" in record["identity"]:
+    if is_foreign(record):
         return "an import"
     if state.result is None:
         return None
@@ -103,12 +102,3 @@ def _owner(store: Store, cell_id: str, state: CellState, record: Json) -> str | 
     except FileNotFoundError:
         return None
     return owner
-
-
-def _family(identity: Json) -> str:
-    return str(identity.get("family") or identity.get("foreign", {}).get("run", {}).get("family") or "foreign")
-
-
-def _tokens(record: Json) -> int | None:
-    tokens = record["identity"].get("tokens") or record["identity"].get("foreign", {}).get("run", {}).get("D")
-    return None if tokens is None else round(tokens)
