@@ -13,8 +13,17 @@ from pathlib import Path
 
 from cluster.claims import living_drivers
 from sweeps.errors import InputError, nearest
-from sweeps.records import read_json
-from sweeps.store import Store, attempt_epochs, is_alive, read_cell, read_plan, study_names
+from sweeps.store import (
+    Store,
+    attempt_epochs,
+    attempt_lives,
+    checkpoint_paths,
+    is_permanent,
+    read_cell,
+    read_end,
+    read_plan,
+    study_names,
+)
 
 LEFTOVER_SECONDS = 3600.0
 """A temporary file that nobody wrote to for so long was left by a killed writer."""
@@ -50,9 +59,8 @@ def collectable(store: Store, kinds: Sequence[str] = tuple(KINDS)) -> list[Item]
     folder = store.root / "cells"
     cells = {path.name for path in folder.iterdir()} if folder.exists() else set()
     gone = cells - planned if "cells" in kinds else set()
-    found = [
-        Item("cells", folder / name, _size(folder / name)) for name in sorted(gone) if _is_old(folder / name, 60.0)
-    ]
+    old = (folder / name for name in sorted(gone) if _is_old(folder / name, IMPORT_SECONDS))
+    found = [Item("cells", path, _size(path)) for path in old]
     gone = {item.path.name for item in found}
     if "checkpoints" in kinds:
         found += [item for name in sorted(cells - gone) for item in _checkpoints(store, name)]
@@ -94,21 +102,10 @@ def refuse_while_running(store: Store, *, attempts: bool = True) -> None:
         if (path / "result.json").exists():
             continue
         for epoch in attempt_epochs(store, path.name):
-            if _lives(path / "attempts" / str(epoch)):
+            if read_end(store, path.name, epoch) is None and attempt_lives(store, path.name, epoch):
                 raise InputError(
                     f"attempt {epoch} of cell {path.name} is still alive: nothing is removed meanwhile. Wait for it."
                 )
-
-
-def _lives(folder: Path) -> bool:
-    if (folder / "error.txt").exists():
-        return False
-    names = ("attempt.json", "log.jsonl", "heartbeat.json")
-    signs = [path.stat().st_mtime for name in names if (path := folder / name).exists()]
-    try:
-        return is_alive(read_json(folder / "attempt.json"), max(signs, default=0.0))
-    except FileNotFoundError:
-        return False
 
 
 # --- the kinds ---------------------------------------------------------------------------------------------------
@@ -118,17 +115,9 @@ def _checkpoints(store: Store, cell_id: str) -> Iterator[Item]:
     if not (store.cell(cell_id) / "result.json").exists():
         return
     for epoch in attempt_epochs(store, cell_id):
-        folder = store.attempt(cell_id, epoch) / "checkpoints"
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-            if not path.name.startswith(".") and not _is_permanent(path):
+        for path in checkpoint_paths(store.checkpoints(cell_id, epoch)):
+            if not is_permanent(path):
                 yield Item("checkpoints", path, _size(path))
-
-
-def _is_permanent(folder: Path) -> bool:
-    try:
-        return bool(read_json(folder / "state.json").get("permanent"))
-    except FileNotFoundError:
-        return False
 
 
 def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:

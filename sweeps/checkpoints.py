@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from sweeps.faults import fault
 from sweeps.records import decode_row, disk_error, encode_row, sync_folder
-from sweeps.store import Store, attempt_epochs, log_stops
+from sweeps.store import Store, attempt_epochs, checkpoint_paths, is_permanent, log_stops
 
 FORMAT = 1
 KEEP = 2
@@ -71,15 +71,6 @@ def load(path: Path) -> Checkpoint | None:
     except (OSError, SafetensorError):
         return None
     return Checkpoint(path, record["tokens"], _unpack(record["state"], tensors), record.get("log_bytes", 0))
-
-
-def listed(folder: Path) -> list[Path]:
-    """The finished checkpoints of a folder, fewest tokens first. Nothing is verified."""
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    return [folder / name for name in sorted((name for name in names if name.isdecimal()), key=int)]
 
 
 def newest(store: Store, cell_id: str) -> Checkpoint | None:
@@ -136,7 +127,7 @@ class Writer:
 def _candidates(store: Store, cell_id: str) -> Iterator[Path]:
     found: list[Path] = []
     for epoch in reversed(attempt_epochs(store, cell_id)):
-        found += listed(store.checkpoints(cell_id, epoch))
+        found += checkpoint_paths(store.checkpoints(cell_id, epoch))
     yield from sorted(found, key=lambda path: int(path.name), reverse=True)  # stable: the last attempt's
 
 
@@ -182,20 +173,11 @@ def _write(
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise disk_error(final, error) from error
-    for old in listed(folder)[:-KEEP]:
+    for old in checkpoint_paths(folder)[:-KEEP]:
         if not is_permanent(old):
             shutil.rmtree(old, ignore_errors=True)
     fault("checkpoint.after_prune")
     return final
-
-
-def is_permanent(path: Path) -> bool:
-    """Whether a checkpoint is to stay for branches. True where it cannot be told."""
-    try:
-        record = decode_row((path / "state.json").read_bytes().rstrip(b"\n"))
-    except OSError:
-        return False
-    return record is None or bool(record["permanent"])
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor], place: str) -> Any:

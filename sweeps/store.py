@@ -43,6 +43,7 @@ from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.records import (
     Json,
+    decode_row,
     disk_error,
     read_json,
     read_rows,
@@ -367,6 +368,24 @@ def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and abs(started - record["process_started"]) < 1.0
     except psutil.Error:
         return False
+
+
+def checkpoint_paths(folder: Path) -> list[Path]:
+    """The finished checkpoints of a folder, fewest tokens first. Nothing is verified (sweeps/checkpoints.py does)."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return [folder / name for name in sorted((name for name in names if name.isdecimal()), key=int)]
+
+
+def is_permanent(checkpoint: Path) -> bool:
+    """Whether a checkpoint is to stay for branches. True where it cannot be told."""
+    try:
+        record = decode_row((checkpoint / "state.json").read_bytes().rstrip(b"\n"))
+    except OSError:
+        return False
+    return record is None or bool(record["permanent"])
 
 
 # --- studies -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from sweeps.devices import Numerics, choose_numerics
 from sweeps.families import FAMILIES, resolve_options
 from sweeps.records import write_json
 from sweeps.sizes import shape_for
-from sweeps.store import Store
+from sweeps.store import Store, checkpoint_paths
 
 CONTEXT = 32
 
@@ -80,7 +80,7 @@ class MemoryIO:
             raise Killed
 
     def restore(self) -> dict[str, Any] | None:
-        for path in reversed(checkpoints.listed(self._folder) if self._folder else []):
+        for path in reversed(checkpoint_paths(self._folder) if self._folder else []):
             if found := checkpoints.load(path):
                 return found.state
         return None

@@ -17,7 +17,7 @@ from commandline import ROOT, TINY, Escala
 import analysis
 from analysis.laws import CHINCHILLA
 from cluster.claims import Claim
-from sweeps.records import append_rows, write_json
+from sweeps.records import append_rows, encode_row, write_json
 from sweeps.store import Store, begin_attempt, commit_result, open_store, read_plan, read_quarantine, record_error
 from tests.analysis.synthetic import Run, write_study
 
@@ -268,7 +268,8 @@ def littered(store: Store) -> dict[str, Path]:
         ("resumable", failed, "1000", False),
     ):
         made[key] = store.attempt(cell, 0) / "checkpoints" / name
-        write_json(made[key] / "state.json", {"permanent": permanent})
+        made[key].mkdir(parents=True)
+        (made[key] / "state.json").write_bytes(encode_row({"permanent": permanent}))
         (made[key] / "state.safetensors").write_bytes(b"0" * 1000)
     made["leftover"] = store.attempt(done, 0) / "checkpoints" / ".tmp-3000"
     made["leftover"].mkdir()

@@ -16,7 +16,7 @@ from small import make_cell, put
 
 from sweeps.attempt import run_attempt
 from sweeps.cell import Cell
-from sweeps.checkpoints import listed, load
+from sweeps.checkpoints import load
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
 from sweeps.records import append_rows, read_json, read_rows, write_json
 from sweeps.store import (
@@ -26,6 +26,7 @@ from sweeps.store import (
     attempt_epochs,
     begin_attempt,
     cell_state,
+    checkpoint_paths,
     forgive,
     open_store,
     read_differences,
@@ -119,7 +120,7 @@ def test_a_killed_attempt_is_resumed_from_its_checkpoint_to_the_same_bits(corpus
     assert run_attempt(elsewhere, killed.id, study="s").state == "finished"
     process = start(store, killed.id, "log.after_write:crash@20", checkpoint_seconds=0.0)
     assert process.wait() == -signal.SIGKILL
-    kept = listed(store.checkpoints(killed.id, 0))
+    kept = checkpoint_paths(store.checkpoints(killed.id, 0))
     assert kept
     assert cell_state(store, killed.id).state == "planned"
     assert run_attempt(store, killed.id, study="s").state == "finished"
@@ -139,7 +140,7 @@ def test_sigterm_keeps_a_checkpoint_and_ends_the_attempt_as_preempted(corpus: Co
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=10)
     assert json.loads(out)["state"] == "preemption"
-    (path,) = listed(store.checkpoints(cell.id, 0))
+    (path,) = checkpoint_paths(store.checkpoints(cell.id, 0))
     assert load(path) is not None
     assert cell_state(store, cell.id).state == "planned"
     assert (cell_state(store, cell.id).reason or "").endswith("preemption: SIGTERM")
@@ -152,7 +153,7 @@ def test_a_request_in_the_store_stops_an_attempt_that_runs_elsewhere(corpus: Cor
     asked.start()
     ended = run_attempt(store, cell.id, study="s")
     assert (ended.state, ended.reason) == ("stopped", "paused by a test")
-    assert listed(store.checkpoints(cell.id, 0))
+    assert checkpoint_paths(store.checkpoints(cell.id, 0))
 
 
 def test_an_attempt_that_lost_its_lease_ends_and_leaves_the_cell_to_its_successor(corpus: Corpus, store: Store) -> None:
@@ -201,7 +202,7 @@ def test_a_value_is_compared_within_the_numerics_of_whichever_attempt_logged_it(
     put(store, cell)
     assert run_attempt(store, cell.id, study="s").state == "finished"
     (store.cell(cell.id) / "result.json").unlink()
-    for path in listed(store.checkpoints(cell.id, 0)):
+    for path in checkpoint_paths(store.checkpoints(cell.id, 0)):
         (path / "state.safetensors").write_bytes(b"damaged")
     record_error(Attempt(store, cell.id, 0), "out_of_memory", "too large")
     whole = read_json(store.attempt(cell.id, 0) / "attempt.json")["numerics"]
@@ -245,7 +246,7 @@ def test_a_value_that_comes_out_otherwise_after_a_resume_is_noted_and_the_first_
     (store.cell(cell.id) / "result.json").unlink()
     log = store.attempt(cell.id, 0) / "log.jsonl"
     rows, _ = read_rows(log)
-    for path in listed(store.checkpoints(cell.id, 0)):
+    for path in checkpoint_paths(store.checkpoints(cell.id, 0)):
         (path / "state.safetensors").write_bytes(b"damaged")
     rows[3]["metrics"]["train_loss"] += 1e-12
     log.unlink()
@@ -294,7 +295,9 @@ def test_a_trainer_of_ones_own_runs_under_the_same_store_and_resumes(
 def test_a_trainer_of_ones_own_that_ends_with_a_loss_that_is_not_finite_has_diverged(
     corpus: Corpus, store: Store, tmp_path: Path, loss: str, ending: str
 ) -> None:
-    returned = f"float({loss!r})" if ending == "float" else f"Outcome(val_loss_final=float({loss!r}), loss_at_start=2.0)"
+    returned = (
+        f"float({loss!r})" if ending == "float" else f"Outcome(val_loss_final=float({loss!r}), loss_at_start=2.0)"
+    )
     (tmp_path / "mine.py").write_text(
         f"from sweeps.trainer import Outcome\n\ndef train(cell, io):\n    return {returned}\n"
     )

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from small import Killed, MemoryIO, make_cell
 
 from sweeps import checkpoints
-from sweeps.checkpoints import KEEP, Writer, listed, load, newest, save
+from sweeps.checkpoints import KEEP, Writer, load, newest, save
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
 from sweeps.devices import Numerics, choose_numerics
 from sweeps.errors import InputError
-from sweeps.store import begin_attempt, open_store
+from sweeps.store import begin_attempt, checkpoint_paths, open_store
 from sweeps.training import train
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_be_kept_is_refused_by_its_place(tmp_path: Path) -> None:
 def test_the_last_two_and_the_permanent_ones_stay(tmp_path: Path) -> None:
     for tokens in range(1, 7):
         save(tmp_path, tokens, {"x": torch.ones(2)}, permanent=tokens == 2)
-    assert [path.name for path in listed(tmp_path)] == ["2", "5", "6"]
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["2", "5", "6"]
     assert KEEP == 2
 
 
@@ -125,9 +125,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
 def test_a_checkpoint_that_was_being_written_is_not_there(tmp_path: Path) -> None:
     path = save(tmp_path, 10, {"x": torch.zeros(3)})
     path.rename(tmp_path / ".tmp-20")
-    assert listed(tmp_path) == []
+    assert checkpoint_paths(tmp_path) == []
     save(tmp_path, 20, {"x": torch.zeros(3)})
-    assert [path.name for path in listed(tmp_path)] == ["20"]
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["20"]
     assert not (tmp_path / ".tmp-20").exists()
 
 

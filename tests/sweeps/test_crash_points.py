@@ -19,7 +19,6 @@ from small import make_cell, put
 
 from cluster.claims import Claim, read_holder
 from sweeps.cell import Cell
-from sweeps.checkpoints import listed
 from sweeps.corpora import make_source, open_corpus, prepare
 from sweeps.faults import POINTS, arm
 from sweeps.records import read_json, read_rows
@@ -28,6 +27,7 @@ from sweeps.store import (
     attempt_epochs,
     begin_attempt,
     cell_state,
+    checkpoint_paths,
     log_stops,
     open_store,
     read_differences,
@@ -199,7 +199,7 @@ def test_a_checkpoint_ahead_of_the_log_is_passed_over(bench: Bench, undisturbed:
     if zombie:  # what attempt 0 wrote after it was replaced
         begin_attempt(store, cell_id, {"study": "s", "numerics": read_json(log.parent / "attempt.json")["numerics"]})
         log.write_bytes(whole)
-    assert len(listed(store.checkpoints(cell_id, 0))) > 1
+    assert len(checkpoint_paths(store.checkpoints(cell_id, 0))) > 1
     assert bench.finish(store, "mine") == undisturbed["mine"]
 
 
