@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cluster.tracking import find_runs
-from sweeps.records import Json, timestamp, write_json
-from sweeps.store import Store, read_quarantine
+from sweeps.store import Store, quarantine_cell, read_quarantine, release_cell
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -46,25 +45,21 @@ def merge(
             tagged[cell_id] = {key: run.data.tags[key] for key in (WHY, WHO) if key in run.data.tags}
             known[cell_id] = run.info.run_id
     marks = read_quarantine(store, study)
-    heard: dict[str, Json | None] = {}
     for cell_id in sorted((tagged.keys() | merged.keys() | marks.keys()) & known.keys()):
         tags, before, mark = tagged.get(cell_id, {}), merged.get(cell_id, {}), marks.get(cell_id)
         wanted = mark_tags(mark) if mark else {}
         if tags.get(WHY) == wanted.get(WHY):
             _note(merged, cell_id, tags)
         elif tags.get(WHY) != before.get(WHY):
-            who = tags[WHO] if WHO in tags and tags[WHO] != before.get(WHO) else "MLflow UI"
-            heard[cell_id] = {"why": tags[WHY], "who": who, "when": timestamp()} if tags else None
+            if tags:
+                who = tags[WHO] if WHO in tags and tags[WHO] != before.get(WHO) else "MLflow UI"
+                quarantine_cell(store, study, cell_id, tags[WHY], who)
+            else:
+                release_cell(store, study, cell_id)
+            _note(merged, cell_id, tags)
         else:
             _push(client, known[cell_id], tags, wanted)
             _note(merged, cell_id, wanted)
-    if heard:
-        marks = read_quarantine(store, study)  # again, as late as can be: a person may have written meanwhile
-        kept = {cell_id: mark for cell_id, mark in marks.items() if cell_id not in heard}
-        new = {cell_id: mark for cell_id, mark in heard.items() if mark is not None}
-        write_json(store.study(study) / "quarantine.json", kept | new)
-        for cell_id in heard:
-            _note(merged, cell_id, tagged.get(cell_id, {}))
 
 
 def _push(client: "MlflowClient", run_id: str, tags: Mapping[str, str], wanted: Mapping[str, str]) -> None:
