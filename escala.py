@@ -93,10 +93,10 @@ def run(
     allow_code: CodeOption = False,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Wall-clock time between the checkpoints of a cell.")
-    ] = 300.0,
+    ] = 300.0,  # sweeps.trainer.CHECKPOINT_SECONDS, which --help need not load numpy for
     give_up_after: Annotated[
         int, typer.Option(min=1, help="End the run when its first so many attempts all fail in the same way.")
-    ] = 3,
+    ] = 3,  # cluster.driver.GIVE_UP_AFTER
     accept_corpus: AcceptOption = False,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,5 +1,6 @@
 """The command line: bad input is one clear sentence and exit code 2, nothing lost, nothing half-written."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -9,8 +10,11 @@ import pytest
 from commandline import ROOT, TINY, Escala, Finished
 
 from cluster.claims import living_drivers
+from cluster.driver import GIVE_UP_AFTER
+from escala import run as run_command
 from sweeps.records import read_json, write_json
 from sweeps.store import Store
+from sweeps.trainer import CHECKPOINT_SECONDS
 
 
 def error(escala: Escala, *arguments: object) -> str:
@@ -25,6 +29,11 @@ def test_help_lists_every_verb(escala: Escala) -> None:
     verbs = "plan run status logs why quarantine unquarantine gc sync fit report import export ui doctor"
     for verb in verbs.split():
         assert f" {verb} " in text
+
+
+def test_run_has_the_defaults_of_the_rooms_that_it_does_not_load_for_help() -> None:
+    defaults = {name: one.default for name, one in inspect.signature(run_command).parameters.items()}
+    assert (defaults["checkpoint_seconds"], defaults["give_up_after"]) == (CHECKPOINT_SECONDS, GIVE_UP_AFTER)
 
 
 def test_the_installed_command_is_the_same_door() -> None:

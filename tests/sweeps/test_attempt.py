@@ -295,9 +295,9 @@ def test_a_trainer_of_ones_own_runs_under_the_same_store_and_resumes(
 def test_a_trainer_of_ones_own_that_ends_with_a_loss_that_is_not_finite_has_diverged(
     corpus: Corpus, store: Store, tmp_path: Path, loss: str, ending: str
 ) -> None:
-    returned = (
-        f"float({loss!r})" if ending == "float" else f"Outcome(val_loss_final=float({loss!r}), loss_at_start=2.0)"
-    )
+    returned = f"float({loss!r})"
+    if ending == "outcome":
+        returned = f"Outcome(val_loss_final={returned}, loss_at_start=2.0)"
     (tmp_path / "mine.py").write_text(
         f"from sweeps.trainer import Outcome\n\ndef train(cell, io):\n    return {returned}\n"
     )
