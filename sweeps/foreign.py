@@ -11,7 +11,6 @@ holds it trains nothing.
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from typing import Any
 
 from sweeps.errors import InputError
 from sweeps.records import timestamp, write_json
-from sweeps.store import FORMAT, Store, read_plan, study_names
+from sweeps.store import FORMAT, STUDY_NAME, Store, read_plan, study_names
 
 COUNTS = ("N", "N_nonembedding", "N_nonembedding_head", "N_total")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _FIELDS = ("family", "seed", "data_seed", "batch_tokens", "corpus", "tokenizer", "precision")
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta2")
 _SHAPE = ("width", "depth", "heads", "mlp_width", "context")
@@ -66,7 +64,7 @@ def import_runs(
     token. conventions: {"N", "C"}: which parameters and which FLOPs are meant. source: the table's name, for people.
     Raises InputError where a study of that name trains cells of its own, or the store cannot be written.
     """
-    if not NAME.fullmatch(name):
+    if not STUDY_NAME.fullmatch(name):
         raise InputError(f"--study: found {name!r}; letters, digits, dot, dash and underscore only, at most 100.")
     before: dict[str, Any] = {"cells": []}
     if name in study_names(store):

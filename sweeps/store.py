@@ -28,6 +28,7 @@ logs of its predecessors are; what a zombie writes there later does not count.
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -55,6 +56,8 @@ from sweeps.records import (
 )
 
 FORMAT = 1
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""What a study may be called: its name is that of a folder."""
 BEAT_SECONDS = float(os.environ.get("ESCALA_BEAT_SECONDS", "5"))
 """Between the signs of life of attempts and drivers."""
 SILENCE_SECONDS = 12 * BEAT_SECONDS

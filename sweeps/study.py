@@ -17,6 +17,7 @@ from pydantic import (
 from sweeps.errors import InputError, nearest, plain_fault
 from sweeps.families import find_family, resolve_options
 from sweeps.rules import Count, Number, Positive, PowerRule, Rule, Whole, rule_or_number
+from sweeps.store import STUDY_NAME
 
 
 class Declared(BaseModel):
@@ -237,7 +238,6 @@ Variation = Annotated[
 ]
 
 _FAMILY_FILE = re.compile(r".+\.py:\w+")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Study(Declared):
@@ -266,7 +266,7 @@ class Study(Declared):
     @field_validator("name")
     @classmethod
     def _name_is_a_file_name(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
+        if not STUDY_NAME.fullmatch(value):
             raise ValueError("letters, digits, dot, dash and underscore only, at most 100")
         return value
 
