@@ -7,6 +7,7 @@ from typing import Any
 from sweeps.faults import fault
 from sweeps.foreign import described
 from sweeps.grids import Plan
+from sweeps.lineage import note_lineage
 from sweeps.records import timestamp, write_bytes, write_json
 from sweeps.rules import adamw_timescale
 from sweeps.store import FORMAT, CellState, Store, cell_state, iterate_cells, read_plan, study_names
@@ -51,6 +52,7 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
         if not path.exists():
             record = {"format": FORMAT, "id": one.cell.id, "identity": one.cell.identity, "counts": dict(one.counts)}
             write_json(path, record, sync=False)
+        note_lineage(store, one.cell)
     folder = store.study(plan.study.name)
     fault("plan.before_write")
     write_bytes(folder / "study.yaml", text)

@@ -68,12 +68,13 @@ def run_attempt(
                     stream,
                     corpus,
                     numerics,
+                    cell=cell,
                     tolerance=tolerance,
                     base_dir=base_dir,
                     checkpoint_seconds=checkpoint_seconds,
                 )
                 outcome = _train(cell, trainer_io, base_dir)
-            state, reason = _commit(attempt, cell, corpus, numerics, record["counts"], outcome, started)
+            state, reason = _commit(attempt, cell, trainer_io, record["counts"], outcome, started)
     except Stopped as stopped:
         state, reason = stopped.stop.kind, stopped.stop.why
         if state != "superseded":
@@ -126,8 +127,7 @@ def _find_trainer(name: str, base_dir: Path | None) -> Trainer:
 def _commit(
     attempt: Attempt,
     cell: Cell,
-    corpus: Corpus,
-    numerics: Numerics,
+    trainer_io: TrainerIO,
     counts: Mapping[str, Any],
     outcome: Outcome,
     started: float,
@@ -135,6 +135,7 @@ def _commit(
     fault("documents.before_write")
     if outcome.document_losses is not None and outcome.document_tokens is not None:
         _write_documents(attempt.folder / "documents.npz", outcome.document_losses, outcome.document_tokens)
+    corpus, trunk = trainer_io.corpus, trainer_io.trunk
     steps = cell.steps if outcome.steps is None else outcome.steps
     tokens = steps * cell.batch_tokens
     seconds = {name: round(value, 3) for name, value in (outcome.seconds or {}).items()}
@@ -146,6 +147,8 @@ def _commit(
         "loss_at_start": outcome.loss_at_start,
         "tokens": tokens,
         "flops": tokens * counts["flops_per_token"],
+        "flops_spent": (tokens - (trunk["tokens"] if trunk else 0)) * counts["flops_per_token"],
+        "trunk": trunk,
         "steps": steps,
         "epochs": round(corpus.info.epochs(tokens, cell.shape.context), 4),
         "seconds": seconds | {"total": round(time.time() - started, 3)},
@@ -154,7 +157,7 @@ def _commit(
         "started": timestamp(started),
         "ended": timestamp(),
         "host": read_json(attempt.folder / "attempt.json")["host"],
-        "numerics": numerics.to_json(),
+        "numerics": trainer_io.numerics.to_json(),
     }
     if not commit_result(attempt, result):
         return "superseded", "a later attempt has taken this cell over, or its result stands"

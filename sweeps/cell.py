@@ -41,6 +41,7 @@ class Schedule:
     warmup_tokens: int
     final_fraction: float
     cooldown_fraction: float
+    cooldown_shape: str = "sqrt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +86,11 @@ class Cell:
         """The cell as plain JSON values."""
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
-        if not self.trainer:  # so that cells of before there were any keep their ids
+        # Fields that came later are left out at their defaults, so that cells of before keep their ids.
+        if not self.trainer:
             del plain["trainer"]
+        if self.schedule.cooldown_shape == "sqrt":
+            del nested["schedule"]["cooldown_shape"]
         return plain | nested | {"options": dict(self.options)}
 
     @cached_property

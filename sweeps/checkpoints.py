@@ -73,11 +73,13 @@ def load(path: Path) -> Checkpoint | None:
     return Checkpoint(path, record["tokens"], _unpack(record["state"], tensors), record.get("log_bytes", 0))
 
 
-def newest(store: Store, cell_id: str) -> Checkpoint | None:
-    """The cell's last good checkpoint over all its attempts: the one of most tokens whose checksums hold and whose log
-    holds what was written before it."""
+def newest(store: Store, cell_id: str, most_tokens: float = math.inf) -> Checkpoint | None:
+    """The cell's last good checkpoint over all its attempts: the one of most tokens, up to `most_tokens`, whose
+    checksums hold and whose log holds what was written before it."""
     stops = log_stops(store, cell_id)
     for path in _candidates(store, cell_id):
+        if int(path.name) > most_tokens:
+            continue
         found = load(path)
         if found is not None and found.log_bytes <= _counted(path.parent.parent, stops):
             return found

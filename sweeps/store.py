@@ -8,10 +8,12 @@
     cells/<id>/attempts/<k>/heartbeat.json       the last sign of life: time, tokens, time of the last progress
     cells/<id>/attempts/<k>/stop.json            asks the attempt to keep a checkpoint and end: kind, why
     cells/<id>/attempts/<k>/checkpoints/<tokens>/{state.safetensors, state.json}
+    cells/<id>/attempts/<k>/trunk.json           the cell and tokens from which it went on, where it branched off
     cells/<id>/attempts/<k>/documents.npz        per-document losses of the final evaluation
     cells/<id>/attempts/<k>/error.txt            why it ended without a result: "kind: message", then the traceback
     cells/<id>/retry.json                        attempts up to this one are no longer held against the cell
     cells/<id>/result.json                       the end of the cell, written once
+    lineages/<lineage>/<id>                      cells that share a past (sweeps/lineage.py)
     studies/<name>/{study.yaml, plan.json, quarantine.json, fits/<law>.json, report.html}
     studies/<name>/driver-<k>.json               who drives it (cluster/claims.py)
     studies/<name>/control.json                  what people wish: pause, drain, cancel (cluster/control.py)

@@ -27,11 +27,13 @@ import numpy as np
 from sweeps.cell import Cell
 from sweeps.devices import Numerics
 from sweeps.heartbeat import Heartbeat, Stop
-from sweeps.records import append_rows, disk_error
+from sweeps.lineage import branch_points, relatives
+from sweeps.records import append_rows, disk_error, read_json, write_json
+from sweeps.schedules import stable_steps
 from sweeps.store import read_metrics
 
 if TYPE_CHECKING:
-    from sweeps.checkpoints import State, Writer
+    from sweeps.checkpoints import Checkpoint, State, Writer
     from sweeps.corpora import Corpus
 
 CHECKPOINT_SECONDS = 300.0
@@ -83,6 +85,7 @@ class TrainerIO:
         corpus: "Corpus",
         numerics: Numerics,
         *,
+        cell: Cell,
         tolerance: float,
         base_dir: Path | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
@@ -93,8 +96,12 @@ class TrainerIO:
         """How to compute: device, threads, micro-batch."""
         self.base_dir = base_dir
         """Where the study's own code lives; None where none may run."""
-        self._heartbeat, self._stream, self._tolerance = heartbeat, stream, tolerance
+        self._heartbeat, self._stream, self._tolerance, self._cell = heartbeat, stream, tolerance, cell
         self._attempt = heartbeat.attempt
+        self.branch_points = branch_points(self._attempt.store, cell)
+        """Tokens at which cells of the same lineage leave this one: checkpoints there stay."""
+        self.trunk: dict[str, Any] | None = None
+        """The cell whose past this attempt goes on from, and its tokens: {"cell", "tokens"}."""
         self._interval = checkpoint_seconds
         self._kept = time.monotonic()
         self._writer: Writer | None = None
@@ -130,22 +137,24 @@ class TrainerIO:
         """Keep a checkpoint where one is due: after the interval, at the `last` step, or before a stop.
 
         `snapshot` returns the state as a nested mapping of tensors, arrays and plain values, and is called only when
-        it is due; the copy is written by a thread. Raises Stopped where the attempt must end.
+        it is due; the copy is written by a thread. At a branch point it is due and stays. Raises Stopped where the
+        attempt must end.
         """
         self._heartbeat.progress(tokens)
         stop = self._heartbeat.stop
         if stop is not None and stop.kind == "superseded":
             raise Stopped(stop)
-        if not (stop or last or time.monotonic() - self._kept >= self._interval):
+        permanent = tokens in self.branch_points
+        if not (stop or last or permanent or time.monotonic() - self._kept >= self._interval):
             return
         if self._writer is None:
             from sweeps.checkpoints import Writer
 
             folder = self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch)
             self._writer = Writer(folder, self._stream)
-        if not (stop or last) and self._writer.busy():
+        if not (stop or last or permanent) and self._writer.busy():
             return
-        self._writer.submit(tokens, snapshot())
+        self._writer.submit(tokens, snapshot(), permanent=permanent)
         self._kept = time.monotonic()
         if stop or last:
             self._writer.wait()
@@ -153,17 +162,37 @@ class TrainerIO:
             raise Stopped(stop)
 
     def restore(self) -> "dict[str, Any] | None":
-        """The state of the cell's last good checkpoint, tensors on the CPU; None for a cell that has none."""
-        if not self._attempt.epoch:
-            return None
+        """The state to go on from, tensors on the CPU: that of the cell's last good checkpoint, or else of its trunk's
+        where the two part, or before; None where there is none."""
         from sweeps.checkpoints import newest
 
-        found = newest(self._attempt.store, self._attempt.cell_id)
+        store, cell_id = self._attempt.store, self._attempt.cell_id
+        found = newest(store, cell_id) if self._attempt.epoch else None
+        if found is not None:
+            self.trunk = _trunk_of(found.path.parent.parent)
+        else:
+            found = self._inherited()
         if found is None:
             return None
+        if self.trunk is not None:
+            write_json(self._attempt.folder / "trunk.json", self.trunk, sync=False)
         self._heartbeat.resumed_from = found.tokens
         self._heartbeat.progress(found.tokens)
         return found.state
+
+    def _inherited(self) -> "Checkpoint | None":
+        """The longest piece of this cell's past that another cell of its lineage has trained and kept."""
+        from sweeps.checkpoints import newest
+
+        own, best = stable_steps(self._cell), None
+        for other in relatives(self._attempt.store, self._cell):
+            shared = min(own, stable_steps(other)) * self._cell.batch_tokens
+            if best is not None and shared <= best.tokens:
+                continue
+            found = newest(self._attempt.store, other.id, shared)
+            if found is not None and (best is None or found.tokens > best.tokens):
+                best, self.trunk = found, {"cell": other.id, "tokens": found.tokens}
+        return best
 
     def should_stop(self) -> bool:
         """Whether the attempt was asked to end: the next `checkpoint` will keep the state and raise Stopped."""
@@ -182,6 +211,13 @@ class TrainerIO:
 
     def _agree(self, one: float, two: float) -> bool:
         return abs(one - two) <= self._tolerance * max(abs(one), abs(two))
+
+
+def _trunk_of(attempt: Path) -> dict[str, Any] | None:
+    try:
+        return read_json(attempt / "trunk.json")
+    except FileNotFoundError:
+        return None
 
 
 def _is_clock(key: str) -> bool:

@@ -24,7 +24,7 @@ from sweeps.devices import peak_flops
 from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows, to_device
 from sweeps.families import build_model, find_family
 from sweeps.optimizers import make_optimizer
-from sweeps.schedules import fraction
+from sweeps.schedules import fraction, stable_steps
 from sweeps.trainer import Outcome, TrainerIO
 
 TRAIN_ROWS = 50
@@ -93,7 +93,9 @@ def train(cell: Cell, io: TrainerIO) -> Outcome:
         optimizer.load_state_dict(state["optimizer"])
         _set_random_state(state["random"])
         progress = Progress(**state["progress"])
-        losses += [loss.to(device) for loss in state["losses"]]
+        if io.trunk is None or io.trunk["tokens"] < progress.step * cell.batch_tokens:
+            losses += [loss.to(device) for loss in state["losses"]]
+        # else they are of the trunk's unfinished row; a run from scratch ends a row where it would branch off
 
     def snapshot() -> dict[str, Any]:
         parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
@@ -101,7 +103,7 @@ def train(cell: Cell, io: TrainerIO) -> Outcome:
 
     evaluations = evaluation_steps(cell.steps)
     between = max(1, cell.steps // TRAIN_ROWS)
-    rows = evaluations | set(range(between, cell.steps, between)) | {cell.steps}
+    rows = evaluations | set(range(between, cell.steps, between)) | {stable_steps(cell), cell.steps}
     cost = flops_per_token(cell.shape)
     peak = peak_flops(numerics.device, cell.precision)
     first = since = progress.step

@@ -62,6 +62,7 @@ class MemoryIO:
         kill_at: int | None = None,
     ) -> None:
         self.corpus, self.numerics, self.base_dir = corpus, numerics or choose_numerics(cell.sequences), None
+        self.trunk: dict[str, Any] | None = None
         self.rows: dict[int, dict[str, float]] = {}
         self.last_state: dict[str, Any] = {}
         self._cell, self._folder, self._every, self._kill_at = cell, folder, every, kill_at
