@@ -1,8 +1,23 @@
-"""Placement: what one worker asks of Ray, and how many fit."""
+"""Placement: what one worker asks of Ray, how many fit, and when a queue of cells would be done.
 
-from collections.abc import Mapping
+Pure functions over plain data. The simulation hands out work as the driver does, longest first to whoever is free, a
+branch after its trunk; so what a plan says of the end of a run is what the queue would do.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sweeps.errors import InputError
+
+KEPT_FREE = 0.08
+"""The share of a GPU's memory that is left to its driver and to fragmentation."""
+CONTEXT_BYTES = 600 * 1024**2
+"""What each process on a GPU takes before it holds a tensor: CUDA's context and the kernels that it loads."""
+MOST_TOGETHER = 16
+"""Processes on one GPU: more take turns rather than run side by side."""
 
 
 @dataclass(frozen=True)
@@ -13,10 +28,144 @@ class Slots:
     options: dict[str, Any]
 
 
-def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None = None) -> Slots:
-    """One worker per GPU where the cluster has any, else one per CPU; no more than there are cells, or than `limit`."""
+def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None = None, together: int = 1) -> Slots:
+    """One worker per GPU where the cluster has any, or `together` on each, else one per CPU; no more than there are
+    cells, or than `limit`."""
     gpus = int(resources.get("GPU", 0))
-    available = gpus or int(resources.get("CPU", 1))
+    available = gpus * together or int(resources.get("CPU", 1))
     count = max(1, min(available, cells, limit or available))
     options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-    return Slots(count, options | ({"num_gpus": 1} if gpus else {}))
+    return Slots(count, options | ({"num_gpus": gpu_share(together)} if gpus else {}))
+
+
+# --- sharing -----------------------------------------------------------------------------------------------------
+
+
+def cells_together(bytes_needed: Callable[[Any], int], cells: Sequence[Any], capacity: int) -> int:
+    """How many of these cells, whichever they are, train side by side on a GPU of so many bytes.
+
+    `bytes_needed` says what a cell takes at its peak. Raises InputError where the largest does not fit by itself.
+    """
+    largest = max((bytes_needed(cell) for cell in cells), default=0)
+    usable = int(capacity * (1 - KEPT_FREE))
+    if largest + CONTEXT_BYTES > usable:
+        raise InputError(
+            f"the largest cell needs {(largest + CONTEXT_BYTES) / 1024**3:.1f} GiB at its peak, and {usable / 1024**3:.1f} "
+            "GiB of the GPU can be used. Lower its context or its size, or name workers with more memory."
+        )
+    return min(MOST_TOGETHER, usable // (largest + CONTEXT_BYTES))
+
+
+def gpu_share(together: int) -> float:
+    """Ray's num_gpus for each of so many workers of one GPU: Ray counts ten-thousandths, and so many fit exactly."""
+    return 1.0 if together == 1 else 10_000 // together / 10_000
+
+
+def memory_share(together: int) -> float:
+    """The share of a GPU's memory that each of so many processes may hold: for set_per_process_memory_fraction."""
+    return (1 - KEPT_FREE) / together
+
+
+def threads_for(cells_left: int, slots: int, cores: int) -> int:
+    """CPU threads of the next worker's cell: one, until fewer cells are left than cores; then these share the cores.
+
+    `cells_left` are those that have not ended, running ones included.
+    """
+    if cells_left >= cores:
+        return 1
+    return max(1, cores // max(1, min(cells_left, slots)))
+
+
+# --- the queue ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell, or a stack of cells, in a queue."""
+
+    id: str
+    seconds: float
+    size: int = 1
+    """Of a device's room: bytes on a GPU, 1 of a slot that holds one job."""
+    parent: str | None = None
+    """The job that must have ended before: the trunk of a branch. One that is not in the queue has ended."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """When and where a job runs."""
+
+    id: str
+    device: int
+    start: float
+    end: float
+
+
+def simulate(jobs: Sequence[Job], devices: int, room: int = 1) -> list[Turn]:
+    """Run a queue: whenever a device has room, the first job in the order given that fits and whose parent has ended.
+
+    Turns come in the order of their starts. Raises InputError for a job that is larger than a device, and for one that
+    waits for itself.
+    """
+    known = {job.id for job in jobs}
+    ready: list[tuple[int, Job]] = []
+    waiting: dict[str, list[tuple[int, Job]]] = {}
+    for rank, job in enumerate(jobs):
+        if job.size > room:
+            raise InputError(f"job {job.id} needs {job.size:,} of a device that has {room:,}. Make it smaller.")
+        if job.parent in known:
+            waiting.setdefault(str(job.parent), []).append((rank, job))
+        else:
+            ready.append((rank, job))  # by rank: a heap already
+    smallest = min((job.size for job in jobs), default=1)
+    free = [(-room, device) for device in range(devices)]
+    spare = dict.fromkeys(range(devices), room)
+    running: list[tuple[float, str, int, int]] = []
+    turns: list[Turn] = []
+    now = 0.0
+    while ready or running:
+        passed = deque[tuple[int, Job]]()
+        while ready and free and -free[0][0] >= smallest:
+            rank, job = heapq.heappop(ready)
+            most, device = free[0]
+            if job.size > -most:
+                passed.append((rank, job))
+                continue
+            spare[device] -= job.size
+            heapq.heapreplace(free, (-spare[device], device))
+            turns.append(Turn(job.id, device, now, now + job.seconds))
+            heapq.heappush(running, (now + job.seconds, job.id, device, job.size))
+        for one in passed:
+            heapq.heappush(ready, one)
+        if not running:
+            break
+        now, ended, device, size = heapq.heappop(running)
+        spare[device] += size
+        free = [(-left, one) for one, left in spare.items()]
+        heapq.heapify(free)
+        for one in waiting.pop(ended, ()):
+            heapq.heappush(ready, one)
+    if waiting:
+        raise InputError(f"the jobs {', '.join(sorted(waiting))[:200]} wait for one another.")
+    return turns
+
+
+def longest_first(jobs: Sequence[Job]) -> list[Job]:
+    """The order of a queue: by the longest chain that a job begins, so that a trunk comes before what waits for it."""
+    children: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.parent is not None:
+            children.setdefault(job.parent, []).append(job)
+    chain: dict[str, float] = {}
+
+    def length(job: Job) -> float:
+        if job.id not in chain:
+            chain[job.id] = job.seconds + max((length(child) for child in children.get(job.id, ())), default=0.0)
+        return chain[job.id]
+
+    return sorted(jobs, key=lambda job: (-length(job), job.id))
+
+
+def makespan(turns: Sequence[Turn]) -> float:
+    """Seconds from the first start to the last end."""
+    return max((turn.end for turn in turns), default=0.0)
