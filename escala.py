@@ -41,6 +41,9 @@ AcceptOption = Annotated[
     bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
 ]
 
+AddressOption = Annotated[
+    str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
+]
 ColumnsOption = Annotated[
     list[str] | None,
     typer.Option(help="What to read from a table: N=COL,D='C/(6*N)',loss=COL. Arithmetic; names in backquotes."),
@@ -48,6 +51,8 @@ ColumnsOption = Annotated[
 WhereOption = Annotated[
     list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
 ]
+ENDED = ("finished", "diverged")
+"""States of cells that are not trained again."""
 PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
 """The panels of `escala --help`, in the order in which the commands stand in this file."""
 
@@ -56,21 +61,35 @@ PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
 def plan(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Predict the time on so many workers. Default: this machine's.")
+    ] = None,
+    hardware: Annotated[
+        str | None, typer.Option(help="Predict the time on this kind of worker, as `calibrate` named it.")
+    ] = None,
     as_json: JsonOption = False,
     allow_code: CodeOption = False,
     accept_corpus: AcceptOption = False,
 ) -> None:
-    """Dry run: every cell with its size, tokens, FLOPs and state, and the totals. Trains nothing."""
+    """Dry run: every cell with its size, tokens, FLOPs, state and, after `calibrate`, its time. Trains nothing."""
+    from cluster.calibration import find_calibration
+    from cluster.estimate import estimate
     from cluster.ledger import compare, plan_rows
 
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = _plan(study, store, allow_code, accept_corpus, create=not known)
     rows = plan_rows(place, planned)
     totals = _totals(rows)
+    found = find_calibration(place, hardware)
+    missing = {row["id"] for row in rows if row["state"] not in ENDED}
+    timed = estimate(planned, found, missing, workers) if found else None
+    if timed is not None:
+        rows = [row | {"seconds_predicted": timed.seconds[row["id"]]} for row in rows]
     if as_json:
-        print(json.dumps({"study": planned.study.name, "cells": rows, "totals": totals, "warnings": planned.warnings}))
+        printed = {"study": planned.study.name, "cells": rows, "totals": totals, "warnings": planned.warnings}
+        print(json.dumps(printed | {"estimate": timed.to_json() if timed else None}))
         return
-    from cluster.display import cell_table, console
+    from cluster.display import cell_table, console, estimate_lines
     from sweeps.units import flops
 
     console.print(cell_table(rows, title=planned.study.name))
@@ -78,16 +97,50 @@ def plan(
         f"{len(rows)} cells, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."
     )
+    if timed is None:
+        console.print(f"How long this takes is not known: escala calibrate {study} times a few shapes here.")
+    for line in estimate_lines(timed) if timed and missing else ():
+        console.print(line)
     _warn(planned.warnings)
+
+
+@app.command(rich_help_panel=PLAN)
+def calibrate(
+    study: StudyArgument,
+    store: StoreOption = DEFAULT_STORE,
+    address: AddressOption = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Time on so many workers at once. Default: all.")] = None,
+    allow_code: CodeOption = False,
+    accept_corpus: AcceptOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a few shapes of a study on each kind of worker, so that `plan` predicts time, energy and money."""
+    from cluster import calibration
+    from cluster.display import Waiting, calibration_table, console
+
+    place, planned, path = _plan(study, store, allow_code, accept_corpus)
+    with _terminable(), Waiting() as waiting:
+        found = calibration.calibrate(
+            place,
+            planned,
+            progress=waiting.update,
+            address=address,
+            workers=workers,
+            base_dir=path.resolve().parent if allow_code else None,
+        )
+    if as_json:
+        print(json.dumps({one.kind: calibration.calibration_rows(one) for one in found}))
+        return
+    for one in found:
+        console.print(calibration_table(one.kind, calibration.calibration_rows(one)))
+    console.print(f"look: escala plan {study}   (store: {place.root})")
 
 
 @app.command(rich_help_panel=PLAN)
 def run(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,
-    address: Annotated[
-        str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
-    ] = "local",
+    address: AddressOption = "local",
     tracking_uri: TrackingOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="At most so many cells at once.")] = None,
     allow_code: CodeOption = False,
@@ -437,7 +490,7 @@ def _fit_options(
 
 
 def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    missing = [row for row in rows if row["state"] not in ("finished", "diverged")]
+    missing = [row for row in rows if row["state"] not in ENDED]
     return {
         "cells": len(rows),
         "missing": len(missing),

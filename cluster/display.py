@@ -39,6 +39,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
     names = ["N", "D", "C", "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
+    names += ["time"] if any("seconds_predicted" in row for row in rows) else []
     names = [name for name in names if not (width and width < _WIDE and name in _FOLLOWS)]
     for name in ("cell", *(["family"] if len(families) > 1 else [])):
         table.add_column(name, no_wrap=True)
@@ -61,12 +62,45 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
             "epochs": _epochs(row["epochs"]),
             "seed": "-" if row["seed"] is None else str(row["seed"]),
             "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
+            "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
         }
         family = [row["family"]] if len(families) > 1 else []
         table.add_row(row["id"][:8], *family, *(cells[name] for name in names), state)
     if len(rows) <= _SHOWN:
         return table
     return Group(table, Text(f"... and {len(rows) - _SHOWN:,} more cells; --json prints all", style="dim"))
+
+
+def estimate_lines(found: Any) -> Iterator[RenderableType]:
+    """What a plan will take, in a sentence, and why a figure is missing."""
+    span, total = found.makespan_seconds, found.worker_seconds
+    energy, dollars = found.energy_kwh.value, found.dollars.value
+    parts = [
+        f"about {duration(span) if span is not None else '-'} on {found.workers} workers",
+        f"{_number(total / 3600) if total is not None else '-'} worker-hours",
+        f"{_number(energy) if energy is not None else '-'} kWh",
+        f"${dollars:,.2f}" if dollars is not None else "$ -",
+    ]
+    yield Text(f"To do: {', '.join(parts)} ({found.kind}, calibrated {found.measured[:10]}).")
+    said = [amount.note for amount in (found.energy_kwh, found.dollars) if amount.value is not None]
+    for note in [*said, *found.notes]:
+        yield Text(note, style="dim")
+
+
+def calibration_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """What was timed on one kind of worker."""
+    table = _table(kind, "N", "batch tokens", "step", "forward pass", "tokens/s")
+    for row in rows:
+        pace = row["batch_tokens"] / row["step_seconds"]
+        table.add_row(
+            f"{row['family']} {row['precision']}",
+            human(row["N"]),
+            f"{row['batch_tokens']:,}",
+            f"{1000 * row['step_seconds']:.3g} ms",
+            f"{1000 * row['forward_seconds']:.3g} ms",
+            human(pace),
+        )
+    return table
 
 
 def _epochs(epochs: float | None) -> str | Text:

@@ -37,9 +37,7 @@ DEVICES = (
     Device(pattern=r"H100(?! NVL| PCIe)", watts=700, dollars_per_hour=6.88, source=AWS),
     Device(pattern=r"A100-SXM4-80GB", watts=400, dollars_per_hour=3.43, source=AWS),
     Device(pattern=r"A100-SXM4-40GB", watts=400, dollars_per_hour=2.74, source=AWS),
-    Device(
-        pattern=r"A100 80GB PCIe", watts=300, dollars_per_hour=3.67, source="Azure pay as you go, East US, 2026-11"
-    ),
+    Device(pattern=r"A100 80GB PCIe", watts=300, dollars_per_hour=3.67, source="Azure pay as you go, East US, 2026-11"),
     Device(pattern=r"V100-SXM2", watts=300),
     Device(pattern=r"\bL40S", watts=350),
     Device(pattern=r"\bL4\b", watts=72),
@@ -66,7 +64,9 @@ def energy(name: str, device_seconds: float) -> Amount:
     """Kilowatt-hours that devices of a name draw at most in so many seconds, all devices together."""
     device = find_device(name)
     if device is None:
-        return Amount(None, f"the device {name!r} is not in the table of cluster/hardware.py, so its power is not known")
+        return Amount(
+            None, f"the device {name!r} is not in the table of cluster/hardware.py, so its power is not known"
+        )
     note = f"at the board's limit of {device.watts:g} W, without hosts and cooling"
     return Amount(device.watts / 1000 * device_seconds / 3600, note)
 
@@ -75,7 +75,9 @@ def money(name: str, device_seconds: float) -> Amount:
     """US dollars for so many device-seconds at the list price."""
     device = find_device(name)
     if device is None:
-        return Amount(None, f"the device {name!r} is not in the table of cluster/hardware.py, so its price is not known")
+        return Amount(
+            None, f"the device {name!r} is not in the table of cluster/hardware.py, so its price is not known"
+        )
     if device.dollars_per_hour is None:
         return Amount(None, f"the table of cluster/hardware.py has no price for {name!r}")
     note = f"at ${device.dollars_per_hour:.2f} an hour ({device.source})"

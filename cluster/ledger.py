@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.estimate import predicted_seconds
 from sweeps.faults import fault
 from sweeps.foreign import described
 from sweeps.grids import Plan
@@ -54,6 +55,7 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
             write_json(path, record, sync=False)
         note_lineage(store, one.cell)
     folder = store.study(plan.study.name)
+    seconds = predicted_seconds(store, plan)
     fault("plan.before_write")
     write_bytes(folder / "study.yaml", text)
     write_json(
@@ -63,7 +65,10 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
             "planned": timestamp(),
             "study": plan.study.model_dump(mode="json", by_alias=True),
             "corpus": asdict(plan.corpus),
-            "cells": [{"id": one.cell.id, "labels": dict(one.labels)} for one in plan.cells],
+            "cells": [
+                {"id": one.cell.id, "labels": dict(one.labels), "seconds_predicted": seconds.get(one.cell.id)}
+                for one in plan.cells
+            ],
         },
     )
 

@@ -49,9 +49,10 @@ def cells_together(bytes_needed: Callable[[Any], int], cells: Sequence[Any], cap
     largest = max((bytes_needed(cell) for cell in cells), default=0)
     usable = int(capacity * (1 - KEPT_FREE))
     if largest + CONTEXT_BYTES > usable:
+        needed = (largest + CONTEXT_BYTES) / 1024**3
         raise InputError(
-            f"the largest cell needs {(largest + CONTEXT_BYTES) / 1024**3:.1f} GiB at its peak, and {usable / 1024**3:.1f} "
-            "GiB of the GPU can be used. Lower its context or its size, or name workers with more memory."
+            f"the largest cell needs {needed:.1f} GiB at its peak, and {usable / 1024**3:.1f} GiB of the GPU can be "
+            "used. Lower its context or its size, or name workers with more memory."
         )
     return min(MOST_TOGETHER, usable // (largest + CONTEXT_BYTES))
 

@@ -20,7 +20,7 @@ from sweeps.timing import Timed, evaluations_after
 if TYPE_CHECKING:
     from sweeps.trainer import TrainerIO
 
-POINT_SECONDS = 1.6
+POINT_SECONDS = 0.5
 """Steps are timed for so long, and the final evaluation for half of it."""
 WARM_STEPS = 5
 """The first steps, with their evaluations, are not timed: memory is laid out, kernels are chosen."""

@@ -18,6 +18,7 @@
     studies/<name>/driver-<k>.json               who drives it (cluster/claims.py)
     studies/<name>/control.json                  what people wish: pause, drain, cancel (cluster/control.py)
     studies/<name>/mirror.json                   what MLflow has acknowledged (cluster/mirror.py)
+    hardware/<kind>.json                         how fast a kind of worker is (cluster/calibration.py)
     mlflow/                                      the embedded tracking database
 
 Four rules keep it safe on a disk that several machines share. A record is written beside its place, synced and

@@ -193,9 +193,11 @@ def pick_cells(cells: Iterable[Cell], most: int = PICKED) -> list[Cell]:
             near = taken or None
             chosen = max(
                 left,
-                key=lambda one: min((math.dist(left[one], _position(other)) for other in near or ()), default=0.0)
-                if near
-                else sum(left[one]),
+                key=lambda one: (
+                    min((math.dist(left[one], _position(other)) for other in near or ()), default=0.0)
+                    if near
+                    else sum(left[one])
+                ),
             )
             del left[chosen]
             taken.append(chosen)

@@ -1,0 +1,111 @@
+"""Estimates: what a plan will take on calibrated workers: seconds per cell, the end of the queue, energy, money.
+
+Guarded against: a number without grounds. What is not calibrated, or not in the device table, is None with a reason,
+and no total is made of the rest.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.calibration import Calibration, find_calibration
+from cluster.hardware import Amount, energy, local_gpus, money
+from cluster.placement import Job, longest_first, makespan, simulate
+from sweeps.grids import Plan
+from sweeps.lineage import plan_branches
+from sweeps.store import Store
+from sweeps.timing import cell_seconds, is_far, kind_of_work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A plan on one kind of worker. Totals are over the cells that are still to do."""
+
+    kind: str
+    device: str
+    measured: str
+    workers: int
+    seconds: Mapping[str, float | None]
+    """Cell id -> wall-clock seconds on a warm worker; a branch only from where it leaves its trunk."""
+    worker_seconds: float | None
+    makespan_seconds: float | None
+    """From the first cell's start to the last one's end, longest first; the start of Ray comes on top."""
+    energy_kwh: Amount
+    dollars: Amount
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {key: value for key, value in asdict(self).items() if key != "seconds"}
+        return plain | {"energy_kwh": self.energy_kwh.value, "dollars": self.dollars.value} | {"notes": self.notes}
+
+
+def cells_seconds(plan: Plan, calibration: Calibration) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Seconds by cell id, None where they are not known; and by reason the cell that it was first met at."""
+    branches = plan_branches(one.cell for one in plan.cells)
+    seconds: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for one in plan.cells:
+        cell = one.cell
+        costs = calibration.costs.get(kind_of_work(cell))
+        if cell.trainer:
+            why = "cells with a trainer of their own have no predicted time"
+        elif costs is None:
+            why = f"no {kind_of_work(cell)} cell was timed on {calibration.kind}: escala calibrate {plan.study.name}"
+        else:
+            first = branches[cell.id].steps if cell.id in branches else 0
+            seconds[cell.id] = cell_seconds(costs, cell, plan.corpus.validation_tokens, first_step=first)
+            if is_far(costs, cell):
+                reasons.setdefault(
+                    "some cells are far larger than any that was timed: their times are extrapolated", ""
+                )
+            continue
+        seconds[cell.id] = None
+        reasons.setdefault(why, cell.id)
+    return seconds, reasons
+
+
+def predicted_seconds(store: Store, plan: Plan) -> dict[str, float]:
+    """Cell id -> predicted seconds, of the cells for which the store's calibration tells them."""
+    calibration = find_calibration(store)
+    if calibration is None:
+        return {}
+    seconds, _ = cells_seconds(plan, calibration)
+    return {cell_id: round(value, 3) for cell_id, value in seconds.items() if value is not None}
+
+
+def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], workers: int | None = None) -> Estimate:
+    """What a plan takes on so many workers of a calibrated kind, by default this machine's slots.
+
+    `missing` are the ids of the cells that are still to do. A branch waits for the end of its trunk.
+    """
+    seconds, reasons = cells_seconds(plan, calibration)
+    branches = plan_branches(one.cell for one in plan.cells)
+    count = min(workers or len(local_gpus()) or os.cpu_count() or 1, max(1, len(missing)))
+    notes = [*reasons]
+    todo = [one.cell.id for one in plan.cells if one.cell.id in missing]
+    known = [(cell_id, value) for cell_id in todo if (value := seconds[cell_id]) is not None]
+    total = sum(value for _, value in known) if len(known) == len(todo) else None
+    span = None
+    if total is not None:
+        jobs = [Job(i, value, parent=branches[i].parent if i in branches else None) for i, value in known]
+        span = makespan(simulate(longest_first(jobs), count))
+    unknown = Amount(None, "not every cell's time is known")
+    used = energy(calibration.device, total) if total is not None else unknown
+    paid = money(calibration.device, total) if total is not None else unknown
+    return Estimate(
+        kind=calibration.kind,
+        device=calibration.device,
+        measured=calibration.measured,
+        workers=count,
+        seconds=seconds,
+        worker_seconds=total,
+        makespan_seconds=span,
+        energy_kwh=used,
+        dollars=paid,
+        notes=tuple(dict.fromkeys([*notes, *_reasons((used, paid))])),
+    )
+
+
+def _reasons(amounts: Iterable[Amount]) -> list[str]:
+    return [amount.note for amount in amounts if amount.value is None]
