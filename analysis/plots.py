@@ -47,6 +47,7 @@ __all__ = [
     "profile_curves",
     "residuals",
     "surface",
+    "times",
 ]
 
 
@@ -271,4 +272,19 @@ def backtest(scores: pd.DataFrame, noise: float | None = None) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     log_ticks(axes, "y", human)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    return picture
+
+
+def times(runs: pd.DataFrame) -> Figure:
+    """Seconds of every run against the seconds that were planned, coloured by size; the line is a plan that is met."""
+    picture, axes = figure(3.6)
+    planned, real = runs["seconds_predicted"], runs["seconds"]
+    norm = log_norm(runs["N"])
+    ends = [min(planned.min(), real.min()), max(planned.max(), real.max())]
+    axes.plot(ends, ends, color=INK, lw=0.8)
+    axes.scatter(planned, real, c=COLOURS(norm(runs["N"])), s=24, zorder=3, edgecolors="white", lw=0.4)
+    axes.set(xscale="log", yscale="log", xlabel="seconds planned", ylabel="seconds taken")
+    human_ticks(axes)
+    human_ticks(axes, "y")
+    size_bar(picture, axes, norm, sorted(runs["N"].unique()))
     return picture

@@ -49,6 +49,7 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
         _head(plan, runs, findings),
         *(_family(finding, curves, several=len(findings) > 1) for finding in findings),
         _cells(runs),
+        _times(runs),
         _provenance(plan, place, runs),
     ]
     title = escape(f"{study}: report")
@@ -373,17 +374,37 @@ def _cells(runs: pd.DataFrame) -> str:
                     page.number(row["epochs"], 2),
                     _whole(row["seed"]),
                     page.plain(row["val_loss_final"], "{:.4f}".format),
+                    page.number(row["seconds"], 3),
+                    page.number(row["seconds_predicted"], 3),
                 ),
                 escape(str(note)),
             ]
         )
     head = ["family", "N", "D", "C (FLOPs)", "tokens per parameter", "learning rate", "AdamW timescale", "steps"]
+    head += ["epochs", "seed", "final loss", "seconds", "planned", "state"]
     more = f"<p class=note>The first {MAX_CELLS} of {len(runs)} cells.</p>" if len(runs) > MAX_CELLS else ""
     note = (
         "<p class=note>The AdamW timescale is batch tokens / (learning rate x weight decay x D), as a fraction of the "
         "run. Losses are nats per token.</p>"
     )
-    return f"<h2>Cells</h2>{note}" + page.table([*head, "epochs", "seed", "final loss", "state"], rows) + more
+    return f"<h2>Cells</h2>{note}" + page.table(head, rows) + more
+
+
+def _times(runs: pd.DataFrame) -> str:
+    """How far off the plan's times were; nothing where none were planned. A resumed cell's last attempt is a part."""
+    timed = runs[runs["seconds"].notna() & runs["seconds_predicted"].notna() & (runs["attempts"] == 1)]
+    if timed.empty:
+        return ""
+    ratio = timed["seconds"] / timed["seconds_predicted"]
+    total = timed["seconds"].sum() / timed["seconds_predicted"].sum()
+    words = (
+        f"<p>The times that were planned are off by <b>{(1 / ratio - 1).abs().median():.0%}</b> (median of "
+        f"{plural(len(timed), 'cell')} that ended at the first attempt, relative to the time taken); together they "
+        f"took {total:.2f} times what was planned, and apart from that factor the median is "
+        f"{(ratio.median() / ratio - 1).abs().median():.0%}.</p>"
+    )
+    caption = "Seconds taken by each cell against the seconds planned. On the line a plan is met."
+    return "<h2>Planned and real time</h2>" + words + page.picture(plots.times(timed), caption)
 
 
 def _whole(number: float) -> str:

@@ -37,7 +37,7 @@ COLUMNS = (
     *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
-    *("val_loss_final", "val_bpb_final", "seconds", "tokens_per_second", "attempts"),
+    *("val_loss_final", "val_bpb_final", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
@@ -53,7 +53,8 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     `C_assumed`: C is 6 N D, because the table that a foreign run was imported from has none; what else such a run does
     not tell is NaN or None. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
     as a fraction of the run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the
-    cell out.
+    cell out. `seconds` is the wall-clock time of the attempt that ended the cell, `seconds_predicted` what its plan
+    said of it, NaN where the plan could not say.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -181,6 +182,7 @@ def _row(
         "val_loss_final": end.get("val_loss_final"),
         "val_bpb_final": end.get("val_bpb_final"),
         "seconds": end.get("seconds", {}).get("total"),
+        "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),
         "attempts": attempts,
     }

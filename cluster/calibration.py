@@ -176,13 +176,14 @@ def _key(one: Timed) -> tuple[Any, ...]:
 
 
 def _typical(group: Sequence[Timed]) -> Timed:
-    """The lower quartile of each of the seconds."""
+    """The lower quartile of each of the seconds; the median of what the processes had of their cores."""
     quartile = {
         name: statistics.quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
         for name in _SECONDS
         for values in [[getattr(one, name) for one in group]]
     }
-    return replace(group[0], **quartile)
+    shares = [one.core_share for one in group if one.core_share is not None]
+    return replace(group[0], **quartile, core_share=statistics.median(shares) if shares else None)
 
 
 def _fit(points: Sequence[Timed]) -> dict[str, Costs]:
@@ -221,6 +222,12 @@ def find_calibration(store: Store, name: str | None = None) -> Calibration | Non
             )
         return known[name]
     return known.get(local_kind(), next(iter(known.values())) if len(known) == 1 else None)
+
+
+def core_share(calibration: Calibration) -> float | None:
+    """The median share of their cores that the workers had while they timed; None where it is not known."""
+    shares = [one.core_share for one in calibration.points if one.core_share is not None]
+    return statistics.median(shares) if shares else None
 
 
 def calibration_rows(calibration: Calibration) -> list[dict[str, Any]]:

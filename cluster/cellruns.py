@@ -57,19 +57,17 @@ def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
     return {key: "-" if value is None else str(value) for key, value in params.items()}
 
 
-def state_tags(
-    store: Store, study: str, cell_id: str, labels: Mapping[str, Any], state: CellState, record: Json
-) -> dict[str, str]:
-    """The cell's state and its record; where another study has trained the cell, which."""
+def state_tags(store: Store, study: str, entry: Json, state: CellState, record: Json) -> dict[str, str]:
+    """The cell's state and its record, `entry` is its own in the plan; where another study has trained it, which."""
     cell = {key: value for key, value in record.items() if key != "format"}
-    told: dict[str, Any] = {"entry": {"id": cell_id, "labels": labels}, "cell": cell, "state": state.state}
+    told: dict[str, Any] = {"entry": entry, "cell": cell, "state": state.state}
     told |= {"reason": state.reason, "attempts": state.attempts, "result": state.result}
     text = json.dumps(told, allow_nan=False, separators=(",", ":"))
     parts = [text[start : start + TAG_CHARACTERS] for start in range(0, len(text), TAG_CHARACTERS)]
     tags = {"escala.state": state.state, "escala.reason": (state.reason or "")[:TAG_CHARACTERS]}
     tags |= {"escala.attempts": str(state.attempts)}
     tags |= {f"escala.record.{order}" if order else "escala.record": part for order, part in enumerate(parts)}
-    owner = _owner(store, cell_id, state, record)
+    owner = _owner(store, entry["id"], state, record)
     return tags | ({"escala.reused": owner} if owner not in (None, study) else {})
 
 

@@ -9,13 +9,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.calibration import Calibration, find_calibration
+from cluster.calibration import Calibration, core_share, find_calibration
 from cluster.hardware import Amount, energy, local_gpus, money
 from cluster.placement import Job, longest_first, makespan, simulate
 from sweeps.grids import Plan
 from sweeps.lineage import plan_branches
 from sweeps.store import Store
 from sweeps.timing import cell_seconds, is_far, kind_of_work
+
+BUSY = 0.9
+"""Workers that had less of their cores than this were not alone when they timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +68,13 @@ def cells_seconds(plan: Plan, calibration: Calibration) -> tuple[dict[str, float
     return seconds, reasons
 
 
-def predicted_seconds(store: Store, plan: Plan) -> dict[str, float]:
-    """Cell id -> predicted seconds, of the cells for which the store's calibration tells them."""
+def predicted_seconds(store: Store, plan: Plan) -> dict[str, dict[str, float]]:
+    """Cell id -> {"seconds_predicted"}, of the cells for which the store's calibration tells them."""
     calibration = find_calibration(store)
     if calibration is None:
         return {}
     seconds, _ = cells_seconds(plan, calibration)
-    return {cell_id: round(value, 3) for cell_id, value in seconds.items() if value is not None}
+    return {i: {"seconds_predicted": round(value, 3)} for i, value in seconds.items() if value is not None}
 
 
 def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], workers: int | None = None) -> Estimate:
@@ -83,6 +86,12 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     branches = plan_branches(one.cell for one in plan.cells)
     count = min(workers or len(local_gpus()) or os.cpu_count() or 1, max(1, len(missing)))
     notes = [*reasons]
+    share = core_share(calibration)
+    if share is not None and share < BUSY:
+        notes.append(
+            f"other work had the cores while this was calibrated (its workers had {share:.0%} of them): times on a "
+            f"quiet machine are shorter, down to {share:.2f} times these"
+        )
     todo = [one.cell.id for one in plan.cells if one.cell.id in missing]
     known = [(cell_id, value) for cell_id in todo if (value := seconds[cell_id]) is not None]
     total = sum(value for _, value in known) if len(known) == len(todo) else None

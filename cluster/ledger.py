@@ -66,8 +66,7 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
             "study": plan.study.model_dump(mode="json", by_alias=True),
             "corpus": asdict(plan.corpus),
             "cells": [
-                {"id": one.cell.id, "labels": dict(one.labels), "seconds_predicted": seconds.get(one.cell.id)}
-                for one in plan.cells
+                {"id": one.cell.id, "labels": dict(one.labels)} | seconds.get(one.cell.id, {}) for one in plan.cells
             ],
         },
     )

@@ -67,7 +67,8 @@ class Mirror:
         self.fault: str | None = None
         """What did not get through in the last pass, for people to see."""
         self._path = store.study(study) / "mirror.json"
-        self._labels = {entry["id"]: entry["labels"] for entry in read_plan(store, study)["cells"]}
+        self._entries = {entry["id"]: entry for entry in read_plan(store, study)["cells"]}
+        self._labels = {cell_id: entry["labels"] for cell_id, entry in self._entries.items()}
         self._state = self._read_state()
         self._open = {cell_id for cell_id in self._labels if not self._cells.get(cell_id, {}).get("closed")}
         self._rows = Rows(store)
@@ -281,7 +282,7 @@ class Mirror:
         tags: dict[str, str] = {}
         if kept["state"] != [state.state, state.attempts]:
             record = read_cell(self.store, cell_id)
-            tags = state_tags(self.store, self.study, cell_id, self._labels[cell_id], state, record)
+            tags = state_tags(self.store, self.study, self._entries[cell_id], state, record)
         first, count = _differing(kept, last)
         if count != kept.get("told", 0):
             tags |= difference_tag(first, count)

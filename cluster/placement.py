@@ -6,7 +6,7 @@ branch after its trunk; so what a plan says of the end of a run is what the queu
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,6 @@ from sweeps.errors import InputError
 
 KEPT_FREE = 0.08
 """The share of a GPU's memory that is left to its driver and to fragmentation."""
-CONTEXT_BYTES = 600 * 1024**2
-"""What each process on a GPU takes before it holds a tensor: CUDA's context and the kernels that it loads."""
 MOST_TOGETHER = 16
 """Processes on one GPU: more take turns rather than run side by side."""
 
@@ -41,20 +39,21 @@ def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None =
 # --- sharing -----------------------------------------------------------------------------------------------------
 
 
-def cells_together(bytes_needed: Callable[[Any], int], cells: Sequence[Any], capacity: int) -> int:
+def cells_together(needs: Iterable[int], capacity: int) -> int:
     """How many of these cells, whichever they are, train side by side on a GPU of so many bytes.
 
-    `bytes_needed` says what a cell takes at its peak. Raises InputError where the largest does not fit by itself.
+    `needs` are the bytes that each takes at its peak, its process included. Raises InputError where the largest does
+    not fit by itself.
     """
-    largest = max((bytes_needed(cell) for cell in cells), default=0)
+    largest = max(needs, default=1)
     usable = int(capacity * (1 - KEPT_FREE))
-    if largest + CONTEXT_BYTES > usable:
-        needed = (largest + CONTEXT_BYTES) / 1024**3
+    if largest > usable:
+        found, room = f"{largest / 1024**3:.1f}", f"{usable / 1024**3:.1f}"
         raise InputError(
-            f"the largest cell needs {needed:.1f} GiB at its peak, and {usable / 1024**3:.1f} GiB of the GPU can be "
-            "used. Lower its context or its size, or name workers with more memory."
+            f"the largest cell needs {found} GiB at its peak, and {room} GiB of the GPU can be used. Lower its context "
+            "or its size, or name workers with more memory."
         )
-    return min(MOST_TOGETHER, usable // (largest + CONTEXT_BYTES))
+    return min(MOST_TOGETHER, usable // largest)
 
 
 def gpu_share(together: int) -> float:

@@ -38,7 +38,9 @@ def time_cell(cell: Cell, corpus: Corpus, base_dir: Path | None = None) -> Timed
     """Time a cell's shape and batch on this process's device, with the numerics that an attempt would choose."""
     numerics = choose_numerics(cell.sequences)
     steps = _Watch(corpus, numerics, base_dir, replace(cell, tokens=STEPS * cell.batch_tokens))
+    wall, core = time.perf_counter(), time.process_time()
     steps.run()
+    share = min(1.0, (time.process_time() - core) / (time.perf_counter() - wall))
     last = _Watch(corpus, numerics, base_dir, replace(cell, tokens=cell.batch_tokens))
     last.run()
     step = statistics.median(steps.plain)
@@ -52,6 +54,7 @@ def time_cell(cell: Cell, corpus: Corpus, base_dir: Path | None = None) -> Timed
         forward_seconds=statistics.median(last.forwards),
         subset_seconds=max(0.0, statistics.median(steps.evaluated) - step),
         build_seconds=last.built,
+        core_share=share if numerics.device == "cpu" and numerics.threads == 1 else None,
     )
 
 

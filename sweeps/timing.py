@@ -51,6 +51,8 @@ class Timed:
     subset_seconds: float
     """An evaluation during the run."""
     build_seconds: float
+    core_share: float | None = None
+    """Of a CPU with one thread: processor time over wall-clock time. Below 1, something else had the core meanwhile."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,7 +26,7 @@ def error(escala: Escala, *arguments: object) -> str:
 
 def test_help_lists_every_verb(escala: Escala) -> None:
     text = escala("--help").stdout
-    verbs = "plan run status logs why quarantine unquarantine gc sync fit report import export ui doctor"
+    verbs = "plan calibrate run status logs why quarantine unquarantine gc sync fit report import export ui doctor"
     for verb in verbs.split():
         assert f" {verb} " in text
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import calibration
 import cells
 import commands
 import compare
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "light": commands.light,
     "cells": cells.run,
     "step": step.step,
+    "calibration": calibration.calibration,
     "fits": fits.fits,
     "coverage": coverage.coverage,
     "compare": compare.run,

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.placement import (
-    CONTEXT_BYTES,
     Job,
     Turn,
     cells_together,
@@ -102,16 +101,16 @@ def test_what_can_never_run_is_refused() -> None:
 
 @given(st.lists(st.integers(1, 60 * GIB), min_size=1, max_size=8))
 def test_cells_that_share_a_gpu_fit_its_memory_whichever_they_are(needs: list[int]) -> None:
-    together = cells_together(lambda one: one, needs, 80 * GIB)
+    together = cells_together(needs, 80 * GIB)
     assert together >= 1
-    assert together * (max(needs) + CONTEXT_BYTES) <= 80 * GIB * memory_share(1)
+    assert max(needs) <= 80 * GIB * memory_share(together)
     assert together * memory_share(together) <= 1.0
     assert together * gpu_share(together) <= 1.0 < (together + 1) * gpu_share(together), "Ray starts exactly so many"
 
 
 def test_a_cell_that_no_gpu_holds_is_refused_with_its_size() -> None:
-    with pytest.raises(InputError, match=r"needs 80\.6 GiB at its peak, and 73\.6 GiB"):
-        cells_together(lambda one: one, [80 * GIB], 80 * GIB)
+    with pytest.raises(InputError, match=r"needs 80\.0 GiB at its peak, and 73\.6 GiB"):
+        cells_together([80 * GIB], 80 * GIB)
 
 
 def test_slots_follow_gpus_then_cores_then_cells() -> None:
