@@ -82,8 +82,7 @@ def estimate_lines(found: Any) -> Iterator[RenderableType]:
         f"${dollars:,.2f}" if dollars is not None else "$ -",
     ]
     yield Text(f"To do: {', '.join(parts)} ({found.kind}, calibrated {found.measured[:10]}).")
-    said = [amount.note for amount in (found.energy_kwh, found.dollars) if amount.value is not None]
-    for note in [*said, *found.notes]:
+    for note in found.notes:
         yield Text(note, style="dim")
 
 

@@ -5,7 +5,7 @@ and no total is made of the rest.
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,9 +112,5 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
         makespan_seconds=span,
         energy_kwh=used,
         dollars=paid,
-        notes=tuple(dict.fromkeys([*notes, *_reasons((used, paid))])),
+        notes=tuple(dict.fromkeys([*notes, used.note, paid.note])),
     )
-
-
-def _reasons(amounts: Iterable[Amount]) -> list[str]:
-    return [amount.note for amount in amounts if amount.value is None]

@@ -60,13 +60,15 @@ def find_device(name: str) -> Device | None:
     return next((device for device in DEVICES if re.search(device.pattern, name)), None)
 
 
+def _unknown(name: str) -> str:
+    return f"the device {name!r} is not in the table of cluster/hardware.py: neither its power nor its price is known"
+
+
 def energy(name: str, device_seconds: float) -> Amount:
     """Kilowatt-hours that devices of a name draw at most in so many seconds, all devices together."""
     device = find_device(name)
     if device is None:
-        return Amount(
-            None, f"the device {name!r} is not in the table of cluster/hardware.py, so its power is not known"
-        )
+        return Amount(None, _unknown(name))
     note = f"at the board's limit of {device.watts:g} W, without hosts and cooling"
     return Amount(device.watts / 1000 * device_seconds / 3600, note)
 
@@ -75,9 +77,7 @@ def money(name: str, device_seconds: float) -> Amount:
     """US dollars for so many device-seconds at the list price."""
     device = find_device(name)
     if device is None:
-        return Amount(
-            None, f"the device {name!r} is not in the table of cluster/hardware.py, so its price is not known"
-        )
+        return Amount(None, _unknown(name))
     if device.dollars_per_hour is None:
         return Amount(None, f"the table of cluster/hardware.py has no price for {name!r}")
     note = f"at ${device.dollars_per_hour:.2f} an hour ({device.source})"
