@@ -8,7 +8,8 @@ import pytest
 
 from analysis import write_report
 from sweeps.errors import InputError
-from tests.analysis.synthetic import BUDGETS, Run, grid
+from sweeps.records import read_json, write_json
+from tests.analysis.synthetic import BUDGETS, Run, grid, write_study
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -145,3 +146,16 @@ def test_report_goes_where_it_is_told(study, tmp_path) -> None:
 def test_unknown_study_is_an_input_error(good_store) -> None:
     with pytest.raises(InputError, match="demo"):
         write_report("nothing", good_store)
+
+
+def test_planned_times_are_held_against_real_ones_where_there_were_any(tmp_path: Path) -> None:
+    root = write_study(tmp_path / "store", grid(seeds=1))
+    assert "Planned and real time" not in page_of(root).text
+    path = root / "studies" / "demo" / "plan.json"
+    plan = read_json(path)
+    for entry in plan["cells"]:
+        entry["seconds_predicted"] = 5.3  # half of what each cell took
+    write_json(path, plan)
+    page = page_of(root)
+    assert "off by 50% (median of" in page.text
+    assert "took 2.00 times what was planned, and apart from that factor the median is 0%" in page.text

@@ -109,6 +109,7 @@ def test_another_kinds_calibration_gives_energy_and_money(calibrated: Finished, 
     assert planned(copy)["estimate"]["kind"] == local_kind(), "this machine's own kind goes first"
 
 
+@pytest.mark.slow
 def test_a_run_records_the_predicted_seconds_and_the_frame_has_them(calibrated: Finished, tmp_path: Path) -> None:
     import analysis
 
@@ -128,6 +129,7 @@ def test_a_run_records_the_predicted_seconds_and_the_frame_has_them(calibrated: 
     assert mirrored["seconds_predicted"].to_dict() == runs["seconds_predicted"].to_dict()
 
 
+@pytest.mark.slow
 def test_a_second_calibration_keeps_what_the_first_has_timed(calibrated: Finished, tmp_path: Path) -> None:
     shutil.copytree(calibrated.store, tmp_path / "store")
     escala = Escala(tmp_path)
