@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-TABLE_DATE = "2026-11"
-"""When the table was last held against its sources. Powers: the vendors' data sheets."""
-AWS = "AWS on demand, us-east, an eighth of the node, 2026-11"
+AWS = "AWS on demand, us-east, an eighth of a node"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +21,7 @@ class Device:
     pattern: str
     """A regular expression found in the name that the driver gives the device."""
     watts: float
-    """Its power limit. The mean draw of dense training is 60 to 90 % of it."""
+    """Its published power limit, not a measurement. The mean draw of dense training is 60 to 90 % of it."""
     dollars_per_hour: float | None = None
     """A public cloud's list price, on demand; None where none is on record."""
     source: str = ""
@@ -33,10 +31,10 @@ class Device:
 # The first match counts; a form factor that is not listed matches nothing.
 DEVICES = (
     Device(pattern=r"\bB200", watts=1000),
-    Device(pattern=r"H200(?! NVL)", watts=700, dollars_per_hour=7.91, source=AWS.replace("2026-11", "2026-08")),
-    Device(pattern=r"H100(?! NVL| PCIe)", watts=700, dollars_per_hour=6.88, source=AWS),
-    Device(pattern=r"A100-SXM4-80GB", watts=400, dollars_per_hour=3.43, source=AWS),
-    Device(pattern=r"A100-SXM4-40GB", watts=400, dollars_per_hour=2.74, source=AWS),
+    Device(pattern=r"\bH200(?! NVL)", watts=700, dollars_per_hour=7.91, source=f"{AWS}, 2026-08"),
+    Device(pattern=r"\bH100(?! NVL| PCIe)", watts=700, dollars_per_hour=6.88, source=f"{AWS}, 2026-11"),
+    Device(pattern=r"A100-SXM4-80GB", watts=400, dollars_per_hour=3.43, source=f"{AWS}, 2026-11"),
+    Device(pattern=r"A100-SXM4-40GB", watts=400, dollars_per_hour=2.74, source=f"{AWS}, 2026-11"),
     Device(pattern=r"A100 80GB PCIe", watts=300, dollars_per_hour=3.67, source="Azure pay as you go, East US, 2026-11"),
     Device(pattern=r"V100-SXM2", watts=300),
     Device(pattern=r"\bL40S", watts=350),

@@ -42,6 +42,7 @@ def test_a_known_board_is_found_by_its_drivers_name(name: str, watts: float) -> 
     "name",
     [
         "NVIDIA GB200",
+        "NVIDIA GH200 480GB",
         "NVIDIA H100 PCIe",
         "NVIDIA H100 NVL",
         "NVIDIA H200 NVL",
