@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -11,6 +11,7 @@ class Slots:
 
     count: int
     options: dict[str, Any]
+    device: Literal["cpu", "cuda"]
 
 
 def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None = None) -> Slots:
@@ -19,4 +20,6 @@ def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None =
     available = gpus or int(resources.get("CPU", 1))
     count = max(1, min(available, cells, limit or available))
     options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-    return Slots(count, options | ({"num_gpus": 1} if gpus else {}))
+    if gpus:
+        return Slots(count, options | {"num_gpus": 1}, "cuda")
+    return Slots(count, options, "cpu")

@@ -8,19 +8,26 @@ diverged is simply not stepped any more. What a stack must never do is let a num
 """
 
 import itertools
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
-from sweeps.cell import Optimizer
+from sweeps.cell import Cell, Optimizer, cell_from_identity
+from sweeps.errors import InputError
+from sweeps.families import build_model, find_family
 from sweeps.optimizers import make_adamw, make_optimizer
+from sweeps.stacks import LEAST_GAIN, known_gain, note_gain
+from sweeps.store import Store, read_cell
 
 ATTENTION = "escala_stacked"
 """Our attention's name in transformers."""
+WARM_TURNS, PROBE_TURNS = 2, 7
 
 
 class Solo:
@@ -179,6 +186,59 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+# --- does it pay? ------------------------------------------------------------------------------------------------
+
+
+def pays(store: Store, cell_ids: Sequence[str]) -> bool:
+    """Whether these cells train faster as one program on this device: by an earlier probe, or by one made now.
+
+    A probe takes a second or so for models that small. What cannot be stacked at all (a model of the user's own that
+    `vmap` does not take) does not pay.
+    """
+    cells = [cell_from_identity(read_cell(store, cell_id)["identity"]) for cell_id in cell_ids]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gain = known_gain(store, cells[0], len(cells), device)
+    if gain is None:
+        try:
+            gain, why = probe(cells, torch.device(device)), None
+        except (RuntimeError, NotImplementedError, InputError) as error:
+            gain, why = 0.0, f"{type(error).__name__}: {error}"
+        note_gain(store, cells[0], len(cells), device, gain, why=why)
+    return gain >= LEAST_GAIN
+
+
+def probe(cells: Sequence[Cell], device: torch.device) -> float:
+    """How many times faster these cells make a step together than one by one, forward, backward and optimizer: the
+    median over turns of both."""
+    cell = cells[0]
+    family = find_family(cell.family)
+    amplify = precision(cell.precision, device)
+
+    def model(one: Cell) -> torch.nn.Module:
+        built = build_model(family, one.shape, init_std=one.init_std, seed=one.seed, options=dict(one.options))
+        return built.to(device).train()
+
+    solo = Solo(model(cell), cell.optimizer)
+    stack = Stack([model(one) for one in cells], [one.optimizer for one in cells])
+    generator = torch.Generator().manual_seed(0)
+    size = (len(cells), cell.sequences, cell.shape.context + 1)
+    batch = torch.randint(cell.shape.vocab_size, size, generator=generator).to(device)
+
+    def seconds(program: Solo | Stack, part: torch.Tensor) -> float:
+        began = time.perf_counter()
+        program.backward(part, cell.sequences, amplify)
+        float(program.step(range(len(part)))[0])  # the device is waited for
+        return time.perf_counter() - began
+
+    turns = [(seconds(solo, batch[:1]), seconds(stack, batch)) for _ in range(WARM_TURNS + PROBE_TURNS)]
+    return statistics.median(len(cells) * alone / together for alone, together in turns[WARM_TURNS:])
+
+
+def precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
+    """float32 throughout, or bfloat16 matmuls over float32 weights."""
+    return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
 
 
 def _loss(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:

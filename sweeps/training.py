@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sweeps.devices import peak_flops
 from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows, to_device
 from sweeps.families import build_model, find_family
 from sweeps.schedules import fraction, stable_steps
-from sweeps.stacking import Solo, Stack
+from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
 from sweeps.trainer import Outcome, TrainerIO
 
@@ -110,7 +110,7 @@ def train_together(
         ]
         recipes = [one.optimizer for one in cells]
         program = Stack(models, recipes) if len(models) > 1 else Solo(models[0], recipes[0])
-        amplify, evaluations = _precision(cell.precision, device), evaluation_steps(cell.steps)
+        amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)
         subset = subset_windows(corpus.validation_windows(context), context)
         runner = _Runner(program, corpus, context, device, amplify, subset, evaluations, clock, ended)
         members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
@@ -320,11 +320,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """float32 throughout, or bfloat16 matmuls over float32 weights."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def _peak_memory_bytes() -> int:
