@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from commandline import ids
 from faultproxy import Server
 
 from cluster.mirror import Mirror
@@ -62,10 +63,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def cells_of(store: Store, name: str) -> list[str]:
-    return [entry["id"] for entry in read_plan(store, name)["cells"]]
-
-
 def connected(store: Store, name: str, uri: str, **options: Any) -> Mirror:
     mirror = Mirror(store, name, uri, **options)
     mirror.connect()
@@ -96,7 +93,7 @@ def tags_of(server: Server, run_id: str) -> dict[str, str]:
 def assert_exact(server: Server, store: Store, name: str) -> dict[str, str]:
     """One run per cell; its rows are those of the log, none lost, none doubled. Returns cell -> run."""
     runs = active_runs(server, name)
-    assert sorted(cell for cell, _ in runs) == sorted(cells_of(store, name))
+    assert sorted(cell for cell, _ in runs) == sorted(ids(store, name))
     for cell, run_id in runs:
         logged = sorted(
             (key, row["tokens"], value, round(row["time"] * 1000))

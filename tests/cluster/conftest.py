@@ -1,9 +1,10 @@
-"""What the tests of the mirror share: a finished study, a proxy before a real server, and waits scaled down."""
+"""What the tests share: studies with cells in all states, a proxy before a real server, and waits scaled down."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commandline import Escala
 from faultproxy import FaultProxy, Server
 from mirroring import begin_cell
 
@@ -12,6 +13,19 @@ from sweeps.store import Store, open_store
 from tests.analysis.synthetic import Run, write_study
 
 CELLS = [Run(width=16, budget=1.2e11, seed=seed) for seed in range(4)]
+
+RUNS = [
+    *(Run(width=width, budget=1.2e11) for width in (16, 24, 32)),
+    Run(width=24, budget=1.2e11, seed=1),
+    Run(width=40, budget=1.2e11, state="failed"),
+    Run(width=48, budget=1.2e11, state="planned"),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[Escala, Store]:
+    """A command line, and a store that holds the study `demo`: four cells finished, one failed, one planned."""
+    return Escala(tmp_path), open_store(write_study(tmp_path / "store", RUNS))
 
 
 @pytest.fixture

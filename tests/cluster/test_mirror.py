@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import ROOT
+from commandline import ROOT, ids
 from faultproxy import FaultProxy, Server
 from mirroring import (
     active_runs,
     assert_exact,
-    cells_of,
     connected,
     finish,
     log,
@@ -127,7 +126,7 @@ def test_back_off_doubles_up_to_its_limit_and_is_forgotten_after_a_success(
 
 def test_a_refused_cell_is_named_and_the_others_go_on(study: tuple[Store, str], mlflow_server: Server) -> None:
     store, name = study
-    bad, *good = sorted(cells_of(store, name))
+    bad, *good = sorted(ids(store, name))
     log_path = store.attempt(bad, 0) / "log.jsonl"
     content = log_path.read_bytes()
     with log_path.open("ab", buffering=0) as stream:

@@ -4,8 +4,9 @@ import fcntl
 import threading
 
 import pytest
+from commandline import ids
 from faultproxy import Server
-from mirroring import active_runs, cells_of, client_of, connected, mark, tags_of, until_through, wait_for
+from mirroring import active_runs, client_of, connected, mark, tags_of, until_through, wait_for
 
 import cluster.mirror as mirrors
 from cluster.sync import sync_study
@@ -22,7 +23,7 @@ def test_quarantine_is_a_three_way_merge(
 ) -> None:
     store, name = study
     client = client_of(mlflow_server)
-    cell = cells_of(store, name)[0]
+    cell = ids(store, name)[0]
     mark(store, name, cell, merged)
     mirror = connected(store, name, mlflow_server.uri)
     until_through(mirror)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from commandline import ids
 from faultproxy import Server, start_server
 from mirroring import (
     RESULT,
     active_runs,
     assert_exact,
-    cells_of,
     client_of,
     connected,
     log,
@@ -51,7 +51,7 @@ def test_a_value_that_a_resume_recomputed_otherwise_flags_the_run_and_is_not_sen
 
 def test_a_cell_that_another_study_trained_says_so(study: tuple[Store, str], mlflow_server: Server) -> None:
     store, name = study
-    cell = cells_of(store, name)[0]
+    cell = ids(store, name)[0]
     record = store.attempt(cell, 0) / "attempt.json"
     write_json(record, read_json(record) | {"study": "elsewhere"})
     assert sync_study(store, name, mlflow_server.uri) is None
@@ -106,7 +106,7 @@ def test_frames_from_the_mirror_are_those_of_the_store(
     import pandas as pd
 
     store, name = study
-    mark(store, name, cells_of(store, name)[1], "odd")
+    mark(store, name, ids(store, name)[1], "odd")
     assert sync_study(store, name, mlflow_server.uri) is None
     away = {"store": tmp_path / "nowhere", "tracking_uri": mlflow_server.uri}
     pd.testing.assert_frame_equal(load_runs(name, **away), load_runs(name, store))
@@ -115,7 +115,7 @@ def test_frames_from_the_mirror_are_those_of_the_store(
 
 def test_a_record_longer_than_a_tag_arrives_whole(study: tuple[Store, str], mlflow_server: Server) -> None:
     store, name = study
-    result = store.cell(cells_of(store, name)[0]) / "result.json"
+    result = store.cell(ids(store, name)[0]) / "result.json"
     write_json(result, read_json(result) | {"state": "diverged", "reason": "why " * 5000})
     assert sync_study(store, name, mlflow_server.uri) is None
     runs = load_runs(name, "/nowhere", tracking_uri=mlflow_server.uri)
