@@ -283,8 +283,8 @@ class _Pool:
             kind = "preemption" if getattr(error, "preempted", False) else kind
             for hand in task.hands:
                 self._record_death(hand, kind, hand.pulse.killed or f"the worker died ({str(error).splitlines()[0]})")
-        for hand in task.hands:
-            self._settle_state(hand.one, tally, hand.tail)
+        for index, hand in enumerate(task.hands):  # the failure of a program is one failure
+            self._settle_state(hand.one, tally, hand.tail, note=index == 0)
 
     def _record_death(self, hand: _Hand, kind: str, message: str) -> None:
         """Charge a death to the cell, where the attempt did not say itself how it ended."""
@@ -300,14 +300,14 @@ class _Pool:
         except InputError as error:  # the disk is full: what cannot be recorded must not go on
             self.halt = str(error)
 
-    def _settle_state(self, one: PlannedCell, tally: Tally, tail: Tail | None = None) -> None:
+    def _settle_state(self, one: PlannedCell, tally: Tally, tail: Tail, *, note: bool) -> None:
         """Put a cell where its files say that it belongs."""
         cell_id = one.cell.id
         state = cell_state(self.store, cell_id)
         if state.state in ("planned", "running"):
             last = attempt_epochs(self.store, cell_id)
             end = read_end(self.store, cell_id, last[-1]) if last else None
-            if end is not None and end[0] not in ("preemption", "stopped"):
+            if note and end is not None and end[0] not in ("preemption", "stopped"):
                 self._note_failure(f"{end[0]}: {end[1]}")
             if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
                 self.halt = end[1]
@@ -319,7 +319,8 @@ class _Pool:
         if state.state == "failed":
             tally.failed[cell_id] = state.reason or "unknown"
             self.failed[cell_id] = one
-            self._note_failure(state.reason or "unknown")
+            if note:
+                self._note_failure(state.reason or "unknown")
         elif state.state == "diverged":
             tally.diverged += 1
             self.first_failures = None
@@ -327,7 +328,7 @@ class _Pool:
             tally.finished += 1
             self.first_failures = None
         self.flops_done += self._to_spend(one) if state.result is not None else 0.0
-        loss = tail.final_loss() if tail is not None else None
+        loss = tail.final_loss()
         words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
         self.ended.append(words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""))
 

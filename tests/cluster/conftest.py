@@ -1,10 +1,11 @@
 """What the tests share: studies with cells in all states, a proxy before a real server, and waits scaled down."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commandline import Escala
+from commandline import ROOT, Escala
 from faultproxy import FaultProxy, Server
 from mirroring import begin_cell
 
@@ -57,3 +58,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mirrors, "INTERVAL_SECONDS", 0.05)
     monkeypatch.setattr(mirrors, "LONGEST_SECONDS", 0.4)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of two CPUs that all tests of the driver join: starting one costs more than they do."""
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ |= {"PYTHONPATH": str(ROOT), "ESCALA_BEAT_SECONDS": "0.25"}  # for its workers alone
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 1024**2})
+    finally:
+        for name in ("PYTHONPATH", "ESCALA_BEAT_SECONDS"):
+            os.environ.pop(name)
+        os.environ |= before
+    yield cluster.address
+    cluster.shutdown()

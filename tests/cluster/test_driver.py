@@ -2,13 +2,12 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from commandline import ROOT
 
 from cluster import driver, pulse
 from cluster.claims import Claim
@@ -46,19 +45,6 @@ def train(cell, io):
         io.checkpoint(step * cell.batch_tokens, lambda: state)
     return state["x"]
 """
-
-
-@pytest.fixture(scope="module")
-def ray_address() -> Iterator[str]:
-    """A Ray of two CPUs that all tests here join: starting one costs more than they do."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["ESCALA_BEAT_SECONDS"] = "0.25"
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 1024**2})
-    yield cluster.address
-    cluster.shutdown()
-    del os.environ["PYTHONPATH"], os.environ["ESCALA_BEAT_SECONDS"]
 
 
 @pytest.fixture(autouse=True)
