@@ -6,7 +6,6 @@ another took over.
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from cluster.mirror import Mirror
 from cluster.placement import choose_slots
 from cluster.progress import Progress, Running, Tail
 from cluster.pulse import Pulse
+from cluster.queue import Queue
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
 from sweeps.records import FREE_SPACE
@@ -126,9 +126,16 @@ class _Connected:
 
 @dataclass
 class _Task:
-    """A cell in a worker's hands."""
+    """What a worker has in hands: one cell, or several that train together."""
 
     worker: Any
+    hands: "list[_Hand]"
+
+
+@dataclass
+class _Hand:
+    """A cell in a worker's hands."""
+
     one: PlannedCell
     tail: Tail
     pulse: Pulse
@@ -156,7 +163,8 @@ class _Pool:
         self.store, self.plan, self.mirror, self.claim, self.watch = store, plan, mirror, claim, watch
         self.base_dir = str(base_dir) if base_dir else None
         self.checkpoint_seconds, self.give_up_after = checkpoint_seconds, give_up_after
-        self.queue = deque(missing)
+        self.queue = Queue(store, plan.cells, plan.study.stack)
+        self.missing = missing
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
         self.failed: dict[str, PlannedCell] = {}
@@ -177,7 +185,7 @@ class _Pool:
 
     def run(self, tally: Tally, address: str, limit: int | None) -> None:
         self.began = time.monotonic()
-        self._settle(tally)
+        self._settle(tally, self.missing)
         ray = start_ray(address, limit)
         if address == "local":
             self.family = descendants()
@@ -192,7 +200,7 @@ class _Pool:
         except ray.exceptions.RayError as error:  # not a worker's death, which _finish handles: Ray itself is gone
             tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
-            tally.planned = len(self.queue) + len(self.elsewhere) + len(self.tasks)
+            tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
             ray.shutdown()
             end_processes(self.family)
 
@@ -210,8 +218,8 @@ class _Pool:
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
-            while self.queue and self.idle and self.wish is None:
-                self._start(self.queue.popleft())
+            while self.idle and self.wish is None and (unit := self.queue.take(self.slots.count, self.slots.device)):
+                self._start(unit)
             if self.tasks:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
                 if done and not self.claim.holds():  # it may have slept in the wait
@@ -221,50 +229,70 @@ class _Pool:
             else:
                 time.sleep(POLL_SECONDS)
             for task in self.tasks.values():
-                fate = task.pulse.fate()
-                if fate is not None:  # its end is recorded when Ray reports the death
-                    task.pulse.killed = fate
-                    ray.kill(task.worker)
-                    epochs = attempt_epochs(self.store, task.one.cell.id)
-                    if len(epochs) > task.attempts_before:
-                        kill_worker(Attempt(self.store, task.one.cell.id, epochs[-1]))
+                fate = next((fate for hand in task.hands if (fate := hand.pulse.fate()) is not None), None)
+                if fate is not None:
+                    self._kill(ray, task, fate)
             self.watch(self._progress(tally))
 
-    def _start(self, one: PlannedCell) -> None:
-        cell_id = one.cell.id
-        state = cell_state(self.store, cell_id)
-        if state.state != "planned":  # another study's driver was quicker
-            self.elsewhere[cell_id] = one
+    def _kill(self, ray: Any, task: _Task, fate: str) -> None:
+        """Kill a worker; the end of its cells is recorded when Ray reports the death."""
+        ray.kill(task.worker)
+        for hand in task.hands:
+            hand.pulse.killed = fate
+            if (attempt := self._attempt(hand)) is not None:
+                kill_worker(attempt)
+                return  # all are of one process
+
+    def _attempt(self, hand: _Hand) -> Attempt | None:
+        """The attempt that a worker has begun, if it has."""
+        epochs = attempt_epochs(self.store, hand.one.cell.id)
+        return Attempt(self.store, hand.one.cell.id, epochs[-1]) if len(epochs) > hand.attempts_before else None
+
+    def _in_hands(self) -> "list[_Hand]":
+        return [hand for task in self.tasks.values() for hand in task.hands]
+
+    def _start(self, unit: list[PlannedCell]) -> None:
+        hands = []
+        for one in unit:
+            state = cell_state(self.store, one.cell.id)
+            if state.state != "planned":  # another study's driver was quicker
+                self.elsewhere[one.cell.id] = one
+                continue
+            pulse = Pulse(self.store, one.cell.id, state.attempts)
+            hands.append(_Hand(one, Tail(self.store, one.cell.id), pulse, state.attempts))
+        if not hands:
             return
-        worker = self.idle.pop()
-        study, root = self.plan.study.name, str(self.store.root)
-        task = worker.run.remote(root, cell_id, study, self.base_dir, self.checkpoint_seconds, self.claim.number)
-        pulse = Pulse(self.store, cell_id, state.attempts)
-        self.tasks[task] = _Task(worker, one, Tail(self.store, cell_id), pulse, state.attempts)
+        worker, probe = self.idle.pop(), self.plan.study.stack == "auto"
+        ids, study, root = [hand.one.cell.id for hand in hands], self.plan.study.name, str(self.store.root)
+        task = worker.run.remote(root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe)
+        self.tasks[task] = _Task(worker, hands)
 
     def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
-        """A worker is done with a cell. What it says is only a hint: the files tell how the cell stands."""
+        """A worker is done. What it says is only a hint: the files tell how each cell stands."""
         task = self.tasks.pop(handle)
         try:
             ray.get(handle)
             self.idle.append(task.worker)
         except ray.exceptions.RayTaskError as error:  # before the attempt could record its own error: a bug or the disk
             self.idle.append(task.worker)
-            self._record_death(task, "infrastructure", str(error.cause).splitlines()[0])
+            for hand in task.hands:
+                self._record_death(hand, "infrastructure", str(error.cause).splitlines()[0])
         except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
             self.idle.append(make_worker(ray, self.slots))
             kind = "out_of_memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "infrastructure"
             kind = "preemption" if getattr(error, "preempted", False) else kind
-            self._record_death(task, kind, task.pulse.killed or f"the worker died ({str(error).splitlines()[0]})")
-        self._settle_state(task.one, tally, task.tail)
+            for hand in task.hands:
+                self._record_death(hand, kind, hand.pulse.killed or f"the worker died ({str(error).splitlines()[0]})")
+        for index, hand in enumerate(task.hands):  # the failure of a program is one failure
+            self._settle_state(hand.one, tally, hand.tail, note=index == 0)
 
-    def _record_death(self, task: _Task, kind: str, message: str) -> None:
+    def _record_death(self, hand: _Hand, kind: str, message: str) -> None:
         """Charge a death to the cell, where the attempt did not say itself how it ended."""
-        cell_id = task.one.cell.id
+        cell_id = hand.one.cell.id
         epochs = attempt_epochs(self.store, cell_id)
         attempt = Attempt(self.store, cell_id, epochs[-1]) if epochs else None
         try:
-            if len(epochs) == task.attempts_before:
+            if len(epochs) == hand.attempts_before:
                 attempt = begin_attempt(self.store, cell_id, {"study": self.plan.study.name})
             untold = attempt is not None and read_end(self.store, cell_id, attempt.epoch) is None
             if attempt is not None and untold and cell_state(self.store, cell_id).result is None:
@@ -272,34 +300,35 @@ class _Pool:
         except InputError as error:  # the disk is full: what cannot be recorded must not go on
             self.halt = str(error)
 
-    def _settle_state(self, one: PlannedCell, tally: Tally, tail: Tail | None = None) -> None:
+    def _settle_state(self, one: PlannedCell, tally: Tally, tail: Tail, *, note: bool) -> None:
         """Put a cell where its files say that it belongs."""
         cell_id = one.cell.id
         state = cell_state(self.store, cell_id)
         if state.state in ("planned", "running"):
             last = attempt_epochs(self.store, cell_id)
             end = read_end(self.store, cell_id, last[-1]) if last else None
-            if end is not None and end[0] not in ("preemption", "stopped"):
+            if note and end is not None and end[0] not in ("preemption", "stopped"):
                 self._note_failure(f"{end[0]}: {end[1]}")
             if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
                 self.halt = end[1]
             if state.state == "running":
                 self.elsewhere[cell_id] = one
             else:
-                self.queue.appendleft(one)
+                self.queue.put(one, first=True)
             return
         if state.state == "failed":
             tally.failed[cell_id] = state.reason or "unknown"
             self.failed[cell_id] = one
-            self._note_failure(state.reason or "unknown")
+            if note:
+                self._note_failure(state.reason or "unknown")
         elif state.state == "diverged":
             tally.diverged += 1
             self.first_failures = None
         else:
             tally.finished += 1
             self.first_failures = None
-        self.flops_done += one.counts["C"] if state.result is not None else 0.0
-        loss = tail.final_loss() if tail is not None else None
+        self.flops_done += self._to_spend(one) if state.result is not None else 0.0
+        loss = tail.final_loss()
         words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
         self.ended.append(words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""))
 
@@ -326,31 +355,30 @@ class _Pool:
         for cell_id, one in list(self.failed.items()):  # forgiven since?
             if cell_state(self.store, cell_id).state == "planned":
                 del self.failed[cell_id], tally.failed[cell_id]
-                self.queue.append(one)
+                self.queue.put(one)
         if self.elsewhere:
-            self.queue.extendleft(self.elsewhere.values())
+            others = [*self.elsewhere.values(), *self.queue.drain()]
             self.elsewhere.clear()
-            self._settle(tally)
+            self._settle(tally, others)
+        self.queue.look()
 
-    def _settle(self, tally: Tally) -> None:
-        """Sort the queue's cells by what others have left: ended meanwhile, in other hands, or free."""
-        waiting, self.queue = list(self.queue), deque()
+    def _settle(self, tally: Tally, waiting: list[PlannedCell]) -> None:
+        """Sort cells by what others have left: ended meanwhile, in other hands, or free to be queued."""
         for one in waiting:
             if settle(self.store, one.cell.id, self.plan.study.name, self.claim.number):
                 if cell_state(self.store, one.cell.id).result is not None:
                     tally.skipped += 1
-                    self.flops_done += one.counts["C"]
+                    self.flops_done += self._to_spend(one)
                 else:
-                    self.queue.append(one)
+                    self.queue.put(one)
             else:
                 self.elsewhere[one.cell.id] = one
 
     def _ask_to_stop(self, why: str) -> None:
-        for task in self.tasks.values():
-            epochs = attempt_epochs(self.store, task.one.cell.id)
-            if task.stopping is None and len(epochs) > task.attempts_before:
-                ask_to_stop(Attempt(self.store, task.one.cell.id, epochs[-1]), "stopped", why)
-                task.stopping = why
+        for hand in self._in_hands():
+            if hand.stopping is None and (attempt := self._attempt(hand)) is not None:
+                ask_to_stop(attempt, "stopped", why)
+                hand.stopping = why
 
     def _stop_gracefully(self, ray: Any, tally: Tally) -> None:
         """Ctrl-C: let the cells that run keep a checkpoint. A second Ctrl-C does not wait."""
@@ -366,24 +394,32 @@ class _Pool:
         except KeyboardInterrupt:
             pass
 
+    def _to_spend(self, one: PlannedCell) -> float:
+        """The FLOPs of a cell that no trunk trains for it."""
+        return float(one.counts["C"]) - self.queue.shared_flops(one)
+
     def _progress(self, tally: Tally) -> Progress:
         running = []
-        for task in self.tasks.values():
-            task.tail.read()
-            one, tail = task.one, task.tail
+        hands = self._in_hands()
+        for hand in hands:
+            hand.tail.read()
+            one, tail = hand.one, hand.tail
             running.append(
                 Running(one.cell.id, one.counts["N"], tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
             )
-        under_way = sum(task.one.counts["flops_per_token"] * task.tail.tokens for task in self.tasks.values())
+        under_way = sum(
+            max(0.0, hand.one.counts["flops_per_token"] * hand.tail.tokens - self.queue.shared_flops(hand.one))
+            for hand in hands
+        )
         done = self.flops_done + under_way
-        waiting = [*self.queue, *self.elsewhere.values(), *(task.one for task in self.tasks.values())]
-        left = sum(one.counts["C"] for one in waiting) - under_way
+        waiting = [*self.queue.cells(), *self.elsewhere.values(), *(hand.one for hand in hands)]
+        left = sum(self._to_spend(one) for one in waiting) - under_way
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": tally.finished + tally.skipped,
             "diverged": tally.diverged,
             "failed": len(tally.failed),
-            "running": len(self.tasks),
+            "running": len(hands),
             "planned": len(self.queue) + len(self.elsewhere),
         }
         eta = elapsed * left / done if done else None

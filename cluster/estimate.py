@@ -5,7 +5,7 @@ and no total is made of the rest.
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from cluster.calibration import Calibration, core_share, find_calibration
 from cluster.hardware import Amount, energy, local_gpus, money
 from cluster.placement import Job, longest_first, makespan, simulate
 from sweeps.grids import Plan
-from sweeps.lineage import plan_branches
+from sweeps.lineage import Branch, plan_branches
 from sweeps.store import Store
-from sweeps.timing import cell_seconds, is_far, kind_of_work
+from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
 
 BUSY = 0.9
 """Workers that had less of their cores than this were not alone when they timed."""
@@ -80,7 +80,7 @@ def predicted_seconds(store: Store, plan: Plan) -> dict[str, dict[str, float]]:
 def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], workers: int | None = None) -> Estimate:
     """What a plan takes on so many workers of a calibrated kind, by default this machine's slots.
 
-    `missing` are the ids of the cells that are still to do. A branch waits for the end of its trunk.
+    `missing` are the ids of the cells that are still to do. A branch waits until its trunk has come so far.
     """
     seconds, reasons = cells_seconds(plan, calibration)
     branches = plan_branches(one.cell for one in plan.cells)
@@ -97,8 +97,7 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     total = sum(value for _, value in known) if len(known) == len(todo) else None
     span = None
     if total is not None:
-        jobs = [Job(i, value, parent=branches[i].parent if i in branches else None) for i, value in known]
-        span = makespan(simulate(longest_first(jobs), count))
+        span = makespan(simulate(longest_first(_jobs(plan, calibration, branches, known)), count))
     unknown = Amount(None, "not every cell's time is known")
     used = energy(calibration.device, total) if total is not None else unknown
     paid = money(calibration.device, total) if total is not None else unknown
@@ -114,3 +113,20 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
         dollars=paid,
         notes=tuple(dict.fromkeys([*notes, used.note, paid.note])),
     )
+
+
+def _jobs(
+    plan: Plan, calibration: Calibration, branches: Mapping[str, Branch], known: Iterable[tuple[str, float]]
+) -> list[Job]:
+    """The queue: a branch may start when its trunk has taken the steps that they share."""
+    cells = {one.cell.id: one.cell for one in plan.cells}
+    jobs = []
+    for cell_id, value in known:
+        branch = branches.get(cell_id)
+        if branch is None:
+            jobs.append(Job(cell_id, value))
+        else:
+            trunk = cells[branch.parent]
+            after = seconds_until(calibration.costs[kind_of_work(trunk)], trunk, branch.steps)
+            jobs.append(Job(cell_id, value, parent=branch.parent, after=after))
+    return jobs

@@ -1,14 +1,14 @@
 """Placement: what one worker asks of Ray, how many fit, and when a queue of cells would be done.
 
 Pure functions over plain data. The simulation hands out work as the driver does, longest first to whoever is free, a
-branch after its trunk; so what a plan says of the end of a run is what the queue would do.
+branch once its trunk has come so far; so what a plan says of the end of a run is what the queue would do.
 """
 
 import heapq
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sweeps.errors import InputError
 
@@ -24,6 +24,7 @@ class Slots:
 
     count: int
     options: dict[str, Any]
+    device: Literal["cpu", "cuda"]
 
 
 def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None = None, together: int = 1) -> Slots:
@@ -33,7 +34,9 @@ def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None =
     available = gpus * together or int(resources.get("CPU", 1))
     count = max(1, min(available, cells, limit or available))
     options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
-    return Slots(count, options | ({"num_gpus": gpu_share(together)} if gpus else {}))
+    if gpus:
+        return Slots(count, options | {"num_gpus": gpu_share(together)}, "cuda")
+    return Slots(count, options, "cpu")
 
 
 # --- sharing -----------------------------------------------------------------------------------------------------
@@ -88,7 +91,9 @@ class Job:
     size: int = 1
     """Of a device's room: bytes on a GPU, 1 of a slot that holds one job."""
     parent: str | None = None
-    """The job that must have ended before: the trunk of a branch. One that is not in the queue has ended."""
+    """The job that comes before: the trunk of a branch. One that is not in the queue has come far enough."""
+    after: float | None = None
+    """Seconds from the parent's start at which this job may start; None: at the parent's end."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Turn:
 
 
 def simulate(jobs: Sequence[Job], devices: int, room: int = 1) -> list[Turn]:
-    """Run a queue: whenever a device has room, the first job in the order given that fits and whose parent has ended.
+    """Run a queue: whenever a device has room, the first job in the order given that fits and may start.
 
     Turns come in the order of their starts. Raises InputError for a job that is larger than a device, and for one that
     waits for itself.
@@ -110,6 +115,8 @@ def simulate(jobs: Sequence[Job], devices: int, room: int = 1) -> list[Turn]:
     known = {job.id for job in jobs}
     ready: list[tuple[int, Job]] = []
     waiting: dict[str, list[tuple[int, Job]]] = {}
+    freed: list[tuple[float, int, Job]] = []
+    """When jobs whose parents have started may start themselves."""
     for rank, job in enumerate(jobs):
         if job.size > room:
             raise InputError(f"job {job.id} needs {job.size:,} of a device that has {room:,}. Make it smaller.")
@@ -123,7 +130,7 @@ def simulate(jobs: Sequence[Job], devices: int, room: int = 1) -> list[Turn]:
     running: list[tuple[float, str, int, int]] = []
     turns: list[Turn] = []
     now = 0.0
-    while ready or running:
+    while ready or running or freed:
         passed = deque[tuple[int, Job]]()
         while ready and free and -free[0][0] >= smallest:
             rank, job = heapq.heappop(ready)
@@ -135,16 +142,21 @@ def simulate(jobs: Sequence[Job], devices: int, room: int = 1) -> list[Turn]:
             heapq.heapreplace(free, (-spare[device], device))
             turns.append(Turn(job.id, device, now, now + job.seconds))
             heapq.heappush(running, (now + job.seconds, job.id, device, job.size))
+            for later, child in waiting.pop(job.id, ()):
+                wait = job.seconds if child.after is None else min(child.after, job.seconds)
+                heapq.heappush(freed, (now + wait, later, child))
         for one in passed:
             heapq.heappush(ready, one)
-        if not running:
+        if freed and (not running or freed[0][0] <= running[0][0]):
+            now, rank, job = heapq.heappop(freed)
+            heapq.heappush(ready, (rank, job))
+        elif running:
+            now, _, device, size = heapq.heappop(running)
+            spare[device] += size
+            free = [(-left, one) for one, left in spare.items()]
+            heapq.heapify(free)
+        else:
             break
-        now, ended, device, size = heapq.heappop(running)
-        spare[device] += size
-        free = [(-left, one) for one, left in spare.items()]
-        heapq.heapify(free)
-        for one in waiting.pop(ended, ()):
-            heapq.heappush(ready, one)
     if waiting:
         raise InputError(f"the jobs {', '.join(sorted(waiting))[:200]} wait for one another.")
     return turns
@@ -160,7 +172,10 @@ def longest_first(jobs: Sequence[Job]) -> list[Job]:
 
     def length(job: Job) -> float:
         if job.id not in chain:
-            chain[job.id] = job.seconds + max((length(child) for child in children.get(job.id, ())), default=0.0)
+            below = (
+                (job.seconds if one.after is None else one.after) + length(one) for one in children.get(job.id, ())
+            )
+            chain[job.id] = max([job.seconds, *below])
         return chain[job.id]
 
     return sorted(jobs, key=lambda job: (-length(job), job.id))

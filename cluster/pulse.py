@@ -7,7 +7,7 @@ import os
 import time
 
 from sweeps.records import read_json
-from sweeps.store import SILENCE_SECONDS, Store, attempt_epochs
+from sweeps.store import SILENCE_SECONDS, Store, attempt_epochs, read_end
 
 HANG_SECONDS = float(os.environ.get("ESCALA_HANG_SECONDS", "1800"))
 """A cell that beats but makes no step for this long hangs. A slow one makes steps."""
@@ -42,6 +42,9 @@ class Pulse:
         if len(epochs) <= self._attempts:  # the worker still starts: importing torch on a busy disk takes its time
             self._beaten = self._stepped = now
             return
+        if self._has_ended(epochs[-1]):  # while others of its program go on
+            self._beaten = self._stepped = now
+            return
         try:
             path = self._store.attempt(self._cell_id, epochs[-1]) / "heartbeat.json"
             step, beat = read_json(path)["progressed"], path.stat().st_mtime
@@ -51,3 +54,7 @@ class Pulse:
             self._beat, self._beaten = beat, now
         if step != self._step:
             self._step, self._stepped = step, now
+
+    def _has_ended(self, epoch: int) -> bool:
+        result = self._store.cell(self._cell_id) / "result.json"
+        return result.exists() or read_end(self._store, self._cell_id, epoch) is not None

@@ -17,21 +17,35 @@ class Worker:
         import sweeps.training  # noqa: F401
 
     def run(
-        self, root: str, cell_id: str, study: str, base_dir: str | None, checkpoint_seconds: float, driver: int
-    ) -> dict[str, Any]:
-        """Try a cell once: how it ended, as `sweeps.attempt.Ended`."""
-        from sweeps.attempt import run_attempt
+        self,
+        root: str,
+        cell_ids: list[str],
+        study: str,
+        base_dir: str | None,
+        checkpoint_seconds: float,
+        driver: int,
+        probe: bool,
+    ) -> list[dict[str, Any]]:
+        """Try a cell once, or several as one program: how each ended, as `sweeps.attempt.Ended`.
 
-        ended = run_attempt(
-            Store(Path(root)),
-            cell_id,
+        With `probe`, several are tried together only where that pays; else nothing is tried and the list is empty.
+        """
+        from sweeps.attempt import run_attempts
+        from sweeps.stacking import pays
+
+        store = Store(Path(root))
+        if probe and len(cell_ids) > 1 and not pays(store, cell_ids):
+            return []
+        ended = run_attempts(
+            store,
+            cell_ids,
             study=study,
             base_dir=Path(base_dir) if base_dir else None,
             checkpoint_seconds=checkpoint_seconds,
             driver=driver,
         )
-        if ended.state == "preemption":  # whoever sent SIGTERM wants the process gone; the files say how it ended
+        if any(one.state == "preemption" for one in ended):  # whoever sent SIGTERM wants the process gone
             import ray
 
             ray.actor.exit_actor()
-        return vars(ended)
+        return [vars(one) for one in ended]

@@ -4,7 +4,8 @@ import io
 import math
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -48,22 +49,49 @@ def run_attempt(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     driver: int = 0,
 ) -> Ended:
-    """Try a cell once, from its last checkpoint where it has one.
+    """Try a cell once, as `run_attempts` does."""
+    (ended,) = run_attempts(
+        store,
+        [cell_id],
+        study=study,
+        base_dir=base_dir,
+        checkpoint_seconds=checkpoint_seconds,
+        driver=driver,
+    )
+    return ended
+
+
+def run_attempts(
+    store: Store,
+    cell_ids: Sequence[str],
+    *,
+    study: str,
+    base_dir: Path | None = None,
+    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    driver: int = 0,
+) -> list[Ended]:
+    """Try a cell once, or several as one program, each from its last checkpoint where it has one.
 
     A failure of the cell's own code is not raised: its traceback goes to the attempt's error.txt. A result is committed
-    only while the attempt still holds the cell's lease; a superseded one says so. `driver` is the number of the claim
-    for which it runs. In a main thread, SIGTERM keeps a checkpoint and ends the attempt as preempted.
+    only while the attempt still holds the cell's lease, and as soon as its cell has ended; a superseded one says so.
+    `driver` is the number of the claim for which it runs. In a main thread, SIGTERM keeps a checkpoint and ends the
+    attempts as preempted.
     """
     started = time.time()
-    record = read_cell(store, cell_id)
-    cell = cell_from_identity(record["identity"])
-    numerics, tolerance = _numerics(store, cell)
-    attempt = begin_attempt(store, cell_id, {"study": study, "driver": driver, "numerics": numerics.to_json()})
-    try:
-        with Heartbeat(attempt) as heartbeat, terminable(heartbeat):
-            corpus = _corpus(store.root, cell.corpus)
-            with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
-                trainer_io = TrainerIO(
+    tries: list[_Try] = []
+    with ExitStack() as open_things:
+        try:
+            for cell_id in cell_ids:
+                record = read_cell(store, cell_id)
+                cell = cell_from_identity(record["identity"])
+                numerics, tolerance = _numerics(store, cell, len(cell_ids))
+                note = {"study": study, "driver": driver, "numerics": numerics.to_json()}
+                tries.append(_Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, len(cell_ids)))
+                one = tries[-1]
+                heartbeat = one.heartbeat = open_things.enter_context(Heartbeat(one.attempt))
+                corpus = _corpus(store.root, cell.corpus)
+                stream = open_things.enter_context((one.attempt.folder / "log.jsonl").open("ab", buffering=0))
+                one.io = TrainerIO(
                     heartbeat,
                     stream,
                     corpus,
@@ -73,26 +101,67 @@ def run_attempt(
                     base_dir=base_dir,
                     checkpoint_seconds=checkpoint_seconds,
                 )
-                outcome = _train(cell, trainer_io, base_dir)
-            state, reason = _commit(attempt, cell, trainer_io, record["counts"], outcome, started)
-    except Stopped as stopped:
-        state, reason = stopped.stop.kind, stopped.stop.why
-        if state != "superseded":
-            record_error(attempt, state, reason)
-    except Exception as error:
-        state, reason = _kind_of(error), f"{type(error).__name__}: {error}"
-        record_error(attempt, state, reason, traceback.format_exc())
-    return Ended(cell_id, attempt.epoch, state, reason)
+            with terminable(*(one.heartbeat for one in tries if one.heartbeat is not None)):
+                _train(tries, base_dir)
+        except Exception as error:
+            if not tries:
+                raise
+            for one in tries:
+                one.settle(error)
+    return [one.ended for one in tries if one.ended is not None]
 
 
-def _train(cell: Cell, trainer_io: TrainerIO, base_dir: Path | None) -> Outcome:
-    try:
-        ended = _find_trainer(cell.trainer, base_dir)(cell, trainer_io)
-    except Diverged as diverged:
-        ended = Outcome(state="diverged", reason=str(diverged))
-    finally:
-        trainer_io.close()
-    return _finite(ended if isinstance(ended, Outcome) else Outcome(val_loss_final=float(ended)))
+@dataclass
+class _Try:
+    """One attempt under way."""
+
+    attempt: Attempt
+    cell: Cell
+    counts: Mapping[str, Any]
+    started: float
+    members: int
+    """Of the program that it is part of."""
+    heartbeat: Heartbeat | None = None
+    io: TrainerIO | None = None
+    ended: Ended | None = None
+
+    def settle(self, end: Outcome | Exception) -> None:
+        """Put on record how the attempt ended, once."""
+        if self.ended is not None:
+            return
+        try:
+            if self.io is not None:
+                self.io.close()
+            if isinstance(end, Diverged):
+                end = Outcome(state="diverged", reason=str(end))
+            if isinstance(end, Outcome):
+                assert self.io is not None
+                state, reason = _commit(self, self.io, _finite(end))
+            else:
+                raise end
+        except Stopped as stopped:
+            state, reason = stopped.stop.kind, stopped.stop.why
+            if state != "superseded":
+                record_error(self.attempt, state, reason)
+        except Exception as error:
+            state, reason = _kind_of(error), f"{type(error).__name__}: {error}"
+            record_error(self.attempt, state, reason, traceback.format_exc())
+        self.ended = Ended(self.attempt.cell_id, self.attempt.epoch, state, reason)
+
+
+def _train(tries: Sequence[_Try], base_dir: Path | None) -> None:
+    """Train one cell with its trainer, or several together with Escala's."""
+    ios = [one.io for one in tries if one.io is not None]
+    if len(tries) == 1 and tries[0].cell.trainer:
+        try:
+            end: Outcome | Exception | float = _find_trainer(tries[0].cell.trainer, base_dir)(tries[0].cell, ios[0])
+        except Exception as error:
+            end = error
+        tries[0].settle(end if isinstance(end, Outcome | Exception) else Outcome(val_loss_final=float(end)))
+        return
+    from sweeps.training import train_together
+
+    train_together([one.cell for one in tries], ios, lambda member, end: tries[member].settle(end))
 
 
 def _finite(outcome: Outcome) -> Outcome:
@@ -107,15 +176,11 @@ def _finite(outcome: Outcome) -> Outcome:
 
 
 def _find_trainer(name: str, base_dir: Path | None) -> Trainer:
-    """The trainer of a cell: Escala's own for "", else the function of `my_file.py:train@<hash>`.
+    """The function of `my_file.py:train@<hash>`.
 
     A file is looked up from `base_dir`; None allows no such code. InputError where it is missing, or is not the file
     that the cell was planned with.
     """
-    if not name:
-        from sweeps.training import train
-
-        return train
     declared, _, planned = name.rpartition("@")
     function, digest = load_function("trainer", declared, base_dir)
     if digest != planned:
@@ -124,14 +189,8 @@ def _find_trainer(name: str, base_dir: Path | None) -> Trainer:
     return found
 
 
-def _commit(
-    attempt: Attempt,
-    cell: Cell,
-    trainer_io: TrainerIO,
-    counts: Mapping[str, Any],
-    outcome: Outcome,
-    started: float,
-) -> tuple[str, str | None]:
+def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, str | None]:
+    attempt, cell, counts = one.attempt, one.cell, one.counts
     fault("documents.before_write")
     if outcome.document_losses is not None and outcome.document_tokens is not None:
         _write_documents(attempt.folder / "documents.npz", outcome.document_losses, outcome.document_tokens)
@@ -151,10 +210,10 @@ def _commit(
         "trunk": trunk,
         "steps": steps,
         "epochs": round(corpus.info.epochs(tokens, cell.shape.context), 4),
-        "seconds": seconds | {"total": round(time.time() - started, 3)},
+        "seconds": seconds | {"total": round((time.time() - one.started) / one.members, 3)},
         "tokens_per_second": None if outcome.tokens_per_second is None else round(outcome.tokens_per_second, 1),
         "peak_memory_bytes": outcome.peak_memory_bytes,
-        "started": timestamp(started),
+        "started": timestamp(one.started),
         "ended": timestamp(),
         "host": read_json(attempt.folder / "attempt.json")["host"],
         "numerics": trainer_io.numerics.to_json(),
@@ -164,13 +223,13 @@ def _commit(
     return outcome.state, outcome.reason
 
 
-def _numerics(store: Store, cell: Cell) -> tuple[Numerics, float]:
+def _numerics(store: Store, cell: Cell, stack: int) -> tuple[Numerics, float]:
     """Those of the cell's last attempt, where there was one, else those of this process; and the relative difference
     that they allow between a value that is computed again and its first, which any earlier attempt may have logged.
 
     After an attempt that ran out of memory, half its micro-batch.
     """
-    here = choose_numerics(cell.sequences)
+    here = replace(choose_numerics(cell.sequences), stack=stack)
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     earlier: dict[int, Numerics] = {}
     for epoch in attempt_epochs(store, cell.id):
@@ -183,7 +242,7 @@ def _numerics(store: Store, cell: Cell) -> tuple[Numerics, float]:
     if not earlier:
         return here, tolerance
     last = max(earlier)
-    kept = replace(earlier[last], device=here.device, versions=here.versions)
+    kept = replace(earlier[last], device=here.device, versions=here.versions, stack=stack)
     end = read_end(store, cell.id, last)
     if end is not None and end[0] == "out_of_memory":
         kept = replace(kept, micro_batch=max(1, kept.micro_batch // 2))

@@ -19,6 +19,7 @@ from sweeps.errors import InputError
 from sweeps.families import Family, find_family, resolve_options
 from sweeps.rules import PowerRule, evaluate
 from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
+from sweeps.stacks import check_stack, stack_key
 from sweeps.study import Factors, IsoflopGrid, LadderGrid, LogVary, Study, Training, check_hyperparameter, listed
 from sweeps.usercode import trainer_identity
 
@@ -94,6 +95,7 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
             else:
                 planned.setdefault(one.cell.id, one)
     faults |= dict.fromkeys(_epoch_faults(study, corpus, planned.values()))
+    faults |= dict.fromkeys(_stack_faults(study, [one.cell for one in planned.values()]))
     if faults:
         shown = "\n".join(f"  {fault}" for fault in itertools.islice(faults, 10))
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
@@ -358,6 +360,18 @@ def _epoch_faults(study: Study, corpus: CorpusInfo, cells: Any) -> Iterator[str]
             f"{worst.cell.tokens:,} tokens of {corpus.train_tokens:,} ({worst.counts['epochs']:.1f} epochs). "
             "Lower the budgets, use a larger corpus, or set `repeat: true` under `corpus:`."
         )
+
+
+def _stack_faults(study: Study, cells: list[Cell]) -> Iterator[str]:
+    if (
+        isinstance(study.stack, int)
+        and len(cells) > 1
+        and len({stack_key(cell) or cell.id for cell in cells}) == len(cells)
+    ):
+        try:
+            check_stack(cells)
+        except InputError as error:
+            yield f"stack: {study.stack} asks for stacks, but no two cells can be members of one: {error}"
 
 
 def _warnings(cells: tuple[PlannedCell, ...]) -> Iterator[str]:

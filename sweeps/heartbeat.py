@@ -89,14 +89,15 @@ class Heartbeat:
 
 
 @contextmanager
-def terminable(heartbeat: Heartbeat) -> Iterator[None]:
-    """SIGTERM asks the attempt to stop, as a preempted machine does. Elsewhere than in the main thread: no change."""
+def terminable(*heartbeats: Heartbeat) -> Iterator[None]:
+    """SIGTERM asks the attempts to stop, as a preempted machine does. Elsewhere than in the main thread: no change."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(*_: object) -> None:
-        heartbeat.stop = heartbeat.stop or Stop("preemption", "SIGTERM")
+        for heartbeat in heartbeats:
+            heartbeat.stop = heartbeat.stop or Stop("preemption", "SIGTERM")
 
     before = signal.signal(signal.SIGTERM, handle)
     try:

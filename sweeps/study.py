@@ -237,6 +237,16 @@ Variation = Annotated[
     Discriminator(_variation_form),
 ]
 
+
+def _stack_form(value: Any) -> str:
+    return "@word" if isinstance(value, str) and not value.strip().isdigit() else "@number"
+
+
+Stacking = Annotated[
+    Annotated[Literal["off", "auto"], Tag("@word")] | Annotated[Whole, Field(ge=2), Tag("@number")],
+    Discriminator(_stack_form),
+]
+
 _FAMILY_FILE = re.compile(r".+\.py:\w+")
 
 
@@ -260,6 +270,9 @@ class Study(Declared):
     """Each seed sets both the initial weights and the data order."""
     trainer: str = ""
     """A trainer of one's own, my_file.py:train; empty: Escala's."""
+    stack: Stacking = "auto"
+    """Cells of equal shape, batch and tokens train as one program: auto, where a probe says that it is faster; off; or
+    a number, always, that many together at most."""
     vary: dict[str, Variation] = {}
     """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
 
@@ -302,6 +315,11 @@ class Study(Declared):
         if faults:
             raise ValueError(" ".join(faults))
         return value
+
+    @field_validator("stack", mode="before")
+    @classmethod
+    def _off_is_no_false(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads off as false
 
     @field_validator("seeds", mode="before")
     @classmethod

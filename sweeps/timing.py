@@ -109,6 +109,13 @@ def cell_seconds(
     return costs.build + (cell.steps - first_step) * step + evaluations * subset + whole + AROUND_SECONDS
 
 
+def seconds_until(costs: Costs, cell: Cell, step: int) -> float:
+    """Wall-clock seconds from a cell's start until it has taken so many steps."""
+    subset, _ = _evaluation_seconds(costs, cell.shape, SUBSET_TOKENS + 1)
+    evaluations = 1 + evaluations_after(cell.steps) - evaluations_after(cell.steps, step)
+    return costs.build + step * _step_seconds(costs, cell.shape, cell.sequences, cell.sequences) + evaluations * subset
+
+
 @lru_cache(maxsize=4096)
 def _step_seconds(costs: Costs, shape: Shape, sequences: int, micro_batch: int) -> float:
     return _dot(costs.step, step_features(shape, sequences, micro_batch))

@@ -1,6 +1,7 @@
 """Training: one cell, from random weights or its last checkpoint, to its final validation loss.
 
-The loop never waits for the device between log points: losses and norms stay there as tensors until a row is due.
+Several cells of one shape may train as one program (sweeps/stacking.py); each remains a cell with its own io. The loop
+never waits for the device between log points: losses and norms stay there as tensors until a row is due.
 Evaluations are not counted in C. A run that is interrupted at any step and goes on gives the same bits as one that was
 not, at equal numerics: `snapshot` holds everything that the next step depends on, besides the cell itself.
 """
@@ -10,21 +11,24 @@ import resource
 import statistics
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from sweeps.accounting import flops_per_token
 from sweeps.cell import Cell
+from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops
 from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows, to_device
 from sweeps.families import build_model, find_family
-from sweeps.optimizers import make_optimizer
 from sweeps.schedules import fraction, stable_steps
+from sweeps.stacking import Solo, Stack, precision
+from sweeps.stacks import check_stack
 from sweeps.trainer import Outcome, TrainerIO
 
 TRAIN_ROWS = 50
@@ -35,6 +39,10 @@ DIVERGED_NORM = 1000.0
 """A gradient norm of so many times the median of the rows before is high."""
 DIVERGED_ROWS = 3
 """Rows in a row that are high: the run has diverged."""
+
+
+Ending = Outcome | Exception
+"""How a member of a program ended: an outcome, or what its io raised."""
 
 
 @dataclass
@@ -66,133 +74,241 @@ class Progress:
 
 
 def train(cell: Cell, io: TrainerIO) -> Outcome:
-    """Train a cell, from its last checkpoint where it has one, and evaluate it.
+    """Train a cell, from its last checkpoint or its trunk's where there is one, and evaluate it.
 
     Rows are logged at log-spaced evaluations and at even distances between. A loss or gradient that is not finite, or
     that stays far above where it was, ends the cell as diverged.
     """
-    numerics, corpus, context = io.numerics, io.corpus, cell.shape.context
+    (end,) = train_together([cell], [io])
+    if isinstance(end, Exception):
+        raise end
+    return end
+
+
+def train_together(
+    cells: Sequence[Cell], ios: Sequence[TrainerIO], ended: Callable[[int, Ending], None] = lambda member, end: None
+) -> list[Ending]:
+    """Train several cells as one program, each with its own io, as `train` trains one.
+
+    Returns how each ended: an outcome, or what its io raised. `ended` is called with a member's number as soon as it
+    has ended; the others go on. Members that were interrupted at different steps wait for the one that is furthest
+    behind. InputError where the cells cannot be stacked (sweeps/stacks.py).
+    """
+    check_stack(cells)
+    numerics, corpus, cell = ios[0].numerics, ios[0].corpus, cells[0]
+    context = cell.shape.context
     torch.set_num_threads(numerics.threads)
     device = torch.device("cpu" if numerics.device == "cpu" else "cuda")
     clock = _Clock()
-    losses: list[torch.Tensor] = []
     with clock("build"):
-        family = find_family(cell.family, allow_code=io.base_dir is not None, base_dir=io.base_dir or Path())
-        model = build_model(family, cell.shape, init_std=cell.init_std, seed=cell.seed, options=dict(cell.options))
-        model.to(device).train()
-        optimizer = make_optimizer(model, cell.optimizer)
-        amplify = _precision(cell.precision, device)
+        family = find_family(cell.family, allow_code=ios[0].base_dir is not None, base_dir=ios[0].base_dir or Path())
+        models = [
+            build_model(family, one.shape, init_std=one.init_std, seed=one.seed, options=dict(one.options))
+            .to(device)
+            .train()
+            for one in cells
+        ]
+        recipes = [one.optimizer for one in cells]
+        program = Stack(models, recipes) if len(models) > 1 else Solo(models[0], recipes[0])
+        amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)
         subset = subset_windows(corpus.validation_windows(context), context)
-        state = io.restore()
-    if state is None:
-        with clock("evaluate"):
-            progress = Progress(start=evaluate(model, corpus, context, device, amplify, subset).loss)
-        io.log(0, {"val_loss": progress.start, "flops": 0.0, "optimizer_step": 0.0})
-    else:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        _set_random_state(state["random"])
-        progress = Progress(**state["progress"])
-        if io.trunk is None or io.trunk["tokens"] < progress.step * cell.batch_tokens:
-            losses += [loss.to(device) for loss in state["losses"]]
-        # else they are of the trunk's unfinished row; a run from scratch ends a row where it would branch off
-
-    def snapshot() -> dict[str, Any]:
-        parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": _random_state()}
-        return {**parts, "losses": losses, "progress": vars(progress)}
-
-    evaluations = evaluation_steps(cell.steps)
+        runner = _Runner(program, corpus, context, device, amplify, subset, evaluations, clock, ended)
+        members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
+    for member in members:
+        runner.attempt(member, runner.begin)
     between = max(1, cell.steps // TRAIN_ROWS)
-    rows = evaluations | set(range(between, cell.steps, between)) | {stable_steps(cell), cell.steps}
-    cost = flops_per_token(cell.shape)
-    peak = peak_flops(numerics.device, cell.precision)
-    first = since = progress.step
-    logged_seconds = 0.0
-    reason: str | None = None
-    for step in range(first + 1, cell.steps + 1):
-        tokens = step * cell.batch_tokens
-        with clock("train"):
-            middle = (step - 0.5) * cell.batch_tokens
-            rate = cell.optimizer.learning_rate * fraction(cell.schedule, middle, cell.tokens)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            batch = to_device(corpus.batch(cell.data_seed, step - 1, cell.sequences, context), device)
-            losses.append(_backward(model, batch, numerics.micro_batch, amplify))
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cell.optimizer.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.step = step
-            if step in rows:
-                mean_loss, last_norm = float(torch.stack(losses).mean()), float(norm)  # the device is waited for here
-        if step in rows:
-            pace = (step - since) * cell.batch_tokens / max(clock.seconds["train"] - logged_seconds, 1e-9)
-            since, logged_seconds = step, clock.seconds["train"]
-            losses.clear()
-            reason = progress.judge(mean_loss, last_norm, tokens)
-            if reason is not None:
-                fate = {"diverged_at_tokens": float(tokens), "learning_rate": rate, "optimizer_step": float(step)}
-                io.log(tokens, fate)
-                break
-            progress.row = {
-                "train_loss": mean_loss,
-                "learning_rate": rate,
-                "gradient_norm": last_norm,
-                "tokens_per_second": pace,
-                "flops": float(tokens * cost),
-                "optimizer_step": float(step),
-            }
-            if peak:
-                progress.row["mfu"] = pace * cost / peak
-            if step in evaluations:
-                with clock("evaluate"):
-                    progress.row["val_loss"] = evaluate(model, corpus, context, device, amplify, subset).loss
-            if step < cell.steps:  # the last row waits for the final evaluation
-                io.log(tokens, progress.row)
-        io.checkpoint(tokens, snapshot, last=step == cell.steps)
+    rows = evaluations | set(range(between, cell.steps, between)) | {cell.steps}
+    stable = {member.index: stable_steps(member.cell) for member in members}
+    for step in range(1 + min((m.progress.step for m in members if m.end is None), default=cell.steps), cell.steps + 1):
+        going = [member for member in members if member.end is None]
+        live = [member for member in going if member.progress.step < step]
+        if not going:
+            break
+        runner.step(members, live, step, numerics.micro_batch)
+        for member in going:
+            if member.progress.step > step:  # it waits, and says that it lives
+                runner.attempt(member, lambda member: member.io.progress())
+        for member in live:
+            if step in rows or step == stable[member.index]:
+                runner.attempt(member, runner.log)
+            if member.end is None:
+                runner.attempt(member, runner.checkpoint)
+    for member in members:
+        if member.end is None:
+            runner.attempt(member, runner.finish)
+    return [member.end for member in members if member.end is not None]
 
-    final: Evaluation | None = None
-    if reason is None:
-        with clock("evaluate"):
-            final = evaluate(model, corpus, context, device, amplify, working=io.progress)
-        row = progress.row
+
+@dataclass
+class _Member:
+    """One cell of a program as it trains."""
+
+    index: int
+    cell: Cell
+    io: TrainerIO
+    progress: Progress = field(default_factory=lambda: Progress(start=math.nan))
+    losses: list[torch.Tensor] = field(default_factory=list)
+    """Of the steps since the last row, on the device."""
+    norm: torch.Tensor | None = None
+    """Of the last step's gradients, on the device."""
+    rate: float = 0.0
+    first: int = 0
+    """Steps taken before this attempt."""
+    since: int = 0
+    """The step of the last row."""
+    logged_seconds: float = 0.0
+    """Of training, at the last row."""
+    end: Ending | None = None
+
+
+@dataclass
+class _Runner:
+    """What the members of a program share, and the parts of training one."""
+
+    program: Solo | Stack
+    corpus: Corpus
+    context: int
+    device: torch.device
+    amplify: AbstractContextManager[Any]
+    subset: np.ndarray
+    evaluations: set[int]
+    """The steps after which the subset is evaluated."""
+    clock: "_Clock"
+    ended: Callable[[int, Ending], None]
+
+    def attempt(self, member: _Member, part: Callable[[_Member], Ending | None]) -> None:
+        """Do one part for a member: where it ends the member, or raises, the others go on."""
+        try:
+            end: Ending | None = part(member)
+        except Exception as error:
+            end = error
+        if end is not None:
+            member.end = end
+            self.ended(member.index, end)
+
+    def begin(self, member: _Member) -> None:
+        with self.clock("build"):
+            state = member.io.restore()
+        model = self.program.models[member.index]
+        if state is None:
+            member.progress = Progress(start=self._evaluate(member))
+            member.io.log(0, {"val_loss": member.progress.start, "flops": 0.0, "optimizer_step": 0.0})
+        else:
+            with self.clock("build"):
+                model.load_state_dict(state["model"])
+                self.program.load_optimizer_state(member.index, state["optimizer"])
+                _set_random_state(state["random"])
+                member.progress = Progress(**state["progress"])
+                trunk = member.io.trunk
+                if trunk is None or trunk["tokens"] < member.progress.step * member.cell.batch_tokens:
+                    member.losses += [loss.to(self.device) for loss in state["losses"]]
+                # else they are of the trunk's unfinished row; a run from scratch ends a row where it would branch off
+        member.first = member.since = member.progress.step
+
+    def step(self, members: Sequence[_Member], live: Sequence[_Member], step: int, micro_batch: int) -> None:
+        """One optimizer step of the live members; the others' numbers do not change."""
+        with self.clock("train"):
+            batches = {
+                member.index: self.corpus.batch(member.cell.data_seed, step - 1, member.cell.sequences, self.context)
+                for member in live
+            }
+            idle = batches[live[0].index]  # what the others compute is thrown away
+            batch = np.stack([batches.get(member.index, idle) for member in members])
+            losses = self.program.backward(to_device(batch, self.device), micro_batch, self.amplify)
+            for member in live:
+                cell = member.cell
+                middle = (step - 0.5) * cell.batch_tokens
+                member.rate = cell.optimizer.learning_rate * fraction(cell.schedule, middle, cell.tokens)
+                self.program.set_rate(member.index, member.rate)
+                member.losses.append(losses[member.index])
+            norms = self.program.step([member.index for member in live])
+            for member in live:
+                member.norm, member.progress.step = norms[member.index], step
+
+    def log(self, member: _Member) -> Ending | None:
+        """Judge and log a row. The device is waited for here."""
+        cell, progress = member.cell, member.progress
+        step, tokens, cost = progress.step, progress.step * cell.batch_tokens, flops_per_token(cell.shape)
+        assert member.norm is not None
+        with self.clock("train"):
+            mean_loss, norm = float(torch.stack(member.losses).mean()), float(member.norm)
+        seconds = self.clock.seconds["train"]
+        pace = (step - member.since) * cell.batch_tokens / max(seconds - member.logged_seconds, 1e-9)
+        member.since, member.logged_seconds = step, seconds
+        member.losses.clear()
+        reason = progress.judge(mean_loss, norm, tokens)
+        if reason is not None:
+            fate = {"diverged_at_tokens": float(tokens), "learning_rate": member.rate, "optimizer_step": float(step)}
+            member.io.log(tokens, fate)
+            return self._outcome(member, reason, None)
+        progress.row = {
+            "train_loss": mean_loss,
+            "learning_rate": member.rate,
+            "gradient_norm": norm,
+            "tokens_per_second": pace,
+            "flops": float(tokens * cost),
+            "optimizer_step": float(step),
+        }
+        peak = peak_flops(member.io.numerics.device, cell.precision)
+        if peak:
+            progress.row["mfu"] = pace * cost / peak
+        if step in self.evaluations:
+            progress.row["val_loss"] = self._evaluate(member)
+        if step < cell.steps:  # the last row waits for the final evaluation
+            member.io.log(tokens, progress.row)
+        return None
+
+    def checkpoint(self, member: _Member) -> None:
+        def snapshot() -> dict[str, Any]:
+            return {
+                "model": self.program.models[member.index].state_dict(),
+                "optimizer": self.program.optimizer_state(member.index),
+                "random": _random_state(),
+                "losses": member.losses,
+                "progress": vars(member.progress),
+            }
+
+        step = member.progress.step
+        member.io.checkpoint(step * member.cell.batch_tokens, snapshot, last=step == member.cell.steps)
+
+    def finish(self, member: _Member) -> Ending:
+        """The final evaluation, the last row, and the outcome."""
+        with self.clock("evaluate"):
+            model = self.program.models[member.index]
+            final = evaluate(model, self.corpus, self.context, self.device, self.amplify, working=member.io.progress)
+        progress, row = member.progress, member.progress.row
+        reason = None
         if math.isfinite(final.loss) and final.loss <= progress.start:
-            row |= {"val_loss": final.subset_loss(subset, context), "val_loss_final": final.loss}
-            row |= {"val_bpb_final": corpus.info.bits_per_byte(final.loss)}
+            row |= {"val_loss": final.subset_loss(self.subset, self.context), "val_loss_final": final.loss}
+            row |= {"val_bpb_final": self.corpus.info.bits_per_byte(final.loss)}
         else:
             reason = f"final validation loss {final.loss:.4g} is above its start ({progress.start:.4g})"
+        member.io.log(member.cell.tokens, row)
+        return self._outcome(member, reason, final)
+
+    def _evaluate(self, member: _Member) -> float:
+        """The validation loss over the subset."""
+        with self.clock("evaluate"):
+            model = self.program.models[member.index]
+            return evaluate(model, self.corpus, self.context, self.device, self.amplify, self.subset).loss
+
+    def _outcome(self, member: _Member, reason: str | None, final: Evaluation | None) -> Outcome:
+        if reason is not None:
             final = None
-        io.log(cell.tokens, row)
-    return Outcome(
-        state="finished" if final else "diverged",
-        reason=reason,
-        val_loss_final=final.loss if final else None,
-        val_bpb_final=corpus.info.bits_per_byte(final.loss) if final else None,
-        loss_at_start=progress.start,
-        steps=progress.step,
-        seconds=clock.seconds,
-        tokens_per_second=(progress.step - first) * cell.batch_tokens / max(clock.seconds["train"], 1e-9),
-        peak_memory_bytes=_peak_memory_bytes(),
-        document_losses=final.document_sums if final else None,
-        document_tokens=final.document_tokens if final else None,
-    )
-
-
-def _backward(
-    model: torch.nn.Module, batch: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]
-) -> torch.Tensor:
-    """Gradients of the mean loss of a batch, in micro-batches of so many sequences. Returns the loss."""
-    parts = batch.split(micro_batch)
-    total: torch.Tensor | None = None
-    for part in parts:
-        with amplify:
-            logits = model(part[:, :-1]).logits
-            loss = cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
-        if len(parts) > 1:
-            loss = loss * (len(part) / len(batch))
-        loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    return total
+        done, seconds = (member.progress.step - member.first) * member.cell.batch_tokens, self.clock.seconds
+        return Outcome(
+            state="finished" if final else "diverged",
+            reason=reason,
+            val_loss_final=final.loss if final else None,
+            val_bpb_final=self.corpus.info.bits_per_byte(final.loss) if final else None,
+            loss_at_start=member.progress.start,
+            steps=member.progress.step,
+            seconds={part: spent / len(self.program.models) for part, spent in seconds.items()},
+            tokens_per_second=done / max(seconds["train"], 1e-9),
+            peak_memory_bytes=_peak_memory_bytes(),
+            document_losses=final.document_sums if final else None,
+            document_tokens=final.document_tokens if final else None,
+        )
 
 
 def _random_state() -> dict[str, Any]:
@@ -204,11 +320,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _precision(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """float32 throughout, or bfloat16 matmuls over float32 weights."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def _peak_memory_bytes() -> int:

@@ -5,6 +5,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from sweeps.store import Store, read_plan
+
 ROOT = Path(__file__).resolve().parent.parent
 
 TINY = """
@@ -54,3 +56,18 @@ class Finished:
     study: Path
     store: Path
     output: str
+
+
+def ids(store: Store, name: str = "demo") -> list[str]:
+    """The cells of a study, in the order of its plan."""
+    return [entry["id"] for entry in read_plan(store, name)["cells"]]
+
+
+def refused(escala: Escala, *arguments: object) -> str:
+    """What a command says that is refused and changes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in escala.folder.rglob("*")}
+    run = escala(*arguments, ok=2)
+    assert run.stderr.startswith("error: ")
+    assert "Traceback" not in run.stderr
+    assert {path: path.stat().st_mtime_ns for path in escala.folder.rglob("*")} == before, "something was changed"
+    return run.stderr

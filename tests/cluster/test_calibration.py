@@ -153,7 +153,9 @@ def known(calibrated: Finished) -> Calibration:
     return read_calibrations(Store(calibrated.store))[local_kind()]
 
 
-def test_a_branch_costs_its_own_segment_and_waits_for_its_trunk(known: Calibration, tmp_path: Path) -> None:
+def test_a_branch_costs_its_own_segment_and_waits_until_its_trunk_has_come_so_far(
+    known: Calibration, tmp_path: Path
+) -> None:
     plan = plan_of(LADDER, open_store(tmp_path / "store"))
     branches = plan_branches(one.cell for one in plan.cells)
     assert len(branches) == 4, "two sizes, three lengths each"
@@ -166,8 +168,10 @@ def test_a_branch_costs_its_own_segment_and_waits_for_its_trunk(known: Calibrati
         assert (value < apart[cell_id]) if cell_id in branches else (value == apart[cell_id])  # type: ignore[operator]
     everything = {one.cell.id for one in plan.cells}
     many = estimate(plan, known, everything, workers=6)
-    chains = [seconds[cell_id] + seconds[branch.parent] for cell_id, branch in branches.items()]  # type: ignore[operator]
-    assert many.makespan_seconds == pytest.approx(max(chains)), "on many workers the longest chain is left"
+    trunks = [seconds[branch.parent] for branch in branches.values()]
+    longest = max(value for value in trunks if value is not None)
+    assert many.makespan_seconds is not None
+    assert longest <= many.makespan_seconds < 1.5 * longest, "on many workers only what is shared is waited for"
     left = {cell_id for cell_id in everything if cell_id in branches}
     rest = estimate(plan, known, left, workers=6)
     assert rest.makespan_seconds == pytest.approx(max(seconds[i] for i in left)), "a trunk that has ended holds nobody"  # type: ignore[type-var]

@@ -2,17 +2,14 @@
 
 import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from commandline import ROOT
 
-from cluster import pulse
+from cluster import driver, pulse
 from cluster.claims import Claim
 from cluster.control import cancel, pause, resume
 from cluster.driver import Tally, run_study
@@ -39,7 +36,10 @@ def train(cell, io):
     if (here / "broken").exists():
         raise RuntimeError("the disk of node 17 is on fire")
     for step in range(state["step"] + 1, cell.steps + 1):
-        time.sleep(0.02)
+        time.sleep(0.02 if (here / "slow").exists() else 0.001)
+        while step == 25 and (here / "hold").exists() and not io.should_stop():
+            time.sleep(0.01)
+            io.checkpoint((step - 1) * cell.batch_tokens, lambda: state)
         state = {"step": step, "x": state["x"] * 0.9}
         io.log(step * cell.batch_tokens, {"train_loss": state["x"]})
         io.checkpoint(step * cell.batch_tokens, lambda: state)
@@ -47,22 +47,23 @@ def train(cell, io):
 """
 
 
-@pytest.fixture(scope="module")
-def ray_address() -> Iterator[str]:
-    """A Ray of two CPUs that all tests here join: starting one costs more than they do."""
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["ESCALA_BEAT_SECONDS"] = "0.25"
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 1024**2})
-    yield cluster.address
-    cluster.shutdown()
-    del os.environ["PYTHONPATH"], os.environ["ESCALA_BEAT_SECONDS"]
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits scaled down."""
+    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return open_store(tmp_path / "store")
+
+
+@pytest.fixture
+def hold(tmp_path: Path) -> Path:
+    """While this file is there, cells wait before their 25th step."""
+    (tmp_path / "hold").touch()
+    return tmp_path / "hold"
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def assert_whole(store: Store, plan: Plan, steps: int) -> None:
 
 
 class Once:
-    """Does something at the first moment of a run that a condition holds for, in a thread of its own."""
+    """Does something at the first moment of a run that a condition holds for."""
 
     def __init__(self, condition: Callable[[Progress], bool], act: Callable[[], object]) -> None:
         self.condition, self.act, self.done = condition, act, False
@@ -137,6 +138,14 @@ class Once:
         if not self.done and self.condition(progress):
             self.done = True
             self.act()
+
+
+def each(*watches: Once) -> Callable[[Progress], None]:
+    def watch(progress: Progress) -> None:
+        for one in watches:
+            one(progress)
+
+    return watch
 
 
 def trained(progress: Progress) -> bool:
@@ -150,13 +159,15 @@ def pids(store: Store, plan: Plan) -> list[int]:
 
 
 def test_a_worker_that_is_killed_four_times_over_uses_up_the_budget_of_one_cell(
-    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
-    plan = make_plan(1, 400)
+    plan = make_plan(1, 40)
     killed: set[int] = set()
 
     def kill(progress: Progress) -> None:
-        for pid in pids(store, plan) if progress.running and progress.running[0].tokens else []:
+        epochs = attempt_epochs(store, ids(plan)[0])
+        beats = bool(epochs) and (store.attempt(ids(plan)[0], epochs[-1]) / "heartbeat.json").exists()
+        for pid in pids(store, plan) if progress.running and beats else []:
             if pid not in killed:
                 killed.add(pid)
                 os.kill(pid, signal.SIGKILL)
@@ -170,18 +181,20 @@ def test_a_worker_that_is_killed_four_times_over_uses_up_the_budget_of_one_cell(
     assert list(again.failed) == ids(plan), "it stays failed"
     assert len(attempt_epochs(store, ids(plan)[0])) == 4
     forgive(store, ids(plan)[0], "a test")
+    hold.unlink()
     assert drive(plan).finished == 1
-    assert_whole(store, plan, 400)
+    assert_whole(store, plan, 40)
 
 
 def test_a_preempted_worker_keeps_a_checkpoint_is_replaced_and_costs_nothing(
-    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
-    plan = make_plan(2, 150)
-    tally = drive(plan, Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGTERM)))
+    plan = make_plan(2, 40)
+    preempted = Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGTERM))
+    tally = drive(plan, each(preempted, Once(lambda _: bool(ends(store, plan)), hold.unlink)))
     assert (tally.finished, tally.failed) == (2, {})
     assert ends(store, plan) == ["preemption"]
-    assert_whole(store, plan, 150)
+    assert_whole(store, plan, 40)
 
 
 def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_one(
@@ -196,6 +209,7 @@ def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_on
     monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.2)
     monkeypatch.setattr(pulse, "HANG_SECONDS", 6.0)
     (tmp_path / "hang-2").touch()
+    (tmp_path / "slow").touch()
     tally = drive(plan, Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGSTOP)))
     assert (tally.finished, tally.failed) == (3, {})
     said = [read_end(store, one, epoch) for one in ids(plan) for epoch in attempt_epochs(store, one)]
@@ -204,23 +218,23 @@ def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_on
 
 
 def test_a_pause_stops_the_cells_with_a_checkpoint_until_it_is_lifted(
-    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
-    plan = make_plan(3, 150)
+    plan = make_plan(3, 40)
     moments: list[tuple[str | None, int]] = []
     paused = Once(trained, lambda: pause(store, "s"))
-    lifted = Once(lambda now: now.wish == "pause" and not now.running, lambda: resume(store, "s"))
+    released = Once(lambda now: now.wish == "pause" and not now.running, hold.unlink)
+    lifted = Once(lambda now: released.done, lambda: resume(store, "s"))
 
     def watch(progress: Progress) -> None:
         moments.append((progress.wish, len(progress.running)))
-        paused(progress)
-        lifted(progress)
+        each(paused, released, lifted)(progress)
 
     tally = drive(plan, watch)
     assert ("pause", 0) in moments
     assert (tally.finished, tally.stopped) == (3, None)
     assert set(ends(store, plan)) == {"stopped"}
-    assert_whole(store, plan, 150)
+    assert_whole(store, plan, 40)
 
 
 def test_a_paused_study_is_not_run(make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store) -> None:
@@ -233,29 +247,33 @@ def test_a_paused_study_is_not_run(make_plan: Callable[..., Plan], drive: Callab
 
 @pytest.mark.parametrize("now", [False, True])
 def test_a_cancelled_study_ends_and_goes_on_when_it_is_run_again(
-    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, now: bool
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path, now: bool
 ) -> None:
-    plan = make_plan(3, 100)
-    tally = drive(plan, Once(trained, lambda: cancel(store, "s", now=now)))
+    plan = make_plan(3, 40)
+    cancelled = Once(trained, lambda: cancel(store, "s", now=now))
+    tally = drive(plan, each(cancelled, Once(lambda progress: progress.wish == "drain", hold.unlink)))
     assert tally.stopped is not None
     assert tally.stopped.startswith("cancelled by" if now else "drained by")
     assert tally.finished == (0 if now else 2)
     assert tally.planned == (3 if now else 1)
     assert ends(store, plan) == (["stopped"] * 2 if now else [])
+    hold.unlink(missing_ok=True)
     assert drive(plan).finished == tally.planned
-    assert_whole(store, plan, 100)
+    assert_whole(store, plan, 40)
 
 
 def test_a_failed_cell_that_is_forgiven_while_the_driver_works_is_tried_again(
-    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
-    plan = make_plan(2, 200)
+    plan = make_plan(2, 40)
     register(store, plan, b"")
     failed = ids(plan)[1]
     record_error(begin_attempt(store, failed, {"study": "s", "driver": 0}), "code", "a test")
-    tally = drive(plan, Once(trained, lambda: forgive(store, failed, "a test")))
+    forgiven = Once(trained, lambda: forgive(store, failed, "a test"))
+    heard = Once(lambda now: now.counts["failed"] == 0, hold.unlink)
+    tally = drive(plan, each(forgiven, heard))
     assert (tally.finished, tally.failed) == (2, {})
-    assert_whole(store, plan, 200)
+    assert_whole(store, plan, 40)
 
 
 def test_a_study_whose_first_attempts_fail_alike_is_given_up(
@@ -295,24 +313,26 @@ def test_a_cell_that_another_studys_driver_trains_is_waited_for_and_trained_once
     assert ids(plan) == ids(other)
     with Claim(store, "other") as claim:
         attempt = begin_attempt(store, ids(plan)[0], {"study": "other", "driver": claim.number})
+        waited: list[Progress] = []
 
-        def end() -> None:
-            record_error(attempt, "stopped", "a test")
+        def watch(progress: Progress) -> None:
+            if progress.counts["finished"] == 1:
+                waited.append(progress)
+                if len(waited) == 10:  # it has looked a few times since its own cell was done
+                    assert attempt_epochs(store, ids(plan)[0]) == [0]
+                    record_error(attempt, "stopped", "a test")
 
-        done = threading.Timer(4.0, end)
-        done.start()
-        began = time.monotonic()
-        tally = drive(plan)
-        assert time.monotonic() - began > 3.5
+        tally = drive(plan, watch)
+        assert len(waited) >= 10
     assert tally.finished == 2
     assert attempt_epochs(store, ids(plan)[0]) == [0, 1]
     assert_whole(store, plan, 60)
 
 
 def test_a_driver_that_was_replaced_ends_without_touching_a_cell(
-    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
-    plan = make_plan(2, 600)
+    plan = make_plan(2, 40)
 
     def replace() -> None:
         write_json(store.study("s") / "driver-7.json", {"host": "elsewhere", "pid": 1, "started": "now"})

@@ -31,7 +31,8 @@ def queues(draw: st.DrawFn, size: int = ROOM, branches: bool = True) -> list[Job
         trunks = [job.id for job in jobs if job.parent is None]
         parent = draw(st.none() | st.sampled_from(trunks)) if trunks and branches else None
         seconds = draw(st.floats(0.01, 1000))
-        jobs.append(Job(str(number), seconds, draw(st.integers(1, size)), parent))
+        after = draw(st.none() | st.floats(0, 2000)) if parent else None
+        jobs.append(Job(str(number), seconds, draw(st.integers(1, size)), parent, after))
     return draw(st.permutations(jobs))
 
 
@@ -42,20 +43,25 @@ def test_no_device_holds_more_than_its_room_and_every_job_runs_once_after_its_pa
     turns = simulate(longest_first(jobs), devices, ROOM)
     known = {job.id: job for job in jobs}
     assert Counter(turn.id for turn in turns) == Counter(list(known))
-    ends = {turn.id: turn.end for turn in turns}
+    begun = {turn.id: turn for turn in turns}
     for turn in turns:
         job = known[turn.id]
         assert 0 <= turn.device < devices
         assert turn.end == turn.start + job.seconds
-        assert job.parent is None or turn.start >= ends[job.parent]
+        assert job.parent is None or turn.start >= may_start(job, begun[job.parent])
         together = [other for other in turns if other.device == turn.device and other.start <= turn.start < other.end]
         assert sum(known[other.id].size for other in together) <= ROOM
+
+
+def may_start(job: Job, parent: Turn) -> float:
+    return parent.end if job.after is None else min(parent.end, parent.start + job.after)
 
 
 def lower_bound(jobs: list[Job], devices: int) -> float:
     """No schedule is shorter than the work shared evenly, nor than the longest chain."""
     known = {job.id: job for job in jobs}
-    chains = [job.seconds + (known[job.parent].seconds if job.parent else 0.0) for job in jobs]
+    before = [may_start(job, Turn("", 0, 0.0, known[job.parent].seconds)) if job.parent else 0.0 for job in jobs]
+    chains = [job.seconds + wait for job, wait in zip(jobs, before, strict=True)]
     return max(sum(job.seconds for job in jobs) / devices, max(chains, default=0.0))
 
 
@@ -86,6 +92,11 @@ def test_a_trunk_goes_before_a_longer_cell_that_nothing_waits_for() -> None:
         Turn("branch", 0, 9.0, 12.0),
     ]
     assert makespan(simulate(longest_first(jobs), 2)) == 7.0
+
+
+def test_a_branch_starts_when_its_trunk_has_come_so_far() -> None:
+    jobs = [Job("trunk", 4.0), Job("branch", 1.0, parent="trunk", after=1.5)]
+    assert simulate(longest_first(jobs), 2) == [Turn("trunk", 0, 0.0, 4.0), Turn("branch", 1, 1.5, 2.5)]
 
 
 def test_a_branch_of_a_trunk_that_has_ended_waits_for_nobody() -> None:

@@ -19,7 +19,7 @@ from commandline import ROOT, TINY, Escala, Finished
 
 from cluster.claims import read_holder
 from sweeps.records import append_rows, read_json, read_rows, write_json
-from sweeps.store import Store, attempt_epochs, read_metrics, read_plan
+from sweeps.store import Store, attempt_epochs, attempt_lives, read_metrics, read_plan
 
 
 def results(store: Path) -> dict[str, dict[str, Any]]:
@@ -58,9 +58,9 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", se
         time.sleep(0.05)
 
 
-def long_study(cells: int) -> str:
+def long_study(cells: int, tokens: int = 150_000) -> str:
     """Cells of a few seconds each, so that a kill comes in the middle."""
-    grid = f"grid: {{type: points, points: [{{size: 10000, tokens: 150000}}]}}\nseeds: {list(range(cells))}\n"
+    grid = f"grid: {{type: points, points: [{{size: 10000, tokens: {tokens}}}]}}\nseeds: {list(range(cells))}\n"
     return re.sub(r"grid:.*?\ntraining", f"{grid}training", TINY, flags=re.S)
 
 
@@ -120,12 +120,15 @@ def test_an_edited_study_trains_only_what_is_new_and_says_so(copy_of_finished: C
 
 
 def test_a_killed_driver_loses_nothing_and_only_the_missing_cells_train_again(escala: Escala, tmp_path: Path) -> None:
-    study, store = escala.study(long_study(5)), tmp_path / "store"
+    study, store = escala.study(long_study(5, tokens=60_000)), tmp_path / "store"
     process = escala.start("run", study, "--store", store, "--workers", 2)
     wait_for(lambda: bool(results(store)), process)
     process.kill()
     process.communicate()
-    time.sleep(3)  # workers of a dead driver write for about two seconds more
+    cells, deadline = [path.name for path in store.glob("cells/*")], time.monotonic() + 30
+    while any(attempt_lives(Store(store), one, epoch) for one in cells for epoch in attempt_epochs(Store(store), one)):
+        assert time.monotonic() < deadline  # workers of a dead driver write for about two seconds more
+        time.sleep(0.05)
     before = results(store)
     assert 1 <= len(before) < 5
     status = json.loads(escala("status", "tiny", "--store", store, "--json").stdout)

@@ -10,49 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
-from commandline import ROOT, TINY, Escala
+from commandline import ROOT, TINY, Escala, ids, refused
 
 import analysis
-from analysis.laws import CHINCHILLA
 from cluster.claims import Claim
-from sweeps.records import append_rows, encode_row, write_json
+from sweeps.records import append_rows, write_json
 from sweeps.store import Store, begin_attempt, commit_result, open_store, read_plan, read_quarantine, record_error
 from tests.analysis.synthetic import Run, write_study
-
-RUNS = [
-    *(Run(width=width, budget=1.2e11) for width in (16, 24, 32)),
-    Run(width=24, budget=1.2e11, seed=1),
-    Run(width=40, budget=1.2e11, state="failed"),
-    Run(width=48, budget=1.2e11, state="planned"),
-]
-LAW = {"E": 1.8, "A": 482.0, "B": 2085.0, "alpha": 0.35, "beta": 0.37}
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> tuple[Escala, Store]:
-    return Escala(tmp_path), open_store(write_study(tmp_path / "store", RUNS))
-
-
-def ids(store: Store, name: str = "demo") -> list[str]:
-    return [entry["id"] for entry in read_plan(store, name)["cells"]]
-
-
-def refused(escala: Escala, *arguments: object) -> str:
-    before = {path: path.stat().st_mtime_ns for path in escala.folder.rglob("*")}
-    run = escala(*arguments, ok=2)
-    assert run.stderr.startswith("error: ")
-    assert "Traceback" not in run.stderr
-    assert {path: path.stat().st_mtime_ns for path in escala.folder.rglob("*")} == before, "something was changed"
-    return run.stderr
-
-
-def old(path: Path, seconds: float = 2 * 3600) -> Path:
-    """Make a file or folder look as if nobody had written to it for long."""
-    for one in [*path.rglob("*"), path]:
-        os.utime(one, (time.time() - seconds,) * 2)
-    return path
 
 
 def row(tokens: int, **metrics: float) -> dict[str, Any]:
@@ -107,7 +72,7 @@ def test_the_status_table_is_whole_on_narrow_terminals(place: tuple[Escala, Stor
 
 
 def test_watching_ends_by_itself_when_nothing_is_left(tmp_path: Path) -> None:
-    store = open_store(write_study(tmp_path / "store", RUNS[:3]))
+    store = open_store(write_study(tmp_path / "store", [Run(width=width, budget=1.2e11) for width in (16, 24, 32)]))
     cell = ids(store)[0]
     (store.cell(cell) / "result.json").rename(tmp_path / "result.json")
     escala = Escala(tmp_path)
@@ -255,186 +220,7 @@ def test_marks_made_at_the_same_time_are_all_kept(place: tuple[Escala, Store]) -
     assert set(read_quarantine(store, "demo")) == set(cells)
 
 
-# --- gc ----------------------------------------------------------------------------------------------------------
-
-
-def littered(store: Store) -> dict[str, Path]:
-    """One thing of each kind that may go, and beside each something like it that must stay."""
-    done, failed = ids(store)[0], ids(store)[4]
-    made = {}
-    for key, cell, name, permanent in (
-        ("checkpoint", done, "1000", False),
-        ("permanent", done, "2000", True),
-        ("resumable", failed, "1000", False),
-    ):
-        made[key] = store.attempt(cell, 0) / "checkpoints" / name
-        made[key].mkdir(parents=True)
-        (made[key] / "state.json").write_bytes(encode_row({"permanent": permanent}))
-        (made[key] / "state.safetensors").write_bytes(b"0" * 1000)
-    made["leftover"] = store.attempt(done, 0) / "checkpoints" / ".tmp-3000"
-    made["leftover"].mkdir()
-    (made["leftover"] / "half").write_bytes(b"0" * 500)
-    made["fresh"] = store.cell(done) / ".result.json.xyz"
-    made["fresh"].write_bytes(b"half")
-    write_study(store.root, [Run(width=80, budget=1.2e11)], name="gone")
-    made["cell"] = store.cell(ids(store, "gone")[0])
-    (store.study("gone") / "plan.json").unlink()
-    made["corpus"] = store.root / "corpora" / "feedfeedfeedfeed"
-    made["used"] = store.root / "corpora" / "0123456789abcdef"
-    for key in ("corpus", "used"):
-        made[key].mkdir(parents=True)
-        (made[key] / "train-00000.bin").write_bytes(b"0" * 300)
-    for key in ("leftover", "cell", "corpus", "used"):
-        old(made[key])
-    return made
-
-
-def test_gc_lists_first_and_removes_only_what_nobody_needs(place: tuple[Escala, Store]) -> None:
-    escala, store = place
-    made = littered(store)
-    kept = {
-        p: p.read_bytes() for c in ids(store) for p in store.cell(c).rglob("*.json*") if "checkpoints" not in str(p)
-    }
-    listed = json.loads(escala("gc", "--store", store.root, "--json").stdout)
-    goes = {"checkpoint", "leftover", "cell", "corpus"}
-    assert {item["path"] for item in listed["items"]} == {str(made[key].relative_to(store.root)) for key in goes}
-    assert [item["kind"] for item in listed["items"]] == ["checkpoints", "leftovers", "cells", "corpora"]
-    assert listed["items"][1]["bytes"] == 500
-    assert listed["items"][3]["bytes"] == 300
-    asked = escala("gc", "--store", store.root).stdout
-    assert "--yes" in asked
-    assert all(path.exists() for path in made.values()), "nothing goes unasked"
-    only = json.loads(escala("gc", "--only", "corpora", "--store", store.root, "--json").stdout)
-    assert [item["kind"] for item in only["items"]] == ["corpora"]
-    done = json.loads(escala("gc", "--yes", "--store", store.root, "--json").stdout)
-    assert done["freed"] == listed["bytes"]
-    assert {key for key, path in made.items() if not path.exists()} == goes
-    assert {path: path.read_bytes() for path in kept} == kept
-    assert "nothing to remove" in escala("gc", "--store", store.root).stdout
-
-
-def test_gc_is_refused_while_a_driver_or_an_attempt_lives(place: tuple[Escala, Store]) -> None:
-    escala, store = place
-    littered(store)
-    assert 'mean "corpora"' in refused(escala, "gc", "--only", "corpra", "--store", store.root)
-    claim = Claim(store, "demo")
-    claim.__enter__()
-    message = refused(escala, "gc", "--yes", "--store", store.root)
-    assert f"study demo is being run by process {os.getpid()}" in message
-    claim.__exit__(None, None, None)
-    attempt = begin_attempt(store, ids(store)[5], {"numerics": {}})
-    assert f"attempt 0 of cell {ids(store)[5]} is still alive" in refused(escala, "gc", "--yes", "--store", store.root)
-    record_error(attempt, "stopped", "a test")
-    store.attempt(ids(store)[5], 1).mkdir()  # its record is written a moment later
-    assert f"attempt 1 of cell {ids(store)[5]} is still alive" in refused(escala, "gc", "--yes", "--store", store.root)
-
-
-# --- import and export -------------------------------------------------------------------------------------------
-
-
-def table(**more: Any) -> pd.DataFrame:
-    rows = []
-    for budget in (1e19, 4e19, 1.6e20):
-        for times in (0.25, 0.5, 1.0, 2.0, 4.0):
-            n = (budget / 120) ** 0.5 * times
-            d = budget / 6 / n
-            rows.append({"params": n, "tokens": d, "loss": float(CHINCHILLA({"N": n, "D": d}, LAW)), "budget": budget})
-    return pd.DataFrame(rows).assign(**more)
-
-
-@pytest.mark.parametrize("name", ["runs.csv", "runs.parquet", "runs.jsonl"])
-def test_an_imported_table_is_a_study_that_every_verb_reads(escala: Escala, name: str) -> None:
-    frame, path = table(), escala.folder / name
-    if name.endswith("csv"):
-        frame.to_csv(path, index=False)
-    elif name.endswith("parquet"):
-        frame.to_parquet(path)
-    else:
-        frame.to_json(path, orient="records", lines=True, double_precision=15)
-    told = json.loads(escala("import", name, "--study", "lit", "--store", "s", "--json").stdout)
-    assert (told["new"], told["known"], told["left_out"]) == (15, 0, [])
-    runs = analysis.load_runs("lit", escala.folder / "s")
-    assert runs["excluded"].isna().all()
-    assert runs["N"].to_numpy() == pytest.approx(frame.sort_values(["budget", "params"])["params"].to_numpy())
-    assert runs["seed"].isna().all()
-    assert runs["attempts"].eq(0).all()
-    status = json.loads(escala("status", "lit", "--store", "s", "--json").stdout)
-    assert status["counts"] == {"finished": 15}
-    fit = json.loads(escala("fit", "lit", "--store", "s", "--law", "chinchilla", "--json").stdout)
-    assert fit["params"]["alpha"] == pytest.approx(LAW["alpha"], rel=1e-3)
-    cell = status["cells"][0]["id"]
-    assert "val_loss_final" in escala("logs", cell, "--store", "s").stdout
-    assert "foreign.run.N" in escala("why", cell, "--store", "s").stdout
-    escala("quarantine", cell, "--reason", "typo in the paper", "--store", "s")
-    assert analysis.load_runs("lit", escala.folder / "s")["excluded"].notna().sum() == 1
-
-
-def test_an_import_is_reported_exported_and_mirrored(escala: Escala) -> None:
-    table(seed=1).to_csv(escala.folder / "runs.csv", index=False)
-    escala("import", "runs.csv", "--study", "lit", "--store", "s")
-    escala("report", "lit", "--store", "s")
-    assert "imported from elsewhere" in (escala.folder / "s" / "studies" / "lit" / "report.html").read_text()
-    escala("export", "lit", "--out", "out.csv", "--curves", "curves.parquet", "--store", "s")
-    runs = analysis.load_runs("lit", escala.folder / "s")
-    pd.testing.assert_series_equal(pd.read_csv(escala.folder / "out.csv")["val_loss_final"], runs["val_loss_final"])
-    assert len(pd.read_parquet(escala.folder / "curves.parquet")) == 15
-    escala("sync", "lit", "--store", "s")
-    uri = open_store(escala.folder / "s").tracking_uri
-    away = escala.folder / "nowhere"
-    pd.testing.assert_frame_equal(analysis.load_runs("lit", away, tracking_uri=uri), runs)
-    here = analysis.load_curves("lit", escala.folder / "s")
-    pd.testing.assert_frame_equal(analysis.load_curves("lit", away, tracking_uri=uri), here)
-
-
-def test_importing_again_adds_nothing_and_more_rows_add_only_themselves(escala: Escala) -> None:
-    frame = table()
-    frame[:10].to_csv(escala.folder / "a.csv", index=False)
-    frame.to_csv(escala.folder / "b.csv", index=False)
-    escala("import", "a.csv", "--study", "lit", "--store", "s")
-    before = {p: p.stat().st_mtime_ns for p in (escala.folder / "s").rglob("*")}
-    assert "0 runs imported, 10 were there" in escala("import", "a.csv", "--study", "lit", "--store", "s").stdout
-    assert {p: p.stat().st_mtime_ns for p in (escala.folder / "s").rglob("*")} == before
-    assert "5 runs imported, 10 were there" in escala("import", "b.csv", "--study", "lit", "--store", "s").stdout
-    assert len(analysis.load_runs("lit", escala.folder / "s")) == 15
-
-
-def test_what_n_and_c_mean_is_kept_and_a_derived_c_is_marked(escala: Escala) -> None:
-    frame = table().drop(columns="budget").rename(columns={"params": "non_embedding_params"})
-    frame.to_csv(escala.folder / "runs.csv", index=False)
-    told = json.loads(escala("import", "runs.csv", "--study", "lit", "--store", "s", "--json").stdout)
-    assert told["conventions"] == {"N": "N_nonembedding", "C": "C_6nd"}
-    runs = analysis.load_runs("lit", escala.folder / "s")
-    assert runs["C_assumed"].all()
-    assert (runs["N_nonembedding"] == runs["N"]).all()
-    assert runs["N_total"].isna().all()
-    fit = json.loads(escala("fit", "lit", "--law", "chinchilla", "--store", "s", "--json").stdout)
-    assert "compute_assumed" in {verdict["code"] for verdict in fit["verdicts"]}
-
-
-def test_bad_imports_and_exports_are_refused_before_anything_is_written(place: tuple[Escala, Store]) -> None:
-    escala, store = place
-    table().to_csv(escala.folder / "runs.csv", index=False)
-    (escala.folder / "bad.csv").write_text("a,b\n1,2\n")
-    (escala.folder / "none.csv").write_text("N,D,loss\n1e8,1e9,\n")
-    at = ("--store", store.root)
-    assert "trains cells of its own" in refused(escala, "import", "runs.csv", "--study", "demo", *at)
-    assert "a, b" in refused(escala, "import", "bad.csv", "--study", "lit", *at)
-    assert "no finished run" in refused(escala, "import", "none.csv", "--study", "lit", *at)
-    assert "--study: found '../x'" in refused(escala, "import", "runs.csv", "--study", "../x", *at)
-    assert "--n-is: found 'all'" in refused(escala, "import", "runs.csv", "--study", "lit", "--n-is", "all", *at)
-    assert "no such table" in refused(escala, "import", "nowhere.csv", "--study", "lit", *at)
-    assert ".csv or .parquet" in refused(escala, "export", "demo", "--out", "runs.xlsx", *at)
-    assert "no study 'dmo'" in refused(escala, "export", "dmo", "--out", "o.csv", *at)
-    (escala.folder / "file").write_text("")
-    assert "is a file, not a folder" in refused(escala, "export", "demo", "--out", "file/runs.csv", *at)
-
-
-def test_a_study_of_imported_runs_trains_nothing(escala: Escala) -> None:
-    table().to_csv(escala.folder / "runs.csv", index=False)
-    escala("import", "runs.csv", "--study", "tiny", "--store", "s")
-    study = escala.study(TINY)
-    for verb in ("plan", "run"):
-        assert "holds imported runs" in refused(escala, verb, study, "--store", "s")
+# --- every verb -------------------------------------------------------------------------------------------------------
 
 
 def test_a_store_of_a_newer_format_is_refused_by_every_verb(place: tuple[Escala, Store]) -> None:

@@ -17,7 +17,7 @@ from small import make_cell, put
 from sweeps.attempt import run_attempt
 from sweeps.cell import Cell
 from sweeps.checkpoints import load
-from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.corpora import Corpus
 from sweeps.records import append_rows, read_json, read_rows, write_json
 from sweeps.store import (
     Attempt,
@@ -28,7 +28,6 @@ from sweeps.store import (
     cell_state,
     checkpoint_paths,
     forgive,
-    open_store,
     read_differences,
     read_metrics,
     record_error,
@@ -36,17 +35,6 @@ from sweeps.store import (
 from sweeps.usercode import trainer_identity
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return open_store(tmp_path_factory.mktemp("attempts") / "store")
-
-
-@pytest.fixture(scope="module")
-def corpus(store: Store) -> Corpus:
-    source = make_source("markov", None, {"vocab_size": 8, "tokens": 400_000, "seed": 3})
-    return open_corpus(store.root, prepare(source, "bytes", store.root).fingerprint)
 
 
 def start(

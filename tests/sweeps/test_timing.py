@@ -17,7 +17,16 @@ from sweeps.families import FAMILIES
 from sweeps.sizes import shape_for
 from sweeps.stopwatch import time_cell
 from sweeps.store import open_store
-from sweeps.timing import Timed, cell_seconds, evaluations_after, fit_costs, forward_features, pick_cells, step_features
+from sweeps.timing import (
+    Timed,
+    cell_seconds,
+    evaluations_after,
+    fit_costs,
+    forward_features,
+    pick_cells,
+    seconds_until,
+    step_features,
+)
 
 TRUE_STEP = (2e-3, 4e-4, 2e-11, 3e-9, 1e-9, 5e-9, 2e-9)
 TRUE_FORWARD = (1e-3, 2e-4, 1e-11, 2e-9, 1e-9, 2e-9)
@@ -110,6 +119,13 @@ def test_a_branch_costs_only_its_own_segment(corpus: Corpus) -> None:
     step = sum(a * b for a, b in zip(costs.step, step_features(cell.shape, 16, 16)))
     assert 800 * step < whole - branch
     assert branch > 200 * step
+
+
+def test_what_comes_before_a_branch_and_its_own_segment_make_the_whole(corpus: Corpus) -> None:
+    costs = fit_costs([point(shape, sequences) for shape in shapes() for sequences in (4, 16)])
+    cell, tokens = make_cell(corpus, steps=1000), corpus.info.validation_tokens
+    parts = seconds_until(costs, cell, 800) + cell_seconds(costs, cell, tokens, first_step=800)
+    assert parts == pytest.approx(cell_seconds(costs, cell, tokens) + costs.build)
 
 
 def test_micro_batches_repeat_the_launches_and_nothing_else() -> None:

@@ -14,27 +14,16 @@ from small import CONTEXT, MemoryIO, make_cell, put
 
 from sweeps.accounting import parameters
 from sweeps.attempt import run_attempt
-from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops
 from sweeps.evaluation import evaluate, evaluation_steps, subset_windows
 from sweeps.families import FAMILIES, build_model
 from sweeps.optimizers import make_optimizer
 from sweeps.records import read_json
-from sweeps.store import Store, open_store, read_metrics
+from sweeps.store import Store, read_metrics
 from sweeps.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return open_store(tmp_path_factory.mktemp("training") / "store")
-
-
-@pytest.fixture(scope="module")
-def corpus(store: Store) -> Corpus:
-    source = make_source("markov", None, {"vocab_size": 8, "tokens": 400_000, "seed": 3})
-    return open_corpus(store.root, prepare(source, "bytes", store.root).fingerprint)
 
 
 def test_a_small_model_reaches_the_entropy_rate_of_its_source_from_above(corpus: Corpus) -> None:

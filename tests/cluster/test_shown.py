@@ -1,0 +1,122 @@
+"""What people and readers find in MLflow: states, flags, files, and the same frames as from the store."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commandline import ids
+from faultproxy import Server, start_server
+from mirroring import (
+    RESULT,
+    active_runs,
+    assert_exact,
+    client_of,
+    connected,
+    log,
+    mark,
+    tags_of,
+    until_through,
+)
+
+from analysis import load_curves, load_runs
+from cluster.sync import sync_study
+from sweeps.records import append_rows, read_json, write_json
+from sweeps.store import Store, begin_attempt, commit_result
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_a_value_that_a_resume_recomputed_otherwise_flags_the_run_and_is_not_sent(
+    at_work: tuple[Store, str, str], mlflow_server: Server
+) -> None:
+    store, name, cell = at_work
+    log(store, cell, 3)
+    again = begin_attempt(store, cell, {"study": name})
+    with (again.folder / "log.jsonl").open("ab", buffering=0) as stream:
+        differs = {"train_loss": [2.0, 2.00003]}
+        append_rows(stream, [{"time": 1.8e9, "tokens": 30, "metrics": {}, "differs": differs}])
+        append_rows(stream, [{"time": 1.8e9, "tokens": 40, "metrics": {"train_loss": 1.0}, "differs": differs}])
+    mirror = connected(store, name, mlflow_server.uri)
+    until_through(mirror)
+    commit_result(again, RESULT)
+    until_through(mirror)
+    run_id = assert_exact(mlflow_server, store, name)[cell]
+    flag = tags_of(mlflow_server, run_id)["escala.nondeterminism"]
+    assert flag == "train_loss at 30 tokens differs by 3e-05 after a resume: 2 logged, 2.00003 recomputed; and 1 more"
+    flagged = [
+        run for _, run in active_runs(mlflow_server, name) if "escala.nondeterminism" in tags_of(mlflow_server, run)
+    ]
+    assert flagged == [run_id]
+
+
+def test_a_cell_that_another_study_trained_says_so(study: tuple[Store, str], mlflow_server: Server) -> None:
+    store, name = study
+    cell = ids(store, name)[0]
+    record = store.attempt(cell, 0) / "attempt.json"
+    write_json(record, read_json(record) | {"study": "elsewhere"})
+    assert sync_study(store, name, mlflow_server.uri) is None
+    runs = assert_exact(mlflow_server, store, name)
+    assert tags_of(mlflow_server, runs[cell])["escala.reused"] == "elsewhere"
+    assert sum("escala.reused" in tags_of(mlflow_server, run) for run in runs.values()) == 1
+
+
+def test_the_study_has_a_run_of_its_own_with_plan_and_report(
+    study: tuple[Store, str], mlflow_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_SECRET_TOKEN", "hunter2")
+    store, name = study
+    (store.study(name) / "study.yaml").write_text("name: it\n")
+    assert sync_study(store, name, mlflow_server.uri) is None
+    runs = assert_exact(mlflow_server, store, name)
+    ((_, parent),) = active_runs(mlflow_server, name, "escala.parent")
+    assert {tags_of(mlflow_server, run)["mlflow.parentRunId"] for run in runs.values()} == {parent}
+    assert not mlflow_server.rows("select key from metrics where run_uuid = ?", parent), "it draws no line"
+    client = client_of(mlflow_server)
+    assert client.get_run(parent).info.run_name == name
+    assert client.get_run(parent).info.status == "FINISHED"
+    assert {one.path for one in client.list_artifacts(parent)} == {"plan.json", "study.yaml", "environment.json"}
+    (store.study(name) / "report.html").write_text("<html>")
+    assert sync_study(store, name, mlflow_server.uri) is None
+    assert "report.html" in {one.path for one in client.list_artifacts(parent)}
+    text = Path(client.download_artifacts(parent, "environment.json")).read_text()
+    found = json.loads(text)
+    assert {"python", "platform", "host", "versions"} <= set(found)
+    assert "mlflow" in found["versions"]
+    assert "hunter2" not in text
+    assert not set(load_runs(name, "/nowhere", tracking_uri=mlflow_server.uri)["cell"]) - set(runs)
+
+
+@pytest.mark.slow
+def test_a_server_without_artifacts_costs_the_files_and_nothing_else(study: tuple[Store, str], tmp_path: Path) -> None:
+    store, name = study
+    server, process = start_server(tmp_path, "--no-serve-artifacts")
+    try:
+        fault = sync_study(store, name, server.uri)
+        assert fault is not None
+        assert "artifacts in a folder of its own" in fault
+        assert_exact(server, store, name)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_frames_from_the_mirror_are_those_of_the_store(
+    study: tuple[Store, str], mlflow_server: Server, tmp_path: Path
+) -> None:
+    import pandas as pd
+
+    store, name = study
+    mark(store, name, ids(store, name)[1], "odd")
+    assert sync_study(store, name, mlflow_server.uri) is None
+    away = {"store": tmp_path / "nowhere", "tracking_uri": mlflow_server.uri}
+    pd.testing.assert_frame_equal(load_runs(name, **away), load_runs(name, store))
+    pd.testing.assert_frame_equal(load_curves(name, **away), load_curves(name, store))
+
+
+def test_a_record_longer_than_a_tag_arrives_whole(study: tuple[Store, str], mlflow_server: Server) -> None:
+    store, name = study
+    result = store.cell(ids(store, name)[0]) / "result.json"
+    write_json(result, read_json(result) | {"state": "diverged", "reason": "why " * 5000})
+    assert sync_study(store, name, mlflow_server.uri) is None
+    runs = load_runs(name, "/nowhere", tracking_uri=mlflow_server.uri)
+    assert "why " * 5000 in set(runs["reason"])

@@ -1,0 +1,84 @@
+"""Tokenizers: trained or local, they lose nothing and separate documents; and which are refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import WORDS, documents_of, folder_source, stream
+
+from sweeps.corpora import prepare
+from sweeps.errors import InputError
+
+
+def test_bpe_is_deterministic_and_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    (folder / "trap.txt").write_text("this <|endoftext|> is text", encoding="utf-8")
+    one = prepare(folder_source(folder), "bpe:320", tmp_path / "a")
+    two = prepare(folder_source(folder), "bpe:320", tmp_path / "b")
+    raw = prepare(folder_source(folder), "bytes", tmp_path / "a")
+    assert one == two
+    assert one.vocab_size == 320
+    assert one.tokenizer.startswith("bpe-320-")
+    # The same split and the same text: only the tokens differ.
+    assert (one.validation_bytes, one.train_documents) == (raw.validation_bytes, raw.train_documents)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "a" / "corpora" / one.fingerprint / "tokenizer.json"))
+    for side in ("train", "validation"):
+        tokens = stream(tmp_path / "a", one, side)
+        assert tokens.dtype == np.uint16
+        assert tokens[-1] == one.separator
+        found = np.split(tokens, np.flatnonzero(tokens == one.separator) + 1)[:-1]
+        decoded = [tokenizer.decode(list(ids[:-1])).encode() for ids in found]
+        assert decoded == documents_of(stream(tmp_path / "a", raw, side), 0xFF)
+
+
+def save_tokenizer(place: Path, eos: object) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    place.mkdir()
+    vocabulary = {"<unk>": 0, "</s>": 1} | {word: n + 2 for n, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(place / "tokenizer.json"))
+    (place / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+
+
+def test_a_local_tokenizer_separates_with_its_end_of_text_token(folder: Path, tmp_path: Path) -> None:
+    (folder / "trap.txt").write_text("red </s> blue", encoding="utf-8")
+    save_tokenizer(tmp_path / "words", {"content": "</s>"})
+    info = prepare(folder_source(folder), str(tmp_path / "words"), tmp_path)
+    assert (info.separator, info.vocab_size) == (1, len(WORDS) + 2)
+    documents = info.train_documents + info.validation_documents
+    ends = sum(int((stream(tmp_path, info, side) == 1).sum()) for side in ("train", "validation"))
+    assert ends == documents == 61
+    by_file = prepare(folder_source(folder), str(tmp_path / "words" / "tokenizer.json"), tmp_path)
+    assert by_file.fingerprint == info.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("eos", "complaint"), [(None, "declares no end-of-text token"), ("<no>", "does not contain"), ("red", "inside")]
+)
+def test_a_tokenizer_that_cannot_separate_is_refused(eos, complaint, folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "words", eos)
+    with pytest.raises(InputError, match=complaint):
+        prepare(folder_source(folder), str(tmp_path / "words"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("byte", 'did you mean "bytes"'),
+        ("gpt2", "not downloaded"),
+        ("bpe:256", "from 257"),
+        ("bpe:many", "from 257"),
+        ("bpe:9000", "for only"),
+        (".", "no tokenizer.json"),
+    ],
+)
+def test_bad_tokenizers_are_named(spec: str, complaint: str, folder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=complaint):
+        prepare(folder_source(folder), spec, tmp_path)
+    assert not list(tmp_path.glob("corpora/.building-*"))
