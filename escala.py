@@ -61,14 +61,15 @@ def plan(
     accept_corpus: AcceptOption = False,
 ) -> None:
     """Dry run: every cell with its size, tokens, FLOPs and state, and the totals. Trains nothing."""
-    from cluster.ledger import compare, plan_rows
+    from cluster.ledger import compare, plan_rows, sharing, sharing_words
 
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = _plan(study, store, allow_code, accept_corpus, create=not known)
     rows = plan_rows(place, planned)
-    totals = _totals(rows)
+    totals, shared = _totals(rows), sharing(rows)
     if as_json:
-        print(json.dumps({"study": planned.study.name, "cells": rows, "totals": totals, "warnings": planned.warnings}))
+        told = {"study": planned.study.name, "cells": rows, "totals": totals, "shared": shared}
+        print(json.dumps(told | {"warnings": planned.warnings}))
         return
     from cluster.display import cell_table, console
     from sweeps.units import flops
@@ -78,6 +79,8 @@ def plan(
         f"{len(rows)} cells, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."
     )
+    if shared:
+        console.print(f"{sharing_words(shared)}.")
     _warn(planned.warnings)
 
 
@@ -442,7 +445,8 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "cells": len(rows),
         "missing": len(missing),
         "C": sum(row["C"] for row in rows),
-        "C_missing": sum(row["C"] for row in missing),
+        "C_missing": sum(row["C_spent"] for row in missing),
+        "C_spent": sum(row["C_spent"] for row in rows),
         "D": sum(row["D"] for row in rows),
     }
 
@@ -456,6 +460,7 @@ def _warn(warnings: tuple[str, ...]) -> None:
 
 def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
     from cluster.display import console
+    from cluster.ledger import plan_rows, sharing, sharing_words
     from sweeps.units import duration
 
     study = planned.study.name
@@ -467,6 +472,8 @@ def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
             f"{tally.finished} finished, {tally.diverged} diverged, {len(tally.failed)} failed, "
             f"{tally.skipped} were done before{left}, in {duration(tally.seconds)}."
         )
+    if planned.branches and (shared := sharing(plan_rows(place, planned))):
+        console.print(f"{sharing_words(shared)}.")
     for cell_id, reason in tally.failed.items():
         console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
     if tally.failed:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.foreign import described, is_foreign
 from sweeps.records import Json, read_json
-from sweeps.store import CellState, Store
+from sweeps.store import CellState, Store, trunk_of
 from sweeps.units import flops, human
 
 if TYPE_CHECKING:
@@ -57,18 +57,24 @@ def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
     return {key: "-" if value is None else str(value) for key, value in params.items()}
 
 
-def state_tags(
-    store: Store, study: str, cell_id: str, labels: Mapping[str, Any], state: CellState, record: Json
-) -> dict[str, str]:
-    """The cell's state and its record; where another study has trained the cell, which."""
+def state_tags(store: Store, study: str, entry: Json, state: CellState, record: Json) -> dict[str, str]:
+    """The cell's state and its record; the trunk that it branches off, and where another study has trained it, which.
+
+    entry: the cell's in plan.json. A branch is a run beside its trunk's, not below it: which cell is the trunk changes
+    when a study grows, and MLflow's parent of a run does not.
+    """
+    cell_id = entry["id"]
     cell = {key: value for key, value in record.items() if key != "format"}
-    told: dict[str, Any] = {"entry": {"id": cell_id, "labels": labels}, "cell": cell, "state": state.state}
+    told: dict[str, Any] = {"entry": entry, "cell": cell, "state": state.state}
     told |= {"reason": state.reason, "attempts": state.attempts, "result": state.result}
     text = json.dumps(told, allow_nan=False, separators=(",", ":"))
     parts = [text[start : start + TAG_CHARACTERS] for start in range(0, len(text), TAG_CHARACTERS)]
     tags = {"escala.state": state.state, "escala.reason": (state.reason or "")[:TAG_CHARACTERS]}
     tags |= {"escala.attempts": str(state.attempts)}
     tags |= {f"escala.record.{order}" if order else "escala.record": part for order, part in enumerate(parts)}
+    if "trunk" in entry or (state.result or {}).get("trunk"):
+        trunk = trunk_of(entry, state.result) or {}  # empty: it was to branch off, and had to train all of it
+        tags |= {"escala.trunk": trunk.get("cell", ""), "escala.trunk_tokens": str(trunk.get("tokens", ""))}
     owner = _owner(store, cell_id, state, record)
     return tags | ({"escala.reused": owner} if owner not in (None, study) else {})
 

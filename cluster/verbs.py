@@ -40,7 +40,7 @@ def status(
 ) -> None:
     """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is."""
     from cluster.control import read_wish
-    from cluster.ledger import count_states
+    from cluster.ledger import count_states, sharing
     from cluster.watching import status_rows
     from sweeps.errors import InputError
 
@@ -57,7 +57,8 @@ def status(
     wish = read_wish(place, name)
     paused = str(wish) if wish is not None and wish.wish == "pause" else None
     if as_json:
-        print(json.dumps({"study": name, "counts": count_states(rows), "paused": paused, "cells": rows}))
+        told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows), "cells": rows}
+        print(json.dumps(told))
         return
     from cluster.display import console
     from cluster.overview import study_picture
