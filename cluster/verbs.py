@@ -287,20 +287,25 @@ def sync(
 @app.command(rich_help_panel=STEER)
 def gc(
     only: Annotated[
-        list[str] | None, typer.Option(help="Only this kind: checkpoints, leftovers, cells or corpora. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Only this kind: checkpoints, leftovers, cells, corpora or trunks. Repeatable."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """What of the store may go, and what it frees; asks first. Results and logs of planned cells always stay."""
+    """What of the store may go, and what it frees; asks first. Results and logs of planned cells always stay.
+
+    Trunks go by --only trunks alone, when all planned cells that share them have ended: a longer or shorter cell that
+    is planned later then trains its past again.
+    """
     import sys
 
-    from cluster.garbage import KINDS, collectable, remove
+    from cluster.garbage import BY_DEFAULT, collectable, remove
     from cluster.overview import garbage_picture
 
     place = existing_store(store)
-    items = collectable(place, only or tuple(KINDS))
+    items = collectable(place, only or BY_DEFAULT)
     listed = [{"kind": item.kind, "path": str(item.path.relative_to(place.root)), "bytes": item.size} for item in items]
     if as_json:
         freed = remove(place, items) if yes else 0
