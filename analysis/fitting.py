@@ -155,8 +155,10 @@ def fit_law(
     cluster = settings.cluster or ("cell" if trunks is None else "trunk")
     labels = trunks if cluster == "trunk" and trunks is not None else rows[cluster].astype(str).to_numpy()
     units = len(np.unique(labels))
-    grouped = settings.cluster or (trunks is not None and units >= free + 2)  # fewer cannot be resampled
-    if settings.resample == "auto" and (grouped or (selection.noise is None and problem.rows >= MANY_ROWS)):
+    many = selection.noise is None and problem.rows >= MANY_ROWS
+    if trunks is not None:
+        many = units >= free + 2  # fewer cannot be resampled
+    if settings.resample == "auto" and (settings.cluster or many):
         way = "rows"
     drawn = _pooled(noise, spread, freedom)
     thetas = draw_thetas(problem, robust, best.theta, drawn, way, labels, count=settings.resamples, seed=settings.seed)
