@@ -295,19 +295,20 @@ def _plan_cell(
         eps=value("eps"),
         clip_norm=value("clip_norm"),
     )
+    cooldown_fraction = value("cooldown_fraction")
+    stable = _stable_share(recipe["schedule"], cooldown_fraction) * tokens
     schedule = Schedule(
         name=recipe["schedule"],
-        warmup_tokens=int(value("warmup_tokens", _default_warmup(recipe, counts["N"], tokens))),
+        warmup_tokens=int(value("warmup_tokens", _default_warmup(counts["N"], tokens, stable))),
         final_fraction=value("final_fraction"),
-        cooldown_fraction=value("cooldown_fraction"),
+        cooldown_fraction=cooldown_fraction,
         cooldown_shape=recipe["cooldown_shape"] if recipe["schedule"] == "wsd" else "sqrt",
     )
-    stable = _stable_share(recipe) * tokens
     if stable and schedule.warmup_tokens > stable:
         raise ValueError(
             f"{family.name} with {counts['N']:,} parameters: a warm-up of {schedule.warmup_tokens:,} tokens does not "
-            f"fit into the {stable:,.0f} that a run of {tokens:,} has before its rate may fall: a branch cannot leave "
-            "its trunk before that has begun. Lower warmup_tokens or cooldown_fraction, or train longer."
+            f"fit into the {stable:,.0f} that a run of {tokens:,} has before its cooldown: a branch cannot leave its "
+            "trunk before the warm-up ends. Lower warmup_tokens or cooldown_fraction, or train longer."
         )
     cell = Cell(
         family=family.name,
@@ -348,15 +349,15 @@ def _counts(shape: accounting.Shape) -> dict[str, int]:
     }
 
 
-def _stable_share(recipe: Mapping[str, Any]) -> float:
+def _stable_share(schedule: str, cooldown_fraction: float) -> float:
     """The share of a run before its rate falls, which does not depend on its length; 0 where all of it does."""
-    return {"wsd": 1.0 - recipe["cooldown_fraction"], "constant": 1.0}.get(recipe["schedule"], 0.0)
+    return {"wsd": 1.0 - cooldown_fraction, "constant": 1.0}.get(schedule, 0.0)
 
 
-def _default_warmup(recipe: Mapping[str, Any], N: int, tokens: int) -> float:
-    """min(N, 10 % of D); but N alone for cells that can share a trunk, which must not follow D, as far as it fits."""
-    fits = _stable_share(recipe) * tokens / 2 >= N
-    return N if fits else min(N, 0.1 * tokens)
+def _default_warmup(N: int, tokens: int, stable: float) -> float:
+    """min(N, 10 % of D); but N for cells that can share a trunk, so as not to follow D, where half of what is stable
+    holds it. stable: tokens before the rate falls."""
+    return N if stable / 2 >= N else min(N, 0.1 * tokens)
 
 
 def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[str, float]) -> float:

@@ -423,6 +423,9 @@ def test_a_shape_and_a_fraction_of_the_cooldown_are_cells_of_their_own_on_one_tr
     vary = {"cooldown_shape": ["sqrt", "linear", "cosine"], "cooldown_fraction": [0.1, 0.3]}
     plan = planned(points({"size": 2e4, "tokens": 256_000}, training=WSD, vary=vary))
     assert (len(plan.cells), len(plan.branches)) == (6, 5)
+    late = {"cooldown_fraction": {"times": [1, 4]}}
+    text = faults(points({"size": 2e4, "tokens": 64_000}, training=WSD | {"warmup_tokens": 20_000}, vary=late))
+    assert "does not fit into the 12,800" in text
     assert len(planned(points({"size": 2e4, "tokens": 256_000}, vary=vary | {"cooldown_fraction": [0.2]})).cells) == 1
 
 
