@@ -74,19 +74,25 @@ def plan(
     """Dry run: every cell with its size, tokens, FLOPs, state and, after `calibrate`, its time. Trains nothing."""
     from cluster.calibration import find_calibration
     from cluster.estimate import estimate
-    from cluster.ledger import compare, plan_rows
+    from cluster.ledger import compare, plan_rows, sharing, sharing_words
 
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = _plan(study, store, allow_code, accept_corpus, create=not known)
     rows = plan_rows(place, planned)
-    totals = _totals(rows)
+    totals, shared = _totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
     missing = {row["id"] for row in rows if row["state"] not in ENDED}
     timed = estimate(planned, found, missing, workers) if found else None
     if timed is not None:
         rows = [row | {"seconds_predicted": timed.seconds[row["id"]]} for row in rows]
     if as_json:
-        printed = {"study": planned.study.name, "cells": rows, "totals": totals, "warnings": planned.warnings}
+        printed = {
+            "study": planned.study.name,
+            "cells": rows,
+            "totals": totals,
+            "shared": shared,
+            "warnings": planned.warnings,
+        }
         print(json.dumps(printed | {"estimate": timed.to_json() if timed else None}))
         return
     from cluster.display import cell_table, console, estimate_lines
@@ -97,6 +103,8 @@ def plan(
         f"{len(rows)} cells, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."
     )
+    if shared:
+        console.print(f"{sharing_words(shared)}.")
     if timed is None:
         console.print(f"How long this takes is not known: escala calibrate {study} times a few shapes here.")
     for line in estimate_lines(timed) if timed and missing else ():
@@ -495,7 +503,8 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "cells": len(rows),
         "missing": len(missing),
         "C": sum(row["C"] for row in rows),
-        "C_missing": sum(row["C"] for row in missing),
+        "C_missing": sum(row["C_spent"] for row in missing),
+        "C_spent": sum(row["C_spent"] for row in rows),
         "D": sum(row["D"] for row in rows),
     }
 
@@ -509,6 +518,7 @@ def _warn(warnings: tuple[str, ...]) -> None:
 
 def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
     from cluster.display import console
+    from cluster.ledger import plan_rows, sharing, sharing_words
     from sweeps.units import duration
 
     study = planned.study.name
@@ -520,6 +530,8 @@ def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
             f"{tally.finished} finished, {tally.diverged} diverged, {len(tally.failed)} failed, "
             f"{tally.skipped} were done before{left}, in {duration(tally.seconds)}."
         )
+    if planned.branches and (shared := sharing(plan_rows(place, planned))):
+        console.print(f"{sharing_words(shared)}.")
     for cell_id, reason in tally.failed.items():
         console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
     if tally.failed:

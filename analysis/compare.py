@@ -275,8 +275,8 @@ def _slope(rows: pd.DataFrame) -> tuple[float, float, float]:
 def _compared(blank: Comparison, one: pd.DataFrame, two: pd.DataFrame, resamples: int, seed: int) -> Comparison:
     """The comparison of two tables that may be compared."""
     joint = join(one, two)
-    rows, units = len(joint.c), len(joint.c) - joint.pairs
-    # A pair counts once: its difference alone speaks of the recipes.
+    rows, units = len(joint.c), int(joint.unit.max()) + 1
+    # A pair counts once: its difference alone speaks of the recipes. So do the cells of a trunk.
     freedom = (rows - len(joint.bounds[0])) * units / rows
     if freedom < MIN_FREEDOM:
         message = f"{rows} runs leave nothing over to judge their noise by. Add sizes, token counts or seeds."
@@ -394,6 +394,9 @@ def _seconds(rows: pd.DataFrame, joint: Joint, generator: np.random.Generator, c
         return None
     inverse = np.linalg.pinv(X)
     y = np.log(timed["seconds"].to_numpy(dtype=float))
+    if "C_spent" in timed.columns:  # a branch took seconds for its own part alone
+        share = (timed["C_spent"] / timed["C"]).astype(float).fillna(1.0).to_numpy()
+        y -= np.log(np.where(share > 0, share, 1.0))
     beta = inverse @ y
     own = (y - X @ beta) / np.sqrt(np.clip(1.0 - np.einsum("nk,kn->n", X, inverse), 0.1, 1.0))
     errors = generator.choice([-1.0, 1.0], (count, len(y))) * own

@@ -38,6 +38,8 @@ class _Curve:
     """One cell's smoothed curve, or one size's end points: ln loss on the common grid of ln C, NaN off its range."""
 
     cell: str
+    unit: str
+    """What is resampled whole: its trunk, if it shares one."""
     N: float
     values: np.ndarray
 
@@ -109,8 +111,8 @@ def fit_curve_envelope(
     constant_rate: whether the rate was constant. By default the logged `learning_rate` tells: a curve is constant if,
         from where it first comes within 1 % of its peak (the end of warm-up), it never leaves that again. Points of
         the warm-up are left out. True or False overrule it.
-    params, targets: as for `fit_envelope`. resamples: of the bootstrap over cells: where each size has one
-        curve it drops whole sizes, and its intervals are wide rather than narrow.
+    params, targets: as for `fit_envelope`. resamples: of the bootstrap over cells, those of one trunk together:
+        where each size has one curve it drops whole sizes, and its intervals are wide rather than narrow.
 
     Refuses annealed curves, curves whose schedule is not known, and fewer than three sizes in the envelope.
     Raises InputError for a missing column.
@@ -191,10 +193,11 @@ def _smooth(cell: str, points: pd.DataFrame, grid: np.ndarray) -> _Curve:
     from scipy.interpolate import PchipInterpolator, make_smoothing_spline
 
     ordered = points.sort_values("x")
+    unit = cell if "trunk" not in points.columns or pd.isna(points["trunk"].iloc[0]) else str(points["trunk"].iloc[0])
     x, y = ordered["x"].to_numpy(dtype=float), ordered["y"].to_numpy(dtype=float)
     curve = make_smoothing_spline(x, y) if len(x) >= SMOOTHED else PchipInterpolator(x, y)
     inside = (grid >= x[0]) & (grid <= x[-1])
-    return _Curve(cell=cell, N=float(ordered["N"].iloc[0]), values=np.where(inside, curve(grid), NAN))
+    return _Curve(cell=cell, unit=unit, N=float(ordered["N"].iloc[0]), values=np.where(inside, curve(grid), NAN))
 
 
 # --- the envelope ------------------------------------------------------------------------------------------------
@@ -265,7 +268,8 @@ def _fit(
         pivot = float((path.x[0] + path.x[-1]) / 2.0)
         levels, slopes = _lines(path, grid, counter, pivot)
         point = {v: (float(levels[i]), float(slopes[i])) for i, v in enumerate("ND")}
-        copies, lost = _copies(values, which, sizes, grid, counter, pivot, resamples, seed)
+        units = np.unique([c.unit for c in curves], return_inverse=True)[1]
+        copies, lost = _copies(values, units, which, sizes, grid, counter, pivot, resamples, seed)
         line = make_line(pivot, point, copies)
         verdicts = [*verdicts, *narrow_span(np.exp(path.x)), *_said(len(sizes), path, lost)]
     elif path is not None:
@@ -300,6 +304,7 @@ def _means(values: np.ndarray, which: np.ndarray, sizes: int, weights: np.ndarra
 
 def _copies(
     values: np.ndarray,
+    units: np.ndarray,
     which: np.ndarray,
     sizes: np.ndarray,
     grid: np.ndarray,
@@ -308,11 +313,15 @@ def _copies(
     resamples: int,
     seed: int,
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
-    """Lines through resampled curves (level, slope of N and of D), and the share of resamples without an envelope."""
+    """Lines through resampled curves (level, slope of N and of D), and the share of resamples without an envelope.
+
+    units: (curves,), counted from 0; curves of equal unit are drawn together.
+    """
     generator = np.random.default_rng(seed)
     found = []
     for _ in range(resamples):
-        weights = np.bincount(generator.integers(0, len(values), len(values)), minlength=len(values)).astype(float)
+        count = int(units.max()) + 1
+        weights = np.bincount(generator.integers(0, count, count), minlength=count)[units].astype(float)
         path = _path(grid, sizes, _means(values, which, len(sizes), weights))
         if _usable(path):
             found.append(_lines(path, grid, counter, pivot))

@@ -16,7 +16,7 @@ from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import Law, find_law
 from analysis.problems import OBJECTIVES, Objective, Problem, Robust, make_problem
-from analysis.resampling import Way, draw_thetas, root_weights
+from analysis.resampling import Way, dependent_runs, draw_thetas, root_weights, trunk_labels
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise
@@ -63,8 +63,9 @@ def fit(
     raw: residuals of the response itself in place of its logarithm.
     fixed: parameters held at a value. drop_worst: leave out so many of the worst-fitting runs (a verdict says so).
     resample: where intervals come from. noise: a parametric bootstrap with the seeds' noise, or the residuals' scale;
-        rows: rows drawn with replacement, or whole groups of equal `cluster` (a trunk, a configuration); delta: a
-        normal approximation with sandwich covariance. auto: noise where it was measured or rows are few, else rows.
+        rows: rows drawn with replacement, or whole groups of equal `cluster` (a configuration), by default the cells
+        of each trunk; delta: a normal approximation with sandwich covariance. auto: rows where runs are grouped so,
+        else noise where it was measured or rows are few, else rows.
     weights: a column of positive weights of the rows, such as 1 / variance.
     resamples: by default 2000 for isoflop, 1000 otherwise. level: of the intervals. seed: of the draws.
 
@@ -150,14 +151,23 @@ def fit_law(
 
     # 2. draws of the parameters
     way: Way = settings.resample if settings.resample != "auto" else "noise"
-    if settings.resample == "auto" and (settings.cluster or (selection.noise is None and problem.rows >= MANY_ROWS)):
+    trunks = trunk_labels(rows)
+    cluster = settings.cluster or ("cell" if trunks is None else "trunk")
+    labels = trunks if cluster == "trunk" and trunks is not None else rows[cluster].astype(str).to_numpy()
+    units = len(np.unique(labels))
+    many = selection.noise is None and problem.rows >= MANY_ROWS
+    if trunks is not None:
+        many = units >= free + 2  # fewer cannot be resampled
+    if settings.resample == "auto" and (settings.cluster or many):
         way = "rows"
-    labels = rows[settings.cluster or "cell"].astype(str).to_numpy()
     drawn = _pooled(noise, spread, freedom)
     thetas = draw_thetas(problem, robust, best.theta, drawn, way, labels, count=settings.resamples, seed=settings.seed)
     draws = problem.params(thetas) if len(thetas) else {}
     if not len(thetas) and way == "rows":
-        verdicts.append(_too_few_units(len(np.unique(labels)), settings.cluster, free))
+        verdicts.append(_too_few_units(units, None if cluster == "cell" else cluster, free))
+    if trunks is not None and way != "rows":
+        remedy = f'resample="rows" draws trunks whole, from {free + 2} on; more seeds or sizes make more of them.'
+        verdicts.append(dependent_runs(trunks, remedy))
     intervals = {k: interval(draws[k], settings.level) if draws else OPEN for k in form.names}
 
     # 3. what the parameters and the decisions can bear
@@ -189,7 +199,7 @@ def fit_law(
             threshold=robust.delta,
             resample=way,
             resamples=len(thetas),
-            cluster=settings.cluster,
+            cluster=None if cluster == "cell" else cluster,
             weights=settings.weights,
             fixed=dict(settings.fixed),
             level=settings.level,

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.frontier import Counter, flop_counter, line_targets, line_through_minima
+from analysis.resampling import dependent_runs, trunk_labels
 from analysis.selection import Selection, provenance
 from analysis.uncertainty import SEEDS, Noise, interval, judge_noise
 from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span, plural
@@ -116,6 +117,8 @@ def fit_isoflop(
     else:
         noise, said = judge_noise(selection.noise, residual_sd, freedom)
     verdicts += said if points else []
+    if points and (trunks := trunk_labels(rows)) is not None:
+        verdicts.append(dependent_runs(trunks, "A law fitted to these runs draws trunks whole; more seeds help too."))
 
     # 2. the minimum of each budget, with a batch of noisy copies
     generator = np.random.default_rng(seed)

@@ -17,7 +17,11 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from scipy.special import stdtrit
+
+from analysis.resampling import trunk_labels
 
 MIN_PAIRS = 5
 """Fewer pairs than this cannot tell how much of their noise is shared."""
@@ -42,6 +46,7 @@ def spreads(c: np.ndarray, a: np.ndarray) -> bool:
 class Joint:
     """Runs of both recipes: the baseline's and then the candidate's run of each pair, then all others.
 
+    unit: (n,), counted from 0: runs of one unit share noise, those of a pair and those of a trunk.
     c, a, log_loss: (n,), ln C and ln D/N about `center`, ln loss. new: (n,), whether the candidate's. pairs: how many.
     powers: (2 to 4, 2), the powers of c and a whose sum g is: 1, c and where they are shown a, c^2.
     across: two terms, which fall with size and with tokens; otherwise one that falls with compute.
@@ -53,6 +58,7 @@ class Joint:
     new: np.ndarray
     powers: np.ndarray
     log_loss: np.ndarray
+    unit: np.ndarray
     center: tuple[float, float]
     pairs: int
     across: bool
@@ -65,6 +71,11 @@ class Joint:
         lower = [low - 12.0] * (1 + terms) + [0.01] * terms
         upper = [low + 0.05] + [low + 6.0] * terms + [3.0] * terms
         return np.array([*lower, *-g]), np.array([*upper, *g])
+
+    @property
+    def whitened_unit(self) -> np.ndarray:
+        """The unit of every whitened number, (n,)."""
+        return np.concatenate([self.unit[: self.pairs], self.unit[: self.pairs], self.unit[2 * self.pairs :]])
 
     @property
     def z(self) -> np.ndarray:
@@ -135,8 +146,27 @@ def join(one: pd.DataFrame, two: pd.DataFrame) -> Joint:
     # Only where both show what allocation does can g depend on it.
     powers = np.array([(0, 0), (1, 0), (0, 1)] if all(wide) else [(0, 0), (1, 0)])
     return Joint(
-        c=c, a=a, new=new, powers=powers, log_loss=np.log(loss), center=center, pairs=len(first), across=any(wide)
+        c=c,
+        a=a,
+        new=new,
+        powers=powers,
+        log_loss=np.log(loss),
+        unit=_units(table, new, len(first)),
+        center=center,
+        pairs=len(first),
+        across=any(wide),
     )
+
+
+def _units(table: pd.DataFrame, new: np.ndarray, pairs: int) -> np.ndarray:
+    """What is linked by being a pair or of one trunk, numbered in order of appearance."""
+    n = len(table)
+    trunks = trunk_labels(table)
+    own = np.arange(n) if trunks is None else np.unique(trunks + np.where(new, " b", " a"), return_inverse=True)[1]
+    one = np.concatenate([np.arange(n), np.arange(pairs)])
+    other = np.concatenate([n + own, np.arange(pairs, 2 * pairs)])
+    links = coo_array((np.ones(len(one)), (one, other)), shape=(2 * n, 2 * n))
+    return np.asarray(pd.factorize(connected_components(links, directed=False)[1][:n])[0])
 
 
 def _place(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
@@ -257,8 +287,8 @@ def bend(joint: Joint, straight: Solution, freedom: float) -> tuple[Joint, Solut
     weight, slopes, room = _leverage(found)
     scores = found.slopes * weight * found.residual / room
     inverse = np.linalg.pinv(slopes @ slopes.T, rcond=1e-12)
-    units = scores[:, joint.pairs :].copy()
-    units[:, : joint.pairs] += scores[:, : joint.pairs]
+    unit = joint.whitened_unit
+    units = scores @ (unit[:, None] == np.arange(unit.max() + 1))
     error = np.sqrt((inverse[-1] @ units) @ (inverse[-1] @ units))
     return (bent, found) if abs(found.theta[-1]) > stdtrit(freedom, 0.9995) * error else (joint, straight)
 
@@ -278,12 +308,13 @@ def _leverage(best: Solution) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def resample(joint: Joint, best: Solution, freedom: float, generator: np.random.Generator, count: int) -> np.ndarray:
     """Coefficients of g in bootstrap copies, (count, 2 to 4).
 
-    A wild bootstrap by pair: each copy is the fitted surface plus every pair's own residuals, enlarged by their
-    leverage, all of a pair with one random sign: the design stays whole, shared noise stays shared, and the larger
-    noise of small runs stays theirs. A scale known from few degrees of freedom gives heavy tails.
+    A wild bootstrap by pair, or by trunk: each copy is the fitted surface plus every run's own residuals, enlarged by
+    their leverage, all of a pair and of a trunk with one random sign: the design stays whole, shared noise stays
+    shared, and the larger noise of small runs stays theirs. A scale known from few degrees of freedom gives heavy
+    tails.
     """
-    signs = generator.choice([-1.0, 1.0], (count, len(joint.c) - joint.pairs))
-    signs = np.concatenate([signs[:, : joint.pairs], signs], axis=1)
+    unit = joint.whitened_unit
+    signs = generator.choice([-1.0, 1.0], (count, int(unit.max()) + 1))[:, unit]
     stretch = np.sqrt(freedom / generator.chisquare(freedom, count))
     own = best.residual / np.sqrt(_leverage(best)[2])
     targets = best.predicted + signs * own * stretch[:, None]

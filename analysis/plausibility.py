@@ -159,7 +159,7 @@ def _power(number: float) -> str:
 
 def _check_one_recipe(table: pd.DataFrame, taken: Mapping[str, str], variables: set[str]) -> list[Verdict]:
     """Refuse, or doubt, a table in which runs of equal size, tokens and settings differ with another column."""
-    known = {*taken, *taken.values(), *SETTINGS, "cell", "C_assumed", "excluded", "state", "reason"}
+    known = {*taken, *taken.values(), *SETTINGS, "cell", "trunk", "C_assumed", "excluded", "state", "reason"}
     place = table[[c for c in (*SETTINGS, *sorted(variables - {"N", "D"})) if c in table.columns]]
     place = place.assign(N=np.log(table["N"]).round(2), D=np.log(table["D"]).round(1))
     at = place.groupby(list(place.columns), dropna=False).ngroup()

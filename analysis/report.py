@@ -424,7 +424,7 @@ def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
         f"on ({corpus.get('validation_documents', 0):,} documents)",
         "cells": f"{len(runs)} planned: " + ", ".join(f"{count} {state}" for state, count in states.items()),
         "left out of fits": "; ".join(f"{count} {why}" for why, count in left_out.items()) or "none",
-        "training time": f"{runs['seconds'].sum() / 3600:.2f} hours, {flops(float(runs['C'].sum()))} FLOPs planned",
+        "training time": f"{runs['seconds'].sum() / 3600:.2f} hours, {_compute(runs)}",
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("escala", "numpy", "scipy", "pandas")),
         "written": timestamp(),
     }
@@ -432,6 +432,13 @@ def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
         lines |= dict.fromkeys(("corpus", "tokenizer", "tokens"), "unknown: these runs were imported from elsewhere")
     rows = [[escape(key), escape(str(value))] for key, value in lines.items()]
     return "<h2>Where this comes from</h2>" + page.table(None, rows, kind="facts")
+
+
+def _compute(runs: pd.DataFrame) -> str:
+    """The compute of a study, and where cells share trunks also what it costs."""
+    planned, spent = float(runs["C"].sum()), float(runs["C_spent"].sum())
+    shared = runs["trunk"].duplicated().any()
+    return f"{flops(planned)} FLOPs planned" + (f", {flops(spent)} spent: cells share trunks" if shared else "")
 
 
 def _version(name: str) -> str:

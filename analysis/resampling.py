@@ -9,14 +9,40 @@ from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 
 from analysis.problems import Problem, Robust
 from analysis.solver import descend
 from analysis.uncertainty import Noise
+from analysis.verdicts import Verdict, plural
 
 Way = Literal["noise", "rows", "delta"]
 Draws = Callable[[int], np.ndarray]
 """Draws so many sets of targets or weights, (size, n)."""
+
+
+def trunk_labels(rows: pd.DataFrame) -> np.ndarray | None:
+    """The trunk of each run, (n,), where any two share one; else None.
+
+    rows: with `cell`, and `trunk` as of `load_runs`. Seed and data made runs of one trunk better or worse together.
+    """
+    if "trunk" not in rows.columns:
+        return None
+    labels = rows["trunk"].where(rows["trunk"].notna(), rows["cell"]).astype(str).to_numpy()
+    return labels if len(np.unique(labels)) < len(labels) else None
+
+
+def dependent_runs(labels: np.ndarray, remedy: str) -> Verdict:
+    """The caution that intervals took runs of one trunk for independent."""
+    trunks, counts = np.unique(labels, return_counts=True)
+    shared = int((counts > 1).sum())
+    message = (
+        f"{int(counts[counts > 1].sum())} of {len(labels)} runs share {plural(shared, 'trunk')}: what chance did to a "
+        "trunk is common to its branches and does not average out over them, but these intervals draw the noise of "
+        f"each run by itself, so they may be too narrow. {remedy}"
+    )
+    evidence = {"runs": len(labels), "trunks": len(trunks), "shared": shared}
+    return Verdict("dependent_runs", "caution", "fit", None, message, evidence)
 
 
 def draw_thetas(

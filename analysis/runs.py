@@ -17,7 +17,7 @@ import pandas as pd
 
 from sweeps.errors import InputError
 from sweeps.foreign import described
-from sweeps.store import Store, iterate_cells, open_store, read_metrics, study_names
+from sweeps.store import Store, iterate_cells, open_store, read_metrics, spent_flops, study_names
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,13 +29,17 @@ READERS = 8
 MAX_EPOCHS = 1.5
 """Laws of N and D hold for fresh tokens; up to four epochs cost little, but not nothing (Muennighoff et al. 2023)."""
 
-_TEXT = ("cell", "study", "family", "state", "reason", "excluded", "corpus", "tokenizer", "precision")
+_TEXT = (
+    *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
+    *("schedule", "cooldown_shape", "corpus", "tokenizer", "precision"),
+)
 _WHOLE = ("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context", "attempts")
 COLUMNS = (
-    *("cell", "study", "family", "state", "reason", "excluded"),
-    *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd"),
+    *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
+    *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd", "C_spent"),
     *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
+    *("schedule", "cooldown_fraction", "cooldown_shape"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("val_loss_final", "val_bpb_final", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
 )
@@ -43,7 +47,7 @@ METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
     *("tokens_per_second", "flops", "mfu", "optimizer_step"),
 )
-_CURVE_COLUMNS = ("cell", "family", "seed", "N", "D", "C", "budget", "size", "tokens", *METRICS)
+_CURVE_COLUMNS = ("cell", "trunk", "family", "seed", "N", "D", "C", "budget", "size", "tokens", *METRICS)
 
 
 def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_uri: str | None = None) -> pd.DataFrame:
@@ -53,7 +57,10 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     `C_assumed`: C is 6 N D, because the table that a foreign run was imported from has none; what else such a run does
     not tell is NaN or None. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
     as a fraction of the run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the
-    cell out. `seconds` is the wall-clock time of the attempt that ended the cell, `seconds_predicted` what its plan
+    cell out. `trunk` is equal in all cells of the study that share a past, the id of the one that trains it; a cell
+    that shares with none is its own. C is what a cell is worth, the law's C; `C_spent` what it cost, or will cost:
+    without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None. `seconds`
+    is the wall-clock time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
     said of it, NaN where the plan could not say.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
@@ -86,7 +93,7 @@ def load_curves(
     found = _visible(study, store, tracking_uri)
     logged = _curves_of_store(found, runs["cell"]) if found else _curves_of_mlflow(study, str(tracking_uri))
     curves = _curve_frame(logged)
-    known = runs[["cell", "family", "seed", "N", "D", "C", "budget", "size"]].reset_index(names="order")
+    known = runs[["cell", "trunk", "family", "seed", "N", "D", "C", "budget", "size"]].reset_index(names="order")
     joined = known.merge(curves, on="cell", how="inner").sort_values(["order", "tokens"], ignore_index=True)
     return joined[list(_CURVE_COLUMNS)]
 
@@ -155,6 +162,7 @@ def _row(
     optimizer, schedule, shape, end = identity["optimizer"], identity["schedule"], identity["shape"], result or {}
     tokens, batch = identity["tokens"], identity["batch_tokens"]
     rate, decay = optimizer.get("learning_rate"), optimizer.get("weight_decay")
+    cools = schedule.get("name") == "wsd"
     row = {
         "cell": entry["id"],
         "study": study,
@@ -162,9 +170,11 @@ def _row(
         "state": state,
         "reason": reason,
         "excluded": None,
+        "trunk": entry.get("trunk", {}).get("cell", entry["id"]),
         **{name: counts[name] for name in ("N", "N_nonembedding", "N_nonembedding_head", "N_total")},
         **{name: counts[name] for name in ("C", "C_6nd", "flops_per_token", "steps", "epochs")},
         "D": tokens,
+        "C_spent": spent_flops(dict(entry), dict(counts), None if result is None else dict(result)),
         "C_assumed": identity.get("foreign", {}).get("run", {}).get("C_assumed", False),
         "tokens_per_parameter": tokens / counts["N"],
         "budget": labels.get("budget"),
@@ -177,6 +187,9 @@ def _row(
         "batch_tokens": batch,
         "warmup_tokens": schedule.get("warmup_tokens"),
         "adamw_timescale": batch / (rate * decay * tokens) if rate and decay else None,
+        "schedule": schedule.get("name"),
+        "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
+        "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "val_loss_final": end.get("val_loss_final"),

@@ -21,7 +21,10 @@ from analysis.verdicts import NAN, OPEN, Interval, Verdict
 from sweeps.store import Store
 
 SEEDS = ("seed", "data_seed")
-SETTINGS = ("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "precision")
+SETTINGS = (
+    *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "precision"),
+    *("schedule", "cooldown_fraction", "cooldown_shape"),
+)
 """Hyperparameters that a study may vary at fixed N and D."""
 _DESIGN = (
     *("family", "N", "D", "C", *SETTINGS, "steps", "width", "depth", "heads", "mlp_width"),

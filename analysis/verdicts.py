@@ -45,6 +45,7 @@ class Code(StrEnum):
     NOISE_FROM_RESIDUALS = "noise_from_residuals"
     RESIDUALS_EXCEED_NOISE = "residuals_exceed_noise"
     TOO_FEW_UNITS = "too_few_units"
+    DEPENDENT_RUNS = "dependent_runs"
     OUTLIER_DRIVEN = "outlier_driven"
     # parameters
     AT_BOUND = "at_bound"

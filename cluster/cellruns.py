@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.foreign import described, is_foreign
 from sweeps.records import Json, read_json
-from sweeps.store import CellState, Store
+from sweeps.store import CellState, Store, trunk_of
 from sweeps.units import flops, human
 
 if TYPE_CHECKING:
@@ -58,7 +58,12 @@ def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:
 
 
 def state_tags(store: Store, study: str, entry: Json, state: CellState, record: Json) -> dict[str, str]:
-    """The cell's state and its record, `entry` is its own in the plan; where another study has trained it, which."""
+    """The cell's state and its record; the trunk that it branches off, and where another study has trained it, which.
+
+    entry: the cell's in plan.json. A branch is a run beside its trunk's, not below it: which cell is the trunk changes
+    when a study grows, and MLflow's parent of a run does not.
+    """
+    cell_id = entry["id"]
     cell = {key: value for key, value in record.items() if key != "format"}
     told: dict[str, Any] = {"entry": entry, "cell": cell, "state": state.state}
     told |= {"reason": state.reason, "attempts": state.attempts, "result": state.result}
@@ -67,7 +72,10 @@ def state_tags(store: Store, study: str, entry: Json, state: CellState, record: 
     tags = {"escala.state": state.state, "escala.reason": (state.reason or "")[:TAG_CHARACTERS]}
     tags |= {"escala.attempts": str(state.attempts)}
     tags |= {f"escala.record.{order}" if order else "escala.record": part for order, part in enumerate(parts)}
-    owner = _owner(store, entry["id"], state, record)
+    if "trunk" in entry or (state.result or {}).get("trunk"):
+        trunk = trunk_of(entry, state.result) or {}  # empty: it was to branch off, and had to train all of it
+        tags |= {"escala.trunk": trunk.get("cell", ""), "escala.trunk_tokens": str(trunk.get("tokens", ""))}
+    owner = _owner(store, cell_id, state, record)
     return tags | ({"escala.reused": owner} if owner not in (None, study) else {})
 
 

@@ -27,7 +27,7 @@ console = _make_console()
 _errors = _make_console(stderr=True)
 _COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "quarantined": "yellow"}
 _WIDE = 120
-_FOLLOWS = ("D/N", "timescale", "steps", "epochs")
+_FOLLOWS = ("spent", "D/N", "timescale", "steps", "epochs")
 """Columns that a narrow terminal goes without: they follow from the others."""
 _SHOWN = 200
 """Rows of a table on a terminal; --json prints all."""
@@ -38,7 +38,8 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
-    names = ["N", "D", "C", "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
+    origin = ["spent", "from"] if any(row["trunk"] for row in rows) else []
+    names = ["N", "D", "C", *origin, "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []
     names = [name for name in names if not (width and width < _WIDE and name in _FOLLOWS)]
     for name in ("cell", *(["family"] if len(families) > 1 else [])):
@@ -54,6 +55,8 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
             "N": human(row["N"]),
             "D": human(row["D"]),
             "C": flops(row["C"]),
+            "spent": flops(row["C_spent"]),
+            "from": f"{row['trunk'][:8]} at {human(row['trunk_tokens'])}" if row["trunk"] else "-",
             "D/N": f"{row['tokens_per_parameter']:.3g}",
             "lr": f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-",
             **{name: str(row["labels"].get(name, "-")) for name in varied},

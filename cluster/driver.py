@@ -163,7 +163,7 @@ class _Pool:
         self.store, self.plan, self.mirror, self.claim, self.watch = store, plan, mirror, claim, watch
         self.base_dir = str(base_dir) if base_dir else None
         self.checkpoint_seconds, self.give_up_after = checkpoint_seconds, give_up_after
-        self.queue = Queue(store, plan.cells, plan.study.stack)
+        self.queue = Queue(store, plan)
         self.missing = missing
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""

@@ -13,7 +13,7 @@ from cluster.calibration import Calibration, core_share, find_calibration
 from cluster.hardware import Amount, energy, local_gpus, money
 from cluster.placement import Job, longest_first, makespan, simulate
 from sweeps.grids import Plan
-from sweeps.lineage import Branch, plan_branches
+from sweeps.lineage import Branch
 from sweeps.store import Store
 from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
 
@@ -45,7 +45,7 @@ class Estimate:
 
 def cells_seconds(plan: Plan, calibration: Calibration) -> tuple[dict[str, float | None], dict[str, str]]:
     """Seconds by cell id, None where they are not known; and by reason the cell that it was first met at."""
-    branches = plan_branches(one.cell for one in plan.cells)
+    branches = plan.branches
     seconds: dict[str, float | None] = {}
     reasons: dict[str, str] = {}
     for one in plan.cells:
@@ -83,7 +83,7 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     `missing` are the ids of the cells that are still to do. A branch waits until its trunk has come so far.
     """
     seconds, reasons = cells_seconds(plan, calibration)
-    branches = plan_branches(one.cell for one in plan.cells)
+    branches = plan.branches
     count = min(workers or len(local_gpus()) or os.cpu_count() or 1, max(1, len(missing)))
     notes = [*reasons]
     share = core_share(calibration)

@@ -34,7 +34,11 @@ KINDS = {
     "leftovers": "temporary files that killed writers left",
     "cells": "cells that no study plans any more, with their results and logs",
     "corpora": "corpora that no cell and no study uses",
+    "trunks": "permanent checkpoints that no planned cell waits for: one that is planned later, longer or shorter, "
+    "trains its past again",
 }
+BY_DEFAULT = tuple(kind for kind in KINDS if kind != "trunks")
+"""A study may grow, and its next cells go on from the trunks that are there: these go only when they are named."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Item:
     """Bytes that it frees."""
 
 
-def collectable(store: Store, kinds: Sequence[str] = tuple(KINDS)) -> list[Item]:
+def collectable(store: Store, kinds: Sequence[str] = BY_DEFAULT) -> list[Item]:
     """All that may go now. InputError for an unknown kind, and while a driver or an attempt lives."""
     for kind in kinds:
         if kind not in KINDS:
@@ -66,6 +70,8 @@ def collectable(store: Store, kinds: Sequence[str] = tuple(KINDS)) -> list[Item]
         found += [item for name in sorted(cells - gone) for item in _checkpoints(store, name)]
     if "leftovers" in kinds:
         found += _leftovers(store, gone)
+    if "trunks" in kinds:
+        found += _trunks(store, planned, gone)
     if "corpora" in kinds:
         found += _corpora(store, cells - gone)
     order = list(KINDS)
@@ -120,8 +126,23 @@ def _checkpoints(store: Store, cell_id: str) -> Iterator[Item]:
                 yield Item("checkpoints", path, _size(path))
 
 
+def _trunks(store: Store, planned: set[str], gone: set[str]) -> Iterator[Item]:
+    """Permanent checkpoints of lineages whose planned cells have all ended, outside cells that go whole."""
+    for line in sorted((store.root / "lineages").glob("*")):
+        members = {path.name for path in line.iterdir() if not path.name.startswith(".")}
+        ended = {name for name in members if (store.cell(name) / "result.json").exists()}
+        for name in sorted(ended - gone) if members & planned <= ended else ():
+            for epoch in attempt_epochs(store, name):
+                for path in checkpoint_paths(store.checkpoints(name, epoch)):
+                    if is_permanent(path):
+                        yield Item("trunks", path, _size(path))
+
+
 def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
-    """Dot files and dot folders (what is written beside its place begins with a dot), outside cells that go whole."""
+    """What is written beside its place (it begins with a dot), and lineages' notes of cells that are gone."""
+    for path in sorted((store.root / "lineages").glob("*/*")):
+        if not path.name.startswith(".") and (path.name in gone or not store.cell(path.name).exists()):
+            yield Item("leftovers", path, _size(path))
     places = [store.root]
     while places:
         place = places.pop()

@@ -67,16 +67,16 @@ class Mirror:
         self.fault: str | None = None
         """What did not get through in the last pass, for people to see."""
         self._path = store.study(study) / "mirror.json"
-        self._entries = {entry["id"]: entry for entry in read_plan(store, study)["cells"]}
-        self._labels = {cell_id: entry["labels"] for cell_id, entry in self._entries.items()}
+        self._entries: dict[str, Json] = {entry["id"]: entry for entry in read_plan(store, study)["cells"]}
         self._state = self._read_state()
-        self._open = {cell_id for cell_id in self._labels if not self._cells.get(cell_id, {}).get("closed")}
+        self._changed = False
+        self._replan()
+        self._open = {cell_id for cell_id in self._entries if not self._cells.get(cell_id, {}).get("closed")}
         self._rows = Rows(store)
         self._rests: dict[str, _Rest] = {}
         self._found: dict[str, list[Run]] | None = None
         self._replaced: dict[str, list[Run]] = {}
         self._reached: Reached | None = None
-        self._changed = False
         self._saved = self._looked = float("-inf")
         self._progressed = time.monotonic()
         self._stopping = threading.Event()
@@ -94,7 +94,7 @@ class Mirror:
         before = self._state["experiment_id"], self._state.get("created")
         if before != (reached.experiment_id, reached.created):  # another database than last time: everything goes again
             named = {"experiment_id": reached.experiment_id, "created": reached.created}
-            self._state, self._open = self._new_state() | named, set(self._labels)
+            self._state, self._open = self._new_state() | named, set(self._entries)
         self._reached = reached
         faults: list[str] = []
         self._attempt("quarantine", self.merge_quarantine, faults)
@@ -158,7 +158,7 @@ class Mirror:
         self.merge_quarantine()
         self._replaced = self._search()
         self._found, self._rows, self._rests = {}, Rows(self.store), {}
-        self._state["cells"], self._open = {}, set(self._labels)
+        self._state["cells"], self._open = {}, set(self._entries)
         if self._state["parent"]:
             self._state["parent"]["sent"] = {}
         self._changed = True
@@ -287,7 +287,7 @@ class Mirror:
         if count != kept.get("told", 0):
             tags |= difference_tag(first, count)
         self._ship(cell_id, kept, last, tags)
-        kept["state"] = [state.state, state.attempts]
+        kept["state"], kept["trunk"] = [state.state, state.attempts], self._entries[cell_id].get("trunk")
         if count:
             kept["told"] = count
 
@@ -297,9 +297,8 @@ class Mirror:
 
         batches = [chunk.metrics[start : start + BATCH] for start in range(0, len(chunk.metrics), BATCH)] or [[]]
         for batch in batches:
-            given = (
-                {} if kept.get("params", True) else run_params(read_cell(self.store, cell_id), self._labels[cell_id])
-            )
+            labels = self._entries[cell_id]["labels"]
+            given = {} if kept.get("params", True) else run_params(read_cell(self.store, cell_id), labels)
             said = tags if tags and batch is batches[-1] else {}
             if not (batch or given or said):
                 continue
@@ -336,7 +335,7 @@ class Mirror:
                 **marked,
                 **peoples_tags(self._replaced.get(cell_id, [])),
             }
-            name = run_name(read_cell(self.store, cell_id), self._labels[cell_id])
+            name = run_name(read_cell(self.store, cell_id), self._entries[cell_id]["labels"])
             fault("mirror.before_create_run")
             run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
             fault("mirror.after_create_run")
@@ -367,7 +366,7 @@ class Mirror:
         """All runs of the planned cells, by cell."""
         found: dict[str, list[Run]] = {}
         for run in find_runs(self._client, self._state["experiment_id"], "tags.`escala.cell` != ''"):
-            if run.data.tags["escala.cell"] in self._labels:
+            if run.data.tags["escala.cell"] in self._entries:
                 found.setdefault(run.data.tags["escala.cell"], []).append(run)
         return found
 
@@ -390,6 +389,13 @@ class Mirror:
             state = {}
         same = state.get("tracking_uri") == self.tracking_uri
         return self._new_state() | (state if same else {})
+
+    def _replan(self) -> None:
+        """Say anew what a plan that has grown changes of cells that are in MLflow: whose trunk they share."""
+        for cell_id, kept in self._cells.items():
+            if cell_id in self._entries and kept.get("trunk") != self._entries[cell_id].get("trunk"):
+                kept |= {"closed": False, "state": None}
+                self._changed = True
 
     def _new_state(self) -> Json:
         empty: Json = {"cells": {}, "quarantine": {}, "parent": {}, "doubtful": {}}

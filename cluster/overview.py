@@ -12,7 +12,7 @@ from rich.text import Text
 from cluster.claims import living_drivers
 from cluster.control import read_wish
 from cluster.display import cell_table, console
-from cluster.ledger import count_states
+from cluster.ledger import count_states, sharing, sharing_words
 from cluster.watching import status_rows
 from sweeps.store import Store
 from sweeps.units import duration, human
@@ -20,8 +20,10 @@ from sweeps.units import duration, human
 WATCH_SECONDS = 2.0
 
 
-def study_picture(rows: list[dict[str, Any]], name: str) -> RenderableType:
-    """The cells, then those that run with how far they are, then the counts."""
+def study_picture(
+    rows: list[dict[str, Any]], name: str, everything: list[dict[str, Any]] | None = None
+) -> RenderableType:
+    """The cells, then those that run with how far they are, then the counts. everything: where `rows` are a part."""
     parts: list[RenderableType] = [cell_table(rows, title=name, width=console.width)]
     if running := [row for row in rows if row["progress"]]:
         parts += [Text(), running_table(running)]
@@ -29,6 +31,8 @@ def study_picture(rows: list[dict[str, Any]], name: str) -> RenderableType:
     counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
     told = ", ".join(f"{count} {kind}" for kind, count in ends.items())
     parts.append(Text(counts + (f"   (attempts that failed: {told})" if told else "")))
+    if shared := sharing(everything or rows):
+        parts.append(Text(f"{sharing_words(shared)}."))
     parts += [Text(f"{row['id'][:8]} other numerics since {row['numerics']}") for row in rows if row["numerics"]]
     return Group(*parts)
 
@@ -83,7 +87,7 @@ def _newest(rows: list[dict[str, Any]], name: str) -> RenderableType:
     order = {"running": 0, "failed": 1, "diverged": 2, "planned": 3}
     shown = sorted(rows, key=lambda row: order.get(row["state"], 4))[:room]
     counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
-    return Group(study_picture(shown, name), Text(f"of all {len(rows):,} cells: {counts}"))
+    return Group(study_picture(shown, name, rows), Text(f"of all {len(rows):,} cells: {counts}"))
 
 
 def _sum_of(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -5,24 +5,20 @@ goes on, or will never leave one, and cells of one shape that a probe found to b
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable
 from typing import Literal
 
-from sweeps.grids import PlannedCell
-from sweeps.lineage import plan_branches
-from sweeps.stacks import LEAST_GAIN, Stacking, known_gain, stack_key, stack_size
+from sweeps.grids import Plan, PlannedCell
+from sweeps.stacks import LEAST_GAIN, known_gain, stack_key, stack_size
 from sweeps.store import Store, attempt_epochs, cell_state
 
 
 class Queue:
     """The cells that no worker has."""
 
-    def __init__(self, store: Store, planned: Iterable[PlannedCell], stacking: Stacking) -> None:
-        """`planned` are all cells of the plan, ended or not: trunks may be among those that have ended."""
-        cells = [one.cell for one in planned]
-        self._store, self._stacking = store, stacking
-        self._branches = plan_branches(cells)
-        self._keys = {one.id: stack_key(one) for one in cells} if stacking != "off" else {}
+    def __init__(self, store: Store, plan: Plan) -> None:
+        self._store, self._stacking, self._branches = store, plan.study.stack, plan.branches
+        cells = plan.cells if self._stacking != "off" else ()
+        self._keys = {one.cell.id: stack_key(one.cell) for one in cells}
         self._ready: deque[PlannedCell] = deque()
         self._alike: Counter[str | None] = Counter()
         """Ready cells by stack key."""

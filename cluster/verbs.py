@@ -40,7 +40,7 @@ def status(
 ) -> None:
     """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is."""
     from cluster.control import read_wish
-    from cluster.ledger import count_states
+    from cluster.ledger import count_states, sharing
     from cluster.watching import status_rows
     from sweeps.errors import InputError
 
@@ -57,7 +57,8 @@ def status(
     wish = read_wish(place, name)
     paused = str(wish) if wish is not None and wish.wish == "pause" else None
     if as_json:
-        print(json.dumps({"study": name, "counts": count_states(rows), "paused": paused, "cells": rows}))
+        told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows), "cells": rows}
+        print(json.dumps(told))
         return
     from cluster.display import console
     from cluster.overview import study_picture
@@ -286,20 +287,25 @@ def sync(
 @app.command(rich_help_panel=STEER)
 def gc(
     only: Annotated[
-        list[str] | None, typer.Option(help="Only this kind: checkpoints, leftovers, cells or corpora. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Only this kind: checkpoints, leftovers, cells, corpora or trunks. Repeatable."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:
-    """What of the store may go, and what it frees; asks first. Results and logs of planned cells always stay."""
+    """What of the store may go, and what it frees; asks first. Results and logs of planned cells always stay.
+
+    Trunks go by --only trunks alone, when all planned cells that share them have ended: a longer or shorter cell that
+    is planned later then trains its past again.
+    """
     import sys
 
-    from cluster.garbage import KINDS, collectable, remove
+    from cluster.garbage import BY_DEFAULT, collectable, remove
     from cluster.overview import garbage_picture
 
     place = existing_store(store)
-    items = collectable(place, only or tuple(KINDS))
+    items = collectable(place, only or BY_DEFAULT)
     listed = [{"kind": item.kind, "path": str(item.path.relative_to(place.root)), "bytes": item.size} for item in items]
     if as_json:
         freed = remove(place, items) if yes else 0

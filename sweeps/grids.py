@@ -17,10 +17,21 @@ from sweeps.cell import Cell, Optimizer, Schedule
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.families import Family, find_family, resolve_options
+from sweeps.lineage import Branch, plan_branches, what_prevents
 from sweeps.rules import PowerRule, evaluate
 from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
 from sweeps.stacks import check_stack, stack_key
-from sweeps.study import Factors, IsoflopGrid, LadderGrid, LogVary, Study, Training, check_hyperparameter, listed
+from sweeps.study import (
+    Factors,
+    IsoflopGrid,
+    LadderGrid,
+    LogVary,
+    Study,
+    Training,
+    check_hyperparameter,
+    flat_recipe,
+    listed,
+)
 from sweeps.usercode import trainer_identity
 
 MAX_CELLS = 100_000
@@ -48,6 +59,8 @@ class Plan:
     study: Study
     corpus: CorpusInfo
     cells: tuple[PlannedCell, ...]
+    branches: Mapping[str, Branch]
+    """Where the cells whose past another of the study trains leave it (sweeps/lineage.py), by cell id."""
     warnings: tuple[str, ...]
 
 
@@ -101,7 +114,8 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(f"the study cannot be planned:\n{shown}{more}")
     cells = tuple(planned.values())
-    return Plan(study, corpus, cells, tuple(_warnings(cells)))
+    branches = plan_branches(one.cell for one in cells)
+    return Plan(study, corpus, cells, branches, tuple(_warnings(study, cells)))
 
 
 # --- points ------------------------------------------------------------------------------------------------------
@@ -236,7 +250,7 @@ def _plan_cell(
     counts = _counts(shape)
     flops_per_token = counts["flops_per_token"]
     recipe = {name: getattr(study.training, name) for name in Training.model_fields} | dict(point.overrides)
-    recipe |= {name: value for name, (kind, value) in variation.items() if kind == "value"}
+    recipe |= flat_recipe({name: value for name, (kind, value) in variation.items() if kind == "value"})
     recipe = _validated(recipe, point, variation)
     times = {name: value for name, (kind, value) in variation.items() if kind == "times"}
 
@@ -283,12 +297,21 @@ def _plan_cell(
         eps=value("eps"),
         clip_norm=value("clip_norm"),
     )
+    cooldown_fraction = value("cooldown_fraction")
+    stable = _stable_share(recipe["schedule"], cooldown_fraction) * tokens
     schedule = Schedule(
         name=recipe["schedule"],
-        warmup_tokens=int(value("warmup_tokens", min(counts["N"], 0.1 * tokens))),
+        warmup_tokens=int(value("warmup_tokens", _default_warmup(counts["N"], tokens, stable))),
         final_fraction=value("final_fraction"),
-        cooldown_fraction=value("cooldown_fraction"),
+        cooldown_fraction=cooldown_fraction,
+        cooldown_shape=recipe["cooldown_shape"] if recipe["schedule"] == "wsd" else "sqrt",
     )
+    if stable and schedule.warmup_tokens > stable:
+        raise ValueError(
+            f"{family.name} with {counts['N']:,} parameters: a warm-up of {schedule.warmup_tokens:,} tokens does not "
+            f"fit into the {stable:,.0f} that a run of {tokens:,} has before its cooldown: a branch cannot leave its "
+            "trunk before the warm-up ends. Lower warmup_tokens or cooldown_fraction, or train longer."
+        )
     cell = Cell(
         family=family.name,
         family_version=str(family.version),
@@ -326,6 +349,17 @@ def _counts(shape: accounting.Shape) -> dict[str, int]:
         "N_total": parameters.total,
         "flops_per_token": accounting.flops_per_token(shape),
     }
+
+
+def _stable_share(schedule: str, cooldown_fraction: float) -> float:
+    """The share of a run before its rate falls, which does not depend on its length; 0 where all of it does."""
+    return {"wsd": 1.0 - cooldown_fraction, "constant": 1.0}.get(schedule, 0.0)
+
+
+def _default_warmup(N: int, tokens: int, stable: float) -> float:
+    """min(N, 10 % of D); but N for cells that can share a trunk, so as not to follow D, where half of what is stable
+    holds it. stable: tokens before the rate falls."""
+    return N if stable / 2 >= N else min(N, 0.1 * tokens)
 
 
 def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[str, float]) -> float:
@@ -374,7 +408,9 @@ def _stack_faults(study: Study, cells: list[Cell]) -> Iterator[str]:
             yield f"stack: {study.stack} asks for stacks, but no two cells can be members of one: {error}"
 
 
-def _warnings(cells: tuple[PlannedCell, ...]) -> Iterator[str]:
+def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
+    if prevented := what_prevents(one.cell for one in cells):
+        yield _unshared(study, prevented)
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
         yield (
@@ -387,3 +423,21 @@ def _warnings(cells: tuple[PlannedCell, ...]) -> Iterator[str]:
             f"{len(repeated)} of {len(cells)} cells see the corpus more than once (most: {max(repeated):.2f} epochs); "
             "fits of single-epoch laws leave out those above 1.5."
         )
+
+
+def _unshared(study: Study, fields: tuple[str, ...]) -> str:
+    """Why cells that differ in length share no trunk although their schedule would let them, and what to do."""
+    names = dict.fromkeys(name.rpartition(".")[2] for name in fields)
+    if "batch_tokens" in names and study.training.beta2 is None:
+        names.pop("beta2", None)  # its default follows the batch
+    rules = {name: getattr(study.training, name, None) for name in names}
+    told = []
+    for name, rule in rules.items():
+        follows = [v for v in rule.power if v in ("D", "C")] if isinstance(rule, PowerRule) else []
+        told.append(f"{name} follows {' and '.join(follows)}" if follows else f"{name} differs between their lengths")
+    remedy = "Let it be a number" if len(told) == 1 else "Let them be numbers"
+    return (
+        "cells of one model and seed share no trunk although their schedule would let them, because "
+        f"{', '.join(told)}. {remedy}, or a rule of N, width or depth, and all lengths of a model train their common "
+        "past once."
+    )

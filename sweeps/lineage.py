@@ -14,6 +14,7 @@ What prevents sharing is a hyperparameter that follows D (or C): a batch, a rate
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +98,8 @@ def relatives(store: Store, cell: Cell) -> Iterator[Cell]:
     folder = store.root / "lineages" / (key or "")
     for path in sorted(folder.iterdir()) if key and folder.is_dir() else ():
         if path.name != cell.id and not path.name.startswith("."):
-            yield cell_from_identity(read_cell(store, path.name)["identity"])
+            with suppress(FileNotFoundError):  # nobody planned it any more, and it was taken away
+                yield cell_from_identity(read_cell(store, path.name)["identity"])
 
 
 def branch_points(store: Store, cell: Cell) -> frozenset[int]:

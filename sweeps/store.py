@@ -403,7 +403,10 @@ def study_names(store: Store) -> list[str]:
 
 
 def read_plan(store: Store, name: str) -> Json:
-    """The plan of a study as it was last run: {"study": declaration, "corpus": {...}, "cells": [{"id", "labels"}]}."""
+    """The plan of a study as it was last run: {"study": declaration, "corpus": {...}, "cells": [{"id", "labels"}]}.
+
+    The entry of a cell that branches off another of the study says where: "trunk": {"cell", "tokens"}.
+    """
     try:
         return read_json(store.study(name) / "plan.json")
     except FileNotFoundError:
@@ -414,6 +417,20 @@ def read_plan(store: Store, name: str) -> Json:
 def read_cell(store: Store, cell_id: str) -> Json:
     """A cell's record: {"id", "identity": {...}, "counts": {...}}."""
     return read_json(store.cell(cell_id) / "cell.json")
+
+
+def trunk_of(entry: Json, result: Json | None) -> Json | None:
+    """Where a cell leaves its trunk, {"cell", "tokens"}: that it went on from; before its end, the planned one."""
+    found: Json | None = entry.get("trunk") if result is None else result.get("trunk")
+    return found
+
+
+def spent_flops(entry: Json, counts: Json, result: Json | None) -> float | None:
+    """What a cell cost in FLOPs, before its end as planned: its C without what its trunk trains for it."""
+    if result is not None:
+        return result.get("flops_spent", counts["C"])
+    trunk = entry.get("trunk")
+    return counts["C"] - trunk["tokens"] * counts["flops_per_token"] if trunk else counts["C"]
 
 
 def read_quarantine(store: Store, name: str) -> dict[str, Json]:

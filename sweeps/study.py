@@ -1,9 +1,11 @@
 """A study as a researcher declares it: frozen, validated models (sweeps/studyfile.py reads them from YAML)."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -160,7 +162,7 @@ class Point(Declared):
     def _known_hyperparameters(cls, value: dict[str, Any]) -> dict[str, Any]:
         for name, single in value.items():
             check_hyperparameter(name, single)
-        return value
+        return flat_recipe(value)
 
     @model_validator(mode="after")
     def _one_length(self) -> "Point":
@@ -185,7 +187,47 @@ Decay = Annotated[
 ]
 
 
-class Training(Declared):
+def _inside(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError("the cooldown is a share of the run: more than 0 and less than 1")
+    return value
+
+
+class ScheduleFields(Declared):
+    """What shapes the learning rate over a run, beside the schedule's name."""
+
+    warmup_tokens: Annotated[Number, Field(ge=0)] | None = None
+    """Linear warm-up. Default min(N, 10 % of D); of wsd and constant, whose cells share trunks, N where that fits."""
+    final_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """The last learning rate as a fraction of the peak (cosine, linear, wsd)."""
+    cooldown_fraction: Annotated[Number, AfterValidator(_inside)] = 0.2
+    """The share of D in which wsd cools down."""
+    cooldown_shape: Literal["sqrt", "linear", "cosine"] = "sqrt"
+    """How wsd cools down: 1 - sqrt (Haegele et al. 2024), a line, or half a cosine."""
+
+
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+
+
+class NamedSchedule(ScheduleFields):
+    """A schedule with its own fields, `{kind: wsd, cooldown_fraction: 0.2}`: the same as to write them beside it."""
+
+    kind: ScheduleName
+
+    @model_validator(mode="after")
+    def _fields_of_its_kind(self) -> "NamedSchedule":
+        has = {"warmup_tokens"} | ({"final_fraction"} if self.kind != "constant" else set())
+        has |= {"cooldown_fraction", "cooldown_shape"} if self.kind == "wsd" else set()
+        if strange := sorted(self.model_fields_set - has - {"kind"}):
+            raise ValueError(f"{self.kind} has no {' and no '.join(strange)}; it has {', '.join(sorted(has))}")
+        return self
+
+
+def _schedule_form(value: Any) -> str:
+    return "@kind" if isinstance(value, dict | NamedSchedule) else "@name"
+
+
+class Training(ScheduleFields):
     """The recipe. Every number may be varied; a Rule may be a number or a power law in N, D, C, width, depth."""
 
     batch_tokens: Rule = 16_384.0
@@ -200,16 +242,31 @@ class Training(Declared):
     eps: Positive = 1e-8
     clip_norm: Positive = 1.0
     """The global gradient norm is clipped here."""
-    warmup_tokens: Annotated[Number, Field(ge=0)] | None = None
-    """Linear warm-up. Default min(N, 10 % of D)."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    final_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.1
-    """The last learning rate as a fraction of the peak (cosine, linear, wsd)."""
-    cooldown_fraction: Annotated[Number, Field(gt=0, le=1)] = 0.2
-    """The share of D in which wsd cools down."""
+    schedule: Annotated[
+        Annotated[ScheduleName, Tag("@name")] | Annotated[NamedSchedule, Tag("@kind")], Discriminator(_schedule_form)
+    ] = "cosine"
+    """A name; `{kind: <name>, ...}` gives its fields with it, and is taken apart when the file is read."""
     precision: Literal["float32", "bfloat16"] = "float32"
     init_std: Rule = 0.02
     """Standard deviation of the initial matrices."""
+
+    @model_validator(mode="after")
+    def _schedule_taken_apart(self) -> "Training":
+        if isinstance(self.schedule, str):
+            return self
+        return self.model_copy(update=flat_recipe({name: getattr(self, name) for name in self.model_fields_set}))
+
+
+def flat_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters with the fields of a `schedule: {kind: ...}` beside it. ValueError where one stands twice."""
+    schedule = given.get("schedule")
+    if schedule is None or isinstance(schedule, str):
+        return dict(given)
+    named = NamedSchedule.model_validate(schedule)
+    fields = {name: getattr(named, name) for name in named.model_fields_set if name != "kind"}
+    if twice := sorted(fields.keys() & given.keys()):
+        raise ValueError(f"{', '.join(twice)} given twice, beside schedule and inside it; give it once")
+    return {**given, "schedule": named.kind, **fields}
 
 
 class Factors(Declared):
@@ -338,6 +395,6 @@ class Study(Declared):
             check_hyperparameter(name)
             if not isinstance(variation, Factors):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
-            elif name in ("schedule", "precision"):
+            elif name in ("schedule", "cooldown_shape", "precision"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from sweeps.errors import InputError, nearest, plain_fault
 from sweeps.rules import PowerRule
-from sweeps.study import Factors, LogRange, LogVary, Study
+from sweeps.study import Factors, LogRange, LogVary, NamedSchedule, Study
 
 MAX_FILE_BYTES = 1_000_000
 SHIPPED = Path(__file__).parent / "studies"
@@ -148,4 +148,5 @@ def _form_of(model: Any) -> str:
     """The tag under which a union holds this model."""
     if "type" in model.model_fields:
         return str(typing.get_args(model.model_fields["type"].annotation)[0])
-    return {PowerRule: "@rule", LogRange: "@range", Factors: "@times", LogVary: "@log"}.get(model, "")
+    forms = {PowerRule: "@rule", LogRange: "@range", Factors: "@times", LogVary: "@log", NamedSchedule: "@kind"}
+    return forms.get(model, "")

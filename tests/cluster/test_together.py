@@ -51,7 +51,7 @@ def lengths(unit: list[Any]) -> list[int]:
 
 
 def queue_of(store: Store, plan: Plan) -> Queue:
-    queue = Queue(store, plan.cells, plan.study.stack)
+    queue = Queue(store, plan)
     for one in sorted(plan.cells, key=lambda one: -one.cell.tokens):
         queue.put(one)
     return queue

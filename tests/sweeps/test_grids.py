@@ -238,6 +238,20 @@ def test_the_default_warm_up_is_a_tenth_of_the_run_and_at_most_n_tokens() -> Non
     assert large.cell.schedule.warmup_tokens == large.counts["N"] > 1_000_000, "exact above six digits as well"
 
 
+def test_the_default_warm_up_of_cells_that_can_share_a_trunk_does_not_follow_their_length() -> None:
+    lengths = [{"size": 2e4, "tokens": tokens} for tokens in (30_720, 64_000, 128_000, 640_000)]
+    N = planned(points(*lengths)).cells[0].counts["N"]
+    assert 0.8 * 30_720 / 2 < N < 0.8 * 64_000 / 2
+
+    def warmups(schedule: str) -> list[int]:
+        cells = planned(points(*lengths, training={"batch_tokens": 640, "schedule": schedule})).cells
+        return [one.cell.schedule.warmup_tokens for one in cells]
+
+    assert warmups("wsd") == [3_072, N, N, N], "the shortest has no room for it and a share of its own"
+    assert warmups("constant") == [3_072, N, N, N]
+    assert warmups("cosine") == warmups("linear") == [3_072, 6_400, 12_800, N]
+
+
 @pytest.mark.parametrize(("sequences", "beta2"), [(1, 0.99), (127, 0.99), (128, 0.95), (500, 0.95)])
 def test_the_default_beta2_follows_the_batch(sequences: int, beta2: float) -> None:
     point = {"size": 2e4, "tokens": 1e6}
@@ -383,3 +397,73 @@ def test_ten_thousand_cells_are_all_different_and_repeat_themselves() -> None:
     first = [one.cell.id for one in planned(declared).cells]
     assert len(set(first)) == len(first) == 10_000
     assert [one.cell.id for one in planned(declared).cells] == first
+
+
+# --- trunks and branches -------------------------------------------------------------------------------------
+
+
+WSD = {"batch_tokens": 640, "schedule": {"kind": "wsd", "cooldown_fraction": 0.2, "final_fraction": 0}}
+LENGTHS = tuple({"size": 2e4, "tokens": tokens} for tokens in (64_000, 128_000, 256_000))
+
+
+def test_cells_that_differ_in_length_alone_branch_off_the_longest() -> None:
+    plan = planned(points(*LENGTHS, training=WSD, seeds=[0, 1]))
+    cells = {one.cell.id: one.cell for one in plan.cells}
+    assert len(plan.branches) == 4
+    for cell_id, branch in plan.branches.items():
+        cell, trunk = cells[cell_id], cells[branch.parent]
+        assert trunk.tokens == 256_000
+        assert trunk.seed == cell.seed
+        assert branch.steps == 0.8 * cell.steps
+    assert plan.warnings == tuple(text for text in plan.warnings if "trunk" not in text)
+    assert planned(points(*LENGTHS)).branches == {}, "a cosine knows its end from the first step"
+
+
+def test_a_shape_and_a_fraction_of_the_cooldown_are_cells_of_their_own_on_one_trunk() -> None:
+    vary = {"cooldown_shape": ["sqrt", "linear", "cosine"], "cooldown_fraction": [0.1, 0.3]}
+    plan = planned(points({"size": 2e4, "tokens": 256_000}, training=WSD, vary=vary))
+    assert (len(plan.cells), len(plan.branches)) == (6, 5)
+    late = {"cooldown_fraction": {"times": [1, 4]}}
+    text = faults(points({"size": 2e4, "tokens": 64_000}, training=WSD | {"warmup_tokens": 20_000}, vary=late))
+    assert "does not fit into the 12,800" in text
+    assert len(planned(points({"size": 2e4, "tokens": 256_000}, vary=vary | {"cooldown_fraction": [0.2]})).cells) == 1
+
+
+def test_schedules_with_their_fields_can_be_varied_and_overridden() -> None:
+    schedules = ["cosine", {"kind": "wsd", "cooldown_fraction": 0.5}]
+    cells = planned(points({"size": 2e4, "tokens": 256_000}, vary={"schedule": schedules})).cells
+    told = [(one.cell.schedule.name, one.cell.schedule.cooldown_fraction) for one in cells]
+    assert told == [("cosine", 0.2), ("wsd", 0.5)]
+    cell = only(points({"size": 2e4, "tokens": 256_000, "training": {"schedule": schedules[1]}}, training=WSD)).cell
+    assert (cell.schedule.cooldown_fraction, cell.schedule.final_fraction) == (0.5, 0.0)
+    twice = points({"size": 2e4, "tokens": 256_000}, vary={"schedule": schedules, "cooldown_fraction": [0.1]})
+    assert "cooldown_fraction given twice" in faults(twice)
+
+
+@pytest.mark.parametrize(("schedule", "fits"), [("wsd", 51_200), ("constant", 64_000), ("cosine", 10**9)])
+def test_a_warm_up_that_reaches_into_the_cooldown_is_refused(schedule: str, fits: int) -> None:
+    def with_warmup(tokens: int) -> Study:
+        training = {"batch_tokens": 640, "schedule": schedule, "warmup_tokens": tokens}
+        return points({"size": 2e4, "tokens": 64_000}, training=training)
+
+    assert only(with_warmup(fits)).cell.schedule.warmup_tokens == fits
+    if schedule != "cosine":
+        text = faults(with_warmup(fits + 1))
+        assert f"a warm-up of {fits + 1:,} tokens does not fit into the {fits:,}" in text
+        assert "a branch cannot leave its trunk before" in text
+
+
+def test_what_keeps_lengths_from_sharing_a_trunk_is_named_with_its_remedy() -> None:
+    rule = {"value": 640, "at": {"D": 64_000}, "power": {"D": 0.5}}
+    plan = planned(points(*LENGTHS, training=WSD | {"batch_tokens": rule}))
+    assert plan.branches == {}
+    (told,) = [text for text in plan.warnings if "share no trunk" in text]
+    assert "their schedule would let them, because batch_tokens follows D. Let it be a number, or a rule of N" in told
+    rate = {"value": 0.01, "at": {"C": 1e10}, "power": {"C": -0.1}}
+    override = [point | {"training": {"warmup_tokens": point["tokens"] / 10}} for point in LENGTHS]
+    (told,) = [
+        text
+        for text in planned(points(*override, training=WSD | {"learning_rate": rate})).warnings
+        if "share no trunk" in text
+    ]
+    assert "learning_rate follows C, warmup_tokens differs between their lengths. Let them be numbers" in told

@@ -94,6 +94,23 @@ seeds: []
         ("training: {learning_rate: {value: 1, at: {width: 1}, power: {depth: 1}}}", "they must name the same"),
         ("training: {learning_rate: {value: 1, at: {height: 1}, power: {height: 1}}}", "allowed: N, D, C, width"),
         ("corpus: {source: folder}", 'needs "path"'),
+        (
+            "training: {cooldown_fraction: 1}",
+            "found 1; the cooldown is a share of the run: more than 0 and less than 1",
+        ),
+        (
+            "training: {schedule: {kind: wsd, cooldown_fraction: 0}}",
+            "training.schedule.cooldown_fraction: found 0; the",
+        ),
+        ("training: {schedule: {kind: wsdd}}", "training.schedule.kind: found 'wsdd'; allowed: cosine, linear"),
+        ("training: {schedule: {cooldown_fraction: 0.2}}", "training.schedule.kind: missing"),
+        ("training: {schedule: {kind: wsd, cooldown: 0.2}}", "training.schedule.cooldown: unknown key"),
+        ("training: {schedule: {kind: wsd, cooldown_shape: exp}}", "allowed: sqrt, linear, cosine"),
+        ("training: {schedule: {kind: cosine, cooldown_fraction: 0.2}}", "cosine has no cooldown_fraction; it has"),
+        ("training: {schedule: {kind: wsd, final_fraction: 0}, final_fraction: 0}", "final_fraction given twice"),
+        ("vary: {cooldown_shape: [sqrt, square]}", "cooldown_shape: found 'square'; allowed: sqrt, linear, cosine"),
+        ("vary: {cooldown_fraction: [0.1, 1.5]}", "cooldown_fraction: found 1.5; the cooldown is a share of the run"),
+        ("vary: {cooldown_shape: {times: [2]}}", "cooldown_shape is no number, so it has no multiples"),
         ("families: {}", "at least one family"),
         ("seeds: [-1]", "greater than or equal to 0"),
     ],
@@ -141,3 +158,16 @@ def test_a_hugging_face_dataset_is_named_in_short(tmp_path: Path) -> None:
     for corpus in ("hf:roneneldan/TinyStories", "{source: 'hf:roneneldan/TinyStories'}"):
         source = load_study(write(tmp_path, f"{GOOD}corpus: {corpus}\n")).corpus
         assert (source.source, source.path) == ("hf", "roneneldan/TinyStories")
+
+
+def test_a_schedule_with_its_fields_is_the_same_as_the_fields_beside_it(tmp_path: Path) -> None:
+    inside = "training: {schedule: {kind: wsd, cooldown_fraction: .3, cooldown_shape: linear, warmup_tokens: 100}}"
+    beside = "training: {schedule: wsd, cooldown_fraction: .3, cooldown_shape: linear, warmup_tokens: 100}"
+    one, other = (load_study(write(tmp_path, GOOD + text)) for text in (inside, beside))
+    assert one == other
+    assert (one.training.schedule, one.training.cooldown_fraction) == ("wsd", 0.3)
+
+
+def test_a_fault_inside_a_schedule_has_its_own_line(tmp_path: Path) -> None:
+    text = faults(tmp_path, GOOD + "training:\n  schedule:\n    kind: wsd\n    cooldown_fraction: 7\n")
+    assert "study.yaml:8: training.schedule.cooldown_fraction: found 7" in text
