@@ -90,7 +90,7 @@ def test_a_study_without_trunks_has_no_word_of_them(escala: Escala) -> None:
     assert told["shared"] is None
     text = escala("plan", path, "--store", "store").stdout
     assert "from" not in text.splitlines()[1].split()
-    assert "trunk" not in text
+    assert "branch off" not in text
 
 
 def test_the_plan_says_which_rule_prevents_sharing(escala: Escala) -> None:
