@@ -23,6 +23,7 @@ import mirror
 import overhead
 import stalls
 import step
+import together
 from measuring import Place, Row
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +37,9 @@ BENCHMARKS = {
     "cells": cells.run,
     "step": step.step,
     "calibration": calibration.calibration,
+    "stacks": together.stacks,
+    "trunks": together.trunks,
+    "workers": together.workers,
     "fits": fits.fits,
     "coverage": coverage.coverage,
     "compare": compare.run,

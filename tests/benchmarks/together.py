@@ -1,0 +1,114 @@
+"""What is saved by training cells together: stacks, trunks with their branches, and workers side by side.
+
+Speeds are ratios of the workers' own training seconds (result.json) in runs through the command line that follow one
+another, so Ray's start is not in them; wall-clock ratios of a stack hold all, the probe too.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from measuring import Place, Row, escala
+
+STACKED = """
+corpus: {{source: markov, options: {{tokens: 300000, vocab_size: 255, seed: 1}}}}
+context: 128
+families: [{family}]
+grid: {{type: points, points: [{{size: 40000, tokens: {tokens}}}]}}
+training: {{batch_tokens: {batch}, learning_rate: 0.004, schedule: constant}}
+seeds: [0, 1, 2, 3, 4, 5, 6, 7]
+stack: {stack}
+"""
+STEPS = 250
+
+LADDER = """
+corpus: {source: markov, options: {tokens: 4000000, vocab_size: 255, seed: 1}}
+context: 128
+families: [llama]
+grid: {type: ladder, sizes: [20000], tokens_per_parameter: [10, 20, 40, 80]}
+training: {batch_tokens: 1024, learning_rate: 0.01, schedule: {kind: wsd, cooldown_fraction: 0.2}}
+"""
+
+SIDE_BY_SIDE = """
+corpus: {source: markov, options: {tokens: 300000, vocab_size: 255, seed: 1}}
+context: 128
+families: [llama]
+grid: {type: points, points: [{size: 40000, tokens: 200000}]}
+training: {batch_tokens: 1024, learning_rate: 0.004}
+seeds: [0, 1, 2, 3, 4, 5, 6, 7]
+stack: "off"
+"""
+
+
+def stacks(place: Place) -> list[Row]:
+    rows = []
+    for family, batch in (*(("llama", batch) for batch in (128, 256, 512, 1024, 2048)), ("gpt2", 256)):
+        ended: dict[str, list[dict[str, Any]]] = {}
+        for stack in ("off", "auto"):
+            name = f"stack-{family}-{batch}-{stack}"
+            text = STACKED.format(family=family, batch=batch, tokens=batch * STEPS, stack=f'"{stack}"')
+            escala("run", place.study(name, text), "--store", place.folder / name, "--workers", 2)
+            ended[stack] = list(_results(place.folder / name))
+        members = max(result["numerics"]["stack"] for result in ended["auto"])
+        ratio = _training(ended["off"]) / _training(ended["auto"])
+        rows.append(
+            Row(
+                what=f"stack: auto against off, {family} 40 k, {batch} tokens a batch",
+                measured=ratio,
+                unit="x",
+                target=1.8 if batch <= 256 else 0.97,
+                at_least=True,
+                note=f"training seconds, 2 workers; the probe chose {_chosen(members)}",
+            )
+        )
+    return rows
+
+
+def trunks(place: Place) -> list[Row]:
+    study, store = place.study("trunk-ladder", LADDER), place.folder / "trunk-ladder"
+    told = json.loads(escala("plan", study, "--store", store, "--json").output)["totals"]
+    escala("run", study, "--store", store, "--workers", 2)
+    results = list(_results(store))
+    spent, worth = (sum(result[name] for result in results) for name in ("flops_spent", "flops"))
+    return [
+        Row(
+            what="FLOPs of a ladder {1,2,4,8} x from one trunk, f = .2",
+            measured=spent / worth,
+            unit="of separate runs",
+            target=0.63,
+            note=f"spent; the plan said {told['C_spent'] / told['C']:.4f}; exact 9.4/15 = .6267",
+        )
+    ]
+
+
+def workers(place: Place) -> list[Row]:
+    spans = []
+    for count in (1, 2):
+        store = place.folder / f"side-by-side-{count}"
+        escala("run", place.study(f"side-{count}", SIDE_BY_SIDE), "--store", store, "--workers", count)
+        ends = sorted(path.stat().st_mtime for path in (store / "cells").glob("*/result.json"))
+        spans.append((ends[-1] - ends[count - 1]) / (len(ends) - count))  # from the first that every worker ended
+    return [
+        Row(
+            what="2 workers against 1 on two cores",
+            measured=spans[0] / spans[1],
+            unit="x",
+            target=1.8,
+            at_least=True,
+            note="cells a second, llama 40 k, once the workers are warm",
+        )
+    ]
+
+
+def _results(store: Path) -> Iterator[dict[str, Any]]:
+    for path in (store / "cells").glob("*/result.json"):
+        yield json.loads(path.read_bytes())
+
+
+def _training(results: list[dict[str, Any]]) -> float:
+    return float(sum(result["seconds"]["train"] for result in results))
+
+
+def _chosen(members: int) -> str:
+    return f"stacks of {members}" if members > 1 else "no stack"
