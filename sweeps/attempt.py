@@ -170,7 +170,7 @@ def _numerics(store: Store, cell: Cell) -> tuple[Numerics, float]:
 
     After an attempt that ran out of memory, half its micro-batch.
     """
-    here = choose_numerics(cell.sequences)
+    here = choose_numerics(cell)
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     earlier: dict[int, Numerics] = {}
     for epoch in attempt_epochs(store, cell.id):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-PLAIN_BYTES = {"cpu": 2**26, "cuda": 2**29}
-"""Float32 logits up to this size take the plain way; of larger ones so many bytes exist at once."""
+from sweeps.memory import LOGITS_BYTES
+
 LINEAR_HEADS = {"gpt2", "gpt_neox", "llama", "qwen3", "granite", "mixtral"}
 """Model types of transformers whose logits are hidden states times the head's matrix, over `logits_scaling`."""
 
@@ -33,7 +33,7 @@ class MeanLoss(torch.nn.Module):
 def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int | None = None) -> torch.Tensor:
     """Mean nats per token of `tokens`, int64 (sequences, context + 1); differentiable, also under torch.vmap.
 
-    `plain_bytes` replaces the bound of `PLAIN_BYTES`.
+    Float32 logits of more than `plain_bytes`, by default `LOGITS_BYTES` of the device, are made in chunks of that size.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     limit = _limit(tokens, plain_bytes)
@@ -69,7 +69,9 @@ def token_losses(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int 
 def _linear_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor, float] | None:
     """The model's body, its head's matrix (vocabulary, width) and what the logits are divided by; None if unknown."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in LINEAR_HEADS or not type(model).__module__.startswith("transformers."):
+    if getattr(config, "model_type", None) not in LINEAR_HEADS or not type(model).__module__.startswith(
+        "transformers."
+    ):
         return None  # also a user's own subclass, whose logits may be anything
     known: Any = model
     head = known.get_output_embeddings()
@@ -79,7 +81,7 @@ def _linear_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor,
 
 
 def _limit(tokens: torch.Tensor, plain_bytes: int | None) -> int:
-    return PLAIN_BYTES.get(tokens.device.type, PLAIN_BYTES["cuda"]) if plain_bytes is None else plain_bytes
+    return LOGITS_BYTES["cpu" if tokens.device.type == "cpu" else "cuda"] if plain_bytes is None else plain_bytes
 
 
 def _is_large(weight: torch.Tensor, inputs: torch.Tensor, limit: int) -> bool:

@@ -61,7 +61,7 @@ class MemoryIO:
         every: int = 1,
         kill_at: int | None = None,
     ) -> None:
-        self.corpus, self.numerics, self.base_dir = corpus, numerics or choose_numerics(cell.sequences), None
+        self.corpus, self.numerics, self.base_dir = corpus, numerics or choose_numerics(cell), None
         self.trunk: dict[str, Any] | None = None
         self.rows: dict[int, dict[str, float]] = {}
         self.last_state: dict[str, Any] = {}

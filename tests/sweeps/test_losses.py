@@ -1,4 +1,4 @@
-"""The loss in chunks is the plain loss, with the plain gradients, for every family, alone and stacked, in less memory."""
+"""The loss in chunks is the plain loss with the plain gradients, for any family, alone and stacked, in less memory."""
 
 import copy
 import json
@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from sweeps.accounting import Shape
 from sweeps.families import FAMILIES, build_model, resolve_options
-from sweeps.losses import PLAIN_BYTES, MeanLoss, mean_loss, token_losses
+from sweeps.losses import MeanLoss, mean_loss, token_losses
+from sweeps.memory import LOGITS_BYTES
 from sweeps.sizes import shape_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def test_chunks_honour_bfloat16(family: str) -> None:
 
 def test_small_logits_take_the_plain_way_to_the_bit() -> None:
     model, tokens = model_of("gpt2"), tokens_of()
-    assert tokens[:, 1:].numel() * VOCABULARY * 4 < PLAIN_BYTES["cpu"]
+    assert tokens[:, 1:].numel() * VOCABULARY * 4 < LOGITS_BYTES["cpu"]
     logits = model(tokens[:, :-1]).logits
     assert torch.equal(mean_loss(model, tokens), cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()))
 

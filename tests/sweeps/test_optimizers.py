@@ -1,4 +1,4 @@
-"""Muon takes the hidden matrices and nothing else, at AdamW's size of update, and goes on to the bit after a restore."""
+"""Muon takes the hidden matrices and no others, at AdamW's size of update, and goes on to the bit after a restore."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,7 @@ from sweeps.optimizers import MuonWithAdamW, make_optimizer
 from sweeps.sizes import shape_for
 from sweeps.training import train
 
-RECIPE = Optimizer(
-    name="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0
-)
+RECIPE = Optimizer(name="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
 
 
 def model_of(family: str) -> torch.nn.Module:
@@ -113,7 +111,9 @@ def test_a_cell_of_muon_trains_resumes_to_the_bit_and_has_an_id_of_its_own(tmp_p
     assert expected.val_loss_final < expected.loss_at_start - 0.1
     with pytest.raises(Killed):
         train(cell, MemoryIO(cell, corpus, folder=tmp_path / "checkpoints", every=5, kill_at=13))
-    assert train(cell, MemoryIO(cell, corpus, folder=tmp_path / "checkpoints")).val_loss_final == expected.val_loss_final
+    assert (
+        train(cell, MemoryIO(cell, corpus, folder=tmp_path / "checkpoints")).val_loss_final == expected.val_loss_final
+    )
 
 
 def markov(folder: Path) -> Corpus:
