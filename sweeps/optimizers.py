@@ -54,9 +54,7 @@ class MuonWithAdamW:
     over. A tensor of three axes, the experts of a layer, is one matrix per expert.
     """
 
-    def __init__(
-        self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], recipe: Optimizer
-    ) -> None:
+    def __init__(self, matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], recipe: Optimizer) -> None:
         self._experts = [(p, list(p.detach().unbind())) for p in matrices if p.ndim == 3]
         whole: list[torch.Tensor] = [p for p in matrices if p.ndim == 2]
         self._muon = torch.optim.Muon(

@@ -17,6 +17,7 @@ import cells
 import commands
 import compare
 import coverage
+import eager
 import fits
 import mirror
 import overhead
@@ -34,6 +35,7 @@ BENCHMARKS = {
     "light": commands.light,
     "cells": cells.run,
     "step": step.step,
+    "eager": eager.eager,
     "fits": fits.fits,
     "coverage": coverage.coverage,
     "compare": compare.run,
