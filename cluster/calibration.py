@@ -131,6 +131,9 @@ class Stopwatch:
     def __init__(self) -> None:
         # Imported when the worker starts, so that no shape waits for it.
         import sweeps.training  # noqa: F401
+        from sweeps.devices import keep_freed_memory
+
+        keep_freed_memory()
 
     def time(self, root: str, identity: dict[str, Any], base_dir: str | None) -> dict[str, Any]:
         """Time one cell; says on which kind of worker."""
@@ -140,7 +143,7 @@ class Stopwatch:
 
         cell = cell_from_identity(identity)
         timed = time_cell(cell, open_corpus(Path(root), cell.corpus), Path(base_dir) if base_dir else None)
-        numerics = choose_numerics(cell.sequences)
+        numerics = choose_numerics(cell)
         device = processor() if numerics.device == "cpu" else numerics.device
         kind = kind_of(device, numerics.threads)
         versions = numerics.versions | {"numerics": str(cell.numerics_version)}

@@ -15,6 +15,9 @@ class Worker:
     def __init__(self) -> None:
         # Imported when the worker starts, so that its first cell does not wait for it.
         import sweeps.training  # noqa: F401
+        from sweeps.devices import keep_freed_memory
+
+        keep_freed_memory()
 
     def run(
         self,

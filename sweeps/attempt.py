@@ -84,10 +84,17 @@ def run_attempts(
             for cell_id in cell_ids:
                 record = read_cell(store, cell_id)
                 cell = cell_from_identity(record["identity"])
-                numerics, tolerance = _numerics(store, cell, len(cell_ids))
-                note = {"study": study, "driver": driver, "numerics": numerics.to_json()}
-                tries.append(_Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, len(cell_ids)))
-                one = tries[-1]
+                note: dict[str, Any] = {"study": study, "driver": driver}
+                try:
+                    numerics, tolerance, kept = _numerics(store, cell, len(cell_ids))
+                except InputError as error:  # it does not fit into memory: a failure of the cell, on record
+                    does_not_fit = _Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, 1)
+                    does_not_fit.settle(error)
+                    tries.append(does_not_fit)
+                    raise
+                note["numerics"] = numerics.to_json()
+                one = _Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, len(cell_ids))
+                tries.append(one)
                 heartbeat = one.heartbeat = open_things.enter_context(Heartbeat(one.attempt))
                 corpus = _corpus(store.root, cell.corpus)
                 stream = open_things.enter_context((one.attempt.folder / "log.jsonl").open("ab", buffering=0))
@@ -98,6 +105,7 @@ def run_attempts(
                     numerics,
                     cell=cell,
                     tolerance=tolerance,
+                    numerics_kept=kept,
                     base_dir=base_dir,
                     checkpoint_seconds=checkpoint_seconds,
                 )
@@ -223,13 +231,14 @@ def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, st
     return outcome.state, outcome.reason
 
 
-def _numerics(store: Store, cell: Cell, stack: int) -> tuple[Numerics, float]:
-    """Those of the cell's last attempt, where there was one, else those of this process; and the relative difference
-    that they allow between a value that is computed again and its first, which any earlier attempt may have logged.
+def _numerics(store: Store, cell: Cell, stack: int) -> tuple[Numerics, float, bool]:
+    """Those of the cell's last attempt, where there was one, else those of this process; the relative difference that
+    they allow between a value that is computed again and its first, which any earlier attempt may have logged; and
+    whether there was one.
 
     After an attempt that ran out of memory, half its micro-batch.
     """
-    here = replace(choose_numerics(cell.sequences), stack=stack)
+    here = choose_numerics(cell, stack)
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     earlier: dict[int, Numerics] = {}
     for epoch in attempt_epochs(store, cell.id):
@@ -240,13 +249,13 @@ def _numerics(store: Store, cell: Cell, stack: int) -> tuple[Numerics, float]:
         if found is not None:  # else its process died before it wrote them
             earlier[epoch] = Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
     if not earlier:
-        return here, tolerance
+        return here, tolerance, False
     last = max(earlier)
     kept = replace(earlier[last], device=here.device, versions=here.versions, stack=stack)
     end = read_end(store, cell.id, last)
     if end is not None and end[0] == "out_of_memory":
         kept = replace(kept, micro_batch=max(1, kept.micro_batch // 2))
-    return kept, tolerance if all(kept == one for one in earlier.values()) else OTHER_TOLERANCE
+    return kept, tolerance if all(kept == one for one in earlier.values()) else OTHER_TOLERANCE, True
 
 
 @lru_cache(maxsize=4)

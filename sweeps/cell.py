@@ -23,6 +23,7 @@ class Optimizer:
     """AdamW (Loshchilov and Hutter 2019): decay is decoupled, multiplied by the learning rate, on matrices only."""
 
     name: str = "adamw"
+    """adamw, or muon for the hidden matrices and AdamW for the rest (sweeps/optimizers.py)."""
     learning_rate: float
     """Peak."""
     weight_decay: float

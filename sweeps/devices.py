@@ -1,9 +1,20 @@
 """What a device can do: peak speed for MFU, and the numerics that an attempt records."""
 
+import ctypes
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from sweeps.cell import Cell
+from sweeps.memory import choose_micro_batch, part_sizes
+
+if TYPE_CHECKING:
+    import torch
+
+HOST_SHARE = 0.5
+"""Of the host's free memory that one worker takes for granted; it does not know how many others there are."""
 
 # Dense bfloat16 peaks in FLOP/s, by a part of the device's name; the first match counts. Vendors' data sheets; figures
 # "with sparsity" are twice these. A device that is not here has no MFU.
@@ -56,16 +67,23 @@ class Numerics:
         return asdict(self)
 
 
-def choose_numerics(sequences: int) -> Numerics:
-    """The numerics of a first attempt on this process's device: one thread on a CPU, the whole batch at once."""
+def choose_numerics(cell: Cell, stack: int = 1) -> Numerics:
+    """The numerics of a first attempt on this process's device: one thread on a CPU, as much of a batch as fits.
+
+    `stack` cells of this shape train as one program. InputError where not even one sequence fits.
+    """
     import numpy
     import torch
     import transformers
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     return Numerics(
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
-        micro_batch=sequences,
+        stack=stack,
+        micro_batch=choose_micro_batch(
+            cell.shape, cell.sequences, cell.precision, bytes_available(), device=device, stack=stack
+        ),
         versions={
             "python": platform.python_version(),
             "numpy": numpy.__version__,
@@ -73,3 +91,63 @@ def choose_numerics(sequences: int) -> Numerics:
             "transformers": transformers.__version__,
         },
     )
+
+
+def keep_freed_memory() -> bool:
+    """Have glibc keep what a step frees for the next step, for this process; False where the C library is another.
+
+    By default large blocks go back to the kernel, which hands them out again page by page, zeroed: 2 to 5 % of the
+    time of a step on a CPU. Numbers do not change.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        return False
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def bytes_available() -> int:
+    """Memory that this process may still take: a share of the host's, or of its device within the process's own cap."""
+    import psutil
+    import torch
+
+    if not torch.cuda.is_available():
+        return int(psutil.virtual_memory().available * HOST_SHARE)
+    free, total = torch.cuda.mem_get_info()
+    reserved, held = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+    cap = int(total * torch.cuda.get_per_process_memory_fraction())
+    return min(free + reserved, cap) - held  # what is reserved and not held is the allocator's to give
+
+
+def probe_micro_batch(
+    loss: "Callable[[torch.Tensor], torch.Tensor]", model: "torch.nn.Module", cell: Cell, micro_batch: int
+) -> int:
+    """The micro-batch after one forward and backward pass on a GPU has shown what it takes; on a CPU as it was.
+
+    The model is on its device, without gradients and without an optimizer's state, and is left so.
+    """
+    import torch
+
+    if next(model.parameters()).device.type == "cpu":
+        return micro_batch
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    room = bytes_available() - 3 * weights  # gradients and two moments
+    sizes = sorted(part_sizes(cell.sequences))
+    while True:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            with torch.random.fork_rng(devices=[torch.cuda.current_device()]):
+                shape = (micro_batch, cell.shape.context + 1)
+                loss(torch.zeros(shape, dtype=torch.int64, device="cuda")).backward()
+        except torch.cuda.OutOfMemoryError:
+            if micro_batch == 1:
+                raise
+            most = micro_batch / 2
+        else:
+            taken = torch.cuda.max_memory_allocated() - before - weights
+            return max([size for size in sizes if size * taken / micro_batch <= room], default=1)
+        finally:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+        micro_batch = max(size for size in sizes if size <= most)

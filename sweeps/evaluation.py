@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from sweeps.corpora import Corpus
+from sweeps.losses import token_losses
 
 EVALUATIONS_PER_DECADE = 10
 FIRST_EVALUATION = 0.01
@@ -76,10 +76,7 @@ def evaluate(
     for tokens, documents in _window_batches(corpus, context, windows):
         batch = to_device(tokens, device)
         with amplify:
-            logits = model(batch[:, :-1]).logits
-        each = (
-            cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten(), reduction="none").double().cpu().numpy()
-        )
+            each = token_losses(model, batch).flatten().double().cpu().numpy()
         window_sums.append(each.reshape(len(tokens), context).sum(axis=1))
         document_sums += np.bincount(documents.ravel(), weights=each, minlength=len(document_sums))
         document_tokens += np.bincount(documents.ravel(), minlength=len(document_tokens))

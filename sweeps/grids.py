@@ -290,6 +290,7 @@ def _plan_cell(
         return _realised(name, default if recipe[name] is None else recipe[name], known, times)
 
     optimizer = Optimizer(
+        name=recipe["optimizer"],
         learning_rate=value("learning_rate"),
         weight_decay=value("weight_decay"),
         beta1=value("beta1"),

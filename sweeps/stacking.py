@@ -12,16 +12,19 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from sweeps.cell import Cell, Optimizer, cell_from_identity
+from sweeps.devices import choose_numerics
 from sweeps.errors import InputError
 from sweeps.families import build_model, find_family
-from sweeps.optimizers import make_adamw, make_optimizer
+from sweeps.losses import Loss, MeanLoss
+from sweeps.optimizers import MuonWithAdamW, make_adamw, make_optimizer
 from sweeps.stacks import LEAST_GAIN, known_gain, note_gain
 from sweeps.store import Store, read_cell
 
@@ -33,8 +36,10 @@ WARM_TURNS, PROBE_TURNS = 2, 7
 class Solo:
     """One model, with the interface of a stack of one."""
 
-    def __init__(self, model: torch.nn.Module, recipe: Optimizer) -> None:
+    def __init__(self, model: torch.nn.Module, recipe: Optimizer, loss: Loss | None = None) -> None:
+        """`loss`: that of the model as a function of tokens, where it is compiled."""
         self.models, self._clip = [model], recipe.clip_norm
+        self._loss = loss or MeanLoss(model)
         self._optimizer = make_optimizer(model, recipe)
 
     def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
@@ -44,7 +49,7 @@ class Solo:
         total: torch.Tensor | None = None
         for part in parts:
             with amplify:
-                loss = _loss(self.models[0](part[:, :-1]).logits, part)
+                loss = self._loss(part)
             if len(parts) > 1:
                 loss = loss * (len(part) / len(batch))
             loss.backward()
@@ -85,12 +90,13 @@ class Stack:
         self._gradients = torch.empty_like(self._values)
         # 2. The members' modules hold views of their rows; the program, of all rows at once.
         self._stacked: dict[str, torch.Tensor] = {}
+        self._loss = MeanLoss(self.models[0])
         for name, (start, stop) in self._spans.items():
             shape = named[0][name].shape
             for each, values in zip(named, self._values, strict=True):
                 values[start:stop] = each[name].detach().flatten()
                 each[name].data = values[start:stop].view(shape)
-            self._stacked[name] = self._values[:, start:stop].unflatten(1, shape).requires_grad_()
+            self._stacked[f"model.{name}"] = self._values[:, start:stop].unflatten(1, shape).requires_grad_()
         self._gradient_views = [
             self._gradients[:, start:stop].unflatten(1, named[0][name].shape)
             for name, (start, stop) in self._spans.items()
@@ -114,7 +120,7 @@ class Stack:
         total: torch.Tensor | None = None
         for part in parts:
             with amplify, _stackable(self.models[0]):
-                losses = torch.vmap(self._member_loss)(self._stacked, part)
+                losses = torch.vmap(partial(functional_call, self._loss))(self._stacked, (part,))
             if len(parts) > 1:
                 losses = losses * (part.shape[1] / batches.shape[1])
             gradients = torch.autograd.grad(losses.sum(), list(self._stacked.values()))
@@ -126,9 +132,6 @@ class Stack:
                 total = total + losses.detach()
         assert total is not None
         return total
-
-    def _member_loss(self, parameters: dict[str, torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
-        return _loss(functional_call(self.models[0], parameters, (batch[:, :-1],)).logits, batch)
 
     def step(self, live: Sequence[int]) -> torch.Tensor:
         """Clip and step the live members, each by itself. Returns the norms of all gradients, (members,)."""
@@ -171,7 +174,7 @@ class Stack:
         return [name for name in self._order if (len(self._shape(name)) < 2) == bool(piece)]
 
     def _shape(self, name: str) -> torch.Size:
-        return self._stacked[name].shape[1:]
+        return self._stacked[f"model.{name}"].shape[1:]
 
     def _span(self, name: str, piece: int) -> slice:
         """Where a parameter lies in its piece of a row."""
@@ -183,7 +186,7 @@ class Stack:
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def _set_rate(optimizer: torch.optim.Optimizer | MuonWithAdamW, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
@@ -214,6 +217,7 @@ def probe(cells: Sequence[Cell], device: torch.device) -> float:
     median over turns of both."""
     cell = cells[0]
     family = find_family(cell.family)
+    choose_numerics(cell, len(cells))  # raises where their memory does not suffice
     amplify = precision(cell.precision, device)
 
     def model(one: Cell) -> torch.nn.Module:
@@ -239,11 +243,6 @@ def probe(cells: Sequence[Cell], device: torch.device) -> float:
 def precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """float32 throughout, or bfloat16 matmuls over float32 weights."""
     return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
-
-
-def _loss(logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return cross_entropy(wide.flatten(0, 1), batch[:, 1:].flatten())
 
 
 # --- attention ---------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class _Enough(Exception):
 
 def time_cell(cell: Cell, corpus: Corpus, base_dir: Path | None = None) -> Timed:
     """Time a cell's shape and batch on this process's device, with the numerics that an attempt would choose."""
-    numerics = choose_numerics(cell.sequences)
+    numerics = choose_numerics(cell)
     steps = _Watch(corpus, numerics, base_dir, replace(cell, tokens=STEPS * cell.batch_tokens))
     wall, core = time.perf_counter(), time.process_time()
     steps.run()
@@ -63,6 +63,7 @@ class _Watch:
 
     def __init__(self, corpus: Corpus, numerics: Numerics, base_dir: Path | None, cell: Cell) -> None:
         self.corpus, self.numerics, self.base_dir, self.trunk = corpus, numerics, base_dir, None
+        self.numerics_kept = True  # nothing is tried out meanwhile
         self.built = 0.0
         self.plain: list[float] = []
         """Seconds of steps without an evaluation."""

@@ -232,6 +232,8 @@ class Training(ScheduleFields):
 
     batch_tokens: Rule = 16_384.0
     """Tokens an optimizer step; rounded to whole sequences."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the hidden matrices, at AdamW's size of updates; AdamW for tables, head, gains and biases."""
     learning_rate: Rule = 1e-3
     """Peak learning rate."""
     weight_decay: Decay = 0.1
@@ -395,6 +397,6 @@ class Study(Declared):
             check_hyperparameter(name)
             if not isinstance(variation, Factors):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
-            elif name in ("schedule", "cooldown_shape", "precision"):
+            elif name in ("optimizer", "schedule", "cooldown_shape", "precision"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value

@@ -18,7 +18,7 @@ written again; values that differ are noted beside the first, which stands.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,7 @@ class TrainerIO:
         *,
         cell: Cell,
         tolerance: float,
+        numerics_kept: bool = False,
         base_dir: Path | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
@@ -94,6 +95,8 @@ class TrainerIO:
         """The tokens: batch(seed, step, sequences, context) and the validation stream."""
         self.numerics = numerics
         """How to compute: device, threads, micro-batch."""
+        self.numerics_kept = numerics_kept
+        """Whether they are those of an earlier attempt, which found out what the device bears."""
         self.base_dir = base_dir
         """Where the study's own code lives; None where none may run."""
         self._heartbeat, self._stream, self._tolerance, self._cell = heartbeat, stream, tolerance, cell
@@ -160,6 +163,12 @@ class TrainerIO:
             self._writer.wait()
         if stop:
             raise Stopped(stop)
+
+    def choose(self, **changes: Any) -> None:
+        """Put fields of the numerics on record that only a try on the device could tell."""
+        self.numerics = replace(self.numerics, **changes)
+        path = self._attempt.folder / "attempt.json"
+        write_json(path, read_json(path) | {"numerics": self.numerics.to_json()})
 
     def restore(self) -> "dict[str, Any] | None":
         """The state to go on from, tensors on the CPU: that of the cell's last good checkpoint, or else of its trunk's

@@ -21,11 +21,14 @@ import numpy as np
 import torch
 
 from sweeps.accounting import flops_per_token
+from sweeps.batches import Batches
 from sweeps.cell import Cell
+from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
-from sweeps.devices import peak_flops
-from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows, to_device
+from sweeps.devices import peak_flops, probe_micro_batch
+from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows
 from sweeps.families import build_model, find_family
+from sweeps.losses import Loss, MeanLoss
 from sweeps.schedules import fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
@@ -33,6 +36,8 @@ from sweeps.trainer import Outcome, TrainerIO
 
 TRAIN_ROWS = 50
 """Rows of training metrics a run, besides those at the evaluations."""
+COMPILE_FLOPS = {"cpu": 3e12, "cuda": 3e14}
+"""Training FLOPs below which no device needs so long for a cell that compiling could pay."""
 DIVERGED_NATS = 1.0
 """A mean training loss so far above the loss at start is high."""
 DIVERGED_NORM = 1000.0
@@ -109,8 +114,12 @@ def train_together(
             for one in cells
         ]
         recipes = [one.optimizer for one in cells]
-        program = Stack(models, recipes) if len(models) > 1 else Solo(models[0], recipes[0])
         amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)
+        if len(models) > 1:
+            program: Solo | Stack = Stack(models, recipes)
+        else:
+            program = Solo(models[0], recipes[0], _suited_loss(cell, ios[0], models[0], amplify, device))
+        micro_batch = ios[0].numerics.micro_batch
         subset = subset_windows(corpus.validation_windows(context), context)
         runner = _Runner(program, corpus, context, device, amplify, subset, evaluations, clock, ended)
         members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
@@ -119,12 +128,13 @@ def train_together(
     between = max(1, cell.steps // TRAIN_ROWS)
     rows = evaluations | set(range(between, cell.steps, between)) | {cell.steps}
     stable = {member.index: stable_steps(member.cell) for member in members}
-    for step in range(1 + min((m.progress.step for m in members if m.end is None), default=cell.steps), cell.steps + 1):
+    first = 1 + min((member.progress.step for member in members if member.end is None), default=cell.steps)
+    for step in range(first, cell.steps + 1):
         going = [member for member in members if member.end is None]
         live = [member for member in going if member.progress.step < step]
         if not going:
             break
-        runner.step(members, live, step, numerics.micro_batch)
+        runner.step(members, live, step, micro_batch)
         for member in going:
             if member.progress.step > step:  # it waits, and says that it lives
                 runner.attempt(member, lambda member: member.io.progress())
@@ -134,9 +144,36 @@ def train_together(
             if member.end is None:
                 runner.attempt(member, runner.checkpoint)
     for member in members:
+        member.close()
         if member.end is None:
             runner.attempt(member, runner.finish)
     return [member.end for member in members if member.end is not None]
+
+
+def _suited_loss(
+    cell: Cell, io: TrainerIO, model: torch.nn.Module, amplify: AbstractContextManager[Any], device: torch.device
+) -> Loss:
+    """The loss of a model as a function of tokens, compiled where that pays. The first attempt of a cell finds out
+    what its device bears and keeps it in the numerics; later ones follow it."""
+    eager, numerics = MeanLoss(model), io.numerics
+    shape = (numerics.micro_batch, cell.shape.context + 1)
+    if io.numerics_kept:
+        if not numerics.compile:
+            return eager
+        return maybe_compile(model, torch.zeros(shape, dtype=torch.int64, device=device), 0, amplify, chosen=True)[0]
+
+    def amplified(tokens: torch.Tensor) -> torch.Tensor:
+        with amplify:
+            return eager(tokens)
+
+    micro_batch = probe_micro_batch(amplified, model, cell, numerics.micro_batch)
+    found: tuple[Loss, bool] = eager, False
+    if cell.tokens * flops_per_token(cell.shape) >= COMPILE_FLOPS[device.type]:
+        tokens = torch.zeros((micro_batch, cell.shape.context + 1), dtype=torch.int64, device=device)
+        found = maybe_compile(model, tokens, cell.steps * -(-cell.sequences // micro_batch), amplify)
+    if (micro_batch, found[1]) != (numerics.micro_batch, numerics.compile):
+        io.choose(micro_batch=micro_batch, compile=found[1])
+    return found[0]
 
 
 @dataclass
@@ -159,6 +196,12 @@ class _Member:
     logged_seconds: float = 0.0
     """Of training, at the last row."""
     end: Ending | None = None
+    batches: Batches | None = None
+
+    def close(self) -> None:
+        """Read no more batches ahead."""
+        if self.batches is not None:
+            self.batches.close()
 
 
 @dataclass
@@ -184,6 +227,7 @@ class _Runner:
             end = error
         if end is not None:
             member.end = end
+            member.close()
             self.ended(member.index, end)
 
     def begin(self, member: _Member) -> None:
@@ -204,17 +248,15 @@ class _Runner:
                     member.losses += [loss.to(self.device) for loss in state["losses"]]
                 # else they are of the trunk's unfinished row; a run from scratch ends a row where it would branch off
         member.first = member.since = member.progress.step
+        member.batches = Batches(self.corpus, member.cell, self.device, member.first + 1)
 
     def step(self, members: Sequence[_Member], live: Sequence[_Member], step: int, micro_batch: int) -> None:
         """One optimizer step of the live members; the others' numbers do not change."""
         with self.clock("train"):
-            batches = {
-                member.index: self.corpus.batch(member.cell.data_seed, step - 1, member.cell.sequences, self.context)
-                for member in live
-            }
+            batches = {member.index: member.batches.take(step) for member in live if member.batches is not None}
             idle = batches[live[0].index]  # what the others compute is thrown away
-            batch = np.stack([batches.get(member.index, idle) for member in members])
-            losses = self.program.backward(to_device(batch, self.device), micro_batch, self.amplify)
+            batch = torch.stack([batches.get(member.index, idle) for member in members])
+            losses = self.program.backward(batch, micro_batch, self.amplify)
             for member in live:
                 cell = member.cell
                 middle = (step - 0.5) * cell.batch_tokens

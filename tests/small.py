@@ -1,6 +1,7 @@
 """Small cells, and a trainer's io that keeps everything in memory, for tests of trainers alone."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ class MemoryIO:
         every: int = 1,
         kill_at: int | None = None,
     ) -> None:
-        self.corpus, self.numerics, self.base_dir = corpus, numerics or choose_numerics(cell.sequences), None
+        self.corpus, self.numerics, self.base_dir = corpus, numerics or choose_numerics(cell), None
+        self.numerics_kept = False
         self.trunk: dict[str, Any] | None = None
         self.rows: dict[int, dict[str, float]] = {}
         self.last_state: dict[str, Any] = {}
@@ -79,6 +81,9 @@ class MemoryIO:
             self.last_state = snapshot()
         if step == self._kill_at:
             raise Killed
+
+    def choose(self, **changes: Any) -> None:
+        self.numerics = replace(self.numerics, **changes)
 
     def restore(self) -> dict[str, Any] | None:
         for path in reversed(checkpoint_paths(self._folder) if self._folder else []):

@@ -18,6 +18,7 @@ import cells
 import commands
 import compare
 import coverage
+import eager
 import fits
 import mirror
 import overhead
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "light": commands.light,
     "cells": cells.run,
     "step": step.step,
+    "eager": eager.eager,
     "calibration": calibration.calibration,
     "stacks": together.stacks,
     "trunks": together.trunks,

@@ -183,7 +183,7 @@ def test_a_run_killed_around_any_checkpoint_ends_in_the_same_state(corpus: Corpu
 
 def test_micro_batches_change_a_loss_by_rounding_only(corpus: Corpus) -> None:
     cell = make_cell(corpus, 12)
-    numerics = choose_numerics(cell.sequences)
+    numerics = choose_numerics(cell)
     losses = []
     for micro_batch in (cell.sequences, cell.sequences // 2, 3):  # 3 does not divide 16
         parts = MemoryIO(cell, corpus, numerics=Numerics(**{**vars(numerics), "micro_batch": micro_batch}))

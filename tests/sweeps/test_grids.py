@@ -146,6 +146,12 @@ def test_a_ladder_is_every_size_at_every_number_of_tokens_per_parameter() -> Non
     assert dict(cells[0].cell.options)["tied"] is True
 
 
+def test_the_optimizer_is_varied_like_any_hyperparameter_and_the_default_keeps_its_cells() -> None:
+    cells = planned(points(POINT, vary={"optimizer": ["adamw", "muon"]})).cells
+    assert [one.cell.optimizer.name for one in cells] == ["adamw", "muon"]
+    assert cells[0].cell.id == only(points(POINT)).cell.id
+
+
 def test_points_say_how_long_in_three_ways_and_may_have_their_own_recipe() -> None:
     cells = planned(
         points(

@@ -90,6 +90,8 @@ seeds: []
         ("vary: {learning_rate: {times: []}}", "at least 1 item"),
         ("vary: {learning_rate: [null]}", "learning_rate: found None"),
         ("vary: {schedule: {times: [2]}}", "schedule is no number, so it has no multiples; list its values"),
+        ("vary: {optimizer: {times: [2]}}", "optimizer is no number, so it has no multiples; list its values"),
+        ("vary: {optimizer: [adam]}", "optimizer: found 'adam'"),
         ("context: 1.5", "context: found 1.5"),
         ("training: {learning_rate: {value: 1, at: {width: 1}, power: {depth: 1}}}", "they must name the same"),
         ("training: {learning_rate: {value: 1, at: {height: 1}, power: {height: 1}}}", "allowed: N, D, C, width"),

@@ -1,0 +1,109 @@
+"""What a training step needs in memory, by arithmetic: so that a batch is cut before it fails, and workers are packed.
+
+    state        weights, gradients and the optimizer's two moments, float32; bfloat16 adds a copy of the matrices
+    activations  per token and layer: what the backward pass reads again. Fused attention keeps no scores
+    loss         the logits and their gradients, or one chunk of them (sweeps/losses.py)
+
+An estimate: within a factor of 1.5 of what a CPU was seen to take (tests/sweeps/test_memory.py). The failure this
+guards against: a cell that ends as out of memory after others have waited for it. Imports nothing heavy.
+"""
+
+from dataclasses import dataclass
+
+from sweeps.accounting import Shape, parameters
+from sweeps.errors import InputError
+
+PROCESS_BYTES = {"cpu": 500_000_000, "cuda": 700_000_000}
+"""Of a worker before it trains: Python and libraries on the host, or the device's context and its libraries' work."""
+LOGITS_BYTES = {"cpu": 2**26, "cuda": 2**29}
+"""Float32 logits up to this size exist at once; of larger ones so many bytes do (sweeps/losses.py)."""
+
+BESIDE = {"cpu": 1.5, "cuda": 1.1}
+"""Times the activations: temporaries, and gaps that the allocator cannot fill. Measured on a CPU."""
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one training step by what they are for."""
+
+    state: int
+    activations: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations + self.loss
+
+
+def step_bytes(shape: Shape, micro_batch: int, precision: str, device: str = "cpu", stack: int = 1) -> StepBytes:
+    """Bytes of a training step of `micro_batch` sequences at once, over `stack` members trained as one program."""
+    stored = parameters(shape).total
+    tokens = micro_batch * shape.context
+    short = 2 if precision == "bfloat16" else 4
+    # 1. Weights, gradients, two moments; the matrices once more in bfloat16.
+    state = stored * (4 * 4 + (2 if short == 2 else 0))
+    # 2. The residual stream at the start, then the layers.
+    activations = tokens * (shape.depth * layer_bytes_per_token(shape, precision, stack) + 4 * shape.width)
+    # 3. Logits, their log-softmax and the gradients of both; in chunks, with the gradients of hidden states and head.
+    limit = LOGITS_BYTES[device]
+    whole = stack * tokens * shape.vocab_size * 4
+    loss = 3 * whole + (whole // 2 if short == 2 else 0)
+    if whole > limit:
+        loss = 3 * limit + stack * 4 * shape.width * (2 * tokens + shape.vocab_size)
+    return StepBytes(stack * state, round(stack * activations * BESIDE[device]), loss)
+
+
+def layer_bytes_per_token(shape: Shape, precision: str, stack: int = 1) -> int:
+    """Bytes that one layer keeps of one token for the way back."""
+    s, short = shape, 2 if precision == "bfloat16" else 4
+    query, key_value = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    # 1. Two norms: what goes in (the residual stream) and comes out; without a bias also what the gain multiplies.
+    norms = 2 * s.width * (4 + short + (0 if s.norm_bias else 4))
+    # 2. Attention: queries, keys and values; what comes out, as it is and in the order of the output matrix.
+    attention = short * (query + 2 * key_value + 2 * query) + 4 * s.heads
+    if s.qk_norm:
+        attention += (4 + short) * (query + key_value)
+    if stack > 1:  # the fused kernels have no rule for stacks: scores, softmax and their gradient
+        attention += 3 * short * s.heads * s.context
+    # 3. The MLP: before and after the activation; with a gate, its product with up as well.
+    mlp = short * s.mlp_width * (4 if s.mlp_matrices == 3 else 2)
+    if s.experts:  # each token's experts, their inputs and weighted outputs, and the router's weights
+        mlp = s.experts_per_token * (mlp + 4 * 4 * s.width) + 8 * s.experts
+    # 4. Under autocast every matrix keeps a bfloat16 copy of its own of what goes in.
+    casts = 2 * s.width * (s.mlp_matrices + 2) if short == 2 else 0
+    return norms + attention + mlp + casts
+
+
+def choose_micro_batch(
+    shape: Shape, sequences: int, precision: str, bytes_available: int, *, device: str = "cpu", stack: int = 1
+) -> int:
+    """Sequences a forward pass: all of a batch, or the most that fit, in parts as equal as they can be.
+
+    InputError where not even one sequence fits.
+    """
+
+    def fits(count: int) -> bool:
+        return step_bytes(shape, count, precision, device, stack).total <= bytes_available
+
+    if fits(1):
+        return max(filter(fits, part_sizes(sequences)))
+    needed = step_bytes(shape, 1, precision, device, stack).total
+    what = f"a stack of {stack} models" if stack > 1 else "a model"
+    raise InputError(
+        f"{what} of {parameters(shape).total:,} parameters does not fit: one sequence of {shape.context:,} tokens "
+        f"needs about {needed / 1e9:.3g} GB, and {bytes_available / 1e9:.3g} GB are free for this worker. Use fewer "
+        f"workers, {'a smaller stack, ' if stack > 1 else ''}a shorter context, a smaller size, or a device with more "
+        "memory."
+    )
+
+
+def part_sizes(sequences: int) -> set[int]:
+    """Micro-batches: divisors, and where these leave gaps of a factor of two, parts that are equal but for the last."""
+    equal = {-(-sequences // parts) for parts in range(1, sequences + 1)}
+    divisors = {count for count in equal if sequences % count == 0}
+    return divisors | {count for count in equal if not any(count / 2 < one <= count for one in divisors)}
+
+
+def demand(shape: Shape, sequences: int, precision: str, *, device: str = "cpu", stack: int = 1) -> int:
+    """Bytes that a worker wants for cells of this shape, its process included: the whole batch at once."""
+    return PROCESS_BYTES[device] + step_bytes(shape, sequences, precision, device, stack).total

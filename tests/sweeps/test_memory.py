@@ -1,0 +1,116 @@
+"""The memory model holds against what processes really take, and a batch is cut into parts that fit."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sweeps.accounting import Shape
+from sweeps.errors import InputError
+from sweeps.families import FAMILIES, resolve_options
+from sweeps.memory import choose_micro_batch, demand, step_bytes
+from sweeps.sizes import shape_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQUENCES, CONTEXT, VOCABULARY = 8, 256, 512
+SIZES = (100_000, 800_000, 6_400_000)
+
+MEASURE = """
+import ctypes, gc, json, sys, torch
+from sweeps.cell import Optimizer
+from sweeps.families import FAMILIES, build_model, resolve_options
+from sweeps.losses import mean_loss
+from sweeps.optimizers import make_optimizer
+from sweeps.sizes import shape_for
+
+torch.set_num_threads(1)
+family, precision, sequences, context, vocabulary = FAMILIES[sys.argv[1]], sys.argv[2], *map(int, sys.argv[3:6])
+recipe = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
+
+def resident(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+def steps(size, sequences):
+    options = resolve_options(family)
+    shape = shape_for(family, size, vocab_size=vocabulary, context=context, options=options)
+    model = build_model(family, shape, init_std=0.02, seed=0, options=options)
+    optimizer = make_optimizer(model, recipe)
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = mean_loss(model, torch.randint(vocabulary, (sequences, context + 1)))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+steps(60_000, 1)
+found = []
+for size in map(float, sys.argv[6:]):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
+    before = resident("VmRSS")
+    steps(size, sequences)
+    found.append(resident("VmHWM") - before)
+print(json.dumps(found))
+"""
+
+
+def shape_of(family: str, size: float, context: int = CONTEXT, vocabulary: int = VOCABULARY) -> Shape:
+    options = resolve_options(FAMILIES[family])
+    return shape_for(FAMILIES[family], size, vocab_size=vocabulary, context=context, options=options)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="measures as Linux and glibc allow")
+@pytest.mark.parametrize(("family", "precision"), [("gpt2", "float32"), ("llama", "float32"), ("qwen3", "bfloat16")])
+def test_the_model_is_within_a_factor_of_what_a_step_really_takes(family: str, precision: str) -> None:
+    arguments = [family, precision, *map(str, (SEQUENCES, CONTEXT, VOCABULARY, *SIZES))]
+    process = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    measured = json.loads(process.stdout)
+    expected = [step_bytes(shape_of(family, size), SEQUENCES, precision).total for size in SIZES]
+    ratios = [model / real for model, real in zip(expected, measured, strict=True)]
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios), (ratios, measured)
+
+
+def test_the_whole_batch_where_it_fits_and_else_the_most_in_equal_parts() -> None:
+    shape = shape_of("llama", 800_000)
+    for sequences in (1, 7, 12, 16, 97):
+        for wanted in range(1, sequences + 1):
+            room = step_bytes(shape, wanted, "float32").total
+            found = choose_micro_batch(shape, sequences, "float32", room)
+            assert wanted / 2 < found <= wanted
+            assert sequences % found == 0 or not any(
+                found / 2 < size <= found for size in range(1, wanted + 1) if sequences % size == 0
+            )
+        assert choose_micro_batch(shape, sequences, "float32", 10**12) == sequences
+
+
+def test_what_does_not_fit_even_at_one_sequence_says_what_it_needs() -> None:
+    shape = shape_of("gpt2", 1e9, context=1024, vocabulary=50_257)
+    with pytest.raises(InputError, match=r"one sequence of 1,024 tokens needs about 20\.\d GB, and 8 GB are free"):
+        choose_micro_batch(shape, 64, "float32", 8_000_000_000)
+    with pytest.raises(InputError, match="a stack of 9 models"):
+        choose_micro_batch(shape, 64, "bfloat16", 80_000_000_000, device="cuda", stack=9)
+
+
+def test_demand_grows_with_what_is_asked() -> None:
+    small, large = shape_of("llama", 100_000), shape_of("llama", 6_400_000)
+    assert demand(small, 8, "float32") < demand(small, 16, "float32") < demand(large, 16, "float32")
+    assert demand(large, 16, "bfloat16") < demand(large, 16, "float32")
+    assert 4 * step_bytes(small, 8, "float32").state == step_bytes(small, 8, "float32", stack=4).state
+
+
+def test_large_vocabularies_are_counted_by_the_chunk() -> None:
+    shape = shape_of("gpt2", 12_800_000, vocabulary=50_257)
+    whole = 3 * 64 * CONTEXT * 50_257 * 4
+    assert step_bytes(shape, 64, "float32").loss < whole / 20
