@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from cluster.placement import Slots
+from cluster.placement import Slots, memory_share
 from sweeps.errors import InputError
 
 OBJECT_STORE_BYTES = 80 * 1024**2
@@ -23,6 +23,8 @@ def start_ray(address: str, workers: int | None = None) -> Any:
     if "RAY_AUTH_MODE" not in os.environ and not os.access(Path.home(), os.W_OK):
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if address == "local":  # its workers inherit it: large pages, which a step on a CPU runs 2 to 6 % faster on
+        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
     import ray
@@ -59,4 +61,15 @@ def make_worker(ray: Any, slots: Slots) -> Any:
     """A new worker, unnamed: a name that a dead one had may be taken for a while."""
     from cluster.worker import Worker
 
-    return ray.remote(**slots.options)(Worker).remote()
+    return ray.remote(**slots.options)(Worker).remote(memory_share(slots.together))
+
+
+def gpu_bytes(ray: Any) -> int:
+    """The memory of a GPU of the cluster, as a process on it sees it."""
+
+    def look() -> int:
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    return int(ray.get(ray.remote(num_gpus=0.01, num_cpus=1, max_retries=0)(look).remote()))

@@ -15,19 +15,20 @@ from typing import Any
 import psutil
 
 from cluster.claims import Claim
-from cluster.connection import make_worker, start_ray
+from cluster.connection import gpu_bytes, make_worker, start_ray
 from cluster.control import read_wish
+from cluster.hands import Hand, Task, take_up
 from cluster.ledger import register
-from cluster.leftovers import descendants, end_processes, kill_worker, settle
+from cluster.leftovers import descendants, end_processes, settle
 from cluster.mirror import Mirror
-from cluster.placement import choose_slots
+from cluster.placement import cells_together, choose_slots, threads_for
 from cluster.progress import Progress, Running, Tail
-from cluster.pulse import Pulse
 from cluster.queue import Queue
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
+from sweeps.memory import demand
 from sweeps.records import FREE_SPACE
-from sweeps.store import Attempt, Store, ask_to_stop, attempt_epochs, begin_attempt, cell_state, read_end, record_error
+from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, cell_state, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS
 
 GIVE_UP_AFTER = 3
@@ -35,6 +36,8 @@ GIVE_UP_AFTER = 3
 POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0
 """Between looks at what changes seldom: wishes, cells trained elsewhere, forgiven failures."""
+LARGE_STEP_FLOPS = 1e10
+"""From so many a step on, several threads are faster than one."""
 GRACE_SECONDS = 20.0
 """How long running cells get to keep a checkpoint at Ctrl-C."""
 
@@ -124,27 +127,6 @@ class _Connected:
         self.mirror.stop()
 
 
-@dataclass
-class _Task:
-    """What a worker has in hands: one cell, or several that train together."""
-
-    worker: Any
-    hands: "list[_Hand]"
-
-
-@dataclass
-class _Hand:
-    """A cell in a worker's hands."""
-
-    one: PlannedCell
-    tail: Tail
-    pulse: Pulse
-    attempts_before: int
-    """How many attempts the cell had: a worker that dies before it begins one is charged all the same."""
-    stopping: str | None = None
-    """What it was asked, if it was asked to stop."""
-
-
 class _Pool:
     """The workers of one run and the queue before them."""
 
@@ -169,7 +151,7 @@ class _Pool:
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
         self.failed: dict[str, PlannedCell] = {}
         """Looked at now and then: a person may forgive them."""
-        self.tasks: dict[Any, _Task] = {}
+        self.tasks: dict[Any, Task] = {}
         self.idle: list[Any] = []
         self.ended: list[str] = []
         self.flops_done = 0.0
@@ -191,7 +173,10 @@ class _Pool:
             self.family = descendants()
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
-            self.slots = choose_slots(ray.cluster_resources(), len(self.queue) + len(self.elsewhere), limit)
+            resources, left = ray.cluster_resources(), len(self.queue) + len(self.elsewhere)
+            together = self._together(ray) if resources.get("GPU") else 1
+            self.slots = choose_slots(resources, left, limit, together)
+            self.cores = int(resources.get("CPU", 1))
             self.idle = [make_worker(ray, self.slots) for _ in range(self.slots.count)]
             self._work(ray, tally)
         except KeyboardInterrupt:
@@ -203,6 +188,15 @@ class _Pool:
             tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
             ray.shutdown()
             end_processes(self.family)
+
+    def _together(self, ray: Any) -> int:
+        """How many of the cells that are left a GPU holds side by side."""
+        cells = {(one.cell.shape, one.cell.sequences, one.cell.precision) for one in self.queue.cells()}
+        needs = [demand(*shape, device="cuda") for shape in cells]
+        try:
+            return cells_together(needs, gpu_bytes(ray))
+        except InputError:  # the largest has to be cut into micro-batches, and wants a GPU for itself
+            return 1
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0
@@ -229,43 +223,32 @@ class _Pool:
             else:
                 time.sleep(POLL_SECONDS)
             for task in self.tasks.values():
-                fate = next((fate for hand in task.hands if (fate := hand.pulse.fate()) is not None), None)
-                if fate is not None:
-                    self._kill(ray, task, fate)
+                if (fate := task.fate()) is not None:
+                    task.kill(ray, fate)
             self.watch(self._progress(tally))
 
-    def _kill(self, ray: Any, task: _Task, fate: str) -> None:
-        """Kill a worker; the end of its cells is recorded when Ray reports the death."""
-        ray.kill(task.worker)
-        for hand in task.hands:
-            hand.pulse.killed = fate
-            if (attempt := self._attempt(hand)) is not None:
-                kill_worker(attempt)
-                return  # all are of one process
-
-    def _attempt(self, hand: _Hand) -> Attempt | None:
-        """The attempt that a worker has begun, if it has."""
-        epochs = attempt_epochs(self.store, hand.one.cell.id)
-        return Attempt(self.store, hand.one.cell.id, epochs[-1]) if len(epochs) > hand.attempts_before else None
-
-    def _in_hands(self) -> "list[_Hand]":
+    def _in_hands(self) -> list[Hand]:
         return [hand for task in self.tasks.values() for hand in task.hands]
 
     def _start(self, unit: list[PlannedCell]) -> None:
-        hands = []
-        for one in unit:
-            state = cell_state(self.store, one.cell.id)
-            if state.state != "planned":  # another study's driver was quicker
-                self.elsewhere[one.cell.id] = one
-                continue
-            pulse = Pulse(self.store, one.cell.id, state.attempts)
-            hands.append(_Hand(one, Tail(self.store, one.cell.id), pulse, state.attempts))
+        hands, others = take_up(self.store, unit)
+        self.elsewhere |= {one.cell.id: one for one in others}
         if not hands:
             return
         worker, probe = self.idle.pop(), self.plan.study.stack == "auto"
         ids, study, root = [hand.one.cell.id for hand in hands], self.plan.study.name, str(self.store.root)
-        task = worker.run.remote(root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe)
-        self.tasks[task] = _Task(worker, hands)
+        threads = self._threads(unit)
+        task = worker.run.remote(
+            root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe, threads
+        )
+        self.tasks[task] = Task(worker, hands)
+
+    def _threads(self, unit: list[PlannedCell]) -> int:
+        """One thread a worker, but for the last cells of a run, if they are large enough to share the idle cores."""
+        if sum(one.cell.batch_tokens * one.counts["flops_per_token"] for one in unit) < LARGE_STEP_FLOPS:
+            return 1
+        left = len(self.queue) + len(self.elsewhere) + len(self._in_hands()) + len(unit)
+        return threads_for(left, self.slots.count, self.cores)
 
     def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
         """A worker is done. What it says is only a hint: the files tell how each cell stands."""
@@ -286,7 +269,7 @@ class _Pool:
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
             self._settle_state(hand.one, tally, hand.tail, note=index == 0)
 
-    def _record_death(self, hand: _Hand, kind: str, message: str) -> None:
+    def _record_death(self, hand: Hand, kind: str, message: str) -> None:
         """Charge a death to the cell, where the attempt did not say itself how it ended."""
         cell_id = hand.one.cell.id
         epochs = attempt_epochs(self.store, cell_id)
@@ -330,7 +313,10 @@ class _Pool:
         self.flops_done += self._to_spend(one) if state.result is not None else 0.0
         loss = tail.final_loss()
         words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
-        self.ended.append(words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""))
+        words += f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""
+        if cell_id in self.plan.branches and state.result is not None and state.result.get("trunk") is None:
+            words += f" (from the start: its trunk {self.plan.branches[cell_id].parent[:8]} left no checkpoint for it)"
+        self.ended.append(words)
 
     def _note_failure(self, reason: str) -> None:
         if self.first_failures is None:
@@ -376,9 +362,7 @@ class _Pool:
 
     def _ask_to_stop(self, why: str) -> None:
         for hand in self._in_hands():
-            if hand.stopping is None and (attempt := self._attempt(hand)) is not None:
-                ask_to_stop(attempt, "stopped", why)
-                hand.stopping = why
+            hand.ask_to_stop(why)
 
     def _stop_gracefully(self, ray: Any, tally: Tally) -> None:
         """Ctrl-C: let the cells that run keep a checkpoint. A second Ctrl-C does not wait."""

@@ -25,6 +25,8 @@ class Slots:
     count: int
     options: dict[str, Any]
     device: Literal["cpu", "cuda"]
+    together: int = 1
+    """Workers that share a GPU."""
 
 
 def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None = None, together: int = 1) -> Slots:
@@ -35,7 +37,7 @@ def choose_slots(resources: Mapping[str, float], cells: int, limit: int | None =
     count = max(1, min(available, cells, limit or available))
     options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
     if gpus:
-        return Slots(count, options | {"num_gpus": gpu_share(together)}, "cuda")
+        return Slots(count, options | {"num_gpus": gpu_share(together)}, "cuda", together)
     return Slots(count, options, "cpu")
 
 

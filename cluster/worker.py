@@ -12,12 +12,17 @@ from sweeps.store import Store
 class Worker:
     """One process in one slot. Ray makes it an actor (cluster/driver.py)."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory_share: float) -> None:
+        """`memory_share`: of its GPU's memory, where it has one."""
         # Imported when the worker starts, so that its first cell does not wait for it.
+        import torch
+
         import sweeps.training  # noqa: F401
         from sweeps.devices import keep_freed_memory
 
         keep_freed_memory()
+        if torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(memory_share)
 
     def run(
         self,
@@ -28,10 +33,12 @@ class Worker:
         checkpoint_seconds: float,
         driver: int,
         probe: bool,
+        threads: int,
     ) -> list[dict[str, Any]]:
         """Try a cell once, or several as one program: how each ended, as `sweeps.attempt.Ended`.
 
-        With `probe`, several are tried together only where that pays; else nothing is tried and the list is empty.
+        `threads` are those of a CPU. With `probe`, several are tried together only where that pays; else nothing is
+        tried and the list is empty.
         """
         from sweeps.attempt import run_attempts
         from sweeps.stacking import pays
@@ -46,6 +53,7 @@ class Worker:
             base_dir=Path(base_dir) if base_dir else None,
             checkpoint_seconds=checkpoint_seconds,
             driver=driver,
+            threads=threads,
         )
         if any(one.state == "preemption" for one in ended):  # whoever sent SIGTERM wants the process gone
             import ray

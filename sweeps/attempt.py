@@ -69,13 +69,14 @@ def run_attempts(
     base_dir: Path | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     driver: int = 0,
+    threads: int = 1,
 ) -> list[Ended]:
     """Try a cell once, or several as one program, each from its last checkpoint where it has one.
 
     A failure of the cell's own code is not raised: its traceback goes to the attempt's error.txt. A result is committed
     only while the attempt still holds the cell's lease, and as soon as its cell has ended; a superseded one says so.
-    `driver` is the number of the claim for which it runs. In a main thread, SIGTERM keeps a checkpoint and ends the
-    attempts as preempted.
+    `driver` is the number of the claim for which it runs; `threads`, of a CPU, are those of a cell's first attempt. In
+    a main thread, SIGTERM keeps a checkpoint and ends the attempts as preempted.
     """
     started = time.time()
     tries: list[_Try] = []
@@ -86,7 +87,7 @@ def run_attempts(
                 cell = cell_from_identity(record["identity"])
                 note: dict[str, Any] = {"study": study, "driver": driver}
                 try:
-                    numerics, tolerance, kept = _numerics(store, cell, len(cell_ids))
+                    numerics, tolerance, kept = _numerics(store, cell, len(cell_ids), threads)
                 except InputError as error:  # it does not fit into memory: a failure of the cell, on record
                     does_not_fit = _Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, 1)
                     does_not_fit.settle(error)
@@ -231,14 +232,14 @@ def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, st
     return outcome.state, outcome.reason
 
 
-def _numerics(store: Store, cell: Cell, stack: int) -> tuple[Numerics, float, bool]:
+def _numerics(store: Store, cell: Cell, stack: int, threads: int) -> tuple[Numerics, float, bool]:
     """Those of the cell's last attempt, where there was one, else those of this process; the relative difference that
     they allow between a value that is computed again and its first, which any earlier attempt may have logged; and
     whether there was one.
 
     After an attempt that ran out of memory, half its micro-batch.
     """
-    here = choose_numerics(cell, stack)
+    here = choose_numerics(cell, stack=stack, threads=threads)
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     earlier: dict[int, Numerics] = {}
     for epoch in attempt_epochs(store, cell.id):

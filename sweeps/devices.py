@@ -67,8 +67,8 @@ class Numerics:
         return asdict(self)
 
 
-def choose_numerics(cell: Cell, stack: int = 1) -> Numerics:
-    """The numerics of a first attempt on this process's device: one thread on a CPU, as much of a batch as fits.
+def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1) -> Numerics:
+    """The numerics of a first attempt on this process's device, with as much of a batch at once as fits.
 
     `stack` cells of this shape train as one program. InputError where not even one sequence fits.
     """
@@ -79,7 +79,7 @@ def choose_numerics(cell: Cell, stack: int = 1) -> Numerics:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Numerics(
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
+        threads=threads,
         stack=stack,
         micro_batch=choose_micro_batch(
             cell.shape, cell.sequences, cell.precision, bytes_available(), device=device, stack=stack

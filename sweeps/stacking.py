@@ -217,7 +217,7 @@ def probe(cells: Sequence[Cell], device: torch.device) -> float:
     median over turns of both."""
     cell = cells[0]
     family = find_family(cell.family)
-    choose_numerics(cell, len(cells))  # raises where their memory does not suffice
+    choose_numerics(cell, stack=len(cells))  # raises where their memory does not suffice
     amplify = precision(cell.precision, device)
 
     def model(one: Cell) -> torch.nn.Module:
