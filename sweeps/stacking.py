@@ -7,7 +7,6 @@ of a solo run on that member's module: own rate and decay, own checkpoint in sol
 diverged is simply not stepped any more. What a stack must never do is let a number of one member reach another.
 """
 
-import itertools
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +23,9 @@ from sweeps.devices import choose_numerics
 from sweeps.errors import InputError
 from sweeps.families import build_model, find_family
 from sweeps.losses import Loss, MeanLoss
-from sweeps.optimizers import MuonWithAdamW, make_adamw, make_optimizer
 from sweeps.stacks import LEAST_GAIN, known_gain, note_gain
 from sweeps.store import Store, read_cell
+from sweeps.table import Table
 
 ATTENTION = "escala_stacked"
 """Our attention's name in transformers."""
@@ -38,15 +37,17 @@ class Solo:
 
     def __init__(self, model: torch.nn.Module, recipe: Optimizer, loss: Loss | None = None) -> None:
         """`loss`: that of the model as a function of tokens, where it is compiled."""
-        self.models, self._clip = [model], recipe.clip_norm
-        self._loss = loss or MeanLoss(model)
-        self._optimizer = make_optimizer(model, recipe)
+        self.models, self._loss, self._table = [model], loss or MeanLoss(model), Table([model], [recipe])
+        gradients, parameters = self._table.columns(self._table.gradients), dict(model.named_parameters())
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient[0]
 
     def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
         """Gradients of the mean loss of a batch (1, sequences, context + 1), in micro-batches. Returns it, (1,)."""
         (batch,) = batches
         parts = batch.split(micro_batch)
         total: torch.Tensor | None = None
+        self._table.gradients.zero_()
         for part in parts:
             with amplify:
                 loss = self._loss(part)
@@ -58,60 +59,28 @@ class Solo:
         return total[None]
 
     def step(self, live: Sequence[int]) -> torch.Tensor:
-        """Clip, step and clear the gradients, whose norm before clipping is returned, (1,)."""
-        norm = torch.nn.utils.clip_grad_norm_(self.models[0].parameters(), self._clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return norm[None]
+        """Clip and step. Returns the gradients' norm before, (1,)."""
+        return self._table.step(live)
 
     def set_rate(self, member: int, rate: float) -> None:
-        _set_rate(self._optimizer, rate)
+        self._table.set_rate(member, rate)
 
     def optimizer_state(self, member: int) -> dict[str, Any]:
-        return self._optimizer.state_dict()
+        return self._table.optimizer_state(member)
 
     def load_optimizer_state(self, member: int, state: Mapping[str, Any]) -> None:
-        self._optimizer.load_state_dict(dict(state))
+        self._table.load_optimizer_state(member, state)
 
 
 class Stack:
-    """Models of one shape, whose parameters it moves into one table of its own: a row a member."""
+    """Models of one shape, whose parameters lie in one table: a row a member."""
 
     def __init__(self, models: Sequence[torch.nn.Module], recipes: Sequence[Optimizer]) -> None:
         """`recipes` are the members' optimizers: AdamW with own rate, decay, betas and clipping."""
-        self.models, self.clips = list(models), [recipe.clip_norm for recipe in recipes]
-        named = [dict(model.named_parameters()) for model in models]
-        # 1. One row a member: the tensors that decay, then the others, each in the model's order.
-        self._order = sorted(named[0], key=lambda name: named[0][name].ndim < 2)
-        sizes = [named[0][name].numel() for name in self._order]
-        self._spans = dict(zip(self._order, itertools.pairwise(itertools.accumulate(sizes, initial=0)), strict=True))
-        like = named[0][self._order[0]]
-        self._values = torch.empty(len(models), sum(sizes), dtype=like.dtype, device=like.device)
-        self._gradients = torch.empty_like(self._values)
-        # 2. The members' modules hold views of their rows; the program, of all rows at once.
-        self._stacked: dict[str, torch.Tensor] = {}
-        self._loss = MeanLoss(self.models[0])
-        for name, (start, stop) in self._spans.items():
-            shape = named[0][name].shape
-            for each, values in zip(named, self._values, strict=True):
-                values[start:stop] = each[name].detach().flatten()
-                each[name].data = values[start:stop].view(shape)
-            self._stacked[f"model.{name}"] = self._values[:, start:stop].unflatten(1, shape).requires_grad_()
-        self._gradient_views = [
-            self._gradients[:, start:stop].unflatten(1, named[0][name].shape)
-            for name, (start, stop) in self._spans.items()
-        ]
-        # 3. One optimizer a member, over its row in two pieces.
-        self._decaying = sum(each.numel() for each in named[0].values() if each.ndim >= 2)
-        self.optimizers = [self._optimizer(row, recipe) for row, recipe in enumerate(recipes)]
-
-    def _optimizer(self, row: int, recipe: Optimizer) -> torch.optim.AdamW:
-        pieces = []
-        for part, decay in ((slice(self._decaying), recipe.weight_decay), (slice(self._decaying, None), 0.0)):
-            piece = self._values[row, part]
-            piece.grad = self._gradients[row, part]
-            pieces.append({"params": [piece], "weight_decay": decay})
-        return make_adamw(pieces, recipe)
+        self.models, self._table, self._loss = list(models), Table(models, recipes), MeanLoss(models[0])
+        values = self._table.columns(self._table.values)
+        self._parameters = {f"model.{name}": value.requires_grad_() for name, value in values.items()}
+        self._gradients = list(self._table.columns(self._table.gradients).values())
 
     def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
         """Gradients of each member's mean loss over its own batch (members, sequences, context + 1). Returns the
@@ -120,75 +89,33 @@ class Stack:
         total: torch.Tensor | None = None
         for part in parts:
             with amplify, _stackable(self.models[0]):
-                losses = torch.vmap(partial(functional_call, self._loss))(self._stacked, (part,))
+                losses = torch.vmap(partial(functional_call, self._loss))(self._parameters, (part,))
             if len(parts) > 1:
                 losses = losses * (part.shape[1] / batches.shape[1])
-            gradients = torch.autograd.grad(losses.sum(), list(self._stacked.values()))
+            gradients = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
             if total is None:
-                torch._foreach_copy_(self._gradient_views, gradients)
+                torch._foreach_copy_(self._gradients, gradients)
                 total = losses.detach()
             else:
-                torch._foreach_add_(self._gradient_views, gradients)
+                torch._foreach_add_(self._gradients, gradients)
                 total = total + losses.detach()
         assert total is not None
         return total
 
     def step(self, live: Sequence[int]) -> torch.Tensor:
         """Clip and step the live members, each by itself. Returns the norms of all gradients, (members,)."""
-        norms = torch.linalg.vector_norm(self._gradients, dim=1)
-        bounds = torch.tensor(self.clips, dtype=norms.dtype, device=norms.device)
-        self._gradients.mul_((bounds / (norms + 1e-6)).clamp_(max=1.0)[:, None])  # as clip_grad_norm_ does
-        for member in live:
-            self.optimizers[member].step()
-        return norms
+        return self._table.step(live)
 
     def set_rate(self, member: int, rate: float) -> None:
-        _set_rate(self.optimizers[member], rate)
+        self._table.set_rate(member, rate)
 
     def optimizer_state(self, member: int) -> dict[str, Any]:
-        """A member's optimizer state as that of its solo run (sweeps/optimizers.py): tensors for every parameter."""
-        flat = self.optimizers[member].state_dict()
-        groups, state = [], {}
-        for piece, group in enumerate(flat["param_groups"]):
-            names = self._names(piece)
-            groups.append({**group, "params": [self._order.index(name) for name in names]})
-            if (own := flat["state"].get(piece)) is None:
-                continue  # no step was taken yet
-            for name in names:
-                moments = {key: own[key][self._span(name, piece)].view(self._shape(name)) for key in _MOMENTS}
-                state[self._order.index(name)] = {"step": own["step"].clone(), **moments}
-        return {"state": state, "param_groups": groups}
+        """A member's optimizer state as that of its solo run."""
+        return self._table.optimizer_state(member)
 
-    def load_optimizer_state(self, member: int, solo: Mapping[str, Any]) -> None:
+    def load_optimizer_state(self, member: int, state: Mapping[str, Any]) -> None:
         """Take over the optimizer state of a solo run."""
-        groups, state = [], {}
-        for piece, group in enumerate(solo["param_groups"]):
-            groups.append({**group, "params": [piece]})
-            own = [solo["state"][index] for index in group["params"] if index in solo["state"]]
-            if own:
-                moments = {key: torch.cat([each[key].flatten() for each in own]) for key in _MOMENTS}
-                state[piece] = {"step": own[0]["step"].clone(), **moments}
-        self.optimizers[member].load_state_dict({"state": state, "param_groups": groups})
-
-    def _names(self, piece: int) -> list[str]:
-        return [name for name in self._order if (len(self._shape(name)) < 2) == bool(piece)]
-
-    def _shape(self, name: str) -> torch.Size:
-        return self._stacked[f"model.{name}"].shape[1:]
-
-    def _span(self, name: str, piece: int) -> slice:
-        """Where a parameter lies in its piece of a row."""
-        before = self._decaying if piece else 0
-        start, stop = self._spans[name]
-        return slice(start - before, stop - before)
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _set_rate(optimizer: torch.optim.Optimizer | MuonWithAdamW, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+        self._table.load_optimizer_state(member, state)
 
 
 # --- does it pay? ------------------------------------------------------------------------------------------------

@@ -31,15 +31,10 @@ _FREE_OPTIMIZER = ("learning_rate", "weight_decay", "beta1", "beta2", "eps", "cl
 
 
 def stack_key(cell: Cell) -> str | None:
-    """Equal for cells that may train as one program; None for a trainer of the user's own, and for Muon, whose steps
-    are of whole matrices."""
-    if not _stacks(cell):
+    """Equal for cells that may train as one program; None for a trainer of the user's own."""
+    if cell.trainer:
         return None
     return hashlib.sha256(json.dumps(_common(cell), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _stacks(cell: Cell) -> bool:
-    return not cell.trainer and cell.optimizer.name == "adamw"
 
 
 def _common(cell: Cell) -> dict[str, Any]:
@@ -52,8 +47,8 @@ def check_stack(cells: Sequence[Cell]) -> None:
     """Raise InputError that names what differs where these cells cannot train as one program."""
     first = _common(cells[0])
     differing = sorted({name for one in cells[1:] for name, _, _ in differences(first, _common(one))})
-    if len(cells) > 1 and (differing or not _stacks(cells[0])):
-        what = f"differ in {', '.join(differing)}" if differing else "have a trainer of their own, or Muon"
+    if len(cells) > 1 and (differing or cells[0].trainer):
+        what = f"differ in {', '.join(differing)}" if differing else "have a trainer of their own"
         raise InputError(
             f"these {len(cells)} cells cannot train as one stack: they {what}. Members of a stack may differ in "
             "learning rate, decay, betas, clipping, schedule, initial scale, seed and data order alone."
@@ -62,7 +57,7 @@ def check_stack(cells: Sequence[Cell]) -> None:
 
 def stack_size(waiting: int, workers: int, stacking: Stacking, device: Literal["cpu", "cuda"], cell: Cell) -> int:
     """How many of `waiting` equal-shaped cells the next stack takes, so that all workers get their share."""
-    if stacking == "off" or not _stacks(cell):
+    if stacking == "off" or cell.trainer:
         return 1
     share = -(-waiting // workers)
     if stacking != "auto":

@@ -77,6 +77,25 @@ def test_fifty_steps_of_a_stack_are_those_of_its_members_alone(family: str) -> N
             torch.testing.assert_close(mine, own, rtol=1e-7, atol=1e-10)
 
 
+def test_members_with_muon_stack_too() -> None:
+    recipe = FAMILIES["llama"]
+    shape = shape_for(recipe, 10_000, vocab_size=64, context=16)
+    muon = Optimizer(name="muon", learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
+    models = [build_model(recipe, shape, init_std=0.05, seed=k, options=resolve_options(recipe)) for k in (0, 1, 0, 1)]
+    alone, stack = [Solo(model, muon) for model in models[:2]], Stack(models[2:], [muon] * 2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        batch = torch.randint(64, (2, 4, 17), generator=generator)
+        losses = torch.cat([one.backward(batch[k : k + 1], 4, nullcontext()) for k, one in enumerate(alone)])
+        torch.testing.assert_close(stack.backward(batch, 4, nullcontext()), losses, rtol=1e-4, atol=0)
+        stack.step([0, 1])
+        for one in alone:
+            one.step([0])
+    before = [parameter.clone() for parameter in models[3].parameters()]
+    stack.step([0])
+    assert all(torch.equal(*pair) for pair in zip(before, models[3].parameters(), strict=True)), "it was not live"
+
+
 def test_a_members_optimizer_state_is_that_of_a_solo_run() -> None:
     recipe = FAMILIES["llama"]
     shape = shape_for(recipe, 10_000, vocab_size=64, context=16)

@@ -1,0 +1,128 @@
+"""The table of a program: all parameters of one model or of several equal ones in one tensor, a row a model.
+
+Clipping is then one norm and one product, and an AdamW step two calls a row (what decays, what does not), however many
+tensors the model has. The models hold views of their rows; the optimizer's state is told and taken as that of
+`sweeps.optimizers.make_optimizer` on the model alone, a tensor for every parameter. Views begin at whole cache lines:
+matrix kernels want that. Muon, whose steps are of whole matrices, works on the models' own parameters.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sweeps.cell import Optimizer
+from sweeps.optimizers import make_adamw, make_optimizer
+
+ALIGN = 64
+"""Elements: 256 bytes of float32."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Table:
+    """Rows of values and of gradients, and an optimizer for each row."""
+
+    def __init__(self, models: Sequence[torch.nn.Module], recipes: Sequence[Optimizer]) -> None:
+        """Moves the parameters of the models, which are alike, into the table. `recipes` are AdamW's."""
+        named = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
+        self.shapes = {name: parameter.shape for name, parameter in named[0].items()}
+        # 1. What decays comes first, then the others, each in the model's order: the order of a solo optimizer's state.
+        self.order = sorted(self.shapes, key=lambda name: len(self.shapes[name]) < 2)
+        room = [-(-self.shapes[name].numel() // ALIGN) * ALIGN for name in self.order]
+        self._starts = dict(zip(self.order, itertools.accumulate(room, initial=0), strict=False))
+        self._decaying = sum(size for name, size in zip(self.order, room, strict=True) if len(self.shapes[name]) >= 2)
+        like = next(iter(named[0].values()))
+        self.values = torch.zeros(len(models), sum(room), dtype=like.dtype, device=like.device)
+        self.gradients = torch.zeros_like(self.values)
+        # 2. The models hold views of their rows.
+        for row, each in enumerate(named):
+            for name, parameter in each.items():
+                view = self._view(self.values[row], name)
+                view.copy_(parameter.detach())
+                parameter.data, parameter.grad = view, self._view(self.gradients[row], name)
+        # 3. An optimizer a row, over its two pieces.
+        self._bounds = torch.tensor([[recipe.clip_norm] for recipe in recipes], dtype=like.dtype, device=like.device)
+        self._optimizers = [
+            self._optimizer(row, recipe) if recipe.name == "adamw" else make_optimizer(models[row], recipe)
+            for row, recipe in enumerate(recipes)
+        ]
+
+    def _optimizer(self, row: int, recipe: Optimizer) -> torch.optim.AdamW:
+        groups = []
+        for part, decay in ((slice(self._decaying), recipe.weight_decay), (slice(self._decaying, None), 0.0)):
+            piece = self.values[row, part]
+            piece.grad = self.gradients[row, part]
+            groups.append({"params": [piece], "weight_decay": decay})
+        return make_adamw(groups, recipe)
+
+    def columns(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of `values` or `gradients` by parameter, (rows, *shape)."""
+        return {
+            name: table[:, start : start + self.shapes[name].numel()].unflatten(1, self.shapes[name])
+            for name, start in self._starts.items()
+        }
+
+    def set_rate(self, row: int, rate: float) -> None:
+        for group in self._optimizers[row].param_groups:
+            group["lr"] = rate
+
+    def step(self, rows: Sequence[int]) -> torch.Tensor:
+        """Clip every row's gradients by its own norm and step these rows. Returns the norms before, (rows,)."""
+        norms = torch.linalg.vector_norm(self.gradients, dim=1, keepdim=True)
+        self.gradients.mul_((self._bounds / (norms + 1e-6)).clamp_(max=1.0))  # as clip_grad_norm_ does
+        for row in rows:
+            self._optimizers[row].step()
+        return norms[:, 0]
+
+    # --- state, as a solo optimizer's -----------------------------------------------------------------------------
+
+    def optimizer_state(self, row: int) -> dict[str, Any]:
+        """A row's optimizer state, a tensor for every parameter."""
+        flat = self._optimizers[row].state_dict()
+        if not isinstance(self._optimizers[row], torch.optim.AdamW):
+            return flat  # Muon works on the parameters themselves
+        groups, state = [], {}
+        for piece, group in enumerate(flat["param_groups"]):
+            names = self._names(piece)
+            if not names:
+                continue
+            groups.append({**group, "params": [self.order.index(name) for name in names]})
+            if (own := flat["state"].get(piece)) is None:
+                continue  # no step was taken yet
+            for name in names:
+                moments = {key: self._view(own[key], name, piece) for key in _MOMENTS}
+                state[self.order.index(name)] = {"step": own["step"].clone(), **moments}
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state(self, row: int, solo: Mapping[str, Any]) -> None:
+        """Take over a state as `optimizer_state` tells it."""
+        if not isinstance(self._optimizers[row], torch.optim.AdamW):
+            self._optimizers[row].load_state_dict(dict(solo))
+            return
+        flat = self._optimizers[row].state_dict()
+        state: dict[int, dict[str, Any]] = {}
+        for piece, group in enumerate(flat["param_groups"]):
+            names = [name for name in self._names(piece) if self.order.index(name) in solo["state"]]
+            given: Mapping[str, Any] = next((one for one in solo["param_groups"] if self._is_of(one, piece)), {})
+            group |= {key: value for key, value in given.items() if key != "params"}
+            if not names:
+                continue
+            length = self._decaying if not piece else self.values.shape[1] - self._decaying
+            moments = {key: self.values.new_zeros(length) for key in _MOMENTS}
+            for name in names:
+                for key, whole in moments.items():
+                    self._view(whole, name, piece).copy_(solo["state"][self.order.index(name)][key])
+            state[piece] = {"step": solo["state"][self.order.index(names[0])]["step"].clone(), **moments}
+        self._optimizers[row].load_state_dict({"state": state, "param_groups": flat["param_groups"]})
+
+    def _names(self, piece: int) -> list[str]:
+        return [name for name in self.order if (len(self.shapes[name]) < 2) == bool(piece)]
+
+    def _is_of(self, group: Mapping[str, Any], piece: int) -> bool:
+        return self.order[group["params"][0]] in self._names(piece)
+
+    def _view(self, row: torch.Tensor, name: str, piece: int = 0) -> torch.Tensor:
+        """A parameter's place in a row, or in a piece of one."""
+        start = self._starts[name] - (self._decaying if piece else 0)
+        return row[start : start + self.shapes[name].numel()].view(self.shapes[name])
