@@ -1,7 +1,7 @@
 """The loss of a causal model: cross-entropy over the vocabulary, whose logits never exist at once where they are large.
 
-Small logits take the plain way: the model's own, then `cross_entropy`. Large ones are made, used and forgotten chunk by
-chunk, and the gradients of hidden states and head are computed on the way forward, as in Hsu et al. 2024 (Liger), so
+Small logits take the plain way: the model's own, and their cross-entropy. Large ones are made, used and forgotten chunk
+by chunk, and the gradients of hidden states and head are computed on the way forward, as in Hsu et al. 2024 (Liger), so
 that no logits are kept for the way back. The failure this guards against: a vocabulary of 50,000 whose logits need ten
 times the memory of everything else, and so decide how large a batch may be.
 
@@ -42,7 +42,9 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int | N
     limit = _limit(tokens, plain_bytes)
     head = _linear_head(model)
     if head is None or not _is_large(head[1], inputs, limit):
-        return cross_entropy(_wide(model(inputs).logits).flatten(0, 1), targets.flatten())
+        logits = _wide(model(inputs).logits).flatten(0, 1)
+        entropy: torch.Tensor = _MeanEntropy.apply(logits[None], targets.flatten()[None])[0]
+        return entropy[0]
     body, weight, scaling = head
     hidden = body(input_ids=inputs).last_hidden_state.flatten(0, 1)
     loss: torch.Tensor
@@ -98,6 +100,44 @@ def _rows(weight: torch.Tensor, limit: int, members: int = 1) -> int:
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _MeanEntropy(torch.autograd.Function):
+    """(members, tokens, vocabulary) logits -> (members,) mean losses.
+
+    One exponential a logit: the gradient is made with the loss, in half the time of `cross_entropy` on a CPU.
+    """
+
+    @staticmethod
+    def forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, target = targets.shape[1], targets[..., None]
+        top = logits.amax(-1, keepdim=True)
+        slopes = (logits - top).exp_()
+        sums = slopes.sum(-1, keepdim=True)
+        losses = (sums.log() + top - logits.gather(-1, target)).mean((1, 2))
+        slopes.div_(sums.mul_(tokens))
+        slopes.scatter_add_(-1, target, slopes.new_full((), -1.0 / tokens).expand(target.shape))
+        return losses, slopes
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        (own,) = ctx.saved_tensors
+        return own * slopes[0][:, None, None], None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *operands: Any) -> Any:
+        """Members of a stack become further members."""
+        stacked = [
+            one.expand(info.batch_size, *one.shape) if dim is None else one.movedim(dim, 0)
+            for one, dim in zip(operands, in_dims, strict=True)
+        ]
+        outputs: Any = _MeanEntropy.apply(*(one.flatten(0, 1) for one in stacked))
+        return tuple(one.unflatten(0, (info.batch_size, -1)) for one in outputs), (0, 0)
 
 
 class _ChunkedLoss(torch.autograd.Function):
