@@ -41,7 +41,7 @@ class Worker:
         tried and the list is empty.
         """
         from sweeps.attempt import run_attempts
-        from sweeps.stacking import pays
+        from sweeps.probing import pays
 
         store = Store(Path(root))
         if probe and len(cell_ids) > 1 and not pays(store, cell_ids):

@@ -1,8 +1,9 @@
 """The training step of the gpt2 family against the same step written straight in PyTorch: python -m sweeps.benchmark
 
-Needs torch and transformers alone. On a GPU both sides are compiled, in bfloat16, at 124 M and 350 M parameters, and
-Escala's alone at 10 M and 30 M; on a CPU neither is compiled, on one thread, at the widths 64, 128 and 256. The two
-alternate (A B A B ...) and the ratio is the median of neighbours' ratios, so that a machine that slows down slows both.
+Needs torch and transformers alone. On a GPU both sides are compiled, in bfloat16, at 124 M and 350 M parameters; 10 M
+and 30 M follow alone, and stacks of 1 M, 10 M and 30 M against their members one by one. On a CPU neither is compiled,
+on one thread, at the widths 64, 128 and 256. Sides alternate (A B A B ...) and a ratio is the median of neighbours'
+ratios, so that a machine that slows down slows both.
 
 FLOPs of MFU: C of sweeps/accounting.py, three times the forward matmuls with the head and full (not causal) attention.
 GFLOP/s beside it are of 6 N per token.
@@ -13,9 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +24,8 @@ from sweeps.accounting import Shape, flops_6nd, flops_per_token, parameters
 from sweeps.cell import Optimizer
 from sweeps.devices import peak_flops
 from sweeps.families import FAMILIES, build_model
-from sweeps.losses import MeanLoss
-from sweeps.optimizers import make_optimizer
+from sweeps.losses import Loss, MeanLoss
+from sweeps.stacking import Solo, Stack, precision
 
 RECIPE = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
 LEAST_SECONDS, LEAST_PAIRS = 4.0, 5
@@ -46,6 +45,8 @@ class Setting:
     vocabulary: int
     context: int
     sequences: int
+    members: int = 1
+    """Of a stack."""
 
     @property
     def shape(self) -> Shape:
@@ -63,6 +64,11 @@ class Setting:
 CPU = (Setting(64, 4, 32, 256, 256, 16), Setting(128, 6, 32, 256, 256, 16), Setting(256, 8, 32, 256, 256, 16))
 GPU_PAIRS = (Setting(768, 12, 64, 50_304, 1024, 32), Setting(1024, 24, 64, 50_304, 1024, 16))
 GPU_ALONE = (Setting(320, 8, 64, 4096, 512, 64), Setting(512, 9, 64, 4096, 512, 64))
+GPU_STACKS = (
+    Setting(128, 5, 32, 256, 256, 16, members=32),
+    Setting(320, 8, 64, 4096, 512, 16, members=8),
+    Setting(512, 9, 64, 4096, 512, 16, members=4),
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +82,11 @@ class Result:
     gflops: float
     """By 6 N per token, in 1e9 a second."""
     mfu: float | None
-    plain_gflops: float | None
+    members: int
+    other_gflops: float | None
+    """Of the plain step, or of a stack's members one by one."""
     ratio: float | None
-    """Escala's speed over the plain one's."""
+    """The speed over the other's."""
 
 
 class Block(nn.Module):
@@ -123,22 +131,10 @@ class PlainModel(nn.Module):
 
 def plain_step(setting: Setting, device: torch.device) -> Step:
     """The step of the straight model."""
-    model = PlainModel(setting.shape).to(device)
+    model, tokens = PlainModel(setting.shape).to(device), setting.tokens(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return _step(model, model, optimizer, setting.tokens(device))
-
-
-def escala_step(setting: Setting, device: torch.device) -> Step:
-    """The step as sweeps/training.py takes it."""
-    model = build_model(FAMILIES["gpt2"], setting.shape, init_std=0.02, seed=0).to(device).train()
-    return _step(model, MeanLoss(model), make_optimizer(model, RECIPE), setting.tokens(device))
-
-
-def _step(model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], optimizer: Any, tokens: torch.Tensor) -> Step:
-    on_gpu = tokens.device.type == "cuda"
-    amplify: Any = torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
-    if on_gpu:
-        loss = torch.compile(loss, dynamic=False)
+    loss: Loss = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    amplify = precision(_precision(device), device)
 
     def take() -> None:
         with amplify:
@@ -151,14 +147,53 @@ def _step(model: nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], optimi
     return take
 
 
+def escala_step(setting: Setting, device: torch.device) -> Step:
+    """The step as sweeps/training.py takes it."""
+    model = _model(setting, device)
+    loss: Loss = MeanLoss(model)
+    if device.type == "cuda":
+        loss = torch.compile(loss, dynamic=False)
+    return _step(Solo(model, RECIPE, loss), setting.tokens(device)[None], device)
+
+
+def stacked_step(setting: Setting, device: torch.device) -> Step:
+    """A step of all members as one program."""
+    models = [_model(setting, device) for _ in range(setting.members)]
+    batches = torch.stack([setting.tokens(device) for _ in models])
+    return _step(Stack(models, [RECIPE] * len(models)), batches, device)
+
+
+def _model(setting: Setting, device: torch.device) -> nn.Module:
+    return build_model(FAMILIES["gpt2"], setting.shape, init_std=0.02, seed=0).to(device).train()
+
+
+def _step(program: Solo | Stack, batches: torch.Tensor, device: torch.device) -> Step:
+    amplify = precision(_precision(device), device)
+
+    def take() -> None:
+        program.backward(batches, batches.shape[1], amplify)
+        program.step(range(len(batches)))
+
+    return take
+
+
+def _precision(device: torch.device) -> str:
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
 def measure(setting: Setting, device: torch.device, *, against_plain: bool) -> Result:
-    """Time the steps of one setting, Escala's and the plain one in turn."""
-    sides = [escala_step(setting, device), *([plain_step(setting, device)] if against_plain else [])]
+    """Time the steps of one setting: a stack against one of its members, or Escala's step, alone or against the plain
+    one, in turn."""
+    if setting.members > 1:
+        sides = [stacked_step(setting, device), escala_step(setting, device)]
+    else:
+        sides = [escala_step(setting, device), *([plain_step(setting, device)] if against_plain else [])]
     for side in sides * 2:
         side()
     rounds: list[tuple[float, ...]] = []
     while len(rounds) < LEAST_PAIRS or sum(map(sum, rounds)) < LEAST_SECONDS:
-        rounds.append(tuple(_seconds(side, device) for side in sides))
+        ours, *other = (_seconds(side, device) for side in sides)
+        rounds.append((ours / setting.members, *other))
     seconds = [statistics.median(column) for column in zip(*rounds, strict=True)]
     shape, tokens = setting.shape, setting.sequences * setting.context
     speed, work = tokens / seconds[0], flops_6nd(shape) / 1e9
@@ -170,8 +205,9 @@ def measure(setting: Setting, device: torch.device, *, against_plain: bool) -> R
         tokens_per_second=speed,
         gflops=speed * work,
         mfu=speed * flops_per_token(shape) / peak if peak else None,
-        plain_gflops=tokens / seconds[1] * work if against_plain else None,
-        ratio=statistics.median(plain / ours for ours, plain in rounds) if against_plain else None,
+        members=setting.members,
+        other_gflops=tokens / seconds[1] * work if len(sides) > 1 else None,
+        ratio=statistics.median(other / ours for ours, other in rounds) if len(sides) > 1 else None,
     )
 
 
@@ -190,7 +226,7 @@ def results(device: torch.device) -> Iterator[Result]:
     """Every setting of a device, one after another."""
     for setting in CPU if device.type == "cpu" else GPU_PAIRS:
         yield measure(setting, device, against_plain=True)
-    for setting in () if device.type == "cpu" else GPU_ALONE:
+    for setting in () if device.type == "cpu" else (*GPU_ALONE, *GPU_STACKS):
         yield measure(setting, device, against_plain=False)
 
 
@@ -210,9 +246,10 @@ def main() -> None:
 
 def _line(one: Result) -> str:
     size = f"gpt2 {one.width} x {one.depth}, {one.parameters / 1e6:.3g} M parameters"
+    size, other = (f"{size}, {one.members} stacked", "one by one") if one.members > 1 else (size, "plain PyTorch")
     parts = [f"{one.tokens_per_second:,.0f} tokens/s", f"{one.gflops:,.1f} GFLOP/s (6 N D)"]
     parts += [f"MFU {one.mfu:.1%}"] if one.mfu is not None else []
-    parts += [f"{one.ratio:.2f} x plain PyTorch ({one.plain_gflops:,.1f})"] if one.ratio is not None else []
+    parts += [f"{one.ratio:.2f} x {other} ({one.other_gflops:,.1f})"] if one.ratio is not None else []
     return f"{size}: {', '.join(parts)}"
 
 

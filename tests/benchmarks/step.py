@@ -18,7 +18,7 @@ def step(place: Place) -> list[Row]:
                 unit="GFLOP/s",
                 target=found["gflops"] / found["ratio"],
                 at_least=True,
-                note=f"1 thread; plain PyTorch {found['plain_gflops']:.1f}",
+                note=f"1 thread; plain PyTorch {found['other_gflops']:.1f}",
             )
         )
     return rows

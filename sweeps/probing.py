@@ -1,0 +1,67 @@
+"""Whether a stack pays: some steps of its members one by one and together, timed on the device that is to train them.
+
+Nothing is stacked on a guess: below a few hundred tokens a batch a stack of tiny models is twice as fast, with larger
+models or batches it only takes more memory. What a probe found is kept in the store (sweeps/stacks.py).
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from sweeps.cell import Cell, cell_from_identity
+from sweeps.devices import choose_numerics
+from sweeps.errors import InputError
+from sweeps.families import build_model, find_family
+from sweeps.stacking import Solo, Stack, precision
+from sweeps.stacks import LEAST_GAIN, known_gain, note_gain
+from sweeps.store import Store, read_cell
+
+WARM_TURNS, PROBE_TURNS = 2, 7
+
+
+def pays(store: Store, cell_ids: Sequence[str]) -> bool:
+    """Whether these cells train faster as one program on this device: by an earlier probe, or by one made now.
+
+    A probe takes a second or so for models that small. What cannot be stacked at all (a model of the user's own that
+    `vmap` does not take) does not pay.
+    """
+    cells = [cell_from_identity(read_cell(store, cell_id)["identity"]) for cell_id in cell_ids]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gain = known_gain(store, cells[0], len(cells), device)
+    if gain is None:
+        try:
+            gain, why = probe(cells, torch.device(device)), None
+        except (RuntimeError, NotImplementedError, InputError) as error:
+            gain, why = 0.0, f"{type(error).__name__}: {error}"
+        note_gain(store, cells[0], len(cells), device, gain, why=why)
+    return gain >= LEAST_GAIN
+
+
+def probe(cells: Sequence[Cell], device: torch.device) -> float:
+    """How many times faster these cells make a step together than one by one, forward, backward and optimizer: the
+    median over turns of both."""
+    cell = cells[0]
+    family = find_family(cell.family)
+    choose_numerics(cell, stack=len(cells))  # raises where their memory does not suffice
+    amplify = precision(cell.precision, device)
+
+    def model(one: Cell) -> torch.nn.Module:
+        built = build_model(family, one.shape, init_std=one.init_std, seed=one.seed, options=dict(one.options))
+        return built.to(device).train()
+
+    solo = Solo(model(cell), cell.optimizer)
+    stack = Stack([model(one) for one in cells], [one.optimizer for one in cells])
+    generator = torch.Generator().manual_seed(0)
+    size = (len(cells), cell.sequences, cell.shape.context + 1)
+    batch = torch.randint(cell.shape.vocab_size, size, generator=generator).to(device)
+
+    def seconds(program: Solo | Stack, part: torch.Tensor) -> float:
+        began = time.perf_counter()
+        program.backward(part, cell.sequences, amplify)
+        float(program.step(range(len(part)))[0])  # the device is waited for
+        return time.perf_counter() - began
+
+    turns = [(seconds(solo, batch[:1]), seconds(stack, batch)) for _ in range(WARM_TURNS + PROBE_TURNS)]
+    return statistics.median(len(cells) * alone / together for alone, together in turns[WARM_TURNS:])
