@@ -40,6 +40,7 @@ BENCHMARKS = {
     "eager": eager.eager,
     "calibration": calibration.calibration,
     "stacks": together.stacks,
+    "fidelity": together.fidelity,
     "trunks": together.trunks,
     "workers": together.workers,
     "fits": fits.fits,

@@ -5,6 +5,7 @@ another, so Ray's start is not in them; wall-clock ratios of a stack hold all, t
 """
 
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ seeds: [0, 1, 2, 3, 4, 5, 6, 7]
 stack: {stack}
 """
 STEPS = 250
+
+FAITHFUL = """
+corpus: {source: markov, options: {tokens: 600000, vocab_size: 255, seed: 1}}
+context: 64
+families: [llama]
+grid: {type: points, points: [{size: 10000, tokens: 153600}]}
+training: {batch_tokens: 256, learning_rate: 0.005}
+seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23]
+stack: STACK
+"""
 
 LADDER = """
 corpus: {source: markov, options: {tokens: 4000000, vocab_size: 255, seed: 1}}
@@ -63,6 +74,34 @@ def stacks(place: Place) -> list[Row]:
             )
         )
     return rows
+
+
+def fidelity(place: Place) -> list[Row]:
+    """Whole runs of 24 seeds, stacked and alone: what a stack does to a final loss, against what a seed does."""
+    ends: dict[str, dict[int, float]] = {}
+    for stack in ("off", "8"):
+        name = f"faithful-{stack}"
+        text = FAITHFUL.replace("STACK", f'"{stack}"')
+        escala("run", place.study(name, text), "--store", place.folder / name, "--workers", 2)
+        told = json.loads(escala("status", name, "--store", place.folder / name, "--json").output)
+        ends[stack] = {cell["seed"]: cell["val_loss_final"] for cell in told["cells"]}
+    differences = [ends["8"][seed] - ends["off"][seed] for seed in ends["off"]]
+    spread, of_seeds = statistics.stdev(differences), statistics.stdev(ends["off"].values())
+    error = spread / len(differences) ** 0.5
+    return [
+        Row(
+            what="stacked against solo, whole runs: mean difference over its standard error",
+            measured=abs(statistics.mean(differences)) / error,
+            target=2.07,
+            note=f"{len(differences)} seeds, 600 steps; 2.07: 95 % of a t with 23 degrees of freedom",
+        ),
+        Row(
+            what="the same: spread of the differences over that of seeds",
+            measured=spread / of_seeds,
+            target=1 / 3,
+            note=f"{spread:.2g} against {of_seeds:.2g} nats",
+        ),
+    ]
 
 
 def trunks(place: Place) -> list[Row]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from small import make_cell, put
 
-from sweeps.attempt import run_attempt
+from sweeps.attempt import run_attempt, run_attempts
 from sweeps.cell import Cell
 from sweeps.checkpoints import load
 from sweeps.corpora import Corpus
@@ -77,13 +77,9 @@ def test_an_error_in_the_code_is_recorded_with_its_traceback_and_not_raised(corp
 def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, steps=3, seed=9)
     put(store, cell)
-    os.environ["OMP_NUM_THREADS"] = "2"
-    try:
-        first = dataclasses.replace(cell, corpus="missing")
-        write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": first.identity, "counts": {}})
-        assert run_attempt(store, cell.id, study="s").state == "code"
-    finally:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    first = dataclasses.replace(cell, corpus="missing")
+    write_json(store.cell(cell.id) / "cell.json", {"id": cell.id, "identity": first.identity, "counts": {}})
+    assert [one.state for one in run_attempts(store, [cell.id], study="s", threads=2)] == ["code"]
     put(store, cell)
     assert run_attempt(store, cell.id, study="s").state == "finished"
     numerics = [read_json(store.attempt(cell.id, epoch) / "attempt.json")["numerics"] for epoch in (0, 1)]
