@@ -212,7 +212,7 @@ class _Pool:
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
-            while self.idle and self.wish is None and (unit := self.queue.take(self.slots.count, self.slots.device)):
+            while self.idle and self.wish is None and (unit := self.queue.take(len(self.idle), self.slots.device)):
                 self._start(unit)
             if self.tasks:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)

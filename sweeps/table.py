@@ -70,7 +70,8 @@ class Table:
     def step(self, rows: Sequence[int]) -> torch.Tensor:
         """Clip every row's gradients by its own norm and step these rows. Returns the norms before, (rows,)."""
         norms = torch.linalg.vector_norm(self.gradients, dim=1, keepdim=True)
-        self.gradients.mul_((self._bounds / (norms + 1e-6)).clamp_(max=1.0))  # as clip_grad_norm_ does
+        if norms.device.type != "cpu" or not bool((norms <= self._bounds).all()):  # a GPU is not waited for
+            self.gradients.mul_((self._bounds / (norms + 1e-6)).clamp_(max=1.0))  # as clip_grad_norm_ does
         for row in rows:
             self._optimizers[row].step()
         return norms[:, 0]
