@@ -116,4 +116,4 @@ def kind_of(device: str, threads: int) -> str:
 def local_kind() -> str:
     """The kind of worker that a run on this machine would start."""
     gpus = local_gpus()
-    return kind_of(gpus[0] if gpus else processor(), int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return kind_of(gpus[0] if gpus else processor(), threads=1)

@@ -4,6 +4,7 @@ Cells come in the order in which they were put, but a branch waits until its tru
 goes on, or will never leave one, and cells of one shape that a probe found to be faster together go together.
 """
 
+import itertools
 from collections import Counter, deque
 from typing import Literal
 
@@ -69,16 +70,19 @@ class Queue:
         alike = self._alike[key] if key is not None and not self._was_too_large(one) else 1
         self._alike[key] -= 1
         size = stack_size(alike, workers, self._stacking, device, one.cell) if alike > 1 else 1
-        if size > 1 and self._stacking == "auto":
-            gain = known_gain(self._store, one.cell, size, device)
-            size = 1 if gain is not None and gain < LEAST_GAIN else size
-        taken = [one]
-        for other in list(self._ready) if size > 1 else ():
-            if len(taken) < size and self._keys[other.cell.id] == key and not self._was_too_large(other):
-                self._ready.remove(other)
-                self._alike[key] -= 1
-                taken.append(other)
-        return taken
+        others = self._like(key, size - 1) if size > 1 else []
+        if others and self._stacking == "auto":
+            gain = known_gain(self._store, one.cell, 1 + len(others), device)
+            others = [] if gain is not None and gain < LEAST_GAIN else others
+        for other in others:
+            self._ready.remove(other)
+            self._alike[key] -= 1
+        return [one, *others]
+
+    def _like(self, key: str | None, most: int) -> list[PlannedCell]:
+        """The first ready cells of a stack key, at most so many, that have not proved too large for a stack."""
+        alike = (one for one in self._ready if self._keys[one.cell.id] == key and not self._was_too_large(one))
+        return list(itertools.islice(alike, most))
 
     def _may_begin(self, one: PlannedCell) -> bool:
         branch = self._branches[one.cell.id]

@@ -88,11 +88,10 @@ def run_attempts(
                 note: dict[str, Any] = {"study": study, "driver": driver}
                 try:
                     numerics, tolerance, kept = _numerics(store, cell, len(cell_ids), threads)
-                except InputError as error:  # it does not fit into memory: a failure of the cell, on record
-                    does_not_fit = _Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, 1)
-                    does_not_fit.settle(error)
-                    tries.append(does_not_fit)
-                    raise
+                except InputError as error:  # not even one sequence fits, or not one of each member, at this moment
+                    attempt = begin_attempt(store, cell_id, note)
+                    tries.append(_Try(attempt, cell, record["counts"], started, len(cell_ids)))
+                    raise MemoryError(str(error)) from error
                 note["numerics"] = numerics.to_json()
                 one = _Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, len(cell_ids))
                 tries.append(one)

@@ -123,6 +123,17 @@ def train_together(
         subset = subset_windows(corpus.validation_windows(context), context)
         runner = _Runner(program, corpus, context, device, amplify, subset, evaluations, clock, ended)
         members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
+    try:
+        _run(runner, members, micro_batch)
+    finally:
+        for member in members:
+            member.close()
+    return [member.end for member in members if member.end is not None]
+
+
+def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> None:
+    """Train every member until it has ended."""
+    cell, evaluations = members[0].cell, runner.evaluations
     for member in members:
         runner.attempt(member, runner.begin)
     between = max(1, cell.steps // TRAIN_ROWS)
@@ -144,10 +155,8 @@ def train_together(
             if member.end is None:
                 runner.attempt(member, runner.checkpoint)
     for member in members:
-        member.close()
         if member.end is None:
             runner.attempt(member, runner.finish)
-    return [member.end for member in members if member.end is not None]
 
 
 def _suited_loss(

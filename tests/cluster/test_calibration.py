@@ -221,3 +221,11 @@ def test_predicting_loads_neither_torch_nor_ray() -> None:
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", f"{code}; {check}"], check=True, cwd=root)
+
+
+def test_the_kind_of_this_machine_is_that_of_its_workers_whatever_the_shell_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kind = local_kind()
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert local_kind() == kind

@@ -105,6 +105,17 @@ def test_a_cell_that_ran_out_of_memory_trains_alone(store: Store, make_plan: Cal
     assert [large.id] in [[one.cell.id for one in unit] for unit in units]
 
 
+def test_a_stack_that_is_smaller_for_one_too_large_is_looked_up_as_it_is(
+    store: Store, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(training={"batch_tokens": 256, "schedule": "cosine"})
+    large, other = [one.cell for one in plan.cells if one.cell.steps == 60][:2]
+    record_error(begin_attempt(store, large.id, {}), "out_of_memory", "too much")
+    note_gain(store, other, 2, "cpu", 0.9)
+    queue = queue_of(store, plan)
+    assert [lengths(queue.take(1, "cpu")) for _ in range(3)] == [[60], [60], [60]]
+
+
 def test_stacks_of_trunks_and_branches_survive_a_killed_worker(
     store: Store, make_plan: Callable[..., Plan], ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from small import make_cell, put
 
+from sweeps import devices
 from sweeps.attempt import run_attempt, run_attempts
 from sweeps.cell import Cell
 from sweeps.checkpoints import load
@@ -159,6 +160,19 @@ def test_rows_that_a_zombie_writes_after_it_was_replaced_do_not_count(corpus: Co
     with (zombie.folder / "log.jsonl").open("ab", buffering=0) as stream:
         append_rows(stream, [{"time": 1.0, "tokens": 512, "metrics": {"train_loss": 9.0}}])
     assert read_metrics(store, cell.id) == []
+
+
+def test_what_does_not_fit_into_memory_now_may_fit_later(
+    corpus: Corpus, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [put(store, make_cell(corpus, steps=3, seed=seed)) for seed in (71, 72)]
+    with monkeypatch.context() as scarce:
+        scarce.setattr(devices, "HOST_SHARE", 1e-9)
+        ended = run_attempts(store, ids, study="s")
+    assert [one.state for one in ended] == ["out_of_memory"], "the second was not begun"
+    assert "does not fit" in str(ended[0].reason)
+    assert cell_state(store, ids[0]).state == "planned"
+    assert [one.state for one in run_attempts(store, ids, study="s")] == ["finished", "finished"]
 
 
 def test_a_cell_out_of_memory_is_tried_once_more_with_half_the_micro_batch(corpus: Corpus, store: Store) -> None:
