@@ -75,9 +75,10 @@ def plan(
     from cluster.calibration import find_calibration
     from cluster.estimate import estimate
     from cluster.ledger import compare, plan_rows, sharing, sharing_words
+    from cluster.planning import read_study
 
     known = (store / "store.json").exists()  # a store that is there is only read
-    place, planned, _ = _plan(study, store, allow_code, accept_corpus, create=not known)
+    place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known)
     rows = plan_rows(place, planned)
     totals, shared = _totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
@@ -125,8 +126,9 @@ def calibrate(
     """Time a few shapes of a study on each kind of worker, so that `plan` predicts time, energy and money."""
     from cluster import calibration
     from cluster.display import Waiting, calibration_table, console
+    from cluster.planning import read_study
 
-    place, planned, path = _plan(study, store, allow_code, accept_corpus)
+    place, planned, path = read_study(study, store, allow_code, accept_corpus)
     with _terminable(), Waiting() as waiting:
         found = calibration.calibrate(
             place,
@@ -165,8 +167,9 @@ def run(
     from cluster.display import LiveProgress, console
     from cluster.driver import run_study
     from cluster.ledger import compare
+    from cluster.planning import read_study
 
-    place, planned, path = _plan(study, store, allow_code, accept_corpus)
+    place, planned, path = read_study(study, store, allow_code, accept_corpus)
     change = compare(place, planned)
     if not as_json:
         console.print(f"[bold]{planned.study.name}[/]: {change}.")
@@ -400,49 +403,6 @@ def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> N
 
 
 # --- shared by the commands --------------------------------------------------------------------------------------
-
-
-def _plan(
-    study: str, store: Path, allow_code: bool, accept_corpus: bool, *, create: bool = True
-) -> "tuple[Store, Plan, Path]":
-    """Load a study file, find or build its corpus, plan its cells."""
-    from cluster.display import Waiting
-    from sweeps.corpora import make_source, prepare
-    from sweeps.errors import InputError
-    from sweeps.grids import plan_study
-    from sweeps.store import open_store, read_plan, study_names
-    from sweeps.studyfile import find_study_file, load_study
-
-    path = find_study_file(study)
-    declared = load_study(path)
-    source = make_source(
-        declared.corpus.source, declared.corpus.path, declared.corpus.options, base_dir=path.resolve().parent
-    )
-    place = open_store(store, create=create)
-    pinned = declared.corpus.fingerprint
-    if declared.name in study_names(place):
-        before = read_plan(place, declared.name)
-        if before.get("foreign"):
-            raise InputError(
-                f"{path}: study {declared.name} of {place.root} holds imported runs and trains nothing. Name this one "
-                "otherwise."
-            )
-        if pinned is None and _same_corpus(before["study"], declared.model_dump(mode="json", by_alias=True)):
-            pinned = before["corpus"]["fingerprint"]
-    with Waiting() as waiting:
-        corpus = prepare(
-            source, declared.tokenizer, place.root, accept=accept_corpus, pinned=pinned, progress=waiting.update
-        )
-    try:
-        planned = plan_study(declared, corpus, allow_code=allow_code, base_dir=path.resolve().parent)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return place, planned, path
-
-
-def _same_corpus(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    keys = ("source", "path", "options")
-    return before["tokenizer"] == now["tokenizer"] and all(before["corpus"][k] == now["corpus"][k] for k in keys)
 
 
 def _store_or_none(store: Path) -> "Store | None":

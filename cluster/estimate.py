@@ -13,7 +13,6 @@ from cluster.calibration import Calibration, core_share, find_calibration
 from cluster.hardware import Amount, energy, local_gpus, money
 from cluster.placement import Job, longest_first, makespan, simulate
 from sweeps.grids import Plan
-from sweeps.lineage import Branch
 from sweeps.store import Store
 from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
 
@@ -83,7 +82,6 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     `missing` are the ids of the cells that are still to do. A branch waits until its trunk has come so far.
     """
     seconds, reasons = cells_seconds(plan, calibration)
-    branches = plan.branches
     count = min(workers or len(local_gpus()) or os.cpu_count() or 1, max(1, len(missing)))
     notes = [*reasons]
     share = core_share(calibration)
@@ -97,7 +95,7 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     total = sum(value for _, value in known) if len(known) == len(todo) else None
     span = None
     if total is not None:
-        span = makespan(simulate(longest_first(_jobs(plan, calibration, branches, known)), count))
+        span = makespan(simulate(longest_first(_jobs(plan, calibration, known)), count))
     unknown = Amount(None, "not every cell's time is known")
     used = energy(calibration.device, total) if total is not None else unknown
     paid = money(calibration.device, total) if total is not None else unknown
@@ -115,12 +113,10 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     )
 
 
-def _jobs(
-    plan: Plan, calibration: Calibration, branches: Mapping[str, Branch], known: Iterable[tuple[str, float]]
-) -> list[Job]:
+def _jobs(plan: Plan, calibration: Calibration, known: Iterable[tuple[str, float]]) -> list[Job]:
     """The queue: a branch may start when its trunk has taken the steps that they share."""
     cells = {one.cell.id: one.cell for one in plan.cells}
-    jobs = []
+    branches, jobs = plan.branches, []
     for cell_id, value in known:
         branch = branches.get(cell_id)
         if branch is None:

@@ -172,7 +172,7 @@ def _step(program: Solo | Stack, batches: torch.Tensor, device: torch.device) ->
 
     def take() -> None:
         program.backward(batches, batches.shape[1], amplify)
-        program.step(range(len(batches)))
+        program.table.step(range(len(batches)))
 
     return take
 

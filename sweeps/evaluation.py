@@ -1,6 +1,5 @@
 """Evaluation: the loss of a model over the fixed validation stream, whole or in part, by window and by document."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,14 +10,7 @@ import torch
 
 from sweeps.corpora import Corpus
 from sweeps.losses import token_losses
-
-EVALUATIONS_PER_DECADE = 10
-FIRST_EVALUATION = 0.01
-"""Evaluations during the run start at this share of its steps."""
-SUBSET_TOKENS = 8192
-"""Validation tokens of an evaluation during the run: windows spread evenly over the fixed stream."""
-EVALUATION_TOKENS = 8192
-"""Tokens of one forward pass in an evaluation."""
+from sweeps.schedules import EVALUATION_TOKENS, SUBSET_TOKENS
 
 
 @dataclass(frozen=True)
@@ -37,17 +29,6 @@ class Evaluation:
     def subset_loss(self, windows: np.ndarray, context: int) -> float:
         """Mean nats per token over some of the windows, where all were evaluated."""
         return float(self.window_sums[windows].sum() / (len(windows) * context))
-
-
-def evaluation_steps(steps: int) -> set[int]:
-    """The steps of the evaluations during a run: ten a decade, evenly in log tokens, from 1 % of the run on.
-
-    The last step is not among them: the final evaluation covers it.
-    """
-    first = math.floor(EVALUATIONS_PER_DECADE * math.log10(max(1.0, FIRST_EVALUATION * steps)))
-    last = math.ceil(EVALUATIONS_PER_DECADE * math.log10(steps)) + 1
-    wanted = {round(10 ** (index / EVALUATIONS_PER_DECADE)) for index in range(first, last)}
-    return {step for step in wanted if 1 <= step < steps}
 
 
 def subset_windows(windows: int, context: int) -> np.ndarray:

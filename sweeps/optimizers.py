@@ -1,4 +1,4 @@
-"""The optimizer of a cell: fused AdamW with decay on matrices only, or Muon for the hidden matrices beside it."""
+"""Optimizers: fused AdamW with decay on matrices only, and Muon for the hidden matrices beside it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,21 +11,11 @@ MUON_MOMENTUM = 0.95
 """Nesterov momentum (Jordan et al. 2024); AdamW's betas are for the rest."""
 
 
-def make_optimizer(model: torch.nn.Module, recipe: Optimizer) -> "torch.optim.AdamW | MuonWithAdamW":
-    """AdamW in two groups: tensors of two or more axes decay, gains and biases do not. With `muon`, see its class."""
+def make_muon(model: torch.nn.Module, recipe: Optimizer) -> "MuonWithAdamW":
+    """The optimizer of a model whose recipe is `muon`; that of `adamw` is part of sweeps/table.py."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if recipe.name == "muon":
-        hidden = _hidden_matrices(model)
-        return MuonWithAdamW([p for p in parameters if p in hidden], [p for p in parameters if p not in hidden], recipe)
-    return _adamw(parameters, recipe)
-
-
-def _adamw(parameters: list[torch.nn.Parameter], recipe: Optimizer) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return make_adamw([group for group in groups if group["params"]], recipe)
+    hidden = _hidden_matrices(model)
+    return MuonWithAdamW([p for p in parameters if p in hidden], [p for p in parameters if p not in hidden], recipe)
 
 
 def make_adamw(groups: list[dict[str, Any]], recipe: Optimizer) -> torch.optim.AdamW:
@@ -64,7 +54,11 @@ class MuonWithAdamW:
             momentum=MUON_MOMENTUM,
             adjust_lr_fn="match_rms_adamw",
         )
-        self._adamw = _adamw(others, recipe)
+        groups = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._adamw = make_adamw([group for group in groups if group["params"]], recipe)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -81,12 +75,6 @@ class MuonWithAdamW:
             for view in views:
                 view.grad = None
         self._adamw.step()
-
-    def zero_grad(self) -> None:
-        self._muon.zero_grad()
-        self._adamw.zero_grad()
-        for parameter, _ in self._experts:
-            parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"muon": self._muon.state_dict(), "adamw": self._adamw.state_dict()}

@@ -60,7 +60,7 @@ def probe(cells: Sequence[Cell], device: torch.device) -> float:
     def seconds(program: Solo | Stack, part: torch.Tensor) -> float:
         began = time.perf_counter()
         program.backward(part, cell.sequences, amplify)
-        float(program.step(range(len(part)))[0])  # the device is waited for
+        float(program.table.step(range(len(part)))[0])  # the device is waited for
         return time.perf_counter() - began
 
     turns = [(seconds(solo, batch[:1]), seconds(stack, batch)) for _ in range(WARM_TURNS + PROBE_TURNS)]

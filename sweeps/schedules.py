@@ -1,9 +1,17 @@
-"""Learning-rate schedules: the rate as a fraction of its peak, a pure function of tokens."""
+"""Schedules: the rate as a fraction of its peak, and when a run is evaluated. Pure functions, without torch."""
 
 import math
 from collections.abc import Callable
 
 from sweeps.cell import Cell, Schedule
+
+EVALUATIONS_PER_DECADE = 10
+FIRST_EVALUATION = 0.01
+"""Evaluations during the run start at this share of its steps."""
+SUBSET_TOKENS = 8192
+"""Validation tokens of an evaluation during the run: windows spread evenly over the fixed stream."""
+EVALUATION_TOKENS = 8192
+"""Tokens of one forward pass in an evaluation."""
 
 NAMES = ("cosine", "linear", "constant", "wsd")
 
@@ -48,3 +56,14 @@ def stable_steps(cell: Cell) -> int:
     while steps > 0 and fraction(cell.schedule, (steps - 0.5) * cell.batch_tokens, cell.tokens) < 1.0:
         steps -= 1
     return steps
+
+
+def evaluation_steps(steps: int) -> set[int]:
+    """The steps of the evaluations during a run: ten a decade, evenly in log tokens, from 1 % of the run on.
+
+    The last step is not among them: the final evaluation covers it.
+    """
+    first = math.floor(EVALUATIONS_PER_DECADE * math.log10(max(1.0, FIRST_EVALUATION * steps)))
+    last = math.ceil(EVALUATIONS_PER_DECADE * math.log10(steps)) + 1
+    wanted = {round(10 ** (index / EVALUATIONS_PER_DECADE)) for index in range(first, last)}
+    return {step for step in wanted if 1 <= step < steps}

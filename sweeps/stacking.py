@@ -1,13 +1,12 @@
 """Stacked training: several models of one shape as one program.
 
-Every parameter of the members lies in one tensor with the members along its first axis; each member's module, its
-gradients and its optimizer work on views of it. So the forward and backward pass of all members is one call
-(`torch.func.functional_call` under `vmap`), while clipping, the optimizer's step, the state and evaluation are those
-of a solo run on that member's module: own rate and decay, own checkpoint in solo format, and a member that has
-diverged is simply not stepped any more. What a stack must never do is let a number of one member reach another.
+The members' parameters lie in one table, a row a member (sweeps/table.py). The forward and backward pass of all members
+is one call (`torch.func.functional_call` under `vmap`), while clipping, the optimizer's step and its state are the
+table's, row by row: own rate and decay, a checkpoint in solo format, and a member that has diverged is simply not
+stepped any more. What a stack must never do is let a number of one member reach another.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -29,17 +28,14 @@ class Solo:
 
     def __init__(self, model: torch.nn.Module, recipe: Optimizer, loss: Loss | None = None) -> None:
         """`loss`: that of the model as a function of tokens, where it is compiled."""
-        self.models, self._loss, self._table = [model], loss or MeanLoss(model), Table([model], [recipe])
-        gradients, parameters = self._table.columns(self._table.gradients), dict(model.named_parameters())
-        for name, gradient in gradients.items():
-            parameters[name].grad = gradient[0]
+        self.models, self._loss, self.table = [model], loss or MeanLoss(model), Table([model], [recipe])
 
     def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
         """Gradients of the mean loss of a batch (1, sequences, context + 1), in micro-batches. Returns it, (1,)."""
         (batch,) = batches
         parts = batch.split(micro_batch)
         total: torch.Tensor | None = None
-        self._table.gradients.zero_()
+        self.table.gradients.zero_()
         for part in parts:
             with amplify:
                 loss = self._loss(part)
@@ -50,29 +46,16 @@ class Solo:
         assert total is not None
         return total[None]
 
-    def step(self, live: Sequence[int]) -> torch.Tensor:
-        """Clip and step. Returns the gradients' norm before, (1,)."""
-        return self._table.step(live)
-
-    def set_rate(self, member: int, rate: float) -> None:
-        self._table.set_rate(member, rate)
-
-    def optimizer_state(self, member: int) -> dict[str, Any]:
-        return self._table.optimizer_state(member)
-
-    def load_optimizer_state(self, member: int, state: Mapping[str, Any]) -> None:
-        self._table.load_optimizer_state(member, state)
-
 
 class Stack:
     """Models of one shape, whose parameters lie in one table: a row a member."""
 
     def __init__(self, models: Sequence[torch.nn.Module], recipes: Sequence[Optimizer]) -> None:
-        """`recipes` are the members' optimizers: AdamW with own rate, decay, betas and clipping."""
-        self.models, self._table, self._loss = list(models), Table(models, recipes), MeanLoss(models[0])
-        values = self._table.columns(self._table.values)
+        """`recipes` are the members' optimizers, each with own rate, decay, betas and clipping."""
+        self.models, self.table, self._loss = list(models), Table(models, recipes), MeanLoss(models[0])
+        values = self.table.columns(self.table.values)
         self._parameters = {f"model.{name}": value.requires_grad_() for name, value in values.items()}
-        self._gradients = list(self._table.columns(self._table.gradients).values())
+        self._gradients = list(self.table.columns(self.table.gradients).values())
 
     def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
         """Gradients of each member's mean loss over its own batch (members, sequences, context + 1). Returns the
@@ -93,21 +76,6 @@ class Stack:
                 total = total + losses.detach()
         assert total is not None
         return total
-
-    def step(self, live: Sequence[int]) -> torch.Tensor:
-        """Clip and step the live members, each by itself. Returns the norms of all gradients, (members,)."""
-        return self._table.step(live)
-
-    def set_rate(self, member: int, rate: float) -> None:
-        self._table.set_rate(member, rate)
-
-    def optimizer_state(self, member: int) -> dict[str, Any]:
-        """A member's optimizer state as that of its solo run."""
-        return self._table.optimizer_state(member)
-
-    def load_optimizer_state(self, member: int, state: Mapping[str, Any]) -> None:
-        """Take over the optimizer state of a solo run."""
-        self._table.load_optimizer_state(member, state)
 
 
 def precision(name: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -1,9 +1,9 @@
 """The table of a program: all parameters of one model or of several equal ones in one tensor, a row a model.
 
 Clipping is then one norm and one product, and an AdamW step two calls a row (what decays, what does not), however many
-tensors the model has. The models hold views of their rows; the optimizer's state is told and taken as that of
-`sweeps.optimizers.make_optimizer` on the model alone, a tensor for every parameter. Views begin at whole cache lines:
-matrix kernels want that. Muon, whose steps are of whole matrices, works on the models' own parameters.
+tensors the model has. The models hold views of their rows; the optimizer's state is told and taken as that of an AdamW
+on the model's own parameters, a tensor for every one. Views begin at whole cache lines: matrix kernels want that. Muon,
+whose steps are of whole matrices, works on the models' own parameters.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sweeps.cell import Optimizer
-from sweeps.optimizers import make_adamw, make_optimizer
+from sweeps.optimizers import make_adamw, make_muon
 
 ALIGN = 64
 """Elements: 256 bytes of float32."""
@@ -44,7 +44,7 @@ class Table:
         # 3. An optimizer a row, over its two pieces.
         self._bounds = torch.tensor([[recipe.clip_norm] for recipe in recipes], dtype=like.dtype, device=like.device)
         self._optimizers = [
-            self._optimizer(row, recipe) if recipe.name == "adamw" else make_optimizer(models[row], recipe)
+            self._optimizer(row, recipe) if recipe.name == "adamw" else make_muon(models[row], recipe)
             for row, recipe in enumerate(recipes)
         ]
 

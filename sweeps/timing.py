@@ -17,6 +17,7 @@ from typing import Any
 
 from sweeps.accounting import Shape, flops_per_token, parameters
 from sweeps.cell import Cell
+from sweeps.schedules import EVALUATION_TOKENS, SUBSET_TOKENS, evaluation_steps
 
 PICKED = 8
 """Shapes and batches that are timed of a study."""
@@ -25,12 +26,6 @@ AROUND_SECONDS = 0.08
 of tests/benchmarks/cells.py on two cores."""
 FAR = 4.0
 """So many times the FLOPs a step of the largest that was timed are far beyond what was timed."""
-
-# As in sweeps/evaluation.py, which loads torch; tests/sweeps/test_timing.py holds the two against each other.
-EVALUATIONS_PER_DECADE = 10
-FIRST_EVALUATION = 0.01
-SUBSET_TOKENS = 8192
-EVALUATION_TOKENS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +134,7 @@ def _forward(costs: Costs, shape: Shape, windows: int) -> float:
 @lru_cache(maxsize=16384)
 def evaluations_after(steps: int, first_step: int = 0) -> int:
     """How many evaluations of the subset a run of so many steps makes after `first_step`."""
-    first = math.floor(EVALUATIONS_PER_DECADE * math.log10(max(1.0, FIRST_EVALUATION * steps)))
-    last = math.ceil(EVALUATIONS_PER_DECADE * math.log10(steps)) + 1
-    wanted = {round(10 ** (index / EVALUATIONS_PER_DECADE)) for index in range(first, last)}
-    return sum(first_step < step < steps for step in wanted)
+    return sum(step > first_step for step in evaluation_steps(steps))
 
 
 def is_far(costs: Costs, cell: Cell) -> bool:

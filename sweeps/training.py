@@ -26,10 +26,10 @@ from sweeps.cell import Cell
 from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops, probe_micro_batch
-from sweeps.evaluation import Evaluation, evaluate, evaluation_steps, subset_windows
+from sweeps.evaluation import Evaluation, evaluate, subset_windows
 from sweeps.families import build_model, find_family
 from sweeps.losses import Loss, MeanLoss
-from sweeps.schedules import fraction, stable_steps
+from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
 from sweeps.trainer import Outcome, TrainerIO
@@ -249,7 +249,7 @@ class _Runner:
         else:
             with self.clock("build"):
                 model.load_state_dict(state["model"])
-                self.program.load_optimizer_state(member.index, state["optimizer"])
+                self.program.table.load_optimizer_state(member.index, state["optimizer"])
                 _set_random_state(state["random"])
                 member.progress = Progress(**state["progress"])
                 trunk = member.io.trunk
@@ -270,9 +270,9 @@ class _Runner:
                 cell = member.cell
                 middle = (step - 0.5) * cell.batch_tokens
                 member.rate = cell.optimizer.learning_rate * fraction(cell.schedule, middle, cell.tokens)
-                self.program.set_rate(member.index, member.rate)
+                self.program.table.set_rate(member.index, member.rate)
                 member.losses.append(losses[member.index])
-            norms = self.program.step([member.index for member in live])
+            norms = self.program.table.step([member.index for member in live])
             for member in live:
                 member.norm, member.progress.step = norms[member.index], step
 
@@ -313,7 +313,7 @@ class _Runner:
         def snapshot() -> dict[str, Any]:
             return {
                 "model": self.program.models[member.index].state_dict(),
-                "optimizer": self.program.optimizer_state(member.index),
+                "optimizer": self.program.table.optimizer_state(member.index),
                 "random": _random_state(),
                 "losses": member.losses,
                 "progress": vars(member.progress),

@@ -23,9 +23,8 @@ MEASURE = """
 import ctypes, gc, json, sys, torch
 from sweeps.cell import Optimizer
 from sweeps.families import FAMILIES, build_model, resolve_options
-from sweeps.losses import mean_loss
-from sweeps.optimizers import make_optimizer
 from sweeps.sizes import shape_for
+from sweeps.stacking import Solo, precision as amplified
 
 torch.set_num_threads(1)
 family, precision, sequences, context, vocabulary = FAMILIES[sys.argv[1]], sys.argv[2], *map(int, sys.argv[3:6])
@@ -38,14 +37,11 @@ def steps(size, sequences):
     options = resolve_options(family)
     shape = shape_for(family, size, vocab_size=vocabulary, context=context, options=options)
     model = build_model(family, shape, init_std=0.02, seed=0, options=options)
-    optimizer = make_optimizer(model, recipe)
+    program = Solo(model, recipe)
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = mean_loss(model, torch.randint(vocabulary, (sequences, context + 1)))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        batch = torch.randint(vocabulary, (1, sequences, context + 1))
+        program.backward(batch, sequences, amplified(precision, torch.device("cpu")))
+        program.table.step([0])
 
 steps(60_000, 1)
 found = []

@@ -69,9 +69,9 @@ def test_fifty_steps_of_a_stack_are_those_of_its_members_alone(family: str) -> N
     for _ in range(50):
         batch = torch.randint(64, (3, 4, 17), generator=generator)
         losses = [one.backward(batch[k : k + 1], 2, nullcontext())[0] for k, one in enumerate(alone)]
-        norms = [one.step([0])[0] for one in alone]
+        norms = [one.table.step([0])[0] for one in alone]
         torch.testing.assert_close(stack.backward(batch, 2, nullcontext()), torch.stack(losses), rtol=1e-9, atol=0)
-        torch.testing.assert_close(stack.step(range(3)), torch.stack(norms), rtol=1e-9, atol=0)
+        torch.testing.assert_close(stack.table.step(range(3)), torch.stack(norms), rtol=1e-9, atol=0)
     for k, one in enumerate(alone):
         for mine, own in zip(stack.models[k].parameters(), one.models[0].parameters(), strict=True):
             torch.testing.assert_close(mine, own, rtol=1e-7, atol=1e-10)
@@ -88,11 +88,11 @@ def test_members_with_muon_stack_too() -> None:
         batch = torch.randint(64, (2, 4, 17), generator=generator)
         losses = torch.cat([one.backward(batch[k : k + 1], 4, nullcontext()) for k, one in enumerate(alone)])
         torch.testing.assert_close(stack.backward(batch, 4, nullcontext()), losses, rtol=1e-4, atol=0)
-        stack.step([0, 1])
+        stack.table.step([0, 1])
         for one in alone:
-            one.step([0])
+            one.table.step([0])
     before = [parameter.clone() for parameter in models[3].parameters()]
-    stack.step([0])
+    stack.table.step([0])
     assert all(torch.equal(*pair) for pair in zip(before, models[3].parameters(), strict=True)), "it was not live"
 
 
@@ -102,20 +102,20 @@ def test_a_members_optimizer_state_is_that_of_a_solo_run() -> None:
     optimizer = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
     models = [build_model(recipe, shape, init_std=0.05, seed=k, options=resolve_options(recipe)) for k in (0, 1, 1)]
     stack, solo = Stack(models[:2], [optimizer] * 2), Solo(models[2], optimizer)
-    assert stack.optimizer_state(1)["state"] == {} == solo.optimizer_state(0)["state"]
+    assert stack.table.optimizer_state(1)["state"] == {} == solo.table.optimizer_state(0)["state"]
     batch = torch.randint(64, (2, 4, 17), generator=torch.Generator().manual_seed(0))
     for program, part, members in ((stack, batch, [0, 1]), (solo, batch[1:], [0])):
         program.backward(part, 4, nullcontext())
-        program.step(members)
-    mine, own = stack.optimizer_state(1), solo.optimizer_state(0)
+        program.table.step(members)
+    mine, own = stack.table.optimizer_state(1), solo.table.optimizer_state(0)
     assert [group["params"] for group in mine["param_groups"]] == [group["params"] for group in own["param_groups"]]
     assert mine["state"].keys() == own["state"].keys()
     for index, state in own["state"].items():
         for key, value in state.items():
             torch.testing.assert_close(mine["state"][index][key], value, rtol=1e-4, atol=1e-9)
-    stack.load_optimizer_state(0, own)
+    stack.table.load_optimizer_state(0, own)
     for index, state in own["state"].items():
-        torch.testing.assert_close(stack.optimizer_state(0)["state"][index], state, rtol=0, atol=0)
+        torch.testing.assert_close(stack.table.optimizer_state(0)["state"][index], state, rtol=0, atol=0)
 
 
 def test_members_log_what_they_log_alone(corpus: Corpus) -> None:

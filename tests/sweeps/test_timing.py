@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import make_cell
 
-from sweeps import evaluation, timing
 from sweeps.accounting import Shape, flops_per_token
 from sweeps.cell import Cell
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.evaluation import subset_windows
 from sweeps.families import FAMILIES
+from sweeps.schedules import evaluation_steps
 from sweeps.sizes import shape_for
 from sweeps.stopwatch import time_cell
 from sweeps.store import open_store
@@ -26,6 +27,7 @@ from sweeps.timing import (
     pick_cells,
     seconds_until,
     step_features,
+    timed_from_json,
 )
 
 TRUE_STEP = (2e-3, 4e-4, 2e-11, 3e-9, 1e-9, 5e-9, 2e-9)
@@ -64,14 +66,9 @@ def point(shape: Shape, sequences: int, noise: float = 0.0) -> Timed:
 
 @given(st.integers(1, 200_000), st.integers(0, 200_000))
 def test_evaluations_are_counted_as_training_makes_them(steps: int, first: int) -> None:
-    made = evaluation.evaluation_steps(steps)
+    made = evaluation_steps(steps)
     assert evaluations_after(steps) == len(made)
     assert evaluations_after(steps, first) == sum(step > first for step in made)
-
-
-def test_the_sizes_of_evaluations_are_those_of_the_evaluation() -> None:
-    for name in ("EVALUATIONS_PER_DECADE", "FIRST_EVALUATION", "SUBSET_TOKENS", "EVALUATION_TOKENS"):
-        assert getattr(timing, name) == getattr(evaluation, name), name
 
 
 def test_the_costs_of_a_known_machine_predict_what_was_not_timed() -> None:
@@ -104,9 +101,9 @@ def test_a_cell_is_the_sum_of_its_parts(corpus: Corpus) -> None:
     tokens = corpus.info.validation_tokens
     longer = replace(cell, tokens=2 * cell.tokens)
     step = sum(a * b for a, b in zip(costs.step, step_features(cell.shape, 16, 16)))
-    subset = evaluation.subset_windows(corpus.validation_windows(32), 32)
+    subset = subset_windows(corpus.validation_windows(32), 32)
     forward = sum(a * b for a, b in zip(costs.forward, forward_features(cell.shape, len(subset))))
-    evaluations = len(evaluation.evaluation_steps(200)) - len(evaluation.evaluation_steps(100))
+    evaluations = len(evaluation_steps(200)) - len(evaluation_steps(100))
     added = 100 * step + evaluations * (forward + len(subset) * costs.window)
     gained = cell_seconds(costs, longer, tokens) - cell_seconds(costs, cell, tokens)
     assert gained == pytest.approx(added, rel=1e-9)
@@ -162,4 +159,4 @@ def test_the_stopwatch_times_real_steps_of_the_trainer(corpus: Corpus) -> None:
     assert 0 < one.forward_seconds < two.forward_seconds
     assert one.subset_seconds > 0
     assert 0 < one.build_seconds < 30
-    assert timing.timed_from_json(one.to_json()) == one
+    assert timed_from_json(one.to_json()) == one

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import CONTEXT, MemoryIO, make_cell, put
 
-from sweeps.accounting import parameters
 from sweeps.attempt import run_attempt
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops
-from sweeps.evaluation import evaluate, evaluation_steps, subset_windows
+from sweeps.evaluation import evaluate, subset_windows
 from sweeps.families import FAMILIES, build_model
-from sweeps.optimizers import make_optimizer
 from sweeps.records import read_json
+from sweeps.schedules import evaluation_steps
+from sweeps.stacking import Solo
 from sweeps.store import Store, read_metrics
 from sweeps.training import train
 
@@ -105,12 +106,14 @@ def test_evaluations_are_ten_a_decade_and_inside_the_run(steps: int) -> None:
 def test_decay_is_on_matrices_only(corpus: Corpus) -> None:
     cell = make_cell(corpus)
     model = build_model(FAMILIES["llama"], cell.shape, init_std=0.02, seed=0)
-    decayed, kept = make_optimizer(model, cell.optimizer).param_groups
-    assert decayed["weight_decay"] == 0.1
-    assert kept["weight_decay"] == 0.0
-    assert all(tensor.ndim >= 2 for tensor in decayed["params"])
-    assert all(tensor.ndim == 1 for tensor in kept["params"])
-    assert sum(t.numel() for group in (decayed, kept) for t in group["params"]) == parameters(cell.shape).total
+    program = Solo(model, replace(cell.optimizer, learning_rate=0.01))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    program.table.gradients.zero_()
+    program.table.step([0])  # without a gradient only the decay moves a parameter
+    shrunk = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert shrunk == {name for name, parameter in before.items() if parameter.ndim >= 2}
+    for name in shrunk:
+        torch.testing.assert_close(dict(model.named_parameters())[name], before[name] * (1 - 0.01 * 0.1))
 
 
 def test_an_attempt_needs_neither_ray_nor_mlflow_and_leaves_a_whole_record(corpus: Corpus, store: Store) -> None:
