@@ -130,10 +130,10 @@ def _vertex(curve: np.ndarray, axes: int) -> tuple[np.ndarray, np.ndarray, np.nd
         hessian[..., j, j] = bend[..., j]
     if axes == 2:
         hessian[..., 0, 1] = hessian[..., 1, 0] = curve[..., 5]
-    convex = (np.linalg.eigvalsh(hessian) > 0).all(axis=-1)
+    convex = np.asarray((np.linalg.eigvalsh(hessian) > 0).all(axis=-1))
     safe = np.where(convex[..., None, None], hessian, np.eye(axes))
     vertex = -np.linalg.solve(safe, slope[..., None])[..., 0]
-    lowest = curve[..., 0] + 0.5 * (slope * vertex).sum(axis=-1)
+    lowest = np.asarray(curve[..., 0] + 0.5 * (slope * vertex).sum(axis=-1))
     return vertex, hessian, lowest, convex
 
 
@@ -247,7 +247,9 @@ def _between_seeds(groups: Sequence[Group]) -> Noise | None:
         squares += float(points.loc[near, "squares"].sum())
         freedom += int((points.loc[near, "count"] - 1).sum())
         many += int(near.sum())
-    return Noise(sd=float(np.sqrt(squares / freedom)), freedom=freedom, source="seeds", groups=many) if freedom else None
+    return (
+        Noise(sd=float(np.sqrt(squares / freedom)), freedom=freedom, source="seeds", groups=many) if freedom else None
+    )
 
 
 # --- one group ---------------------------------------------------------------------------------------------------
@@ -285,7 +287,9 @@ def _optimum(
     spread = np.sqrt(2.0 * np.log1p(eps) * np.diag(np.linalg.inv(hessian)))
     bests, plateau = {}, {}
     for j, axis in enumerate(axes):
-        bests[axis] = Estimate(value=float(np.exp(best[j])), interval=_within(interval(drawn[:, j], level), low[j], high[j]))
+        bests[axis] = Estimate(
+            value=float(np.exp(best[j])), interval=_within(interval(drawn[:, j], level), low[j], high[j])
+        )
         plateau[axis] = _within((float(best[j] - spread[j]), float(best[j] + spread[j])), low[j], high[j])
     bottom = interval(lows[rises], level)
     return Optimum(
@@ -325,7 +329,7 @@ def _cannot(group: Group, axes: tuple[str, ...]) -> Verdict:
     least = "3 of each axis and 7 settings" if len(axes) == 2 else "3, better 5"
     message = (
         f"{name}: {plural(count, f'learning {_WORDS[few]}' if few == 'learning_rate' else 'batch size')} with a loss "
-        f"({tried}){f', {lost} more diverged' if lost else ''}; a quadratic needs {least}. Train more around the lowest."
+        f"({tried}){f', {lost} more diverged' if lost else ''}; a quadratic needs {least}. Train more beside the best."
     )
     return Verdict("too_few_points", "refuse", "fit", name, message, {"levels": counts, "settings": len(usable)})
 
@@ -360,8 +364,9 @@ def _judge(
         beyond = lost.loc[lost["learning_rate"] > edge, "learning_rate"] if axis == "learning_rate" else lost.iloc[:0]
         if at_high and len(axes) == 1 and len(beyond):
             message = (
-                f"{name}: the loss is lowest at the largest {word} that did not diverge ({edge:.4g}; {beyond.min():.4g} "
-                "did): the optimum lies at the edge of stability. Train at rates between, with more warm-up or seeds."
+                f"{name}: the loss is lowest at the largest {word} that did not diverge ({edge:.4g}; at "
+                f"{beyond.min():.4g} it did): the optimum lies at the edge of stability. Train at rates between, or "
+                "with more warm-up."
             )
             said.append(Verdict("edge_of_stability", "refuse", "fit", name, message, {"edge": edge}))
             return said
@@ -380,9 +385,13 @@ def _judge(
         )
         said.append(Verdict("no_minimum", "refuse", "fit", name, message))
     elif len(inside) and inside.mean() < 0.5:
-        message = f"{name}: within the noise the optimum lies outside the grid more often than not. Add seeds, or rates."
+        message = (
+            f"{name}: within the noise the optimum lies outside the grid more often than not. Add seeds, or rates."
+        )
         said.append(Verdict("unstable_minimum", "refuse", "fit", name, message, {"inside": float(inside.mean())}))
     elif surface.scatter()[1] == 0:
-        message = f"{name}: the quadratic passes through its {len(kept)} settings exactly; only seeds can contradict it."
+        message = (
+            f"{name}: the quadratic passes through its {len(kept)} settings exactly; only seeds can contradict it."
+        )
         said.append(Verdict("no_residual_freedom", "caution", "fit", name, message))
     return said

@@ -41,7 +41,15 @@ COLUMNS = (
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
     *("schedule", "cooldown_fraction", "cooldown_shape"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
-    *("val_loss_final", "val_bpb_final", "loss_at_start", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
+    *(
+        "val_loss_final",
+        "val_bpb_final",
+        "loss_at_start",
+        "seconds",
+        "seconds_predicted",
+        "tokens_per_second",
+        "attempts",
+    ),
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
