@@ -355,9 +355,9 @@ def _judge(
     for j, axis in enumerate(axes):
         column, word = surface.x[:, j], _WORDS[axis]
         # of two axes the lowest of many near-equal settings may stand at an edge by chance: there the vertex decides
-        at_low = vertex[j] <= seen[0][j] or (len(axes) == 1 and column[lowest] <= column.min() + 1e-9)
-        at_high = vertex[j] >= seen[1][j] or (len(axes) == 1 and column[lowest] >= column.max() - 1e-9)
-        if not convex or not (at_low or at_high):
+        at_low = (convex and vertex[j] <= seen[0][j]) or (len(axes) == 1 and column[lowest] <= column.min() + 1e-9)
+        at_high = (convex and vertex[j] >= seen[1][j]) or (len(axes) == 1 and column[lowest] >= column.max() - 1e-9)
+        if not (at_low or at_high):
             continue
         edge = float(np.exp(column.max() if at_high else column.min()))
         lost = group.points[group.points["count"] == 0]
