@@ -116,7 +116,9 @@ def test_optima_that_scatter_more_than_their_noise_widen_the_interval() -> None:
         return high - low
 
     table = fan(noise=0.0005)
-    shaken = table.assign(learning_rate=table["learning_rate"] * table["N"].map(dict(zip(SIZES, (1, 1.3, 0.8, 1.2, 1)))))
+    shaken = table.assign(
+        learning_rate=table["learning_rate"] * table["N"].map(dict(zip(SIZES, (1, 1.3, 0.8, 1.2, 1))))
+    )
     assert width(shaken) > 5 * width(table)
     assert "line_misfit" in codes(sensitivity(shaken).laws["learning_rate"])
 
