@@ -79,10 +79,12 @@ def test_everything_refused_is_exit_code_1_with_the_reasons(door, tmp_path) -> N
     table[table["learning_rate"] < 0.004].to_csv(tmp_path / "edge.csv", index=False)
     run = door("sensitivity", "edge.csv")
     assert run.code == 1
-    assert "edge_minimum" in run.out and "no power law" in run.out
+    assert "edge_minimum" in run.out
+    assert "no power law" in run.out
     table.assign(learning_rate=0.01).to_csv(tmp_path / "same.csv", index=False)
     run = door("sensitivity", "same.csv")
-    assert run.code == 1 and "too_few_points" in run.out
+    assert run.code == 1
+    assert "too_few_points" in run.out
 
 
 @pytest.mark.parametrize(
@@ -101,14 +103,16 @@ def test_everything_refused_is_exit_code_1_with_the_reasons(door, tmp_path) -> N
 def test_bad_input_is_a_sentence_and_exit_code_2(door, words, told) -> None:
     run = door("sensitivity", *words)
     assert run.code == 2, run.out
-    assert run.err.startswith("error: ") and told in run.err
+    assert run.err.startswith("error: ")
+    assert told in run.err
 
 
 def test_a_study_keeps_its_optimum_for_rules_but_not_that_of_some_rows(door, tmp_path) -> None:
     root = write_study(tmp_path / "store", grid(seeds=2))
     kept = root / "studies" / "demo" / "fits" / "optimum.json"
     run = door("sensitivity", "demo", "--store", root, "--where", "seed=0")
-    assert run.code == 1 and not kept.exists()
+    assert run.code == 1
+    assert not kept.exists()
     run = door("sensitivity", "demo", "--store", root)
     assert run.code == 1  # a study at one rate: every group says so
     assert "too_few_points" in run.out

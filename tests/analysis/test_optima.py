@@ -48,7 +48,8 @@ def test_plateau_and_curvature_are_those_of_the_quadratic() -> None:
 
 def test_plateau_beyond_the_grid_is_open() -> None:
     low, high = only(one(RATES[3:]), eps=0.05).plateau["learning_rate"]
-    assert np.isnan(low) and np.isfinite(high)
+    assert np.isnan(low)
+    assert np.isfinite(high)
 
 
 def test_rate_and_batch_are_found_together_where_they_were_crossed() -> None:
@@ -108,8 +109,10 @@ def test_optimum_at_the_edge_of_the_grid_is_refused_with_a_remedy(kept, side) ->
     assert found.refused
     (verdict,) = found.verdicts
     assert verdict.code == "edge_minimum"
-    assert side in verdict.message and "Train at" in verdict.message
-    assert found.best == {} and np.isnan(found.curvature)
+    assert side in verdict.message
+    assert "Train at" in verdict.message
+    assert found.best == {}
+    assert np.isnan(found.curvature)
 
 
 def test_optimum_beside_divergence_is_refused_as_the_edge_of_stability() -> None:
@@ -117,7 +120,8 @@ def test_optimum_beside_divergence_is_refused_as_the_edge_of_stability() -> None
     table = one(rates, np.where(rates < 0.01, 3.0 * rates**-0.02, np.inf))
     found = only(table)
     assert codes(found, "refuse") == {"edge_of_stability"}
-    assert "0.008" in found.verdicts[0].message and "0.016" in found.verdicts[0].message
+    assert "0.008" in found.verdicts[0].message
+    assert "0.016" in found.verdicts[0].message
 
 
 def test_all_diverged_is_a_verdict() -> None:

@@ -106,7 +106,9 @@ def test_refused_optima_do_not_enter_and_two_make_no_law() -> None:
     assert law.optima == 4
     assert "excluded_runs" in codes(law)
     few = sensitivity(fan(sizes=SIZES[:2])).laws["learning_rate"]
-    assert few.refused and np.isnan(few.value.value) and few.powers == {}
+    assert few.refused
+    assert np.isnan(few.value.value)
+    assert few.powers == {}
     assert codes(few) == {"too_few_optima"}
 
 
@@ -154,11 +156,14 @@ def test_the_optimum_is_kept_in_the_form_that_rules_read(study) -> None:
     assert path.name == "optimum.json"
     assert {"corpus", "tokenizer", "context", "written", "laws", "optima"} <= set(kept)
     (law,) = kept["laws"]
-    assert law["hyperparameter"] == "learning_rate" and law["family"] == "llama"
+    assert law["hyperparameter"] == "learning_rate"
+    assert law["family"] == "llama"
     assert set(law["powers"]) == set(law["at"]) == set(law["range"]) == {"N", "D"}
     assert set(law["intervals"]) == {"value", "N", "D"}
-    assert isinstance(law["value"], float) and isinstance(law["powers"]["N"], float)
-    assert len(kept["optima"]) == 10 and kept["optima"][0]["points"][0]["count"] == 3
+    assert isinstance(law["value"], float)
+    assert isinstance(law["powers"]["N"], float)
+    assert len(kept["optima"]) == 10
+    assert kept["optima"][0]["points"][0]["count"] == 3
 
 
 def test_runs_of_a_store_carry_their_loss_at_start(study) -> None:
