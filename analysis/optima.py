@@ -38,7 +38,8 @@ class Optimum:
     group: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where they are known.
     best: axis -> optimum (learning_rate without unit, batch_tokens in tokens). loss: there, nats.
     plateau: axis -> where the fitted loss is within `eps` of the best (of two axes: with the other at its best for
-        it); a bound beyond what was tried is NaN. curvature: d^2 ln loss / d ln(learning rate)^2.
+        it); a bound beyond what was tried is NaN. curvature: d^2 ln loss / d ln(learning rate)^2, the first entry of
+        the hessian over the axes.
     sensitivity: Wortsman et al. 2023 (arXiv 2309.14322), nats; see `analysis.sensitivity`.
     points: learning_rate, batch_tokens, loss (mean over seeds), count, diverged, fitted.
     draws: axis -> ln optimum under noise (resamples,); those beyond the grid stand one span outside it.
@@ -53,6 +54,7 @@ class Optimum:
     loss: Estimate = NOTHING
     plateau: Mapping[str, Interval] = field(default_factory=dict)
     curvature: float = NAN
+    hessian: np.ndarray | None = field(default=None, repr=False, compare=False)
     sensitivity: Estimate = NOTHING
     draws: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
@@ -304,6 +306,7 @@ def _optimum(
         loss=Estimate(value=float(np.exp(lowest)), interval=(float(np.exp(bottom[0])), float(np.exp(bottom[1])))),
         plateau=plateau,
         curvature=float(hessian[0, 0]),
+        hessian=hessian,
         draws={axis: drawn[:, j] for j, axis in enumerate(axes)},
     )
 
