@@ -100,6 +100,18 @@ def test_clean_runs_are_seldom_taken_for_bad() -> None:
     assert flagged <= 3  # of 100 groups
 
 
+def test_valleys_steeper_on_one_side_are_said_with_how_far_the_vertices_are_off() -> None:
+    table = fan(noise=0.001)
+    assert "skewed_valley" not in codes(sensitivity(table))
+    away = np.log(table["learning_rate"] / best_rate(table["N"]))
+    found = sensitivity(table.assign(loss=table["loss"] * np.exp(0.003 * away**3)))
+    (verdict,) = [v for v in found.verdicts if v.code == "skewed_valley"]
+    off = np.log([best_rate(each.group["N"]) / each.best["learning_rate"].value for each in found.optima])
+    assert verdict.evidence["ln_shift"] == pytest.approx(np.median(off), rel=0.25)
+    assert "faster above" in verdict.message
+    assert found.laws["learning_rate"].powers["N"].value == pytest.approx(-0.2, abs=0.02)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
