@@ -392,8 +392,8 @@ def _judge(
     for j, axis in enumerate(axes):
         column, word = surface.x[:, j], _WORDS[axis]
         # of two axes the lowest of many near-equal settings may stand at an edge by chance: there the vertex decides
-        at_low = (convex and vertex[j] <= seen[0][j]) or (len(axes) == 1 and column[lowest] <= column.min() + 1e-9)
-        at_high = (convex and vertex[j] >= seen[1][j]) or (len(axes) == 1 and column[lowest] >= column.max() - 1e-9)
+        at_low = (convex and vertex[j] <= column.min()) or (len(axes) == 1 and column[lowest] <= column.min() + 1e-9)
+        at_high = (convex and vertex[j] >= column.max()) or (len(axes) == 1 and column[lowest] >= column.max() - 1e-9)
         if not (at_low or at_high):
             continue
         edge = float(np.exp(column.max() if at_high else column.min()))
@@ -425,7 +425,16 @@ def _judge(
         message = (
             f"{name}: within the noise the optimum lies outside the grid more often than not. Add seeds, or rates."
         )
-        said.append(Verdict("unstable_minimum", "refuse", "fit", name, message, {"inside": float(inside.mean())}))
+        said.append(
+            Verdict(
+                "unstable_minimum",
+                "refuse",
+                "fit",
+                name,
+                message,
+                {"inside": float(inside.mean()) if len(inside) else NAN},
+            )
+        )
     elif surface.scatter()[1] == 0:
         message = (
             f"{name}: the quadratic passes through its {len(kept)} settings exactly; only seeds can contradict it."

@@ -163,7 +163,7 @@ def wortsman(
     """
     slices = [_slice(group) for group in groups]
     grids = [np.log(s["learning_rate"]) for s in slices]
-    wide = [g for g in grids if len(g) >= 2]
+    wide = [g for g, s in zip(grids, slices) if len(g) >= 2 and np.isfinite(s["loss"]).any()]
     nothing = [NOTHING] * len(groups)
     if not wide:
         return nothing, OPEN, []
@@ -240,5 +240,8 @@ def write_optimum(found: Sensitivity, runs: pd.DataFrame, study: str, store: Sto
         values = runs[name].dropna().unique().tolist() if name in runs.columns else []
         head[name] = values[0] if len(values) == 1 else None
     path = store.study(study) / "fits" / "optimum.json"
-    write_json(path, head | {"written": timestamp()} | found.to_json())
+    body = found.to_json()
+    for law in body["laws"]:
+        law["parametrisation"] = law["parametrisation"] or "standard"  # what a study is that says none
+    write_json(path, head | {"written": timestamp()} | body)
     return path
