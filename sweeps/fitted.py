@@ -65,6 +65,7 @@ def fit_from_json(record: Mapping[str, Any]) -> Fit:
         _ = law["hyperparameter"], law["family"], law["parametrisation"]
         if not law["refused"]:
             _ = float(law["value"]), [float(law["at"][name]) for name in law["powers"]]
+            _ = [(float(low), float(high)) for low, high in law["range"].values()]
     context = record.get("context")
     return Fit(
         study=record["study"],
@@ -130,7 +131,7 @@ def fitted_law(fit: Fit, hyperparameter: str, *, family: str, parametrisation: s
         value=float(law["value"]),
         power={name: float(power) for name, power in law["powers"].items()},
         at={name: float(law["at"][name]) for name in law["powers"]},
-        range={name: (float(low), float(high)) for name, (low, high) in (law.get("range") or {}).items()},
+        range={name: (float(low), float(high)) for name, (low, high) in law["range"].items() if name in ("N", "D")},
         batch=source if joint else "",
         held=held | ({"context": fit.context} if fit.context else {}),
     )

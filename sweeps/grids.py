@@ -42,6 +42,8 @@ MAX_TOKENS = 1e16
 MAX_EPOCHS = 4.0
 FEW_STEPS = 500
 SMALL_BATCH_SEQUENCES = 128
+_LENGTHS = ("D", "C", "C_nonembedding")
+"""Variables of a rule that change with the length of a run."""
 
 
 @dataclass(frozen=True)
@@ -467,7 +469,7 @@ def _stack_faults(study: Study, cells: list[Cell]) -> Iterator[str]:
 def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
     yield from law_warnings(one.ruled for one in cells if one.ruled.laws)
     if prevented := what_prevents(one.cell for one in cells):
-        yield _unshared(study, prevented)
+        yield _unshared(study, cells[0].ruled.laws, prevented)
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
         yield (
@@ -482,15 +484,15 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
         )
 
 
-def _unshared(study: Study, fields: tuple[str, ...]) -> str:
+def _unshared(study: Study, laws: Mapping[str, PowerLaw], fields: tuple[str, ...]) -> str:
     """Why cells that differ in length share no trunk although their schedule would let them, and what to do."""
     names = dict.fromkeys(name.rpartition(".")[2] for name in fields)
     if "batch_tokens" in names and study.training.beta2 is None:
         names.pop("beta2", None)  # its default follows the batch
-    rules = {name: getattr(study.training, name, None) for name in names}
+    rules = {name: laws.get(name, getattr(study.training, name, None)) for name in names}
     told = []
     for name, rule in rules.items():
-        follows = [v for v in rule.power if v in ("D", "C")] if isinstance(rule, PowerRule) else []
+        follows = [v for v in rule.power if v in _LENGTHS] if isinstance(rule, PowerRule | PowerLaw) else []
         told.append(f"{name} follows {' and '.join(follows)}" if follows else f"{name} differs between their lengths")
     remedy = "Let it be a number" if len(told) == 1 else "Let them be numbers"
     return (

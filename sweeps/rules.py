@@ -22,6 +22,10 @@ VARIABLES = ("N", "D", "C", "width", "depth", "batch_tokens")
 """What a rule may depend on: parameters, training tokens, training FLOPs, width, depth, tokens a batch."""
 
 
+RANGE_SLACK = 1.05
+"""What is off the range of a law by less than this factor is inside: lengths are rounded to whole batches."""
+
+
 def parse_number(value: Any) -> Any:
     """YAML 1.1 reads `1e9` as text; take it as the number that was meant. True and False are no numbers."""
     if isinstance(value, bool):
@@ -139,7 +143,7 @@ def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
         by = f"{name} by {law.source}"
         if not law.range:
             yield (
-                f"{by}: in what range it was fitted is not known here; these {_cells(len(ruled))} have "
+                f"{by}: in what range it was fitted is not known here; {_cells(len(ruled))} take it, of "
                 f"{_span(ruled, 'N')} and {_span(ruled, 'D')}."
             )
         elif outside := _outside(law, ruled):
@@ -159,17 +163,19 @@ def _outside(law: PowerLaw, ruled: list[Ruled]) -> str:
     """How many cells lie outside the law's range, and how far in each variable; empty where none does."""
     count, parts = 0, []
     for cell in ruled:
-        count += any(not low <= cell.known[name] <= high for name, (low, high) in law.range.items())
+        count += any(
+            not low / RANGE_SLACK <= cell.known[name] <= high * RANGE_SLACK for name, (low, high) in law.range.items()
+        )
     for name, (low, high) in law.range.items():
         values = [cell.known[name] for cell in ruled]
-        far = [f"{_times(low / min(values))} below"] if min(values) < low else []
-        far += [f"{_times(max(values) / high)} above"] if max(values) > high else []
+        far = [f"up to {_times(low / min(values))} below"] if min(values) < low / RANGE_SLACK else []
+        far += [f"up to {_times(max(values) / high)} above"] if max(values) > high * RANGE_SLACK else []
         if far:
             fitted = f"{_count(name, low)} to {_count(name, high)}" if high > low else f"at {_count(name, low)} alone"
             parts.append(f"{name} {' and '.join(far)} (fitted {fitted})")
-    return f"{count} of {_cells(len(ruled))} lie outside the range that it was fitted in: {', '.join(parts)}" * bool(
-        count
-    )
+    lie = "lies" if count == 1 else "lie"
+    told = f"{count} of {_cells(len(ruled))} {lie} outside the range that it was fitted in: {', '.join(parts)}"
+    return told if count else ""
 
 
 def _batch_conflicts(law: PowerLaw, ruled: list[Ruled]) -> Iterator[str]:
@@ -210,4 +216,4 @@ def _times(factor: float) -> str:
 
 
 def _amount(value: Any) -> str:
-    return str(value) if isinstance(value, str) else f"{value:,}"
+    return str(value) if isinstance(value, str) else f"{value:,.10g}"
