@@ -13,7 +13,7 @@ plan says how far outside (sweeps/rules.py).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -98,7 +98,7 @@ class PublishedRule(BaseModel):
     rule: str
     value: Positive | None = None
     """The hyperparameter at the reference point, of a rule that has no constant of its own."""
-    at: dict[Literal["N", "D"], Positive] | None = None
+    at: dict[str, Positive] | None = None
     """The reference point: N counts all parameters, D is in tokens."""
     loss: Annotated[Number, Field(ge=0.1, le=20)] | None = None
     """The loss that is expected at the end, nats a token."""
@@ -155,7 +155,7 @@ def published_law(rule: PublishedRule, hyperparameter: str) -> PowerLaw:
         source=rule.rule,
         value=factor if rule.value is None else rule.value,
         power=power,
-        at={str(name): reference for name, reference in (rule.at or {}).items()},
+        at=rule.at or {},
         range=one.range,
         batch=one.batch if hyperparameter == "learning_rate" else "",
     )

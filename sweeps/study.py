@@ -190,6 +190,10 @@ def _rule_form(value: Any) -> str:
         return "@published"
     if isinstance(value, FittedRule) or (isinstance(value, dict) and "fitted" in value):
         return "@fitted"
+    if isinstance(value, dict) and not value.keys() & PowerRule.model_fields.keys():  # which was meant?
+        for word, form in (("rule", "@published"), ("fitted", "@fitted")):
+            if any(nearest(key, [word]) for key in value):
+                return form
     return "@rule" if isinstance(value, dict | PowerRule) else "@number"
 
 
@@ -428,10 +432,10 @@ class Study(Declared):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value
 
-    @model_validator(mode="after")
-    def _not_fitted_on_itself(self) -> "Study":
-        if self.name in fitted_studies(self.model_dump()):
-            raise ValueError(
-                f"fitted: {self.name}: a study cannot take a hyperparameter from its own runs; name another"
-            )
-        return self
+    @field_validator("grid", "training", "vary", mode="after")
+    @classmethod
+    def _not_fitted_on_itself(cls, value: Any, info: ValidationInfo) -> Any:
+        plain = value.model_dump() if isinstance(value, BaseModel) else value
+        if str(info.data.get("name")) in fitted_studies(plain):
+            raise ValueError("a study cannot take a hyperparameter from its own runs; name another under `fitted`")
+        return value

@@ -8,12 +8,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import CONTEXT, POINT, only, planned, points, study
 
-from sweeps.accounting import flops_conventions
+from sweeps.accounting import Shape, flops_conventions
 from sweeps.grids import Plan, PlannedCell
 from sweeps.published import PUBLISHED, PublishedRule, published_law
 from sweeps.rules import adamw_timescale, evaluate
 
 BJORCK = {"rule": "bjorck", "value": 0.003, "at": {"N": 1e6, "D": 2e7}}
+
+GPT2 = Shape(
+    width=768,
+    depth=12,
+    heads=12,
+    kv_heads=12,
+    head_dim=64,
+    mlp_width=3072,
+    mlp_matrices=2,
+    vocab_size=50257,
+    context=1024,
+    tied=True,
+    learned_positions=True,
+    qk_norm=False,
+    attention_bias=True,
+    mlp_bias=True,
+    norm_bias=True,
+)
 
 
 def value(hyperparameter: str, given: dict[str, Any], **known: float) -> float:
@@ -81,11 +99,14 @@ def test_each_rule_is_handed_the_counts_of_its_paper() -> None:
     assert one.cell.optimizer.learning_rate == float(f"{rate:.6g}"), "non-embedding parameters, and the realised tokens"
     assert one.counts["N_nonembedding"] < one.counts["N"]
 
-    training = {"batch_tokens": 640, "learning_rate": {"rule": "deepseek"}}
-    big = {"size": 1e8, "tokens": 64_000}
-    one = only(points(big, families={"gpt2": {}}, training=training))
-    M = flops_conventions(one.cell.shape)["deepseek_m"]  # the paper's own words, for a shape such as theirs
-    assert one.cell.optimizer.learning_rate == float(f"{0.3118 * (M * one.cell.tokens) ** -0.1250:.6g}")
+    one = only(points(POINT, training={"batch_tokens": 640, "learning_rate": {"rule": "deepseek"}}))
+    C = one.cell.tokens * flops_conventions(one.cell.shape)["C_without_head"]
+    assert one.cell.optimizer.learning_rate == float(f"{0.3118 * C**-0.1250:.6g}")
+
+
+def test_the_compute_of_deepseek_is_that_of_the_paper_for_a_shape_such_as_theirs() -> None:
+    counts = flops_conventions(GPT2)
+    assert counts["C_without_head"] == counts["deepseek_m"] == 72 * 12 * 768**2 + 12 * 12 * 768 * 1024
 
 
 def test_the_decay_of_power_lines_follows_the_rate_and_the_batch_that_a_cell_ends_up_with() -> None:
