@@ -150,7 +150,7 @@ def test_a_rule_that_cannot_be_is_refused_with_its_line(escala: Escala, rule: st
 
 def test_a_study_is_not_fitted_on_itself(escala: Escala) -> None:
     text = refused(escala, "plan", escala.study(TARGET.replace("lr-sensitivity", "target")), "--store", "s")
-    assert "study.yaml:7: training: found {'learning_rate': {'fitted': 'target'}}; a study cannot take" in text
+    assert "study.yaml:7: training: found {'batch_tokens': 256, 'learning_rate': {'fitted': 'target'}}; a study cannot" in text
 
 
 def test_the_plan_shows_each_cells_rate_batch_and_decay_where_they_vary(escala: Escala) -> None:
