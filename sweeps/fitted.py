@@ -44,15 +44,15 @@ class Fit:
     """The laws of the optima of one study, as its fits folder has them."""
 
     study: str
-    corpus: str
-    """Fingerprint."""
-    tokenizer: str
+    corpus: str | None
+    """Fingerprint; None where the study's runs are of several."""
+    tokenizer: str | None
     context: int | None
     """Tokens a sequence; None where the study had several."""
     written: str
     laws: tuple[Mapping[str, Any], ...]
-    """One a hyperparameter, family and parametrisation: {"hyperparameter", "family", "parametrisation", "refused",
-    "value", "at", "powers", "range", "recipe", "verdicts", ...}."""
+    """One a hyperparameter, family, parametrisation and setting that was crossed: {"hyperparameter", "family",
+    "parametrisation", "refused", "value", "at", "powers", "range", "recipe", "verdicts", ...}."""
 
     def to_json(self) -> Json:
         return asdict(self) | {"laws": [dict(law) for law in self.laws]}
@@ -60,9 +60,10 @@ class Fit:
 
 def fit_from_json(record: Mapping[str, Any]) -> Fit:
     """The fit that `Fit.to_json` described. KeyError or TypeError where it is none."""
-    laws = tuple(record["laws"])
+    # runs whose table does not say are of the standard parametrisation
+    laws = tuple(law | {"parametrisation": law["parametrisation"] or "standard"} for law in record["laws"])
     for law in laws:
-        _ = law["hyperparameter"], law["family"], law["parametrisation"]
+        _ = law["hyperparameter"], law["family"]
         if not law["refused"]:
             _ = float(law["value"]), [float(law["at"][name]) for name in law["powers"]]
             _ = [(float(low), float(high)) for low, high in law["range"].values()]
@@ -71,7 +72,7 @@ def fit_from_json(record: Mapping[str, Any]) -> Fit:
         study=record["study"],
         corpus=record["corpus"],
         tokenizer=record["tokenizer"],
-        context=context if isinstance(context, int) else None,
+        context=int(context) if context else None,
         written=str(record.get("written", "")),
         laws=laws,
     )
@@ -98,15 +99,19 @@ def read_fit(store: Store, study: str) -> Fit:
         ) from None
 
 
-def fitted_law(fit: Fit, hyperparameter: str, *, family: str, parametrisation: str, corpus: str) -> PowerLaw:
-    """The law of a hyperparameter in a fit, for cells of this family, parametrisation and corpus (a fingerprint).
+def fitted_law(
+    fit: Fit, hyperparameter: str, *, family: str, parametrisation: str, corpus: str, recipe: Mapping[str, Any]
+) -> PowerLaw:
+    """The law of a hyperparameter in a fit, for cells of this family, parametrisation, corpus (a fingerprint) and recipe
+    (which only tells apart the laws of settings that were crossed).
 
     InputError where the fit has none or refuses it: the message says what it has, or why.
     """
     of = f"{hyperparameter}: the fit of {fit.study}"
     if fit.corpus != corpus:
         raise InputError(
-            f"{of} is of corpus {fit.corpus} ({fit.tokenizer}), and this study trains on {corpus}: the best "
+            f"{of} is of {f'corpus {fit.corpus} ({fit.tokenizer})' if fit.corpus else 'several corpora'}, and this "
+            f"study trains on {corpus}: the best "
             f"{hyperparameter} on one text need not be that on another. Let both studies name one corpus and tokenizer."
         )
     there = [law for law in fit.laws if law["hyperparameter"] == hyperparameter]
@@ -119,19 +124,20 @@ def fitted_law(fit: Fit, hyperparameter: str, *, family: str, parametrisation: s
             f"{of} has no law for {family} in {parametrisation} parametrisation: {has}. Vary {hyperparameter} for it "
             f"in {fit.study}, or give a number or another rule."
         )
-    law = matching[0]
+    law = _of_recipe(of, matching, recipe)
     if law["refused"]:
         raise InputError(f"{of} is refused for {family}: {_reason(law)}. Mend the runs of {fit.study}, then fit again.")
     source = f"the fit of {fit.study}"
-    recipe = law.get("recipe") or {}
-    held = {name: recipe[name] for name in _HELD if isinstance(recipe.get(name), int | float | str)}
-    joint = hyperparameter == "learning_rate" and "batch_tokens" not in held and _gives_batch(fit, law)
+    there_held = law.get("recipe") or {}
+    held = {name: there_held[name] for name in _HELD if isinstance(there_held.get(name), int | float | str)}
+    follows_batch = "batch_tokens" in held or "batch_tokens" in law["powers"]
+    joint = hyperparameter == "learning_rate" and not follows_batch and _gives_batch(fit, law)
     return PowerLaw(
         source=source,
         value=float(law["value"]),
         power={name: float(power) for name, power in law["powers"].items()},
         at={name: float(law["at"][name]) for name in law["powers"]},
-        range={name: (float(low), float(high)) for name, (low, high) in law["range"].items() if name in ("N", "D")},
+        range={name: (float(low), float(high)) for name, (low, high) in law["range"].items()},
         batch=source if joint else "",
         held=held | ({"context": fit.context} if fit.context else {}),
     )
@@ -171,6 +177,20 @@ def fitted_studies(declared: Any) -> Iterator[str]:
     if isinstance(declared, list):
         for one in declared:
             yield from fitted_studies(one)
+
+
+def _of_recipe(of: str, laws: list[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The one of several laws, which differ in settings that their study crossed, whose settings are the recipe's."""
+    settings = [law.get("recipe") or {} for law in laws]
+    crossed = [name for name in settings[0] if any(other.get(name) != settings[0][name] for other in settings)]
+    mine = [law for law, held in zip(laws, settings, strict=True) if all(held[k] == recipe.get(k) for k in crossed)]
+    if len(laws) > 1 and len(mine) != 1:
+        there = "; ".join(", ".join(f"{name} {held.get(name)}" for name in crossed) for held in settings)
+        raise InputError(
+            f"{of} has {len(laws)} laws, for {there or 'settings that it does not name'}, and {len(mine)} of them hold "
+            "for this study's own. Give this study one of those settings."
+        )
+    return mine[0] if len(laws) > 1 else laws[0]
 
 
 def _gives_batch(fit: Fit, law: Mapping[str, Any]) -> bool:

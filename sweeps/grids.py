@@ -374,7 +374,9 @@ def _laws(recipe: Mapping[str, Any], family: str, corpus: str, fits: Mapping[str
             if rule.fitted not in fits:
                 raise ValueError(f"{name}: the fit of {rule.fitted} is not at hand. Plan this study with its store.")
             kind = _parametrisation(recipe)
-            laws[name] = fitted_law(fits[rule.fitted], name, family=family, parametrisation=kind, corpus=corpus)
+            laws[name] = fitted_law(
+                fits[rule.fitted], name, family=family, parametrisation=kind, corpus=corpus, recipe=recipe
+            )
     return laws
 
 

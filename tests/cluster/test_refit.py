@@ -1,12 +1,16 @@
 """A study keeps the fits that it was first planned with, tells when they have changed, and takes new ones when told."""
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from commandline import Escala, refused
 
+from analysis.sensitivity import sensitivity, write_optimum
 from cluster.ledger import register
 from cluster.planning import read_study
 from sweeps.grids import Plan
@@ -91,6 +95,20 @@ def test_a_later_fit_of_the_source_changes_no_cell_until_the_study_is_refitted(e
     assert told(after) == []
 
 
+def test_the_law_that_the_analysis_writes_is_the_one_that_a_study_takes(escala: Escala) -> None:
+    place, source = planned(escala, SOURCE)
+    rows = []
+    for N, D, step in itertools.product((1e4, 2e4, 4e4), (2e4, 4e4, 8e4), range(-3, 4)):
+        best = 0.02 * (N / 2e4) ** -0.5 * (D / 4e4) ** 0.25
+        loss = (2 + 100 / N**0.5) * math.exp(0.02 * (step * math.log(2)) ** 2)
+        rows.append({"N": N, "D": D, "learning_rate": best * 2**step, "loss": loss, "batch_tokens": 256.0})
+    runs = pd.DataFrame(rows).assign(family="llama", corpus=source.corpus.fingerprint, tokenizer="bytes", context=32)
+    write_optimum(sensitivity(runs, noise=0.001, resamples=50), runs, "lr-sensitivity", place)
+    for one in planned(escala, TARGET)[1].cells:
+        wanted = 0.02 * (one.counts["N"] / 2e4) ** -0.5 * (one.cell.tokens / 4e4) ** 0.25
+        assert one.cell.optimizer.learning_rate == pytest.approx(wanted, rel=0.01)
+
+
 def test_a_family_that_the_pinned_fit_lacks_points_to_the_newer_fit(escala: Escala) -> None:
     place, source = planned(escala, SOURCE)
     write_fit(place, source, 0.02)
@@ -150,7 +168,10 @@ def test_a_rule_that_cannot_be_is_refused_with_its_line(escala: Escala, rule: st
 
 def test_a_study_is_not_fitted_on_itself(escala: Escala) -> None:
     text = refused(escala, "plan", escala.study(TARGET.replace("lr-sensitivity", "target")), "--store", "s")
-    assert "study.yaml:7: training: found {'batch_tokens': 256, 'learning_rate': {'fitted': 'target'}}; a study cannot" in text
+    assert (
+        "study.yaml:7: training: found {'batch_tokens': 256, 'learning_rate': {'fitted': 'target'}}; a study cannot"
+        in text
+    )
 
 
 def test_the_plan_shows_each_cells_rate_batch_and_decay_where_they_vary(escala: Escala) -> None:

@@ -14,6 +14,7 @@ from analysis import load_runs
 from cluster.garbage import BY_DEFAULT, collectable
 from cluster.ledger import ledger_rows, register, sharing, sharing_words
 from cluster.mirror import Mirror
+from cluster.planning import read_study
 from sweeps.records import encode_row
 from sweeps.store import Store, begin_attempt, commit_result, read_cell, read_plan, spent_flops, trunk_of
 

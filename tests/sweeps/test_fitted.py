@@ -113,6 +113,34 @@ def test_a_law_of_something_else_is_refused_with_what_there_is() -> None:
         plan_study(points(POINT, training=FITTED), corpus())
 
 
+def test_of_several_laws_that_of_the_studys_own_setting_is_taken() -> None:
+    laws = [
+        LAW | {"value": decay / 10, "recipe": {"weight_decay": decay, "schedule": "cosine"}} for decay in (0.1, 0.2)
+    ]
+    for law, decay in zip(laws, (0.1, 0.2), strict=True):
+        planned = plan(points(POINT, training=FITTED | {"weight_decay": decay}), fit(*laws))
+        alone = plan(points(POINT, training=FITTED | {"weight_decay": decay}), fit(law))
+        assert planned.cells[0].cell.id == alone.cells[0].cell.id
+    text = refused(fit(*laws), vary={"weight_decay": [0.5]})
+    assert "has 2 laws, for weight_decay 0.1; weight_decay 0.2, and 0 of them hold for this study's own" in text
+
+
+def test_a_law_may_follow_the_batch() -> None:
+    law = LAW | {"powers": {"batch_tokens": 0.5}, "at": {"batch_tokens": 640}, "recipe": {}}
+    law["range"] = {"batch_tokens": [320, 1280]}
+    planned = plan(points(POINT, training=FITTED, vary={"batch_tokens": [640, 1280, 2560]}), fit(law))
+    rates = [one.cell.optimizer.learning_rate for one in planned.cells]
+    assert rates == [pytest.approx(0.0123 * factor**0.5, rel=1e-5) for factor in (1, 2, 4)]
+    assert any(
+        "1 of 3 cells lies outside the range that it was fitted in: batch_tokens up to" in w for w in planned.warnings
+    )
+
+
+def test_a_fit_of_several_texts_or_without_a_word_on_parametrisation() -> None:
+    assert "is of several corpora, and this study trains on" in refused(fit(corpus=None, tokenizer=None))
+    assert plan(points(POINT, training=FITTED), fit(LAW | {"parametrisation": None})).cells
+
+
 def test_a_fit_survives_its_record_and_says_what_has_changed() -> None:
     old = fit()
     assert fit_from_json(old.to_json()) == old
