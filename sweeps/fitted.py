@@ -102,8 +102,8 @@ def read_fit(store: Store, study: str) -> Fit:
 def fitted_law(
     fit: Fit, hyperparameter: str, *, family: str, parametrisation: str, corpus: str, recipe: Mapping[str, Any]
 ) -> PowerLaw:
-    """The law of a hyperparameter in a fit, for cells of this family, parametrisation, corpus (a fingerprint) and recipe
-    (which only tells apart the laws of settings that were crossed).
+    """The law of a hyperparameter in a fit, for cells of this family, parametrisation and corpus (a fingerprint); the
+    recipe tells apart the laws of settings that were crossed.
 
     InputError where the fit has none or refuses it: the message says what it has, or why.
     """

@@ -1,5 +1,6 @@
 """A study keeps the fits that it was first planned with, tells when they have changed, and takes new ones when told."""
 
+import io
 import itertools
 import json
 import math
@@ -9,9 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from commandline import Escala, refused
+from rich.console import Console
 
 from analysis.sensitivity import sensitivity, write_optimum
-from cluster.ledger import register
+from cluster.display import cell_table
+from cluster.ledger import plan_rows, register
 from cluster.planning import read_study
 from sweeps.grids import Plan
 from sweeps.records import read_json, write_json
@@ -189,3 +192,18 @@ def test_the_plan_shows_each_cells_rate_batch_and_decay_where_they_vary(escala: 
     header = escala("plan", escala.study(SOURCE), "--store", "s").stdout.splitlines()[1].split()
     assert "lr" in header
     assert not {"batch", "wd"} & set(header)
+
+
+def test_a_narrow_terminal_goes_without_what_follows_from_the_rest_and_cuts_nothing_off(escala: Escala) -> None:
+    rules = "batch_tokens: {rule: step-law}, learning_rate: {rule: deepseek}, weight_decay: {rule: power-lines}"
+    text = SOURCE.replace("batch_tokens: 256, learning_rate: 0.01", rules) + "vary: {learning_rate: {times: [0.5, 1]}}"
+    rows = plan_rows(*planned(escala, text))
+    for width, gone in ((80, {"steps", "timescale"}), (160, set())):
+        terminal = Console(width=width, file=io.StringIO())
+        terminal.print(cell_table(rows, title="all", width=width))
+        shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+        names = set(shown.splitlines()[1].split())
+        assert {"cell", "N", "D", "C", "batch", "lr", "wd", "seed", "state"} <= names
+        assert gone <= {"steps", "timescale", "D/N", "epochs"} - names
+        assert gone or {"steps", "timescale", "D/N", "epochs"} <= names
