@@ -145,6 +145,13 @@ def test_at_fixed_batches_the_rate_has_a_power_of_the_batch() -> None:
     assert law.powers["N"].value == pytest.approx(-0.2, abs=0.02)
 
 
+def test_runs_of_one_trunk_are_said_to_depend_on_each_other() -> None:
+    table = fan(tokens=(5e7, 1e8)).assign(cell=lambda t: [f"c{i}" for i in range(len(t))])
+    assert "dependent_runs" not in codes(sensitivity(table.assign(trunk=table["cell"])))
+    trunk = table["N"].astype(str) + table["learning_rate"].astype(str) + table["seed"].astype(str)
+    assert "dependent_runs" in codes(sensitivity(table.assign(trunk=trunk)))
+
+
 # --- on disk -----------------------------------------------------------------------------------------------------
 
 
