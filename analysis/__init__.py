@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
+    from analysis.audits import Audit, audit
     from analysis.backtest import Backtest, judge_targets
     from analysis.compare import compare_recipes
     from analysis.conventions import compare_conventions
@@ -24,15 +25,19 @@ if TYPE_CHECKING:
     from analysis.report import write_report
     from analysis.runs import load_curves, load_documents, load_runs
     from analysis.tables import keep_rows, read_table
+    from analysis.tuning import TuningWorth, tuning_worth
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
+    "Audit",
     "Backtest",
     "Fit",
     "Profile",
+    "TuningWorth",
     "Verdict",
     "approach2_bias",
+    "audit",
     "check_table",
     "compare_approaches",
     "compare_conventions",
@@ -51,15 +56,19 @@ __all__ = [
     "profile",
     "read_table",
     "seed_noise",
+    "tuning_worth",
     "write_report",
 ]
 
 _HOME = {
+    "Audit": "audits",
     "Backtest": "backtest",
     "Fit": "verdicts",
     "Profile": "profiles",
+    "TuningWorth": "tuning",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
+    "audit": "audits",
     "check_table": "plausibility",
     "compare_approaches": "approaches",
     "compare_conventions": "conventions",
@@ -78,6 +87,7 @@ _HOME = {
     "profile": "profiles",
     "read_table": "tables",
     "seed_noise": "uncertainty",
+    "tuning_worth": "tuning",
     "write_report": "report",
 }
 

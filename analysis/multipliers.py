@@ -53,14 +53,13 @@ def tuned_frontier(rows: pd.DataFrame, level: float = 0.95, seed: int = 0) -> Fr
     size_law: Fit | None = law
     if law.refused:
         reason = next(v.message for v in law.verdicts if v.severity == "refuse")
-        one_D = np.ptp(np.log(rows["D"])) < ONE_LEVEL if len(rows) else False
-        size_law = _saturating(rows, "N", level, seed) if one_D else None
         law = _saturating(rows, "C", level, seed)
-        if law is None or law.refused:
-            found = law if law is not None else None
-            why = next(v.message for v in found.verdicts if v.severity == "refuse") if found else reason
+        if law.refused:
+            why = next(v.message for v in law.verdicts if v.severity == "refuse")
             message = f"the tuned runs bear no law, so there are no multipliers: {why}"
-            return _none(Verdict("no_power_law", "refuse", "decision", None, message), rows)
+            return _none(Verdict("no_power_law", "refuse", "decision", None, message))
+        one_length = np.ptp(np.log(rows["D"].to_numpy(dtype=float))) < ONE_LEVEL
+        size_law = _saturating(rows, "N", level, seed) if one_length else None
         if size_law is None or size_law.refused:
             size_law = None
             message = f"the tuned runs bear no law of size and tokens, so there is no size multiplier: {reason}"
@@ -70,7 +69,7 @@ def tuned_frontier(rows: pd.DataFrame, level: float = 0.95, seed: int = 0) -> Fr
     copies = {k: np.concatenate([[law.solved[k]], law.draws.get(k, np.empty(0))[:FEW_DRAWS]]) for k in law.params}
     if not all(np.isfinite(v[0]) for v in copies.values()):
         message = "the law of the tuned runs is refused, so there are no multipliers."
-        return _none(Verdict("no_power_law", "refuse", "decision", None, message), rows)
+        return _none(Verdict("no_power_law", "refuse", "decision", None, message))
     C = rows["C"].to_numpy(dtype=float)
     x = np.linspace(np.log(C.min()) - MARGIN, np.log(C.max()) + MARGIN, KNOTS)
     if "beta" in copies:
@@ -90,14 +89,12 @@ def tuned_frontier(rows: pd.DataFrame, level: float = 0.95, seed: int = 0) -> Fr
     )
 
 
-def _saturating(rows: pd.DataFrame, variable: str, level: float, seed: int) -> Fit | None:
-    """The law E + A / x^alpha in one variable; None without rows."""
-    if rows.empty:
-        return None
+def _saturating(rows: pd.DataFrame, variable: str, level: float, seed: int) -> Fit:
+    """The law E + A / x^alpha in one variable."""
     return fit(rows.assign(x=rows[variable]), "saturating", level=level, seed=seed, resamples=FEW_DRAWS)
 
 
-def _none(verdict: Verdict, rows: pd.DataFrame) -> Frontier:
+def _none(verdict: Verdict) -> Frontier:
     empty = np.empty(0)
     return Frontier(
         law=None,
@@ -152,6 +149,10 @@ class SizeMultiplier:
         return f"> {self.estimate.value:.2g}" if self.bounded else str(self.estimate)
 
 
+NO_SIZE = SizeMultiplier()
+"""The multiplier where no law tells what size brings."""
+
+
 def size_multiplier(frontier: Frontier, N: float, gain: np.ndarray, level: float) -> SizeMultiplier:
     """How many times N parameters are needed at equal tokens for a gain (nats, (1 + copies,)), by the tuned law.
 
@@ -160,7 +161,7 @@ def size_multiplier(frontier: Frontier, N: float, gain: np.ndarray, level: float
     """
     law = frontier.size_law
     if law is None or not np.isfinite([law.params["A"], law.params["alpha"]]).all():
-        return SizeMultiplier()
+        return NO_SIZE
     drawn = [law.draws.get(k, np.empty(0)) for k in ("A", "alpha")]
     count = min(len(gain) - 1, len(drawn[0]))
     A, alpha = (np.concatenate([[law.params[k]], d[:count]]) for k, d in zip(("A", "alpha"), drawn))

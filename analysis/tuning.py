@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.multipliers import SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
+from analysis.multipliers import NO_SIZE, SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
 from analysis.optima import Optimum
 from analysis.sensitivity import sensitivity
 from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, interval, seed_noise
@@ -131,7 +131,7 @@ class Worth:
     gain: Estimate
     percent: Estimate
     compute: Estimate = NOTHING
-    size: SizeMultiplier = SizeMultiplier()
+    size: SizeMultiplier = NO_SIZE
     at_least: bool = False
 
     @property
@@ -150,9 +150,7 @@ class Worth:
             parts.append(f"{self.compute.value:.3g} times the compute{_range(self.compute, '{:.3g}')}")
         if np.isfinite(self.size.estimate.value):
             sign = "more than " if self.size.bounded else ""
-            parts.append(
-                f"a {sign}{self.size.estimate.value:.3g}x larger model{_range(self.size.estimate, '{:.3g}')}"
-            )
+            parts.append(f"a {sign}{self.size.estimate.value:.3g}x larger model{_range(self.size.estimate, '{:.3g}')}")
         return f"{start} is worth {', '.join(parts)}"
 
     def to_json(self) -> dict[str, Any]:
@@ -262,10 +260,10 @@ def _usable(runs: pd.DataFrame) -> pd.DataFrame:
 
 def _keys(table: pd.DataFrame) -> list[Any]:
     """What names a place: family, N, and D as far as batch sizes do not round it."""
-    D = np.log(table["D"].astype(float))
-    order = np.argsort(D.to_numpy(), kind="stable")
+    D = np.log(table["D"].to_numpy(dtype=float))
+    order = np.argsort(D, kind="stable")
     rank = np.empty(len(D), dtype=int)
-    rank[order] = np.concatenate([[0], np.cumsum(np.diff(D.to_numpy()[order]) > SAME_PLACE)])[: len(D)]
+    rank[order] = np.concatenate([[0], np.cumsum(np.diff(D[order]) > SAME_PLACE)])[: len(D)]
     return [*([table["family"]] if "family" in table.columns else []), table["N"], rank]
 
 
@@ -409,7 +407,7 @@ def _default_point(
         if _is_number(value):
             if not 0 < value < np.inf:
                 raise InputError(f"the default's {axis} is {value!r}; it must be a positive number.")
-            away = np.maximum(away, np.abs(np.log(points[axis].astype(float) / float(value))).to_numpy())
+            away = np.maximum(away, np.abs(np.log(points[axis].to_numpy(dtype=float) / float(value))))
         else:
             away = np.where(points[axis] == value, away, np.inf)
     best = int(np.argmin(away))

@@ -319,7 +319,7 @@ def _warmup(cells: pd.DataFrame) -> list[Verdict]:
     long = (share > WARMUP_SHARE) | ((length > 1.0) & (share > WARMUP_SHORT))
     if not long.any():
         return []
-    worst = cells.loc[share[long].idxmax()]
+    worst = cells[long].sort_values("warmup_share").iloc[-1]
     message = (
         f"{int(long.sum())} of {plural(len(cells), 'run')} spend much of their tokens on warm-up, up to "
         f"{worst['warmup_share']:.0%} ({worst['warmup_per_parameter']:.2g} tokens per parameter): short runs lose most "
@@ -333,17 +333,14 @@ def _published(rows: pd.DataFrame, cells: pd.DataFrame, rate: Reference | None) 
     verdicts = []
     ratios = cells["rule_ratio"].dropna()
     if len(ratios) and (rate is None or not np.isfinite(cells["penalty"]).any()):
-        inside = cells["N"].between(*STEP_LAW_RANGE["N"]) & cells["D"].between(*STEP_LAW_RANGE["D"])
-        message = (
-            f"by {STEP_LAW} these rates are {_span(ratios)} times its best ones. "
-            + (
-                "Its own text, batches and schedule differ, so this is no measurement."
-                if inside.all()
-                else "That rule was fitted on 0.2 to 1.1 billion parameters and 4 to 100 billion tokens, and says "
-                "nothing certain here."
-            )
+        near = cells["N"].between(*STEP_LAW_RANGE["N"]) & cells["D"].between(*STEP_LAW_RANGE["D"])
+        message = f"by {STEP_LAW} these rates are {_span(ratios)} times its best ones. " + (
+            "Its own text, batches and schedule differ, so this is no measurement."
+            if near.all()
+            else "That rule was fitted on 0.2 to 1.1 billion parameters and 4 to 100 billion tokens, and says "
+            "nothing certain here."
         )
-        severity: Any = "info" if inside.all() else "caution"
+        severity: Any = "info" if near.all() else "caution"
         verdicts.append(Verdict("extrapolation", severity, "decision", "step-law", message))
     decays = cells["timescale_ratio"].dropna()
     if len(decays):
@@ -397,15 +394,17 @@ def _change(
     copies = _copies(rows, loss, law, known, level, seed)
     difference = {}
     for name in ("N_exponent", "D_exponent"):
-        moved = corrected[name].value - exponents[name].value
+        by = corrected[name].value - exponents[name].value
         spread = copies[name][1:] - copies[name][0]
-        difference[name] = Estimate(value=moved, interval=_shift(interval(spread, level), moved))
+        difference[name] = Estimate(value=by, interval=_shift(interval(spread, level), by))
         corrected[name] = _widen(corrected[name], spread, level)
     moved = difference["N_exponent"]
     low, high = exponents["N_exponent"].interval
     left = not low <= corrected["N_exponent"].value <= high
     certain = moved.interval[0] > 0 or moved.interval[1] < 0
-    return Change(law=law, before=exponents, after=corrected, difference=difference, beyond_noise=bool(left and certain))
+    return Change(
+        law=law, before=exponents, after=corrected, difference=difference, beyond_noise=bool(left and certain)
+    )
 
 
 def _copies(
