@@ -4,6 +4,9 @@
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
     fit.to_json()
 
+    from analysis.sensitivity import sensitivity (the room's own name, so it is not among those below)
+    sensitivity(runs)                            best learning rates, how much they matter, how they move
+
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
 
@@ -20,10 +23,14 @@ if TYPE_CHECKING:
     from analysis.fitting import fit
     from analysis.forecast import forecast_dearest
     from analysis.laws import find_law
+    from analysis.optima import Optimum
+    from analysis.optimum_laws import OptimumLaw
     from analysis.plausibility import check_table
     from analysis.profiles import Profile, profile
     from analysis.report import write_report
+    from analysis.rulings import judge_rule
     from analysis.runs import load_curves, load_documents, load_runs
+    from analysis.sensitivity import Sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
     from analysis.tuning import TuningWorth, tuning_worth
     from analysis.uncertainty import paired_errors, seed_noise
@@ -33,7 +40,10 @@ __all__ = [
     "Audit",
     "Backtest",
     "Fit",
+    "Optimum",
+    "OptimumLaw",
     "Profile",
+    "Sensitivity",
     "TuningWorth",
     "Verdict",
     "approach2_bias",
@@ -47,6 +57,7 @@ __all__ = [
     "fit_curve_envelope",
     "fit_envelope",
     "forecast_dearest",
+    "judge_rule",
     "judge_targets",
     "keep_rows",
     "load_curves",
@@ -57,6 +68,7 @@ __all__ = [
     "read_table",
     "seed_noise",
     "tuning_worth",
+    "write_optimum",
     "write_report",
 ]
 
@@ -64,7 +76,10 @@ _HOME = {
     "Audit": "audits",
     "Backtest": "backtest",
     "Fit": "verdicts",
+    "Optimum": "optima",
+    "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
+    "Sensitivity": "sensitivity",
     "TuningWorth": "tuning",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
@@ -78,6 +93,7 @@ _HOME = {
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",
     "forecast_dearest": "forecast",
+    "judge_rule": "rulings",
     "judge_targets": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",
@@ -88,6 +104,7 @@ _HOME = {
     "read_table": "tables",
     "seed_noise": "uncertainty",
     "tuning_worth": "tuning",
+    "write_optimum": "sensitivity",
     "write_report": "report",
 }
 

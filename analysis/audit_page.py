@@ -32,9 +32,8 @@ def sections(runs: pd.DataFrame, plan: Mapping[str, Any], store: Store) -> str:
     if usable.empty:
         return ""
     swept = _swept(usable)
-    return (tuning_section(usable) if swept else "") + audit_section(
-        audit(usable, references(usable, plan, store, swept=swept))
-    )
+    found = audit(runs, references(runs, plan, store, swept=swept))
+    return (tuning_section(runs) if swept else "") + audit_section(found)
 
 
 def references(
@@ -42,13 +41,13 @@ def references(
 ) -> dict[str, Reference]:
     """What the cells are held against: the study's own sweep, else the newest optima of another study on this text."""
     family = str(runs["family"].iloc[0])
+    kinds = set(runs["parametrisation"].dropna()) if "parametrisation" in runs.columns else set()
     if swept:
-        own = from_sweep(sensitivity(runs), family)
+        own = from_sweep(sensitivity(runs), family, next(iter(kinds), None))
         if "learning_rate" in own:
             return own
     corpus, contexts = plan.get("corpus", {}), runs["context"].dropna().unique()
     text = {k: corpus.get(v) for k, v in (("corpus", "fingerprint"), ("tokenizer", "tokenizer"))}
-    kinds = set(runs["parametrisation"].dropna()) if "parametrisation" in runs.columns else set()
     if plan.get("foreign") or len(contexts) != 1 or len(kinds) > 1:
         return {}
     name = str(plan["study"].get("name", ""))
@@ -67,9 +66,9 @@ def _swept(runs: pd.DataFrame) -> bool:
 def tuning_section(runs: pd.DataFrame) -> str:
     """The worth of tuning over the study's default; where it has none, over the one learning rate that is best for all.
 
-    runs: of one family, usable ones.
+    runs: of one family.
     """
-    if runs["is_default"].eq(True).any() if "is_default" in runs.columns else False:
+    if runs["is_default"].eq(True).any():
         return worth_section(tuning_worth(runs), "the study's own setting (1 times its rule)")
     rate = _one_for_all(runs)
     if rate is None:
@@ -82,7 +81,8 @@ def tuning_section(runs: pd.DataFrame) -> str:
 
 def _one_for_all(runs: pd.DataFrame) -> float | None:
     """Of the learning rates that were run everywhere, the one of the lowest mean ln loss; None where there is none."""
-    logs = runs.assign(y=np.log(runs["val_loss_final"].astype(float)), rate=runs["learning_rate"].round(10))
+    usable = runs[runs["excluded"].isna()]
+    logs = usable.assign(y=np.log(usable["val_loss_final"].astype(float)), rate=usable["learning_rate"].round(10))
     table = logs.pivot_table(index=["N", "D"], columns="rate", values="y").dropna(axis="columns")
     return float(table.columns[int(table.mean().to_numpy().argmin())]) if table.shape[1] >= MANY_VALUES else None
 

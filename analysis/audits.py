@@ -69,7 +69,8 @@ def audit(
     chosen = select(runs)
     rows = chosen.rows
     family = str(rows["family"].iloc[0]) if "family" in rows.columns and len(rows) else None
-    references = _references(optimum, runs, family, level, seed)
+    kinds = set(rows["parametrisation"].dropna()) if "parametrisation" in rows.columns else set()
+    references = _references(optimum, runs, family, next(iter(kinds), None), level, seed)
     rate = references.get("learning_rate")
     verdicts: list[Verdict] = []
 
@@ -169,17 +170,18 @@ def _references(
     optimum: Sensitivity | Mapping[str, Reference] | None,
     runs: pd.DataFrame,
     family: str | None,
+    kind: str | None,
     level: float,
     seed: int,
 ) -> Mapping[str, Reference]:
     """What was measured, by hyperparameter; the study's own sweep where nothing is given."""
     if isinstance(optimum, Sensitivity):
-        return from_sweep(optimum, family, "the optima given")
+        return from_sweep(optimum, family, kind, "the optima given")
     if optimum is not None:
         return optimum
     if "learning_rate" not in runs.columns or not _swept(runs):
         return {}
-    return from_sweep(sensitivity(runs, level=level, seed=seed), family)
+    return from_sweep(sensitivity(runs, level=level, seed=seed), family, kind)
 
 
 def _swept(runs: pd.DataFrame) -> bool:
@@ -199,8 +201,9 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
     decay = _column(rows, "weight_decay")
     nothing = np.full(len(rows), NAN)
     best, batches = references.get("learning_rate"), references.get("batch_tokens")
-    best_rate = np.exp(best.best(N, D)) if best else nothing
-    best_batch = np.exp(batches.best(N, D)) if batches else nothing
+    places = pd.DataFrame({"N": N, "D": D, "batch_tokens": batch})
+    best_rate = np.exp(best.best(places)) if best else nothing
+    best_batch = np.exp(batches.best(places)) if batches else nothing
     body = _column(rows, "N_nonembedding")
     with np.errstate(divide="ignore", invalid="ignore"):
         timescale = np.where(rate * decay > 0, batch / (rate * decay * D), NAN)
@@ -213,8 +216,8 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
                 "learning_rate": rate,
                 "best_learning_rate": best_rate,
                 "ratio": np.exp(z),
-                "measured": best.measured(N, D) if best else np.zeros(len(rows), dtype=bool),
-                "outside": best.outside(N, D) if best else np.zeros(len(rows), dtype=bool),
+                "measured": best.measured(places) if best else np.zeros(len(rows), dtype=bool),
+                "outside": best.outside(places) if best else np.zeros(len(rows), dtype=bool),
                 "at_least": best.beyond(z) & np.isfinite(z) if best else np.zeros(len(rows), dtype=bool),
                 "batch_tokens": batch,
                 "batch_ratio": batch / best_batch,
@@ -234,10 +237,9 @@ def _penalties(cells: pd.DataFrame, rate: Reference | None, seed: int) -> np.nda
     if rate is None or not np.isfinite(rate.curvature[0]):
         return np.full((1 + COPIES, n), NAN)
     generator = np.random.default_rng(seed)
-    errors = {name: generator.standard_normal((COPIES, 1)) for name in ("value", "N", "D")}
+    errors = {name: generator.standard_normal((COPIES, 1)) for name in ("value", "N", "D", "batch_tokens")}
     errors["place"] = generator.standard_normal((COPIES, n))
-    logs, N, D = (cells[c].to_numpy(dtype=float) for c in ("learning_rate", "N", "D"))
-    copies = rate.penalty(np.log(logs) - rate.best(N, D, errors))
+    copies = rate.penalty(np.log(cells["learning_rate"].to_numpy(dtype=float)) - rate.best(cells, errors))
     copies *= np.exp(rate.curvature[1] * generator.standard_normal((COPIES, 1)))
     return np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float))), copies])
 

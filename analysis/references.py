@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.optima import Optimum
+from analysis.optimum_laws import OptimumLaw
 from analysis.sensitivity import Sensitivity
 from analysis.verdicts import NAN, Estimate, Interval
 from sweeps.errors import InputError
@@ -42,8 +43,9 @@ class Reference:
     """The best value of one hyperparameter over (N, D), and what it costs to be off it.
 
     source: who measured it, for people. family, parametrisation: of which models; None where the table has none.
-    places: optima measured, each (N, D, ln best, standard deviation). A place goes before the law.
-    log_value, powers: ln best at the point `at` and the exponents in N and D, each (value, standard deviation);
+    places: optima measured, each (N, D, batch_tokens, ln best, standard deviation); a batch of NaN is any. A place
+        goes before the law.
+    log_value, powers: ln best at the point `at` and the exponents in N, D and batch_tokens, each (value, standard deviation);
         log_value is NaN where no law could be fitted. range: of the optima behind it.
     curvature: ln of d^2 ln loss / d (ln value)^2 and its standard deviation between places; NaN where not measured.
     fitted: the smallest and the largest ln (value / best) that the quadratics were fitted to.
@@ -55,7 +57,7 @@ class Reference:
     source: str
     family: str | None
     parametrisation: str | None = None
-    places: tuple[tuple[float, float, float, float], ...] = ()
+    places: tuple[tuple[float, float, float, float, float], ...] = ()
     log_value: tuple[float, float] = (NAN, NAN)
     at: Mapping[str, float]
     powers: Mapping[str, tuple[float, float]]
@@ -83,56 +85,71 @@ class Reference:
         high = max([self.fitted[1], *(x for x, _ in self.flanks[-1:])])
         return np.asarray((z < low - SLACK) | (z > high + SLACK))
 
-    def best(self, N: np.ndarray, D: np.ndarray, errors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        """ln best at each (N, D), (n,), or its copies (copies, n) where errors in standard deviations are given.
+    def best(self, cells: pd.DataFrame, errors: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        """ln best of each cell (N, D, batch_tokens), (n,), or its copies (copies, n) where errors are given.
 
-        errors: "value", "N", "D" (copies, 1), shared by all cells, and "place" (copies, n). NaN where nothing is known.
+        errors: in standard deviations, one column for each variable and for "value" (copies, 1), shared by all cells,
+        and "place" (copies, n). NaN where nothing is known.
         """
-        e = errors or {"value": np.zeros((1, 1)), "N": np.zeros((1, 1)), "D": np.zeros((1, 1)), "place": np.zeros(1)}
-        found = self.log_value[0] + np.nan_to_num(self.log_value[1]) * e["value"] + np.zeros(len(N))
-        for name, x in (("N", N), ("D", D)):
-            power, sd = self.powers.get(name, (0.0, 0.0))
-            found = found + (power + np.nan_to_num(sd) * e[name]) * np.log(x / self.at.get(name, 1.0))
-            low, high = self.range.get(name, (NAN, NAN))
+        own = errors or {}
+        found = self.log_value[0] + np.nan_to_num(self.log_value[1]) * own.get("value", 0.0) + np.zeros(len(cells))
+        for name, (power, sd) in self.powers.items():
+            x = cells[name].to_numpy(dtype=float)
+            found = found + (power + np.nan_to_num(sd) * own.get(name, 0.0)) * np.log(x / self.at[name])
+        for name, (low, high) in self.range.items():
+            x = cells[name].to_numpy(dtype=float)
             found = np.where((x < low / TOO_FAR) | (x > high * TOO_FAR), NAN, found)
-        for n, d, value, sd in self.places:
-            here = (np.abs(np.log(N / n)) < NEAR) & (np.abs(np.log(D / d)) < NEAR)
-            found = np.where(here, value + np.nan_to_num(sd) * e["place"], found)
-        return np.asarray(found if errors else found[0])
+        for place, here in zip(self.places, self._at(cells)):
+            found = np.where(here, place[3] + np.nan_to_num(place[4]) * own.get("place", 0.0), found)
+        return np.asarray(found)
 
-    def measured(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
+    def _at(self, cells: pd.DataFrame) -> list[np.ndarray]:
+        """For each place, which cells stand at it, (n,)."""
+        logs = np.log(cells[["N", "D", "batch_tokens"]].to_numpy(dtype=float))
+        found = []
+        for place in self.places:
+            away = np.abs(logs - np.log(place[:3]))
+            found.append((away[:, :2] < NEAR).all(axis=1) & ((away[:, 2] < NEAR) | np.isnan(place[2])))
+        return found
+
+    def measured(self, cells: pd.DataFrame) -> np.ndarray:
         """Whether the optimum was measured at these very places, (n,)."""
-        here = np.zeros(len(N), dtype=bool)
-        for n, d, _, _ in self.places:
-            here |= (np.abs(np.log(N / n)) < NEAR) & (np.abs(np.log(D / d)) < NEAR)
-        return here
+        return np.any([np.zeros(len(cells), dtype=bool), *self._at(cells)], axis=0)
 
-    def outside(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
+    def outside(self, cells: pd.DataFrame) -> np.ndarray:
         """Whether the law is asked beyond the optima behind it, (n,)."""
-        out = np.zeros(len(N), dtype=bool)
-        for name, x in (("N", N), ("D", D)):
-            low, high = self.range.get(name, (NAN, NAN))
+        out = np.zeros(len(cells), dtype=bool)
+        for name, (low, high) in self.range.items():
+            x = cells[name].to_numpy(dtype=float)
             out |= (x < low / BEYOND) | (x > high * BEYOND)
-        return out & ~self.measured(N, D)
+        return out & ~self.measured(cells)
 
 
-def from_sweep(found: Sensitivity, family: str | None, source: str = "its own sweep") -> dict[str, Reference]:
+def from_sweep(
+    found: Sensitivity, family: str | None, parametrisation: str | None = None, source: str = "its own sweep"
+) -> dict[str, Reference]:
     """References by hyperparameter, from the optima and laws that `sensitivity` found for one family."""
-    optima = [o for o in found.optima if not o.refused and (family is None or o.group.get("family", family) == family)]
+
+    def same(one: Optimum | OptimumLaw) -> bool:
+        kinds = (
+            one.group if isinstance(one, Optimum) else {"family": one.family, "parametrisation": one.parametrisation}
+        )
+        wanted = (("family", family), ("parametrisation", parametrisation))
+        return not one.refused and all(None in (v, kinds.get(k)) or kinds[k] == v for k, v in wanted)
+
     references = {}
+    optima = [o for o in found.optima if same(o)]
     for axis in dict.fromkeys(a for o in optima for a in o.axes):
-        own = _one_per_place([o for o in optima if axis in o.axes])
-        laws = [law for law in found.laws.values() if law.hyperparameter == axis and law.family in (family, "", None)]
-        laws = laws or ([law for law in found.laws.values() if law.hyperparameter == axis] if family is None else [])
-        law = next((law for law in laws if not law.refused), None)
-        points = [(o.points, math.log(o.best[axis].value), math.log(o.loss.value)) for o in own]
-        fitted, flanks = _shape(points, axis)
+        law = next((law for law in found.laws.values() if law.hyperparameter == axis and same(law)), None)
+        own = [o for o in optima if axis in o.axes]
+        fitted, flanks = _shape([(o.points, math.log(o.best[axis].value), math.log(o.loss.value)) for o in own], axis)
+        places = [(*(float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens")), *_log(o.best[axis])) for o in own]
         references[axis] = Reference(
             hyperparameter=axis,
             source=source,
             family=family,
-            parametrisation=next((o.group.get("parametrisation") for o in own), None),
-            places=tuple((float(o.group["N"]), float(o.group["D"]), *_log(o.best[axis])) for o in own),
+            parametrisation=parametrisation,
+            places=tuple(places),
             log_value=_log(law.value) if law else (NAN, NAN),
             at=dict(law.at) if law else {},
             powers={k: _plain(v) for k, v in law.powers.items()} if law else {},
@@ -142,16 +159,6 @@ def from_sweep(found: Sensitivity, family: str | None, source: str = "its own sw
             flanks=flanks,
         )
     return references
-
-
-def _one_per_place(optima: Sequence[Optimum]) -> list[Optimum]:
-    """Of the optima at several batch sizes of one (N, D), that of the lowest loss."""
-    best: dict[tuple[float, float], Optimum] = {}
-    for o in optima:
-        place = (float(o.group["N"]), float(o.group["D"]))
-        if place not in best or o.loss.value < best[place].loss.value:
-            best[place] = o
-    return list(best.values())
 
 
 def from_store(

@@ -42,7 +42,7 @@ COLUMNS = (
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
     *("schedule", "cooldown_fraction", "cooldown_shape"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
-    *("val_loss_final", "val_bpb_final", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
+    *("val_loss_final", "val_bpb_final", "loss_at_start", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
     "is_default",
 )
 METRICS = (
@@ -55,7 +55,8 @@ _CURVE_COLUMNS = ("cell", "trunk", "family", "seed", "N", "D", "C", "budget", "s
 def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_uri: str | None = None) -> pd.DataFrame:
     """One row per planned cell of a study, sorted by budget, N, D and seed.
 
-    N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte).
+    N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte);
+    `loss_at_start` is that of the first step.
     `C_assumed`: C is 6 N D, because the table that a foreign run was imported from has none; what else such a run does
     not tell is NaN or None. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
     as a fraction of the run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the
@@ -197,6 +198,7 @@ def _row(
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "val_loss_final": end.get("val_loss_final"),
         "val_bpb_final": end.get("val_bpb_final"),
+        "loss_at_start": end.get("loss_at_start"),
         "seconds": end.get("seconds", {}).get("total"),
         "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),
