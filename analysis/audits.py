@@ -76,7 +76,7 @@ def audit(
 
     # 1. where every cell stands
     cells = _stand(rows, references)
-    noise = chosen.noise.sd if chosen.noise is not None else NAN
+    noise = chosen.noise.sd if chosen.noise is not None else rate.noise if rate is not None else NAN
     penalties = _penalties(cells, rate, seed)
     cells["penalty"] = penalties[0]
     bounds = [interval(p, level) for p in penalties[1:].T]

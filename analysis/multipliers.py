@@ -116,24 +116,32 @@ def compute_multiplier(frontier: Frontier, tuned: np.ndarray, default: np.ndarra
     if frontier.law is None:
         return NOTHING
     count = min(len(tuned), len(frontier.losses))
-    logs = [_compute_at(frontier, tuned[i], i) - _compute_at(frontier, default[i], i) for i in range(count)]
+    logs = _compute_at(frontier, tuned[:count]) - _compute_at(frontier, default[:count])
     if not np.isfinite(logs[0]):
         return NOTHING
     draws = np.exp(np.where(np.isnan(logs[1:]), np.inf, logs[1:]))  # out of reach: no compute of the law is enough
-    found = interval(draws, level) if len(draws) else (NAN, NAN)
-    return Estimate(value=float(np.exp(logs[0])), interval=tuple(b if np.isfinite(b) else NAN for b in found))  # type: ignore[arg-type]
+    low, high = interval(draws, level)
+    return Estimate(
+        value=float(np.exp(logs[0])), interval=(low if np.isfinite(low) else NAN, high if np.isfinite(high) else NAN)
+    )
 
 
-def _compute_at(frontier: Frontier, loss: float, copy: int) -> float:
-    """ln C at which a copy of the frontier has a loss; NaN beyond what is tabled or below its floor.
+def _compute_at(frontier: Frontier, losses: np.ndarray) -> np.ndarray:
+    """ln C at which each copy of the frontier, from the first on, has a loss; NaN beyond what is tabled or its floor.
 
     ln (L - E) is nearly straight in ln C, so that interpolation between the knots is exact to 1e-4 and better.
     """
-    height = loss - frontier.floor[copy]
-    above = np.log(np.maximum(frontier.losses[copy] - frontier.floor[copy], 1e-300))
-    if not height > 0 or not np.isfinite(above).all():
-        return NAN
-    return float(np.interp(-np.log(height), -above, frontier.x, left=np.nan, right=np.nan))
+    floor, table = frontier.floor[: len(losses), None], frontier.losses[: len(losses)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        above, wanted = np.log(table - floor), np.log(losses - floor[:, 0])
+    # the knot before the loss: heights fall from knot to knot
+    after = (above > wanted[:, None]).sum(axis=1)
+    inside = (after > 0) & (after < len(frontier.x)) & np.isfinite(above).all(axis=1) & np.isfinite(wanted)
+    i, rows = np.clip(after, 1, len(frontier.x) - 1), np.arange(len(losses))
+    left, right = above[rows, i - 1], above[rows, i]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = (left - wanted) / (left - right)
+    return np.where(inside, frontier.x[i - 1] + share * (frontier.x[i] - frontier.x[i - 1]), NAN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +188,7 @@ def far_below(frontier: Frontier, losses: np.ndarray) -> list[Verdict]:
     """A caution where default losses lie on a part of the frontier far cheaper than any tuned run."""
     if frontier.law is None:
         return []
-    least = min((_compute_at(frontier, float(v), 0) for v in losses), default=NAN)
+    least = min((float(_compute_at(frontier, np.array([v]))[0]) for v in losses), default=NAN)
     if not np.exp(least) < frontier.compute_range[0] / 10.0:
         return []
     message = (

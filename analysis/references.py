@@ -45,8 +45,8 @@ class Reference:
     source: who measured it, for people. family, parametrisation: of which models; None where the table has none.
     places: optima measured, each (N, D, batch_tokens, ln best, standard deviation); a batch of NaN is any. A place
         goes before the law.
-    log_value, powers: ln best at the point `at` and the exponents in N, D and batch_tokens, each (value, standard deviation);
-        log_value is NaN where no law could be fitted. range: of the optima behind it.
+    log_value, powers: ln best at the point `at` and the exponents in N, D and batch_tokens, each (value, standard
+        deviation); log_value is NaN where no law could be fitted. range: of the optima behind it.
     curvature: ln of d^2 ln loss / d (ln value)^2 and its standard deviation between places; NaN where not measured.
     fitted: the smallest and the largest ln (value / best) that the quadratics were fitted to.
     flanks: (ln (value / best), excess of ln loss) beyond those, ascending, pooled over places: how the loss was seen
@@ -65,6 +65,8 @@ class Reference:
     curvature: tuple[float, float] = (NAN, NAN)
     fitted: Interval = (NAN, NAN)
     flanks: tuple[tuple[float, float], ...] = ()
+    noise: float = NAN
+    """Standard deviation of ln loss between equal runs where the optima were measured."""
 
     def penalty(self, z: np.ndarray) -> np.ndarray:
         """ln loss lost at z = ln (value / best): 1/2 curvature z^2 where quadratics were fitted, beyond as measured.
@@ -143,7 +145,10 @@ def from_sweep(
         law = next((law for law in found.laws.values() if law.hyperparameter == axis and same(law)), None)
         own = [o for o in optima if axis in o.axes]
         fitted, flanks = _shape([(o.points, math.log(o.best[axis].value), math.log(o.loss.value)) for o in own], axis)
-        places = [(*(float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens")), *_log(o.best[axis])) for o in own]
+        places = []
+        for o in own:
+            N, D, batch = (float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens"))
+            places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis])))
         references[axis] = Reference(
             hyperparameter=axis,
             source=source,
@@ -157,6 +162,7 @@ def from_sweep(
             curvature=_curvature([o.curvature for o in own]) if axis == "learning_rate" else (NAN, NAN),
             fitted=fitted,
             flanks=flanks,
+            noise=_number(found.noise.get("sd")),
         )
     return references
 
@@ -186,7 +192,7 @@ def from_store(
             if law.get("refused") or not same or (axis in found and found[axis][0] >= written):
                 continue
             try:
-                found[axis] = written, _from_record(law, record.get("optima", []), name)
+                found[axis] = written, _from_record(law, record.get("optima", []), name, record.get("noise") or {})
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(
                     f"{path} is not the record of fitted optima that it should be ({error!r}): run escala "
@@ -195,7 +201,9 @@ def from_store(
     return {axis: reference for axis, (_, reference) in found.items()}
 
 
-def _from_record(law: Mapping[str, Any], optima: Sequence[Mapping[str, Any]], study: str) -> Reference:
+def _from_record(
+    law: Mapping[str, Any], optima: Sequence[Mapping[str, Any]], study: str, noise: Mapping[str, Any]
+) -> Reference:
     """One law of optimum.json, with the curvature and the reach of the optima behind it."""
     axis = str(law["hyperparameter"])
     own = [o for o in optima if not o.get("refused") and axis in o.get("axes", ())]
@@ -226,12 +234,17 @@ def _from_record(law: Mapping[str, Any], optima: Sequence[Mapping[str, Any]], st
         curvature=_curvature(curvatures) if axis == "learning_rate" else (NAN, NAN),
         fitted=fitted,
         flanks=flanks,
+        noise=_number(noise.get("sd")),
     )
+
+
+def _number(value: Any) -> float:
+    return NAN if value is None else float(value)
 
 
 def _pair(bounds: Any) -> Interval:
     low, high = bounds if bounds is not None else (None, None)
-    return (NAN if low is None else float(low), NAN if high is None else float(high))
+    return _number(low), _number(high)
 
 
 def _log(estimate: Estimate) -> tuple[float, float]:

@@ -1,9 +1,10 @@
 """What tuning is worth: the tuned loss against the default's at each size, as a gain, as compute, as a larger model.
 
-The tuned loss is the lowest point of the curve through a sweep (`optima`), not the lowest run: the minimum of k noisy
-losses is too low by luck (the winner's curse), and a default judged against it is always worth tuning. Where the runs
-bear no curve the best setting's loss is raised by the luck that noise of this size gives the best of so many, and a
-verdict says so. The default's run is a point of the same sweep, so both sides share its noise, and so do their draws.
+The failure it guards against is the winner's curse: the minimum of k noisy losses, and to a lesser degree the lowest
+point of a curve through them, is too low by luck, and a default judged against it is always worth tuning. So the tuned
+loss is that of the curve through a sweep (`optima`), or where there is none of the best setting, and both are raised by
+the luck that noise of this size gives them, as the bootstrap finds it. The default's run is a point of the same sweep:
+both sides share its noise, and so do their draws.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ WITHIN = 1.5
 """A run's setting is the default's where it is this near to it, as a factor."""
 SAME_PLACE = 0.02
 """Two ln D this close are one token count: batch sizes round it."""
+KNOTS = 41
+"""Points along each axis at which a curve without a minimum is searched for its lowest value."""
 
 Default = Mapping[str, float | PowerRule | Callable[[Mapping[str, float]], float]]
 
@@ -342,6 +345,8 @@ def _gain(
     kept = np.flatnonzero(np.isfinite(points["loss"].astype(float)) & (points["loss"].astype(float) > 0))
     if at not in kept:
         return "the default diverged"
+    if len(kept) < 2:
+        return "one setting only"
     y = np.log(points["loss"].to_numpy(dtype=float)[kept])
     count = points["count"].to_numpy(dtype=float)[kept]
     own = int(np.flatnonzero(kept == at)[0])
@@ -355,15 +360,20 @@ def _gain(
     curve = optimum is not None and not optimum.refused
     if curve and optimum is not None:
         fitted = points["fitted"].to_numpy(dtype=bool)[kept]
-        lowest = float(np.log(optimum.loss.value)) + _shifts(points.iloc[kept], axes, y, errors, fitted)
+        copies = float(np.log(optimum.loss.value)) + _shifts(points.iloc[kept], axes, y, errors, fitted)
+        luck = float(copies[1:].mean() - copies[0]) if len(errors) else 0.0
         tuned = dict(optimum.best)
     else:
-        # the best of several is too low by what the minimum of noisy copies lies below the minimum itself
-        copies = (y + errors).min(axis=1)
-        luck = float(copies.mean() - y.min()) if len(copies) else 0.0
-        lowest = np.concatenate([[y.min() - luck], copies - 2.0 * luck])
+        copies = np.concatenate([[y.min()], (y + errors).min(axis=1)])
+        # noise has spread the settings already: its luck is that of settings as near as they would be without it
+        apart = float(np.var(y, ddof=1))
+        true = np.sqrt(max(0.0, 1.0 - float(errors.var(axis=0).mean()) / apart)) if apart > 0 and len(errors) else 1.0
+        shrunk = y.mean() + true * (y - y.mean())
+        luck = float((shrunk + errors).min(axis=1).mean() - shrunk.min()) if len(errors) else 0.0
         best = points.iloc[kept[int(y.argmin())]]
         tuned = {axis: Estimate(value=float(best[axis])) for axis in axes if _is_number(best[axis])}
+    # the lowest of noisy losses, and the lowest point of a noisy curve, lie too low by what noise lowers them again
+    lowest = copies[0] - luck + np.concatenate([[0.0], copies[1:] - copies[1:].mean() if len(errors) else []])
     return _Place(
         group=sweep.group,
         C=C,
@@ -425,15 +435,16 @@ def _shifts(
 ) -> np.ndarray:
     """How far noise moves the lowest point of the quadratic through the fitted points, (1 + copies,), 0 first.
 
-    Coefficients are linear in ln loss, so that adding noise to them is exact. A copy that opens downwards is NaN.
+    Coefficients are linear in ln loss, so that adding noise to them is exact. Where a copy has no minimum among the
+    points it is the lowest value of the quadratic over their range.
     """
     x = np.log(points.loc[fitted, list(axes)].to_numpy(dtype=float))
     x = x - x.mean(axis=0)
+    low, high = x.min(axis=0), x.max(axis=0)
     pairs = list(combinations_with_replacement(range(len(axes)), 2))
-    design = np.column_stack([np.ones(len(x)), x, *(x[:, i] * x[:, j] for i, j in pairs)])
-    values = np.vstack([y[fitted], y[fitted] + errors[:, fitted]])
     root = np.sqrt(points.loc[fitted, "count"].to_numpy(dtype=float))
-    coefficients = values @ (np.linalg.pinv(design * root[:, None]) * root).T
+    values = np.vstack([y[fitted], y[fitted] + errors[:, fitted]])
+    coefficients = values @ (np.linalg.pinv(_design(x, pairs) * root[:, None]) * root).T
     slope, bend = coefficients[:, 1 : 1 + len(axes)], coefficients[:, 1 + len(axes) :]
     hessian = np.zeros((len(values), len(axes), len(axes)))
     for k, (i, j) in enumerate(pairs):
@@ -442,8 +453,18 @@ def _shifts(
     convex = np.linalg.eigvalsh(hessian)[:, 0] > 0
     hessian[~convex] = np.eye(len(axes))
     at = -np.linalg.solve(hessian, slope[:, :, None])[:, :, 0]
-    lowest = np.where(convex, coefficients[:, 0] + 0.5 * (slope * at).sum(axis=1), NAN)
+    lowest = coefficients[:, 0] + 0.5 * (slope * at).sum(axis=1)
+    lost = ~(convex & (at >= low).all(axis=1) & (at <= high).all(axis=1))
+    if lost.any():
+        knots = [np.linspace(a, b, KNOTS) for a, b in zip(low, high)]
+        grid = np.stack([m.ravel() for m in np.meshgrid(*knots)], axis=1)
+        lowest[lost] = (coefficients[lost] @ _design(grid, pairs).T).min(axis=1)
     return np.asarray(lowest - lowest[0])
+
+
+def _design(x: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Columns 1, x_i and x_i x_j of a quadratic in the columns of x."""
+    return np.column_stack([np.ones(len(x)), x, *(x[:, i] * x[:, j] for i, j in pairs)])
 
 
 def _tuned_runs(places: Sequence[_Place]) -> pd.DataFrame:
