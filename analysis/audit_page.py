@@ -17,6 +17,7 @@ from analysis.references import Reference, from_store, from_sweep
 from analysis.sensitivity import sensitivity
 from analysis.tuning import AXES, TuningWorth, tuning_worth
 from analysis.verdicts import Estimate, Verdict
+from sweeps.errors import InputError
 from sweeps.store import Store
 from sweeps.units import human
 
@@ -32,8 +33,11 @@ def sections(runs: pd.DataFrame, plan: Mapping[str, Any], store: Store) -> str:
     if usable.empty:
         return ""
     swept = _swept(usable)
-    found = audit(runs, references(runs, plan, store, swept=swept))
-    return (tuning_section(runs) if swept else "") + audit_section(found)
+    try:
+        known, note = references(runs, plan, store, swept=swept), ""
+    except InputError as error:  # another study's damaged file is no reason to be without a report of this one
+        known, note = {}, f"<p class=partial>{escape(_capital(str(error)))}</p>"
+    return (tuning_section(runs) if swept else "") + audit_section(audit(runs, known)) + note
 
 
 def references(

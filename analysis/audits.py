@@ -12,15 +12,13 @@ the study that would measure it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.fitting import Settings, fit, problem_of
-from analysis.laws import CHINCHILLA
-from analysis.problems import Robust
+from analysis.corrections import Change, audited_laws, change_of, judge_change
 from analysis.references import (
     POWER_LINES,
     POWER_LINES_N,
@@ -34,9 +32,8 @@ from analysis.references import (
 )
 from analysis.selection import select
 from analysis.sensitivity import Sensitivity, sensitivity
-from analysis.solver import descend, solve
 from analysis.uncertainty import interval
-from analysis.verdicts import NAN, NOTHING, Estimate, Fit, Verdict, clean, plural
+from analysis.verdicts import NAN, Verdict, clean, plural
 from sweeps.units import human
 
 LEAST = 0.001
@@ -45,8 +42,8 @@ ONE_RATE_SPAN = 8.0
 """Sizes so many times apart at one learning rate are a finding: the best rate falls with size under most recipes."""
 WARMUP_SHARE, WARMUP_SHORT = 0.2, 0.1
 """Share of a run that is too much warm-up in any case, and from which warm-up beyond N tokens is."""
-COPIES, ISOFLOP_COPIES = 200, 24
-"""Noisy copies of the penalties; of these, so many for which budgets are fitted again."""
+COPIES = 200
+"""Noisy copies of the penalties."""
 
 
 def audit(
@@ -87,9 +84,9 @@ def audit(
     verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(rows, cells, rate)]
 
     # 2. the laws before and after
-    names = tuple(laws) if laws is not None else _laws(rows)
-    changes = tuple(_change(rows, chosen.loss, name, cells, penalties, level, seed) for name in names)
-    verdicts += [v for change in changes for v in _judge_change(change)]
+    names = tuple(laws) if laws is not None else audited_laws(rows)
+    changes = tuple(change_of(rows, chosen.loss, name, penalties, level, seed) for name in names)
+    verdicts += [v for change in changes for v in judge_change(change)]
     return Audit(
         family=family,
         cells=cells,
@@ -99,24 +96,6 @@ def audit(
         floor=floor,
         level=level,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """The exponents of one law, of the losses as they are and without the estimated penalties.
-
-    before, after: exponent by name (N_exponent, D_exponent; of Chinchilla's law also alpha and beta).
-    difference: after minus before, with the interval that the penalties' own uncertainty gives it: the runs, and so
-    their noise, are the same on both sides. beyond_noise: the exponent of best N leaves its interval, and the
-    difference excludes 0.
-    """
-
-    law: str
-    before: Mapping[str, Estimate]
-    after: Mapping[str, Estimate] = field(default_factory=dict)
-    difference: Mapping[str, Estimate] = field(default_factory=dict)
-    beyond_noise: bool = False
-    refused: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,101 +336,3 @@ def _published(rows: pd.DataFrame, cells: pd.DataFrame, rate: Reference | None) 
 def _span(values: pd.Series) -> str:
     low, high = f"{values.min():.2g}", f"{values.max():.2g}"
     return low if low == high else f"{low} to {high}"
-
-
-# --- the laws before and after -----------------------------------------------------------------------------------
-
-
-def _laws(rows: pd.DataFrame) -> tuple[str, ...]:
-    budgets = "budget" in rows.columns and rows["budget"].notna().any()
-    return ("isoflop", "chinchilla") if budgets else ("chinchilla",)
-
-
-def _exponents(found: Fit) -> dict[str, Estimate]:
-    names = ("N_exponent", "D_exponent", "alpha", "beta")
-    own = {k: Estimate(value=found.params[k], interval=found.intervals[k]) for k in names if k in found.params}
-    return {k: v for k, v in found.decisions.items() if k in names[:2]} | own
-
-
-def _change(
-    rows: pd.DataFrame,
-    loss: str,
-    law: str,
-    cells: pd.DataFrame,
-    penalties: np.ndarray,
-    level: float,
-    seed: int,
-) -> Change:
-    """The law of the rows before and after taking the penalties out of their losses. Unknown penalties are left in."""
-    before = fit(rows, law, loss=loss, level=level, seed=seed)
-    exponents = _exponents(before)
-    if not np.isfinite(exponents.get("N_exponent", NOTHING).value):
-        said = next((v.message for v in before.verdicts if v.severity == "refuse"), "the fit is refused.")
-        return Change(law=law, before=exponents, refused=said)
-    known = np.nan_to_num(penalties)
-    if not (known[0] > 0).any():
-        return Change(law=law, before=exponents)
-    after = fit(rows.assign(**{loss: rows["y"] * np.exp(-known[0])}), law, loss=loss, level=level, seed=seed)
-    corrected = _exponents(after)
-    copies = _copies(rows, loss, law, known, level, seed)
-    difference = {}
-    for name in ("N_exponent", "D_exponent"):
-        by = corrected[name].value - exponents[name].value
-        spread = copies[name][1:] - copies[name][0]
-        difference[name] = Estimate(value=by, interval=_shift(interval(spread, level), by))
-        corrected[name] = _widen(corrected[name], spread, level)
-    moved = difference["N_exponent"]
-    low, high = exponents["N_exponent"].interval
-    left = not low <= corrected["N_exponent"].value <= high
-    certain = moved.interval[0] > 0 or moved.interval[1] < 0
-    return Change(
-        law=law, before=exponents, after=corrected, difference=difference, beyond_noise=bool(left and certain)
-    )
-
-
-def _copies(
-    rows: pd.DataFrame, loss: str, law: str, penalties: np.ndarray, level: float, seed: int
-) -> dict[str, np.ndarray]:
-    """The exponents of best N and D with each copy of the penalties taken out, the estimate first."""
-    y = np.log(rows["y"].to_numpy(dtype=float))
-    if law == "chinchilla":
-        problem = problem_of(CHINCHILLA, rows, Settings(fixed={}))
-        robust = Robust("huber", 1e-2)
-        targets = y - penalties
-        start = solve(problem, robust).theta
-        params = problem.params(descend(problem, robust, np.tile(start, (len(targets), 1)), targets=targets)[0])
-        a = params["beta"] / (params["alpha"] + params["beta"])
-        return {"N_exponent": a, "D_exponent": 1.0 - a}
-    fits = [
-        fit(rows.assign(**{loss: np.exp(y - p)}), law, loss=loss, level=level, seed=seed, resamples=2).params
-        for p in penalties[: 1 + ISOFLOP_COPIES]
-    ]
-    return {name: np.array([f[name] for f in fits]) for name in ("N_exponent", "D_exponent")}
-
-
-def _shift(bounds: tuple[float, float], by: float) -> tuple[float, float]:
-    return bounds[0] + by, bounds[1] + by
-
-
-def _widen(estimate: Estimate, spread: np.ndarray, level: float) -> Estimate:
-    """The interval of an exponent after correction: the runs' noise and the penalties' uncertainty in quadrature."""
-    low, high = interval(spread, level)
-    value, (a, b) = estimate.value, estimate.interval
-    return Estimate(
-        value=value, interval=(value - float(np.hypot(value - a, low)), value + float(np.hypot(b - value, high)))
-    )
-
-
-def _judge_change(change: Change) -> list[Verdict]:
-    if not change.beyond_noise:
-        return []
-    before, after = (e["N_exponent"] for e in (change.before, change.after))
-    message = (
-        f"{change.law}: how the cells were tuned bends the law. Without the estimated penalties the exponent of the "
-        f"best N goes from {_exponent(before)} to {_exponent(after)}."
-    )
-    return [Verdict("tuning_confound", "caution", "fit", None, message, {"law": change.law})]
-
-
-def _exponent(e: Estimate) -> str:
-    return f"{e.value:.3f} ({e.interval[0]:.3f} to {e.interval[1]:.3f})"
