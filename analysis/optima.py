@@ -38,7 +38,8 @@ class Optimum:
     group: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where they are known.
     best: axis -> optimum (learning_rate without unit, batch_tokens in tokens). loss: there, nats.
     plateau: axis -> where the fitted loss is within `eps` of the best (of two axes: with the other at its best for
-        it); a bound beyond what was tried is NaN. curvature: d^2 ln loss / d ln(learning rate)^2.
+        it); a bound beyond what was tried is NaN. curvature: d^2 ln loss / d ln(learning rate)^2, the first entry of
+        the hessian over the axes.
     sensitivity: Wortsman et al. 2023 (arXiv 2309.14322), nats; see `analysis.sensitivity`.
     points: learning_rate, batch_tokens, loss (mean over seeds), count, diverged, fitted.
     draws: axis -> ln optimum under noise (resamples,); those beyond the grid stand one span outside it.
@@ -53,6 +54,7 @@ class Optimum:
     loss: Estimate = NOTHING
     plateau: Mapping[str, Interval] = field(default_factory=dict)
     curvature: float = NAN
+    hessian: np.ndarray | None = field(default=None, repr=False, compare=False)
     sensitivity: Estimate = NOTHING
     draws: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
@@ -130,10 +132,10 @@ def _vertex(curve: np.ndarray, axes: int) -> tuple[np.ndarray, np.ndarray, np.nd
         hessian[..., j, j] = bend[..., j]
     if axes == 2:
         hessian[..., 0, 1] = hessian[..., 1, 0] = curve[..., 5]
-    convex = (np.linalg.eigvalsh(hessian) > 0).all(axis=-1)
+    convex = np.asarray((np.linalg.eigvalsh(hessian) > 0).all(axis=-1))
     safe = np.where(convex[..., None, None], hessian, np.eye(axes))
     vertex = -np.linalg.solve(safe, slope[..., None])[..., 0]
-    lowest = curve[..., 0] + 0.5 * (slope * vertex).sum(axis=-1)
+    lowest = np.asarray(curve[..., 0] + 0.5 * (slope * vertex).sum(axis=-1))
     return vertex, hessian, lowest, convex
 
 
@@ -247,7 +249,9 @@ def _between_seeds(groups: Sequence[Group]) -> Noise | None:
         squares += float(points.loc[near, "squares"].sum())
         freedom += int((points.loc[near, "count"] - 1).sum())
         many += int(near.sum())
-    return Noise(sd=float(np.sqrt(squares / freedom)), freedom=freedom, source="seeds", groups=many) if freedom else None
+    return (
+        Noise(sd=float(np.sqrt(squares / freedom)), freedom=freedom, source="seeds", groups=many) if freedom else None
+    )
 
 
 # --- one group ---------------------------------------------------------------------------------------------------
@@ -285,7 +289,9 @@ def _optimum(
     spread = np.sqrt(2.0 * np.log1p(eps) * np.diag(np.linalg.inv(hessian)))
     bests, plateau = {}, {}
     for j, axis in enumerate(axes):
-        bests[axis] = Estimate(value=float(np.exp(best[j])), interval=_within(interval(drawn[:, j], level), low[j], high[j]))
+        bests[axis] = Estimate(
+            value=float(np.exp(best[j])), interval=_within(interval(drawn[:, j], level), low[j], high[j])
+        )
         plateau[axis] = _within((float(best[j] - spread[j]), float(best[j] + spread[j])), low[j], high[j])
     bottom = interval(lows[rises], level)
     return Optimum(
@@ -298,6 +304,7 @@ def _optimum(
         loss=Estimate(value=float(np.exp(lowest)), interval=(float(np.exp(bottom[0])), float(np.exp(bottom[1])))),
         plateau=plateau,
         curvature=float(hessian[0, 0]),
+        hessian=hessian,
         draws={axis: drawn[:, j] for j, axis in enumerate(axes)},
     )
 
@@ -325,7 +332,7 @@ def _cannot(group: Group, axes: tuple[str, ...]) -> Verdict:
     least = "3 of each axis and 7 settings" if len(axes) == 2 else "3, better 5"
     message = (
         f"{name}: {plural(count, f'learning {_WORDS[few]}' if few == 'learning_rate' else 'batch size')} with a loss "
-        f"({tried}){f', {lost} more diverged' if lost else ''}; a quadratic needs {least}. Train more around the lowest."
+        f"({tried}){f', {lost} more diverged' if lost else ''}; a quadratic needs {least}. Train more beside the best."
     )
     return Verdict("too_few_points", "refuse", "fit", name, message, {"levels": counts, "settings": len(usable)})
 
@@ -360,8 +367,9 @@ def _judge(
         beyond = lost.loc[lost["learning_rate"] > edge, "learning_rate"] if axis == "learning_rate" else lost.iloc[:0]
         if at_high and len(axes) == 1 and len(beyond):
             message = (
-                f"{name}: the loss is lowest at the largest {word} that did not diverge ({edge:.4g}; {beyond.min():.4g} "
-                "did): the optimum lies at the edge of stability. Train at rates between, with more warm-up or seeds."
+                f"{name}: the loss is lowest at the largest {word} that did not diverge ({edge:.4g}; at "
+                f"{beyond.min():.4g} it did): the optimum lies at the edge of stability. Train at rates between, or "
+                "with more warm-up."
             )
             said.append(Verdict("edge_of_stability", "refuse", "fit", name, message, {"edge": edge}))
             return said
@@ -380,9 +388,13 @@ def _judge(
         )
         said.append(Verdict("no_minimum", "refuse", "fit", name, message))
     elif len(inside) and inside.mean() < 0.5:
-        message = f"{name}: within the noise the optimum lies outside the grid more often than not. Add seeds, or rates."
+        message = (
+            f"{name}: within the noise the optimum lies outside the grid more often than not. Add seeds, or rates."
+        )
         said.append(Verdict("unstable_minimum", "refuse", "fit", name, message, {"inside": float(inside.mean())}))
     elif surface.scatter()[1] == 0:
-        message = f"{name}: the quadratic passes through its {len(kept)} settings exactly; only seeds can contradict it."
+        message = (
+            f"{name}: the quadratic passes through its {len(kept)} settings exactly; only seeds can contradict it."
+        )
         said.append(Verdict("no_residual_freedom", "caution", "fit", name, message))
     return said

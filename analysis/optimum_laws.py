@@ -148,7 +148,7 @@ def near_best_laws(
             table = kept[list(asked)]
             x, at, said = _columns(table, axis, asked)
             labels = dict(kind)
-            law = {"hyperparameter": axis, "family": labels.get("family")}
+            law: dict[str, Any] = {"hyperparameter": axis, "family": labels.get("family")}
             law |= {"parametrisation": labels.get("parametrisation"), "recipe": _recipe(runs, labels, axis)}
             if len(kept) <= x.shape[1] or len(members) < LEAST:
                 said.append(_too_few(axis, len(members), 0))
@@ -203,9 +203,12 @@ def _law(
     return OptimumLaw(**law, **numbers, curvature=curvature, verdicts=tuple(said))
 
 
-def _columns(table: pd.DataFrame, axis: str, asked: Sequence[str]) -> tuple[np.ndarray, dict[str, float], list[Verdict]]:
+def _columns(
+    table: pd.DataFrame, axis: str, asked: Sequence[str]
+) -> tuple[np.ndarray, dict[str, float], list[Verdict]]:
     """The columns 1, ln (v / at v) of the variables whose powers the table identifies, and where `at` is."""
-    at, columns, said = {}, [np.ones(len(table))], []
+    at: dict[str, float] = {}
+    columns, said = [np.ones(len(table))], []
     for name in asked:
         logs = np.log(table[name].to_numpy(dtype=float))
         centred = logs - logs.mean()

@@ -43,12 +43,28 @@ def judge_rule(runs: pd.DataFrame, rules: Mapping[str, Ruling]) -> pd.DataFrame:
 
 
 def _interpolated(group: Group, ruled: Mapping[str, float]) -> float:
+    """Along the rates of the two batches beside the ruled one, then between them: on a grid that is unambiguous, where
+    a triangulation draws one diagonal or the other (on Step Law's grids that moves single cells by .05 %). Settings
+    that form no grid are triangulated."""
     points = group.points[group.points["count"] > 0]
     x, y = np.log(points[list(ruled)].to_numpy(dtype=float)), points["loss"].to_numpy()
     at = np.log(list(ruled.values()))
+    if not len(y):
+        return NAN
     if len(ruled) == 1:
-        order = np.argsort(x[:, 0])
-        return float(np.interp(at[0], x[order, 0], y[order], left=NAN, right=NAN)) if len(y) else NAN
+        return _between(at[0], x[:, 0], y)
+    batches = np.unique(np.round(x[:, 1], 6))
+    lines = [np.abs(x[:, 1] - batch) < 1e-5 for batch in batches]
+    along = np.array([_between(at[0], x[line, 0], y[line]) for line in lines])
+    kept = np.isfinite(along)
+    if kept.sum() >= 2:
+        return _between(at[1], batches[kept], along[kept])
     if len(y) < 3 or (np.ptp(x, axis=0) == 0).any():
         return NAN
     return float(LinearNDInterpolator(x, y, rescale=True)(at)[0])
+
+
+def _between(at: float, x: np.ndarray, y: np.ndarray) -> float:
+    """Linear between the points, NaN beyond them."""
+    order = np.argsort(x)
+    return float(np.interp(at, x[order], y[order], left=NAN, right=NAN))

@@ -213,8 +213,9 @@ def _slice(group: Group) -> pd.DataFrame:
     """The settings of a group at the batch of its lowest loss, by rate."""
     points = group.points
     if points["batch_tokens"].nunique() > 1:
-        at = points["loss"].idxmin() if points["loss"].notna().any() else points.index[0]
-        points = points[points["batch_tokens"] == points.loc[at, "batch_tokens"]]
+        losses = points["loss"].to_numpy()
+        at = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
+        points = points[points["batch_tokens"] == points["batch_tokens"].iloc[at]]
     return points.sort_values("learning_rate")
 
 
@@ -224,10 +225,10 @@ def _limits(groups: Sequence[Group], grids: Sequence[np.ndarray], low: float, hi
     bottom, top = min(g.min() for _, g in wide), max(g.max() for _, g in wide)
     if high - low >= 0.75 * (top - bottom):
         return []
-    blamed = min(wide, key=lambda pair: min(pair[1].max(), high) - max(pair[1].min(), low) + np.ptp(pair[1]))[0]
+    narrowest = min(wide, key=lambda pair: float(np.ptp(pair[1])))[0]
     message = (
         f"sensitivities are taken from {np.exp(low):.3g} to {np.exp(high):.3g}, the learning rates that all groups "
-        f"cover, of {np.exp(bottom):.3g} to {np.exp(top):.3g} tried ({blamed.name} has the narrowest grid)."
+        f"cover, of {np.exp(bottom):.3g} to {np.exp(top):.3g} tried ({narrowest.name} has the narrowest grid)."
     )
     return [Verdict("narrow_range", "info", "fit", None, message)]
 
@@ -241,4 +242,3 @@ def write_optimum(found: Sensitivity, runs: pd.DataFrame, study: str, store: Sto
     path = store.study(study) / "fits" / "optimum.json"
     write_json(path, head | {"written": timestamp()} | found.to_json())
     return path
-

@@ -39,10 +39,10 @@ class Group:
     """The runs of one group as settings.
 
     key: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where there are such columns.
-    points: one row per setting, by batch and rate: learning_rate, batch_tokens (NaN unknown), loss (nats; geometric
-        mean over its runs that did not diverge, NaN where all did), count (of those), diverged (count of the others),
-        squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the loss,
-        at most that at the start; NaN where a diverged run has no loss and the start is not known).
+    points: one row per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (nats;
+        geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
+        others), squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the
+        loss, at most that at the start; NaN where a diverged run has no loss and the start is not known).
     start: loss of the untrained model in nats, NaN unknown.
     """
 
@@ -98,11 +98,13 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
             f"{', '.join(map(str, runs.columns))}. Read a file of your own with analysis.read_table."
         )
     rows, left_out = _usable(runs, loss)
-    for name in ("N", "D", *(a for a in AXES if a in rows.columns)):
-        rows[name] = merged(rows[name].to_numpy(dtype=float))
     if "batch_tokens" not in rows.columns:
         rows["batch_tokens"] = NAN
         _refuse_unread_batch(rows)
+    for axis in AXES:
+        rows[f"ln {axis}"] = np.log(rows[axis].astype(float))
+    for name in ("N", "D", *AXES):
+        rows[name] = merged(rows[name].to_numpy(dtype=float))
     always = [c for c in _ALWAYS if c in rows.columns and rows[c].notna().any()]
     base = rows.groupby([*always, "N", "D"], dropna=False).ngroup().to_numpy()
     keys, moving = _divide(rows, base)
@@ -111,7 +113,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
     chosen = tuple(axes) if axes else _axes(rows)
     other = [a for a in AXES if a not in chosen and rows.groupby("at")[a].nunique().max() > 1]
     rows["at"] = rows.groupby(["at", *other], dropna=False).ngroup() if other else rows["at"]
-    always += [c for c in keys]
+    always += keys
     described = ["N", "D", *(a for a in AXES if a not in chosen and rows[a].notna().any())]
     rows, repeated = _without_repeats(rows)
     groups = [_group(part, [*always, *described]) for _, part in rows.groupby("at")]
@@ -184,7 +186,8 @@ def _refuse_unread_batch(rows: pd.DataFrame) -> None:
 
 def _divide(rows: pd.DataFrame, base: np.ndarray) -> tuple[list[str], list[str]]:
     """The settings that were crossed with the axes, which divide groups, and those that only move along with them."""
-    keys, moving = [], []
+    keys: list[str] = []
+    moving: list[str] = []
     for name in _OTHERS:
         if name not in rows.columns or rows[name].nunique(dropna=False) < 2:
             continue
@@ -240,8 +243,7 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     total = np.diff(np.append(starts, len(order)))
     points = pd.DataFrame(
         {
-            "learning_rate": rate[order][starts],
-            "batch_tokens": batch[order][starts],
+            **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
             "loss": np.exp(np.where(count > 0, mean, NAN)),
             "count": count,
             "diverged": total - count,
@@ -292,8 +294,8 @@ def _say(
     same = settled.groupby(["at", "measured"])["learning_rate"].nunique()
     if odd := int((same > 1).sum()):
         message = (
-            f"{plural(odd, 'measured value')} of the loss stand at two learning rates of one N and D, equal to the last digit: some rows "
-            "carry the wrong rate, and the optima there cannot be trusted. Look at the table's source."
+            f"{plural(odd, 'value')} of the loss, equal to the last digit, stand at two learning rates of one N and D: "
+            "some rows carry the wrong rate, and the optima there cannot be trusted. Look at the table's source."
         )
         said.append(Verdict("repeated_losses", "caution", "fit", None, message, {"losses": odd}))
     return said
