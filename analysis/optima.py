@@ -170,14 +170,14 @@ class _Surface:
 
 def _surface(group: Group, axes: Sequence[str], reach: float) -> _Surface | None:
     """None where nothing has a loss, or the settings cannot carry a quadratic."""
-    points = group.points
-    usable = ((points["count"] > 0) & (points["diverged"] <= points["count"])).to_numpy()
-    x = np.log(points[list(axes)].to_numpy(dtype=float)[usable])
-    y = np.log(points["loss"].to_numpy()[usable])
+    count = group.columns["count"]
+    usable = (count > 0) & (group.columns["diverged"] <= count)
+    x = np.log(np.stack([group.columns[axis][usable] for axis in axes], axis=1))
+    y = np.log(group.columns["loss"][usable])
     if not len(y) or any(len(np.unique(column)) < 3 for column in x.T):
         return None
     used = _beside_lowest(x[:, 0], y, reach) if len(axes) == 1 else _lowest(x, y, reach)
-    return _Surface(x, y, points["count"].to_numpy(dtype=float)[usable], used, np.flatnonzero(usable))
+    return _Surface(x, y, count[usable].astype(float), used, np.flatnonzero(usable))
 
 
 def _beside_lowest(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
@@ -244,10 +244,10 @@ def _between_seeds(groups: Sequence[Group]) -> Noise | None:
     """Pooled over the settings within a tenth of each group's lowest: rates near the edge of stability are noisier."""
     squares, freedom, many = 0.0, 0, 0
     for group in groups:
-        points = group.points
-        near = (points["count"] > 1) & (points["loss"] <= 1.1 * points["loss"].min())
-        squares += float(points.loc[near, "squares"].sum())
-        freedom += int((points.loc[near, "count"] - 1).sum())
+        count, loss = group.columns["count"], group.columns["loss"]
+        near = (count > 1) & (loss <= 1.1 * np.min(loss[count > 0], initial=np.inf))
+        squares += float(group.columns["squares"][near].sum())
+        freedom += int((count[near] - 1).sum())
         many += int(near.sum())
     return (
         Noise(sd=float(np.sqrt(squares / freedom)), freedom=freedom, source="seeds", groups=many) if freedom else None
@@ -266,12 +266,14 @@ def _optimum(
     eps: float,
     level: float,
 ) -> Optimum:
-    points = group.points[["learning_rate", "batch_tokens", "loss", "count", "diverged"]].copy()
-    points["fitted"] = False
+    shown = {k: group.columns[k] for k in ("learning_rate", "batch_tokens", "loss", "count", "diverged")}
+    fitted = np.zeros(len(shown["loss"]), dtype=bool)
+    if surface is not None and surface.fits:
+        fitted[surface.position[surface.used]] = True
+    points = pd.DataFrame(shown | {"fitted": fitted})
     if surface is None or not surface.fits:
         said = _cannot(group, axes)
         return Optimum(group=group.key, name=group.name, axes=axes, points=points, verdicts=(said,))
-    points.loc[surface.position[surface.used], "fitted"] = True
     errors = generator.standard_normal((len(scales), len(surface.used))) / np.sqrt(surface.count[surface.used])
     copies = surface.curve + (errors * scales[:, None]) @ surface.solve.T
     vertex, hessian, lowest, convex = _vertex(surface.curve, len(axes))
@@ -358,9 +360,9 @@ def _judge(
     for j, axis in enumerate(axes):
         column, word = surface.x[:, j], _WORDS[axis]
         # of two axes the lowest of many near-equal settings may stand at an edge by chance: there the vertex decides
-        at_low = vertex[j] <= seen[0][j] or (len(axes) == 1 and column[lowest] <= column.min() + 1e-9)
-        at_high = vertex[j] >= seen[1][j] or (len(axes) == 1 and column[lowest] >= column.max() - 1e-9)
-        if not convex or not (at_low or at_high):
+        at_low = (convex and vertex[j] <= seen[0][j]) or (len(axes) == 1 and column[lowest] <= column.min() + 1e-9)
+        at_high = (convex and vertex[j] >= seen[1][j]) or (len(axes) == 1 and column[lowest] >= column.max() - 1e-9)
+        if not (at_low or at_high):
             continue
         edge = float(np.exp(column.max() if at_high else column.min()))
         lost = group.points[group.points["count"] == 0]

@@ -39,16 +39,21 @@ class Group:
     """The runs of one group as settings.
 
     key: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where there are such columns.
-    points: one row per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (nats;
-        geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
+    columns: one value per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (in
+        nats, geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
         others), squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the
         loss, at most that at the start; NaN where a diverged run has no loss and the start is not known).
     start: loss of the untrained model in nats, NaN unknown.
     """
 
     key: Mapping[str, Any]
-    points: pd.DataFrame
+    columns: Mapping[str, np.ndarray]
     start: float = NAN
+
+    @property
+    def points(self) -> pd.DataFrame:
+        """The columns as a table."""
+        return pd.DataFrame(dict(self.columns))
 
     @property
     def order(self) -> tuple[tuple[str, ...], float, float, tuple[str, ...]]:
@@ -241,17 +246,15 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
         squares = np.maximum(np.add.reduceat(y**2, starts) - count * mean**2, 0.0)
     capped = np.where(np.isfinite(measured), np.fmin(measured, start), start)
     total = np.diff(np.append(starts, len(order)))
-    points = pd.DataFrame(
-        {
-            **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
-            "loss": np.exp(np.where(count > 0, mean, NAN)),
-            "count": count,
-            "diverged": total - count,
-            "squares": np.where(count > 1, squares, 0.0),
-            "capped": np.add.reduceat(capped, starts) / total,
-        }
-    )
-    return Group(key=key, points=points, start=start)
+    columns = {
+        **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
+        "loss": np.exp(np.where(count > 0, mean, NAN)),
+        "count": count,
+        "diverged": total - count,
+        "squares": np.where(count > 1, squares, 0.0),
+        "capped": np.add.reduceat(capped, starts) / total,
+    }
+    return Group(key=key, columns=columns, start=start)
 
 
 def _start(rows: pd.DataFrame) -> float:

@@ -22,6 +22,7 @@ import eager
 import fits
 import mirror
 import overhead
+import sensitivity
 import stalls
 import step
 import together
@@ -45,6 +46,7 @@ BENCHMARKS = {
     "workers": together.workers,
     "fits": fits.fits,
     "coverage": coverage.coverage,
+    "sensitivity": sensitivity.run,
     "compare": compare.run,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
