@@ -58,8 +58,8 @@ def audit(
 
     runs: a run table; the audit is of the rows that a law's fit would use. optimum: what was measured, by
     `sensitivity`, or `references` by hyperparameter; by default the study's own sweep.
-    laws: whose exponents are told before and after: by default "isoflop" where the runs have budgets, and
-    "chinchilla". level, seed: of the intervals.
+    laws: whose exponents are told before and after, where any optimum is known: by default "isoflop" where the runs
+    have budgets, and "chinchilla". level, seed: of the intervals.
 
     Raises InputError for a missing column.
     """
@@ -83,8 +83,9 @@ def audit(
     verdicts += _judge_rate(cells, rate)
     verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(rows, cells, rate)]
 
-    # 2. the laws before and after
+    # 2. the laws before and after; where nothing is known of any cell there is no after
     names = tuple(laws) if laws is not None else audited_laws(rows)
+    names = names if np.isfinite(penalties[0]).any() else ()
     changes = tuple(change_of(rows, chosen.loss, name, penalties, level, seed) for name in names)
     verdicts += [v for change in changes for v in judge_change(change)]
     return Audit(
@@ -218,9 +219,9 @@ def _penalties(cells: pd.DataFrame, rate: Reference | None, seed: int) -> np.nda
     generator = np.random.default_rng(seed)
     errors = {name: generator.standard_normal((COPIES, 1)) for name in ("value", "N", "D", "batch_tokens")}
     errors["place"] = generator.standard_normal((COPIES, n))
-    copies = rate.penalty(np.log(cells["learning_rate"].to_numpy(dtype=float)) - rate.best(cells, errors))
+    copies = rate.penalty(np.log(cells["learning_rate"].to_numpy(dtype=float)) - rate.best(cells, errors), cells)
     copies *= np.exp(rate.curvature[1] * generator.standard_normal((COPIES, 1)))
-    return np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float))), copies])
+    return np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float)), cells), copies])
 
 
 # --- what is said of them ----------------------------------------------------------------------------------------

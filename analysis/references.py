@@ -43,8 +43,8 @@ class Reference:
     """The best value of one hyperparameter over (N, D), and what it costs to be off it.
 
     source: who measured it, for people. family, parametrisation: of which models; None where the table has none.
-    places: optima measured, each (N, D, batch_tokens, ln best, standard deviation); a batch of NaN is any. A place
-        goes before the law.
+    places: optima measured, each (N, D, batch_tokens, ln best, standard deviation, ln curvature); a batch of NaN is
+        any. A place goes before the law.
     log_value, powers: ln best at the point `at` and the exponents in N, D and batch_tokens, each (value, standard
         deviation); log_value is NaN where no law could be fitted. range: of the optima behind it.
     curvature: ln of d^2 ln loss / d (ln value)^2 and its standard deviation between places; NaN where not measured.
@@ -57,7 +57,7 @@ class Reference:
     source: str
     family: str | None
     parametrisation: str | None = None
-    places: tuple[tuple[float, float, float, float, float], ...] = ()
+    places: tuple[tuple[float, ...], ...] = ()
     log_value: tuple[float, float] = (NAN, NAN)
     at: Mapping[str, float]
     powers: Mapping[str, tuple[float, float]]
@@ -68,13 +68,17 @@ class Reference:
     noise: float = NAN
     """Standard deviation of ln loss between equal runs where the optima were measured."""
 
-    def penalty(self, z: np.ndarray) -> np.ndarray:
-        """ln loss lost at z = ln (value / best): 1/2 curvature z^2 where quadratics were fitted, beyond as measured.
+    def penalty(self, z: np.ndarray, cells: pd.DataFrame) -> np.ndarray:
+        """ln loss lost at z = ln (value / best) of each cell, (..., n).
 
-        Beyond everything measured it is the loss at that end, which is the least it can be. NaN where no curvature
-        was measured.
+        1/2 curvature z^2 where quadratics were fitted, with the curvature of the very place where it was measured;
+        outside as the flanks tell. Beyond everything measured it is the loss at that end, which is the least it can
+        be. NaN where no curvature was measured.
         """
-        inner = 0.5 * np.exp(self.curvature[0]) * np.clip(z, *self.fitted) ** 2
+        curvature = np.full(len(cells), self.curvature[0])
+        for place, here in zip(self.places, self._at(cells)):
+            curvature[here] = place[5]
+        inner = 0.5 * np.exp(curvature) * np.clip(z, *self.fitted) ** 2
         if not self.flanks:
             return np.asarray(inner)
         low, high = self.fitted
@@ -148,7 +152,8 @@ def from_sweep(
         places = []
         for o in own:
             N, D, batch = (float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens"))
-            places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis])))
+            bend = math.log(o.curvature) if o.curvature > 0 else NAN
+            places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis]), bend))
         references[axis] = Reference(
             hyperparameter=axis,
             source=source,

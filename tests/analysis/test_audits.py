@@ -238,8 +238,8 @@ def test_optima_from_a_file_are_those_of_the_analysis(tmp_path, measured) -> Non
     own = from_sweep(measured, "llama")["learning_rate"]
     cells = a_grid().assign(batch_tokens=np.nan)
     assert read.best(cells) == pytest.approx(own.best(cells), abs=0.02)
-    z = np.linspace(-2, 2, 9)
-    assert read.penalty(z) == pytest.approx(own.penalty(z), rel=1e-6)
+    z = np.linspace(-2, 2, len(cells))
+    assert read.penalty(z, cells) == pytest.approx(own.penalty(z, cells), rel=1e-6)
 
 
 def test_damaged_file_of_optima_is_named_and_the_report_written_all_the_same(tmp_path, measured) -> None:
