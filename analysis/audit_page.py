@@ -29,6 +29,10 @@ MANY_VALUES = 3
 
 def sections(runs: pd.DataFrame, plan: Mapping[str, Any], store: Store) -> str:
     """What tuning is worth in one family's runs, where the study varies a hyperparameter, and the audit, always."""
+    kinds = sorted(runs["parametrisation"].dropna().unique()) if "parametrisation" in runs.columns else []
+    if len(kinds) > 1:  # their learning rates do not compare
+        parts = [(kind, sections(runs[runs["parametrisation"] == kind], plan, store)) for kind in kinds]
+        return "".join(f"<h2>{escape(str(kind))}</h2>{text}" for kind, text in parts if text)
     usable = runs[runs["excluded"].isna()]
     if usable.empty:
         return ""
@@ -52,7 +56,7 @@ def references(
             return own
     corpus, contexts = plan.get("corpus", {}), runs["context"].dropna().unique()
     text = {k: corpus.get(v) for k, v in (("corpus", "fingerprint"), ("tokenizer", "tokenizer"))}
-    if plan.get("foreign") or len(contexts) != 1 or len(kinds) > 1:
+    if plan.get("foreign") or len(contexts) != 1:
         return {}
     name = str(plan["study"].get("name", ""))
     return from_store(store, name, family, next(iter(kinds), None), text | {"context": int(contexts[0])})

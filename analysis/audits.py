@@ -34,6 +34,7 @@ from analysis.selection import select
 from analysis.sensitivity import Sensitivity, sensitivity
 from analysis.uncertainty import interval
 from analysis.verdicts import NAN, Verdict, clean, plural
+from sweeps.errors import InputError
 from sweeps.units import human
 
 LEAST = 0.001
@@ -61,12 +62,17 @@ def audit(
     laws: whose exponents are told before and after, where any optimum is known: by default "isoflop" where the runs
     have budgets, and "chinchilla". level, seed: of the intervals.
 
-    Raises InputError for a missing column.
+    Raises InputError for a missing column, or runs of several parametrisations.
     """
     chosen = select(runs)
     rows = chosen.rows
     family = str(rows["family"].iloc[0]) if "family" in rows.columns and len(rows) else None
     kinds = set(rows["parametrisation"].dropna()) if "parametrisation" in rows.columns else set()
+    if len(kinds) > 1:
+        raise InputError(
+            f"the runs are of several parametrisations ({', '.join(sorted(map(str, kinds)))}), whose learning rates do "
+            "not compare; audit them apart."
+        )
     references = _references(optimum, runs, family, next(iter(kinds), None), level, seed)
     rate = references.get("learning_rate")
     verdicts: list[Verdict] = []

@@ -148,10 +148,11 @@ def gain_at(
     generator: np.random.Generator,
 ) -> "Place | str":
     """Both sides at one place, or why not."""
-    near = table["N"].sub(sweep.group["N"]).abs().le(1e-6 * sweep.group["N"])
-    near &= np.log(table["D"] / sweep.group["D"]).abs() <= SAME_PLACE
-    if "family" in table.columns and sweep.group.get("family") is not None:
-        near &= table["family"] == sweep.group["family"]
+    near = np.log(table["D"] / sweep.group["D"]).abs() <= SAME_PLACE
+    for name, value in sweep.group.items():
+        if name != "D" and name in table.columns:
+            column = table[name]
+            near &= (column / value - 1).abs() <= SAME_PLACE if _is_number(value) and value else column == value
     rows = table[near]
     C = float(rows["C"].mean()) if len(rows) else 6.0 * sweep.group["N"] * sweep.group["D"]
     points = sweep.points.reset_index(drop=True)

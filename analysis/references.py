@@ -150,7 +150,7 @@ def from_sweep(
         own = [o for o in optima if axis in o.axes]
         fitted, flanks = _shape([(o.points, math.log(o.best[axis].value), math.log(o.loss.value)) for o in own], axis)
         places = []
-        for o in own:
+        for o in sorted(own, key=lambda o: -o.loss.value):  # of several at one place, the best comes last and counts
             N, D, batch = (float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens"))
             bend = math.log(o.curvature) if o.curvature > 0 else NAN
             places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis]), bend))

@@ -82,13 +82,14 @@ def tuning_worth(
     if not places:
         return TuningWorth(axes=axes, verdicts=tuple(verdicts), noise=spread.to_json(), level=level)
 
-    # 3. what that is in compute and in size, through the law of the tuned runs of each family
+    # 3. what that is in compute and in size, through the law of the tuned runs of each kind
     worths, laws = [], {}
-    for family in dict.fromkeys(str(p.group.get("family", "")) for p in places):
-        own = [p for p in places if str(p.group.get("family", "")) == family]
+    kinds = dict.fromkeys(_kind(p) for p in places)
+    for kind in kinds:
+        own = [p for p in places if _kind(p) == kind]
         frontier = tuned_frontier(_tuned_runs(own), level, seed)
-        laws[family] = frontier.law
-        name = f"{family}: " if len({str(p.group.get("family", "")) for p in places}) > 1 else ""
+        laws[kind] = frontier.law
+        name = f"{kind}: " if len(kinds) > 1 else ""
         verdicts += [replace(v, message=name + v.message) for v in frontier.verdicts]
         verdicts += far_below(frontier, np.array([p.default_loss[0] for p in own]))
         for p in own:
@@ -161,7 +162,7 @@ def _range(estimate: Estimate, form: str) -> str:
 class TuningWorth:
     """What tuning `axes` is worth at every place, or why it is not known: look at `refused` and `verdicts` first.
 
-    laws: by family, the law of the tuned runs that the compute multipliers run along; None where there is none.
+    laws: by family (and parametrisation), the law of the tuned runs that the compute multipliers run along, or None.
     noise: of ln loss between seeds, and where it comes from. level: of the intervals.
     """
 
@@ -202,6 +203,12 @@ class TuningWorth:
 
 
 # --- the law of the tuned runs, and what is said ---------------------------------------------------------------
+
+
+def _kind(place: Place) -> str:
+    """What one law is for: a family in one parametrisation."""
+    words = (place.group.get(k) for k in ("family", "parametrisation"))
+    return " ".join(str(w) for w in words if w is not None)
 
 
 def _tuned_runs(places: Sequence[Place]) -> pd.DataFrame:

@@ -126,6 +126,12 @@ def test_one_rate_for_sizes_far_apart_is_a_finding_unless_the_parametrisation_is
     assert "one_setting" not in codes(audit(runs[runs["N"] < 5e4], laws=()))
 
 
+def test_parametrisations_are_audited_apart(measured) -> None:
+    both = pd.concat([a_grid().assign(parametrisation=kind) for kind in ("mup", "standard")], ignore_index=True)
+    with pytest.raises(InputError, match="several parametrisations"):
+        audit(both, measured)
+
+
 def test_warmup_that_fills_short_runs_is_a_finding() -> None:
     N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e4, 1.6e5, 4), np.geomspace(1e6, 1e7, 4)))
     runs = surface(N, D, noise=0.002).assign(learning_rate=best_rate(N, D), family="llama")

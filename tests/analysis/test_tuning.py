@@ -187,6 +187,16 @@ def test_size_multiplier_grows_with_the_gain_and_is_bounded_from_half_on() -> No
     assert values[3].estimate.value == pytest.approx(2 ** (1 / LAW["alpha"]), rel=0.05)
 
 
+def test_each_parametrisation_has_its_own_places_and_law() -> None:
+    runs = sweep(SIZES[:4], TOKENS[:3], seeds=2)
+    other = runs.assign(loss=runs["loss"] * 1.1, parametrisation="mup")
+    found = tuning_worth(pd.concat([runs.assign(parametrisation="standard"), other]), default=off(4.0))
+    assert list(found.laws) == ["llama mup", "llama standard"]
+    table = found.table().set_index(["parametrisation", "N", "D"])
+    ratio = table.loc["mup", "loss_default"] / table.loc["standard", "loss_default"]
+    assert ratio.to_numpy() == pytest.approx(1.1)
+
+
 def test_everything_goes_into_json_and_a_table(found) -> None:
     record = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert len(record["worths"]) == len(found.worths) == len(found.table())
