@@ -13,9 +13,10 @@ import pandas as pd
 
 from analysis import page
 from analysis.audits import Audit, audit
+from analysis.gains import AXES, is_number
 from analysis.references import Reference, from_store, from_sweep
 from analysis.sensitivity import sensitivity
-from analysis.tuning import AXES, TuningWorth, tuning_worth
+from analysis.tuning import TuningWorth, tuning_worth
 from analysis.verdicts import Estimate, Verdict
 from sweeps.errors import InputError
 from sweeps.store import Store
@@ -108,7 +109,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
         rows.append(
             [
                 *(human(float(w.group["N"])), human(float(w.group["D"]))),
-                ", ".join(page.number(v, 3) if np.isreal(v) else escape(str(v)) for v in w.default.values()),
+                ", ".join(page.number(v, 3) if is_number(v) else escape(str(v)) for v in w.default.values()),
                 best,
                 *(f"{w.default_loss:.4f}", f"{w.tuned_loss.value:.4f}"),
                 f"{least}{w.percent.value:.2f} {_range(w.percent)}",

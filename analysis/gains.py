@@ -20,6 +20,8 @@ from analysis.verdicts import NAN, Estimate
 from sweeps.errors import InputError, nearest
 from sweeps.rules import PowerRule, evaluate
 
+AXES = ("learning_rate", "batch_tokens")
+"""Hyperparameters whose sweeps have curves; of others the best setting stands for the tuned one."""
 WITHIN = 1.5
 """A run's setting is the default's where it is this near to it, as a factor."""
 SAME_PLACE = 0.02
@@ -27,7 +29,7 @@ SAME_PLACE = 0.02
 KNOTS = 41
 """Points along each axis at which a curve without a minimum is searched for its lowest value."""
 
-Default = Mapping[str, float | PowerRule | Callable[[Mapping[str, float]], float]]
+Default = Mapping[str, float | str | PowerRule | Callable[[Mapping[str, float]], float]]
 
 
 # --- what was run ------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ class Place:
 
     group: Mapping[str, Any]
     C: float
-    default: Mapping[str, float]
+    default: Mapping[str, float | str]
     tuned: Mapping[str, Estimate]
     way: str
     tuned_loss: np.ndarray
@@ -70,6 +72,8 @@ def usable(runs: pd.DataFrame) -> pd.DataFrame:
             "own with analysis.read_table, which finds common names."
         )
     table = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
+    if "rung" in table.columns:
+        table = table[~(table["rung"].astype(float) < 1.0)]  # an early rung of a search is no run of full length
     table = table.assign(loss=table[name].astype(float))
     table = table[(table[["N", "D", "loss"]].astype(float) > 0).all(axis=1) & np.isfinite(table["loss"])]
     if "C" not in table.columns:
@@ -86,8 +90,26 @@ def _keys(table: pd.DataFrame) -> list[Any]:
     return [*([table["family"]] if "family" in table.columns else []), table["N"], rank]
 
 
-def varies(table: pd.DataFrame, column: str) -> bool:
-    return bool((table.groupby(_keys(table), dropna=False)[column].nunique() > 1).any()) if len(table) else False
+def varied_settings(table: pd.DataFrame) -> list[str]:
+    """The hyperparameters that take several values at one place, in the order of `SETTINGS`.
+
+    Not those that only follow the learning rate or the batch, as warm-up does its D or decay its rate.
+    """
+    leaders = [c for c in AXES if c in table.columns]
+    followed = [*_keys(table), *(table[c] for c in leaders)]
+    return [
+        c
+        for c in SETTINGS
+        if c in table.columns and len(table) and _spread(table, c, _keys(table) if c in AXES else followed)
+    ]
+
+
+def _spread(table: pd.DataFrame, column: str, keys: list[Any]) -> bool:
+    """Whether a column differs within any group, as a number by more than rounding."""
+    groups = table.groupby(keys, dropna=False)[column]
+    if not pd.api.types.is_numeric_dtype(table[column]):
+        return bool((groups.nunique() > 1).any())
+    return bool((groups.max() > groups.min() * (1.0 + SAME_PLACE)).any())
 
 
 def tuned_axes(varied: Sequence[str], default: Default | None, table: pd.DataFrame) -> tuple[str, ...]:
@@ -152,7 +174,7 @@ def gain_at(
     for name, value in sweep.group.items():
         if name != "D" and name in table.columns:
             column = table[name]
-            near &= (column / value - 1).abs() <= SAME_PLACE if _is_number(value) and value else column == value
+            near &= (column / value - 1).abs() <= SAME_PLACE if is_number(value) and value else column == value
     rows = table[near]
     C = float(rows["C"].mean()) if len(rows) else 6.0 * sweep.group["N"] * sweep.group["D"]
     points = sweep.points.reset_index(drop=True)
@@ -188,7 +210,7 @@ def gain_at(
         shrunk = y.mean() + true * (y - y.mean())
         luck = float((shrunk + errors).min(axis=1).mean() - shrunk.min()) if len(errors) else 0.0
         best = points.iloc[kept[int(y.argmin())]]
-        tuned = {axis: Estimate(value=float(best[axis])) for axis in axes if _is_number(best[axis])}
+        tuned = {axis: Estimate(value=float(best[axis])) for axis in axes if is_number(best[axis])}
     # the lowest of noisy losses, and the lowest point of a noisy curve, lie too low by what noise lowers them again
     lowest = copies[0] - luck + np.concatenate([[0.0], copies[1:] - copies[1:].mean() if len(errors) else []])
     return Place(
@@ -231,7 +253,7 @@ def _default_point(
                     raise InputError(f"the rule of the default's {axis} cannot be evaluated: {error}.") from None
     away = np.zeros(len(points))
     for axis, value in wanted.items():
-        if _is_number(value):
+        if is_number(value):
             if not 0 < value < np.inf:
                 raise InputError(f"the default's {axis} is {value!r}; it must be a positive number.")
             away = np.maximum(away, np.abs(np.log(points[axis].to_numpy(dtype=float) / float(value))))
@@ -243,7 +265,8 @@ def _default_point(
     return best
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number, and no word such as a schedule's."""
     return isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
 
 

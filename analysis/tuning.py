@@ -11,16 +11,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.gains import WITHIN, Default, Place, Sweep, gain_at, noise_of, settings_swept, tuned_axes, usable, varies
+from analysis.gains import (
+    AXES,
+    WITHIN,
+    Default,
+    Place,
+    Sweep,
+    gain_at,
+    noise_of,
+    settings_swept,
+    tuned_axes,
+    usable,
+    varied_settings,
+)
 from analysis.multipliers import NO_SIZE, SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
 from analysis.optima import Optimum
 from analysis.sensitivity import sensitivity
-from analysis.uncertainty import SETTINGS, interval
+from analysis.uncertainty import interval
 from analysis.verdicts import NOTHING, Estimate, Fit, Verdict, clean, plural, refused
 from sweeps.units import human
-
-AXES = ("learning_rate", "batch_tokens")
-"""Hyperparameters whose sweeps have curves; of others the best setting stands for the tuned one."""
 
 
 def tuning_worth(
@@ -36,10 +45,10 @@ def tuning_worth(
     """What choosing hyperparameters gains over a default, at each (family, N, D) where both are known.
 
     runs: a run table with N, D, the hyperparameters that vary, and losses (nats), as for `sensitivity`.
-    default: the recipe that is not tuned, by hyperparameter: a number, a rule of a study, or a function of a place's
-        N, D and C; the runs nearest to it, within a factor of `WITHIN`, stand for it. Without it the study's own:
-        the runs whose `is_default` is true. A hyperparameter that varies and is not named is tuned on neither side:
-        each of its values is a place of its own.
+    default: the recipe that is not tuned, by hyperparameter: a number, a word, a rule of a study, or a function of
+        a place's N, D and C; the runs nearest to it, within a factor of `WITHIN`, stand for it. Without it the
+        study's own: the runs whose `is_default` is true. A hyperparameter that varies and is not named is tuned on
+        neither side: each of its values is a place of its own.
     optima: as `sensitivity` found them; by default it is asked. noise: standard deviation of ln loss between seeds;
         by default measured. resamples, level, seed: of the intervals.
 
@@ -47,7 +56,7 @@ def tuning_worth(
     that is no positive number or no hyperparameter that varies.
     """
     table = usable(runs)
-    varied = [c for c in SETTINGS if c in table.columns and varies(table, c)]
+    varied = varied_settings(table)
     axes = tuned_axes(varied, default, table)
     if not axes:
         message = (
@@ -114,7 +123,7 @@ class Worth:
     """
 
     group: Mapping[str, Any]
-    default: Mapping[str, float]
+    default: Mapping[str, float | str]
     tuned: Mapping[str, Estimate]
     way: str
     default_loss: float

@@ -95,6 +95,17 @@ def test_best_of_many_equal_settings_is_raised_by_its_luck() -> None:
     assert np.mean([w.told_apart for w in found.worths]) <= 0.1
 
 
+def test_settings_that_are_words_are_held_against_each_other() -> None:
+    N, D, seed = (a.ravel() for a in np.meshgrid(SIZES, TOKENS, [0, 1], indexing="ij"))
+    cosine = surface(N, D, noise=0.001, seed=1).assign(schedule="cosine", seed=seed)
+    linear = surface(N, D, noise=0.001, seed=2).assign(schedule="linear", seed=seed)
+    runs = pd.concat([cosine.assign(loss=1.02 * cosine["loss"]), linear], ignore_index=True)
+    found = tuning_worth(runs, default={"schedule": "cosine"})
+    assert len(found.worths) == len(SIZES) * len(TOKENS)
+    assert np.mean([w.percent.value for w in found.worths]) == pytest.approx(2.0, abs=0.1)
+    assert all(w.default == {"schedule": "cosine"} for w in found.worths)
+
+
 def test_optimum_beyond_the_rates_tried_makes_the_gain_a_lower_bound() -> None:
     runs = sweep(SIZES, TOKENS, 2.0 ** np.arange(-4, 0))
     found = tuning_worth(runs, default=off(2.0**-4), noise=0.002)
@@ -165,6 +176,24 @@ def test_the_studys_own_default_is_the_setting_at_one_times_its_rule() -> None:
     own = tuning_worth(runs.assign(is_default=np.isclose(times, 4.0)))
     named = tuning_worth(runs, default=off(4.0))
     pd.testing.assert_frame_equal(own.table(), named.table())
+
+
+def test_settings_that_follow_the_rate_are_no_search_of_their_own() -> None:
+    runs = sweep(SIZES[:3], TOKENS[:3])
+    own = np.isclose(runs["learning_rate"] / best_rate(runs["N"], runs["D"]), 4.0)
+    runs = runs.assign(weight_decay=1e-3 / runs["learning_rate"], warmup_tokens=runs["D"] / 20, is_default=own)
+    found = tuning_worth(runs)
+    assert found.axes == ("learning_rate",)
+    assert {w.way for w in found.worths} == {"curve"}
+
+
+def test_early_rungs_of_a_search_are_no_runs() -> None:
+    runs = sweep(SIZES[:3], TOKENS[:3])
+    early = runs.assign(loss=0.5 * runs["loss"], rung=0.25)
+    both = pd.concat([runs.assign(rung=np.nan), early], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        tuning_worth(both, default=off(2.0)).table(), tuning_worth(runs, default=off(2.0)).table()
+    )
 
 
 def test_noise_is_shared_by_default_and_curve_so_that_a_given_noise_scales_the_interval() -> None:
