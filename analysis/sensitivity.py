@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.optima import Optimum, find_optima
 from analysis.optimum_laws import OptimumLaw, near_best_laws, optimum_laws
+from analysis.resampling import dependent_runs, trunk_labels
 from analysis.swept import Group, swept_groups
 from analysis.uncertainty import Noise, interval
 from analysis.verdicts import NOTHING, OPEN, Estimate, Interval, Verdict, clean
@@ -125,6 +126,8 @@ def sensitivity(
         swept.groups, swept.axes, eps=eps, resamples=resamples, level=level, seed=seed, noise=noise
     )
     verdicts = [*swept.verdicts, *said]
+    if (trunks := trunk_labels(runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs)) is not None:
+        verdicts.append(dependent_runs(trunks, "More seeds make more of them."))
     if "learning_rate" in swept.axes:
         values, shared, said = wortsman(swept.groups, judged, resamples=resamples, level=level, seed=seed)
         found = [replace(one, sensitivity=value) for one, value in zip(found, values)]
@@ -163,7 +166,7 @@ def wortsman(
     """
     slices = [_slice(group) for group in groups]
     grids = [np.log(s["learning_rate"]) for s in slices]
-    wide = [g for g in grids if len(g) >= 2]
+    wide = [g for g, s in zip(grids, slices) if len(g) >= 2 and np.isfinite(s["loss"]).any()]
     nothing = [NOTHING] * len(groups)
     if not wide:
         return nothing, OPEN, []
@@ -240,5 +243,8 @@ def write_optimum(found: Sensitivity, runs: pd.DataFrame, study: str, store: Sto
         values = runs[name].dropna().unique().tolist() if name in runs.columns else []
         head[name] = values[0] if len(values) == 1 else None
     path = store.study(study) / "fits" / "optimum.json"
-    write_json(path, head | {"written": timestamp()} | found.to_json())
+    body = found.to_json()
+    for law in body["laws"]:
+        law["parametrisation"] = law["parametrisation"] or "standard"  # what a study is that says none
+    write_json(path, head | {"written": timestamp()} | body)
     return path

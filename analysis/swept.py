@@ -127,7 +127,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
         groups=tuple(groups),
         axes=chosen,
         left_out=left_out | ({"listed twice: another row has the same setting and loss": repeated} if repeated else {}),
-        verdicts=tuple(_say(rows, left_out, repeated, blown, moving)),
+        verdicts=(*_say(rows, left_out, repeated, blown, moving), *_still_to_come(runs)),
         runs=len(rows),
         diverged=int(rows["diverged"].sum()),
     )
@@ -216,10 +216,15 @@ def _mark_diverged(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def _axes(rows: pd.DataFrame) -> tuple[str, ...]:
-    """Both where at least half of the groups have 3 batches with 3 rates each."""
+    """Both where at least half of the groups have 3 batches with 3 rates each, or, as a search leaves them, 7 settings
+    scattered over 3 of each with mostly one rate a batch."""
     rates = rows.groupby(["at", "batch_tokens"])["learning_rate"].nunique()
-    crossed = (rates >= 3).groupby("at").sum() >= 3
-    return AXES if len(crossed) and crossed.sum() * 2 >= rows["at"].nunique() else AXES[:1]
+    by_group = rates.groupby("at")
+    crossed = by_group.apply(lambda counts: (counts >= 3).sum() >= 3)
+    spread = rows.groupby("at")["learning_rate"].nunique()
+    scattered = (by_group.sum() >= 7) & (by_group.median() < 2) & (by_group.size() >= 3) & (spread >= 3)
+    both = int((crossed | scattered.reindex(crossed.index, fill_value=False)).sum()) if len(crossed) else 0
+    return AXES if both * 2 >= rows["at"].nunique() else AXES[:1]
 
 
 def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -231,7 +236,8 @@ def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]
 
 def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     first = rows.iloc[0]
-    key = {k: float(first[k]) if isinstance(first[k], float | int | np.number) else first[k] for k in names}
+    known = {k: first[k] for k in names if not pd.isna(first[k])}
+    key = {k: float(v) if isinstance(v, float | int | np.number) else v for k, v in known.items()}
     start = _start(rows)
     rate, batch = (rows[a].to_numpy(dtype=float) for a in AXES)
     order = np.lexsort((rate, batch))
@@ -264,6 +270,14 @@ def _start(rows: pd.DataFrame) -> float:
     words = str(rows["tokenizer"].iloc[0]) if "tokenizer" in rows.columns else ""
     size = re.match(r"(?:bpe|hf)-(\d+)-", "bpe-256-" if words == "bytes" else words)
     return float(np.log(float(size[1]))) if size else NAN
+
+
+def _still_to_come(runs: pd.DataFrame) -> list[Verdict]:
+    pending = int(runs["state"].isin(PENDING).sum()) if "state" in runs.columns else 0
+    if not pending:
+        return []
+    message = f"{pending} of {len(runs)} planned cells are still to come; the optima may move as they do."
+    return [Verdict("partial", "info", "fit", None, message, {"runs": pending})]
 
 
 def _say(

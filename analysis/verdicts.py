@@ -84,6 +84,7 @@ class Code(StrEnum):
     ALL_DIVERGED = "all_diverged"
     EDGE_OF_STABILITY = "edge_of_stability"
     BAD_RUN = "bad_run"
+    SKEWED_VALLEY = "skewed_valley"
     TOO_FEW_OPTIMA = "too_few_optima"
     START_UNKNOWN = "start_unknown"
     NO_COMMON_RANGE = "no_common_range"

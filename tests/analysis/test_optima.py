@@ -100,6 +100,18 @@ def test_clean_runs_are_seldom_taken_for_bad() -> None:
     assert flagged <= 3  # of 100 groups
 
 
+def test_valleys_steeper_on_one_side_are_said_with_how_far_the_vertices_are_off() -> None:
+    table = fan(noise=0.001)
+    assert "skewed_valley" not in codes(sensitivity(table))
+    away = np.log(table["learning_rate"] / best_rate(table["N"]))
+    found = sensitivity(table.assign(loss=table["loss"] * np.exp(0.003 * away**3)))
+    (verdict,) = [v for v in found.verdicts if v.code == "skewed_valley"]
+    off = np.log([best_rate(each.group["N"]) / each.best["learning_rate"].value for each in found.optima])
+    assert verdict.evidence["ln_shift"] == pytest.approx(np.median(off), rel=0.25)
+    assert "faster above" in verdict.message
+    assert found.laws["learning_rate"].powers["N"].value == pytest.approx(-0.2, abs=0.02)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +195,24 @@ def test_settings_that_were_crossed_divide_groups_and_those_that_move_along_are_
     found = sensitivity(moving)
     assert len(found.optima) == 1
     assert "moving_settings" in codes(found)
+
+
+def test_what_a_search_scattered_over_rate_and_batch_is_one_group() -> None:
+    generator = np.random.default_rng(0)
+    rate, batch = 0.01 * np.exp(generator.uniform(-2, 2, 60)), 1e5 * np.exp(generator.uniform(-2, 2, 60))
+    x, b = np.log(rate / 0.01), np.log(batch / 1e5)
+    found = only(one(rate, 3.0 * np.exp(0.02 * x**2 + 0.02 * b**2 - 0.01 * x * b), batch_tokens=batch))
+    assert found.axes == ("learning_rate", "batch_tokens")
+    assert found.best["learning_rate"].value == pytest.approx(0.01, rel=0.02)
+    assert found.best["batch_tokens"].value == pytest.approx(1e5, rel=0.02)
+
+
+def test_cells_still_to_come_are_said() -> None:
+    planned = one([0.32], [np.nan], state="planned", excluded="not finished (planned)")
+    found = sensitivity(pd.concat([one(state="finished", excluded=None), planned], ignore_index=True))
+    assert found.runs == 9
+    assert "partial" in codes(found)
+    assert found.left_out == {}
 
 
 def test_rates_that_are_not_positive_are_left_out_and_none_left_is_an_error() -> None:

@@ -1,6 +1,7 @@
 """Sensitivity over one range, laws of the optimum, rules judged: oracles, planted powers and published figures."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,7 @@ from analysis.uncertainty import UNKNOWN
 from sweeps.errors import InputError
 from sweeps.store import open_store
 from tests.analysis.fans import RATES, SIZES, best_rate, fan
-from tests.analysis.synthetic import codes, published
+from tests.analysis.synthetic import Run, codes, published
 from tests.analysis.test_optima import STEP_LAW, one
 
 WORTSMAN = [3.3, 3.1, 3.0, 3.02, 3.1, 3.5, 12.0]
@@ -144,6 +145,13 @@ def test_at_fixed_batches_the_rate_has_a_power_of_the_batch() -> None:
     assert law.powers["N"].value == pytest.approx(-0.2, abs=0.02)
 
 
+def test_runs_of_one_trunk_are_said_to_depend_on_each_other() -> None:
+    table = fan(tokens=(5e7, 1e8)).assign(cell=lambda t: [f"c{i}" for i in range(len(t))])
+    assert "dependent_runs" not in codes(sensitivity(table.assign(trunk=table["cell"])))
+    trunk = table["N"].astype(str) + table["learning_rate"].astype(str) + table["seed"].astype(str)
+    assert "dependent_runs" in codes(sensitivity(table.assign(trunk=trunk)))
+
+
 # --- on disk -----------------------------------------------------------------------------------------------------
 
 
@@ -166,10 +174,30 @@ def test_the_optimum_is_kept_in_the_form_that_rules_read(study) -> None:
     assert kept["optima"][0]["points"][0]["count"] == 3
 
 
-def test_runs_of_a_store_carry_their_loss_at_start(study) -> None:
-    runs = load_runs("demo", open_store(study()))
-    assert "loss_at_start" in runs.columns
-    assert runs["loss_at_start"].dtype == "float64"
+def test_a_study_is_measured_with_its_own_losses_at_start(study) -> None:
+    rates = 0.01 * 2.0 ** np.arange(-3, 4)
+    runs = [
+        Run(
+            width=width,
+            tokens=1_000_448,
+            seed=seed,
+            changes={"learning_rate": float(rate)},
+            loss=4.0 * np.exp(0.03 * np.log(rate / 0.01) ** 2) + 0.002 * seed,
+            state="diverged" if rate == rates[-1] else "finished",
+        )
+        for width, rate, seed in product((16, 32, 64), rates, (0, 1))
+    ]
+    table = load_runs("demo", open_store(study(runs)))
+    assert table["loss_at_start"].eq(5.5).all()
+    found = sensitivity(table)
+    assert [each.best["learning_rate"].value for each in found.optima] == pytest.approx([0.01] * 3, rel=0.03)
+    assert found.diverged == 6
+    losses = [each.points["loss"].iloc[:-1] for each in found.optima]
+    expected = [(y.sum() + 5.5) / 7 - y.min() for y in losses]
+    assert [each.sensitivity.value for each in found.optima] == pytest.approx(expected)
+    law = found.laws["llama/learning_rate"]
+    assert law.powers["N"].value == pytest.approx(0.0, abs=0.02)
+    assert law.recipe["batch_tokens"] == 512
 
 
 def test_a_table_of_optima_has_a_row_per_group() -> None:
