@@ -1,6 +1,7 @@
 """The confound audit: it finds a planted error of tuning and what that does to a law, and is silent on a clean grid."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import audit, fit, read_table
-from analysis.audit_page import references
+from analysis.audit_page import references, tuning_section
 from analysis.audits import Audit
 from analysis.references import from_store, from_sweep, power_lines_timescale, step_law_batch, step_law_rate
 from analysis.sensitivity import sensitivity
@@ -281,6 +282,18 @@ def test_report_of_a_sweep_says_what_tuning_is_worth(tmp_path) -> None:
     assert "the study's own setting (1 times its rule)" in page.text
     assert "larger model" in page.text
     assert "optimum measured by its own sweep" in page.text
+
+
+def test_sweep_of_the_same_rates_everywhere_is_held_against_the_one_that_is_best_for_all() -> None:
+    N, D, rate = (
+        a.ravel() for a in np.meshgrid(np.geomspace(2e4, 3e5, 4), [2e6, 8e6, 3e7], 0.0025 * 2.0 ** np.arange(7))
+    )
+    table = surface(N, D).assign(seed=0)
+    runs = tuned_by(table, rate / best_rate(N, D)).assign(excluded=None, is_default=None)
+    runs = runs.rename(columns={"loss": "val_loss_final"})
+    text = tuning_section(runs)
+    assert re.search(r"the one learning rate, 0\.01, that does best over all sizes", text)
+    assert text.count("<tr>") == 1 + 12
 
 
 def test_references_of_a_study_without_a_sweep_come_from_the_store(good_store) -> None:
