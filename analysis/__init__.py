@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
+    from analysis.audits import Audit, audit
     from analysis.backtest import Backtest, judge_targets
     from analysis.compare import compare_recipes
     from analysis.conventions import compare_conventions
@@ -31,18 +32,22 @@ if TYPE_CHECKING:
     from analysis.runs import load_curves, load_documents, load_runs
     from analysis.sensitivity import Sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
+    from analysis.tuning import TuningWorth, tuning_worth
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
+    "Audit",
     "Backtest",
     "Fit",
     "Optimum",
     "OptimumLaw",
     "Profile",
     "Sensitivity",
+    "TuningWorth",
     "Verdict",
     "approach2_bias",
+    "audit",
     "check_table",
     "compare_approaches",
     "compare_conventions",
@@ -62,19 +67,23 @@ __all__ = [
     "profile",
     "read_table",
     "seed_noise",
+    "tuning_worth",
     "write_optimum",
     "write_report",
 ]
 
 _HOME = {
+    "Audit": "audits",
     "Backtest": "backtest",
     "Fit": "verdicts",
     "Optimum": "optima",
     "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
     "Sensitivity": "sensitivity",
+    "TuningWorth": "tuning",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
+    "audit": "audits",
     "check_table": "plausibility",
     "compare_approaches": "approaches",
     "compare_conventions": "conventions",
@@ -94,6 +103,7 @@ _HOME = {
     "profile": "profiles",
     "read_table": "tables",
     "seed_noise": "uncertainty",
+    "tuning_worth": "tuning",
     "write_optimum": "sensitivity",
     "write_report": "report",
 }

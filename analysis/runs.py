@@ -32,6 +32,7 @@ MAX_EPOCHS = 1.5
 _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
     *("schedule", "cooldown_shape", "corpus", "tokenizer", "precision"),
+    "is_default",
 )
 _WHOLE = (
     *("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context"),
@@ -46,6 +47,7 @@ COLUMNS = (
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
+    "is_default",
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
@@ -68,6 +70,7 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     `validation_tokens` is how many the final loss is taken over, 0 for the whole stream. `seconds` is the wall-clock
     time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
     said of it, NaN where the plan could not say.
+    "is_default",
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -206,9 +209,16 @@ def _row(
         "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),
         "attempts": attempts,
+        "is_default": _is_default(labels),
     }
     row["excluded"] = _excluded(row)
     return row
+
+
+def _is_default(labels: Mapping[str, Any]) -> bool | None:
+    """Whether every hyperparameter that the study varies in multiples of its rule is at 1 times; None without such."""
+    times = [factor for name, factor in labels.items() if name.endswith("_times")]
+    return all(factor == 1 for factor in times) if times else None
 
 
 def _excluded(row: Mapping[str, Any]) -> str | None:

@@ -112,6 +112,14 @@ class Code(StrEnum):
     NOT_TOLD_APART = "not_told_apart"
     CORPUS_UNKNOWN = "corpus_unknown"
     WALL_CLOCK = "wall_clock"
+    # tuning
+    DEFAULT_NOT_RUN = "default_not_run"
+    SELECTED_BEST = "selected_best"
+    OPTIMUM_UNMEASURED = "optimum_unmeasured"
+    MISTUNED = "mistuned"
+    TUNING_CONFOUND = "tuning_confound"
+    ONE_SETTING = "one_setting"
+    LONG_WARMUP = "long_warmup"
 
 
 @dataclass(frozen=True)
