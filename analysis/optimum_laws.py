@@ -173,7 +173,8 @@ def _law(
     law |= {"parametrisation": labels.get("parametrisation"), "optima": len(kept)}
     if len(kept) < LEAST:
         return OptimumLaw(**law, verdicts=(_too_few(axis, len(kept), len(members) - len(kept)),))
-    asked = ("N", "D", *(a for a in AXES if a not in members[0].axes and a in members[0].group))
+    other = [a for a in AXES if a not in members[0].axes and len({one.group.get(a) for one in kept}) > 1]
+    asked = ("N", "D", *(a for a in other if all(a in one.group for one in kept)))
     table = pd.DataFrame([{name: one.group[name] for name in asked} for one in kept])
     x, at, said = _columns(table, axis, asked)
     if refused(said):

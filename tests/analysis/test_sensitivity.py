@@ -198,6 +198,7 @@ def test_a_study_is_measured_with_its_own_losses_at_start(study) -> None:
     law = found.laws["llama/learning_rate"]
     assert law.powers["N"].value == pytest.approx(0.0, abs=0.02)
     assert law.recipe["batch_tokens"] == 512
+    assert {v.target for v in law.verdicts if v.code == "not_identifiable"} == {"D"}
 
 
 def test_a_table_of_optima_has_a_row_per_group() -> None:
