@@ -76,6 +76,14 @@ class Code(StrEnum):
     NO_ANSWER = "no_answer"
     APPROACHES_DISAGREE = "approaches_disagree"
     APPROACH2_BIAS = "approach2_bias"
+    # hyperparameters
+    CONSTANT_PARAMETER = "constant_parameter"
+    TIED_PARAMETERS = "tied_parameters"
+    DIVERGED_CAPPED = "diverged_capped"
+    ALL_DIVERGED = "all_diverged"
+    FLAT_LOSSES = "flat_losses"
+    NO_BEND = "no_bend"
+    NOISE_SCALE_NEGATIVE = "noise_scale_negative"
     # decisions
     NO_POWER_LAW = "no_power_law"
     NO_OPTIMUM = "no_optimum"

@@ -73,6 +73,10 @@ class Cell:
     trainer: str = ""
     """A user's own trainer, `my_file.py:train@<hash>`; empty: Escala's."""
 
+    gradient_noise: bool = False
+    """Whether the gradient norm of a part of the batch is logged too. It moves no loss, but a run that did not log it
+    does not have it: so it is of the id where it is true."""
+
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
@@ -88,8 +92,9 @@ class Cell:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
         # Fields that came later are left out at their defaults, so that cells of before keep their ids.
-        if not self.trainer:
-            del plain["trainer"]
+        for late in ("trainer", "gradient_noise"):
+            if not plain[late]:
+                del plain[late]
         if self.schedule.cooldown_shape == "sqrt":
             del nested["schedule"]["cooldown_shape"]
         return plain | nested | {"options": dict(self.options)}

@@ -252,6 +252,10 @@ class Training(ScheduleFields):
     init_std: Rule = 0.02
     """Standard deviation of the initial matrices."""
 
+    gradient_noise: bool = False
+    """Also log, at every evaluation, the gradient norm of an eighth of the batch: what the noise scale, an estimate of
+    the critical batch, is computed from. Moves no loss; costs a little time."""
+
     @model_validator(mode="after")
     def _schedule_taken_apart(self) -> "Training":
         if isinstance(self.schedule, str):
@@ -397,6 +401,6 @@ class Study(Declared):
             check_hyperparameter(name)
             if not isinstance(variation, Factors):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
-            elif name in ("optimizer", "schedule", "cooldown_shape", "precision"):
+            elif name in ("optimizer", "schedule", "cooldown_shape", "precision", "gradient_noise"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value

@@ -1,0 +1,399 @@
+"""The critical batch: how large a batch may be before tokens are wasted, from sweeps and from gradient noise.
+
+Two ways that do not know of each other. A sweep over batches gives the steps S and tokens E that each batch takes to a
+target loss, and (S / S_min - 1) (E / E_min - 1) = 1 (McCandlish et al. 2018) gives B_crit = E_min / S_min. Gradient
+norms of a part and of the whole of a batch give the noise scale tr(Sigma) / |G|^2, which predicts B_crit to a factor.
+What it guards against: a B_crit read off a sweep that never leaves one of the two straight ends of that curve, and a
+ratio of two noisy averages of which the lower one might be zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.uncertainty import interval, seed_noise
+from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
+from sweeps.accounting import small_part
+
+LEAST_BATCHES = 3
+"""A curve of two parameters, and one batch to contradict it."""
+SEEN = 2.0
+"""B_crit is seen by batches that reach within this factor of it from both sides."""
+BEYOND = 1.2
+"""Steps over those of linear scaling at the critical batch as Zhang et al. 2024 define it."""
+SETTLED = 0.1
+"""Gradient norms count from this share of a run on: its last decade of tokens."""
+LEAST_SPAN = 2.0
+"""Tokens of the longest target over those of the shortest: below, no growth of B_crit is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseScale:
+    """B_simple = tr(Sigma) / |G|^2 (McCandlish et al. 2018, appendix A), in the unit in which batches were given.
+
+    gradient: |G|^2, the squared norm of the true gradient. trace: tr(Sigma), of one unit of a batch. rows: pairs of
+    norms behind it. group: what they are of.
+    """
+
+    batch: Estimate
+    gradient: float
+    trace: float
+    rows: int
+    verdicts: tuple[Verdict, ...] = ()
+    group: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> bool:
+        return refused(self.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("group", "batch", "gradient", "trace", "rows", "verdicts")}
+        return clean(plain | {"refused": self.refused})  # type: ignore[no-any-return]
+
+
+def gradient_noise(
+    small_sq: Sequence[float] | np.ndarray | float,
+    big_sq: Sequence[float] | np.ndarray | float,
+    small: float,
+    big: float,
+    *,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    group: Mapping[str, Any] | None = None,
+) -> NoiseScale:
+    """The noise scale from squared gradient norms over batches of two sizes (McCandlish et al. 2018, appendix A.1).
+
+    small_sq, big_sq: (rows,), the squared norms of one step each. small, big: the sizes of the two batches, in tokens
+    or sequences; the result is in the same unit. Numerator and denominator are averaged over the rows before they are
+    divided: each is free of bias, their ratio in a row is not. The interval is a bootstrap over rows. A gradient (or a
+    trace) that is not above zero refuses. ValueError where the batches do not grow or the rows do not pair.
+    """
+    low, high = np.atleast_1d(np.asarray(small_sq, float)), np.atleast_1d(np.asarray(big_sq, float))
+    if not 0 < small < big or low.shape != high.shape:
+        raise ValueError(f"batches of {small:g} and {big:g} with {len(low)} and {len(high)} norms are no pairs")
+    gradients = (big * high - small * low) / (big - small)
+    traces = (low - high) / (1.0 / small - 1.0 / big)
+    gradient, trace = (float(one.mean()) if len(one) else NAN for one in (gradients, traces))
+    rows, verdicts = len(low), list[Verdict]()
+    if not (gradient > 0 and trace > 0):
+        what = "the true gradient" if not gradient > 0 else "the noise"
+        message = (
+            f"the squared norm of {what} comes out as {min(gradient, trace):.3g}, not above zero, over "
+            f"{plural(rows, 'row')}: it is lost in the scatter. Log more rows, or use larger batches."
+        )
+        verdicts.append(Verdict("noise_scale_negative", "refuse", "fit", None, message))
+        return NoiseScale(batch=NOTHING, gradient=gradient, trace=trace, rows=rows, verdicts=tuple(verdicts), group=group or {})
+    picks = np.random.default_rng(seed).integers(rows, size=(resamples, rows))
+    above, below = traces[picks].mean(axis=1), gradients[picks].mean(axis=1)
+    draws = np.where(below > 0, np.maximum(above, 0.0) / np.where(below > 0, below, 1.0), np.inf)
+    bounds = interval(draws, level) if rows > 1 else (NAN, NAN)
+    bounds = tuple(bound if np.isfinite(bound) else NAN for bound in bounds)  # type: ignore[assignment]
+    if not np.isfinite(bounds).all():
+        message = (
+            "one row of gradient norms has no spread." if rows < 2 else
+            f"the gradient is not told from zero over {plural(rows, 'row')}, so the noise scale has no upper bound."
+        )
+        verdicts.append(Verdict("open_interval", "caution", "parameter", "batch", message))
+    estimate = Estimate(value=trace / gradient, interval=bounds)
+    return NoiseScale(batch=estimate, gradient=gradient, trace=trace, rows=rows, verdicts=tuple(verdicts), group=group or {})
+
+
+def noise_scales(runs: pd.DataFrame, curves: pd.DataFrame, **options: Any) -> tuple[NoiseScale, ...]:
+    """The noise scale in tokens of every (family, N, D, batch) whose runs logged `gradient_norm_small`.
+
+    runs, curves: as of `load_runs` and `load_curves`. Seeds and learning rates of a group are pooled, from `SETTLED` of
+    the run on; norms are those before clipping. Tokens of one sequence come together, so a token here is a sequence's
+    share. options: of `gradient_noise`.
+    """
+    if "gradient_norm_small" not in curves.columns:
+        return ()
+    known = curves[curves["gradient_norm_small"].notna() & curves["gradient_norm"].notna()]
+    known = known.drop(columns=["family", "N", "D"], errors="ignore").merge(
+        runs[["cell", "family", "N", "D", "batch_tokens", "context"]], on="cell"
+    )
+    known = known[known["tokens"] >= SETTLED * known["D"]]
+    found = []
+    for key, rows in known.groupby(["family", "N", "D", "batch_tokens"]):
+        context, batch = int(rows["context"].iloc[0]), float(rows["batch_tokens"].iloc[0])
+        small = small_part(round(batch / context)) * context
+        if small < batch:
+            pair = (rows["gradient_norm_small"].to_numpy() ** 2, rows["gradient_norm"].to_numpy() ** 2)
+            group = dict(zip(("family", "N", "D", "batch_tokens"), key))
+            found.append(gradient_noise(*pair, small, batch, group=group, **options))
+    return tuple(found)
+
+
+# --- sweeps over batches -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalBatch:
+    """The steps and tokens that batches take to one target loss, and the curve through them.
+
+    group: {"family", "N"}. target: nats per token. points: batch_tokens, learning_rate (the best at that batch),
+    tokens, steps, error (standard error of ln tokens), fitted (tokens). batch: B_crit in tokens; tokens, steps: E_min
+    and S_min. beyond_linear: the batch whose steps exceed linear scaling from the best batch of the sweep by 20 %
+    (Zhang et al. 2024), by interpolation and without the curve. scatter: of ln tokens about the curve.
+    draws: ln B_crit and ln E_min under noise, (resamples, 2).
+    """
+
+    group: Mapping[str, Any]
+    target: float
+    points: pd.DataFrame
+    batch: Estimate = NOTHING
+    tokens: Estimate = NOTHING
+    steps: Estimate = NOTHING
+    beyond_linear: Estimate = NOTHING
+    scatter: float = NAN
+    verdicts: tuple[Verdict, ...] = ()
+    draws: np.ndarray = field(default_factory=lambda: np.empty((0, 2)), repr=False, compare=False)
+
+    @property
+    def refused(self) -> bool:
+        return refused(self.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        names = ("group", "target", "batch", "tokens", "steps", "beyond_linear", "scatter", "verdicts")
+        plain = {name: getattr(self, name) for name in names} | {"points": self.points.to_dict("records")}
+        return clean(plain | {"refused": self.refused})  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticalBatches:
+    """The critical batches of a study and, by family, how they grow with tokens: B_crit ~ E_min ^ exponent."""
+
+    sweeps: tuple[CriticalBatch, ...]
+    growth: Mapping[str, Estimate]
+    verdicts: tuple[Verdict, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return clean(  # type: ignore[no-any-return]
+            {"sweeps": [one.to_json() for one in self.sweeps], "growth": self.growth, "verdicts": self.verdicts}
+        )
+
+
+def critical_batches(
+    runs: pd.DataFrame,
+    curves: pd.DataFrame | None = None,
+    *,
+    targets: Sequence[float] | None = None,
+    loss: str = "val_loss_final",
+    resamples: int = 500,
+    level: float = 0.95,
+    seed: int = 0,
+) -> CriticalBatches:
+    """B_crit of every (family, N) whose runs vary the batch, at several target losses, and its growth with tokens.
+
+    Tokens to a target are interpolated, ln loss in ln tokens: between final losses where every batch was trained for
+    two or more lengths, else along the curves, which is only fair where the learning rate is not annealed. At each
+    batch the learning rate that gets there first counts. targets: nats; by default up to four that all batches reach.
+    """
+    found: list[CriticalBatch] = []
+    verdicts: list[Verdict] = []
+    kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
+    kept = kept[np.isfinite(kept[loss].astype(float)) & kept["batch_tokens"].notna()]
+    noise = seed_noise(kept, loss)
+    families = kept["family"] if "family" in kept.columns else pd.Series("", index=kept.index)
+    for (family, N), rows in kept.groupby([families, "N"]):
+        if rows["batch_tokens"].nunique() < 2:
+            continue
+        paths, said = _paths(rows, curves, loss, noise.sd if noise else NAN)
+        group = {"family": family, "N": float(N)}
+        verdicts += [v for v in said if v not in verdicts]
+        for target in targets or _targets(paths):
+            found.append(_sweep(group, float(target), paths, resamples, level, seed))
+    growth: dict[str, Estimate] = {}
+    for family in dict.fromkeys(one.group["family"] for one in found):
+        good = [one for one in found if one.group["family"] == family and not one.refused]
+        exponent, said = _growth(str(family), good, level)
+        growth[str(family)] = exponent
+        verdicts += said
+    return CriticalBatches(sweeps=tuple(found), growth=growth, verdicts=tuple(verdicts))
+
+
+def fit_critical_batch(batches: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ln B_crit, ln E_min and the root mean square misfit of ln tokens, each (draws,).
+
+    batches: (n,), tokens an optimizer step; tokens: (draws, n), tokens to the target at each. Least squares in ln E of
+    E = E_min (1 + B / B_crit), which is (S / S_min - 1) (E / E_min - 1) = 1 in terms of the batch; E_min follows from
+    B_crit, so one number is searched, on a grid from a hundredth of the smallest batch to a hundred times the largest.
+    """
+    x, y = np.log(np.asarray(batches, float)), np.log(np.atleast_2d(tokens))
+    low, high = x.min() - np.log(100.0), x.max() + np.log(100.0)
+    center, width = np.full(len(y), (low + high) / 2), (high - low) / 2
+    for _ in range(8):  # each round looks ten times closer
+        grid = np.clip(center[:, None] + np.linspace(-width, width, 81), low, high)
+        bend = np.logaddexp(0.0, x[None, None, :] - grid[:, :, None])
+        rest = y[:, None, :] - bend
+        misfit = rest.var(axis=2)
+        best = misfit.argmin(axis=1)
+        center, width = grid[np.arange(len(y)), best], width / 10
+    level = (y - np.logaddexp(0.0, x - center[:, None])).mean(axis=1)
+    return center, level, np.sqrt(misfit.min(axis=1))
+
+
+def _sweep(
+    group: Mapping[str, Any], target: float, paths: pd.DataFrame, resamples: int, level: float, seed: int
+) -> CriticalBatch:
+    points = _reached(paths, target)
+    where = f"{group['family'] or 'runs'} with N = {group['N']:.3g} at {target:.4g} nats"
+    if len(points) < LEAST_BATCHES:
+        message = f"{where}: {plural(len(points), 'batch size')} reached it; B_crit needs {LEAST_BATCHES}."
+        few = Verdict("too_few_levels", "refuse", "fit", None, message)
+        return CriticalBatch(group=group, target=target, points=points, verdicts=(few,))
+    batches, tokens = points["batch_tokens"].to_numpy(float), points["tokens"].to_numpy(float)
+    (log_batch,), (log_tokens,), (misfit,) = fit_critical_batch(batches, tokens)
+    points = points.assign(fitted=np.exp(log_tokens + np.logaddexp(0.0, np.log(batches) - log_batch)))
+    freedom = len(points) - 2
+    scatter = float(misfit * np.sqrt(len(points) / freedom))
+    # Noise: between seeds where it is known, and no less than the curve leaves; shared draws tie a group's targets.
+    errors = points["error"].to_numpy(float)
+    errors = np.maximum(np.where(np.isfinite(errors), errors, 0.0), scatter)
+    generator = np.random.default_rng(seed)
+    shocks = generator.standard_t(freedom, (resamples, len(points))) if freedom < 30 else generator.standard_normal((resamples, len(points)))
+    copies = np.log(tokens) + shocks * errors
+    drawn_batch, drawn_tokens, _ = fit_critical_batch(batches, np.exp(copies))
+    verdicts: list[Verdict] = []
+    low, high = batches.min(), batches.max()
+    batch = float(np.exp(log_batch))
+    bounds = interval(drawn_batch, level)
+    edges = (np.log(low / SEEN), np.log(high * SEEN))
+    if not low / SEEN <= batch <= high * SEEN:
+        end = (
+            f"tokens hardly grow up to the largest batch ({high:,.0f} tokens). Add larger batches"
+            if batch > high
+            else f"tokens grow in proportion to the batch from the smallest on ({low:,.0f} tokens). Add smaller batches"
+        )
+        message = f"{where}: the sweep does not bend: {end}."
+        verdicts.append(Verdict("no_bend", "refuse", "fit", None, message, {"batch": batch, "batches": [low, high]}))
+    open_ends: Interval = (
+        float(np.exp(bounds[0])) if bounds[0] > edges[0] else NAN,
+        float(np.exp(bounds[1])) if bounds[1] < edges[1] else NAN,
+    )
+    if not verdicts and not np.isfinite(open_ends).all():
+        message = f"{where}: under noise B_crit leaves the range of the batches, so its interval is open at that end."
+        verdicts.append(Verdict("open_interval", "caution", "parameter", "batch", message))
+    beyond = _beyond_linear(batches, np.vstack([np.log(tokens), copies]))
+    if refused(verdicts):
+        found = {"beyond_linear": _estimate(beyond[0], beyond[1:], level)}
+    else:
+        drawn = {"batch": drawn_batch, "tokens": drawn_tokens, "steps": drawn_tokens - drawn_batch}
+        value = {"batch": log_batch, "tokens": log_tokens, "steps": log_tokens - log_batch}
+        found = {name: _estimate(np.exp(value[name]), np.exp(drawn[name]), level) for name in value}
+        found["batch"] = Estimate(value=batch, interval=open_ends)
+        found["beyond_linear"] = _estimate(beyond[0], beyond[1:], level)
+    draws = np.stack([drawn_batch, drawn_tokens], axis=1)
+    return CriticalBatch(
+        group=group, target=target, points=points, scatter=scatter, verdicts=tuple(verdicts), draws=draws, **found
+    )
+
+
+def _estimate(value: float, draws: np.ndarray, level: float) -> Estimate:
+    if not np.isfinite(value):
+        return NOTHING
+    known = np.isfinite(draws).mean() > 0.5 + level / 2  # else an end of the interval is not there to be seen
+    return Estimate(value=float(value), interval=interval(draws, level) if known else (NAN, NAN))
+
+
+def _beyond_linear(batches: np.ndarray, log_tokens: np.ndarray) -> np.ndarray:
+    """The batch from which on tokens stay above BEYOND times the least, (draws,); NaN where they are not at the end."""
+    x, found = np.log(batches), np.full(len(log_tokens), NAN)
+    for draw, y in enumerate(log_tokens - log_tokens.min(axis=1, keepdims=True) - np.log(BEYOND)):
+        if y[-1] >= 0:
+            k = int(np.flatnonzero(y < 0)[-1])
+            found[draw] = np.exp(x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k]))
+    return found
+
+
+def _growth(family: str, good: Sequence[CriticalBatch], level: float) -> tuple[Estimate, list[Verdict]]:
+    """d ln B_crit / d ln E_min over the sweeps of a family, whatever their N (Zhang et al. 2024 find none in N)."""
+    tokens = np.array([one.tokens.value for one in good])
+    if len(good) < 3 or tokens.max() < LEAST_SPAN * tokens.min():
+        message = (
+            f"{family or 'runs'}: {plural(len(good), 'target')} with a critical batch do not tell how it grows with "
+            f"tokens; that takes 3 that span a factor of {LEAST_SPAN:g}. Train longer, or at more sizes."
+        )
+        return NOTHING, [Verdict("no_power_law", "caution", "decision", family or None, message)]
+    best = np.polyfit(np.log(tokens), np.log([one.batch.value for one in good]), 1)[0]
+    x, y = (np.stack([one.draws[:, k] for one in good], axis=1) for k in (1, 0))
+    x, y = x - x.mean(axis=1, keepdims=True), y - y.mean(axis=1, keepdims=True)
+    slopes = (x * y).sum(axis=1) / np.square(x).sum(axis=1)
+    return Estimate(value=float(best), interval=interval(slopes, level)), []
+
+
+# --- tokens to a loss --------------------------------------------------------------------------------------------
+
+
+def _paths(
+    rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
+) -> tuple[pd.DataFrame, list[Verdict]]:
+    """Falling losses along tokens: batch_tokens, learning_rate, path (what belongs together), x = ln tokens, y = ln
+    loss, error (of y). From final losses of several lengths, else from curves."""
+    rates = rows["learning_rate"] if "learning_rate" in rows.columns else pd.Series(NAN, index=rows.index)
+    rows = rows.assign(learning_rate=rates.astype(float).fillna(-1.0))
+    lengths = rows.groupby(["batch_tokens", "learning_rate"])["D"].nunique().groupby("batch_tokens").max()
+    if (lengths >= 2).all():
+        final = rows.assign(y=np.log(rows[loss].astype(float)))
+        groups = final.groupby(["batch_tokens", "learning_rate", "D"])["y"]
+        table = groups.agg(["mean", "count"]).reset_index()
+        table = table.assign(x=np.log(table["D"].astype(float)), y=table["mean"], error=sd / np.sqrt(table["count"]))
+        return table.assign(path=table["learning_rate"])[[*_PATH]], []
+    if curves is None or curves.empty:
+        message = (
+            "final losses at one length each do not tell how many tokens a batch takes to a given loss. Train every "
+            "batch for two or more lengths, or give the curves."
+        )
+        return pd.DataFrame(columns=list(_PATH)), [Verdict("too_few_horizons", "refuse", "fit", None, message)]
+    own = curves[curves["val_loss"].notna() & (curves["tokens"] > 0)][["cell", "tokens", "val_loss"]]
+    warm = rows["warmup_tokens"].fillna(0.0) if "warmup_tokens" in rows.columns else 0.0
+    own = own.merge(rows.assign(warm=warm)[["cell", "batch_tokens", "learning_rate", "warm"]], on="cell")
+    own = own[own["tokens"] > own["warm"]]  # until then a loss says more about the warm-up than about the batch
+    table = own.assign(x=np.log(own["tokens"].astype(float)), y=np.log(own["val_loss"]), error=sd, path=own["cell"])
+    annealed = "schedule" not in rows.columns or not rows["schedule"].isin(["constant", "wsd"]).all()
+    said = []
+    if annealed:
+        message = (
+            "tokens to a loss are read off curves whose learning rate is annealed: losses on the way are higher than "
+            "those of a run that ends there. Use schedule constant or wsd, or several lengths of every batch."
+        )
+        said.append(Verdict("annealed_curves", "caution", "fit", None, message))
+    return table[[*_PATH]], said
+
+
+_PATH = ("batch_tokens", "learning_rate", "path", "x", "y", "error")
+
+
+def _targets(paths: pd.DataFrame) -> list[float]:
+    """Up to four losses that all batches pass, from the lowest that all reach upwards, in steps of ln loss."""
+    if paths.empty:
+        return []
+    ends = paths.groupby("batch_tokens")["y"].agg(["min", "max"])
+    low, high = float(ends["min"].max()), float(ends["max"].min())
+    if not low < high:
+        return []
+    return [float(np.exp(y)) for y in np.linspace(low, high, 4)]
+
+
+def _reached(paths: pd.DataFrame, target: float) -> pd.DataFrame:
+    """The tokens, steps and error of ln tokens of each batch at a target loss, at its best learning rate."""
+    found = []
+    for (batch, rate, _), path in paths.groupby(["batch_tokens", "learning_rate", "path"]):
+        path = path.sort_values("x")
+        x, y = path["x"].to_numpy(float), path["y"].to_numpy(float) - np.log(target)
+        falls = np.flatnonzero((y[:-1] > 0) & (y[1:] <= 1e-12))
+        if len(falls):
+            k = falls[0]
+            slope = (y[k + 1] - y[k]) / (x[k + 1] - x[k])
+            found.append((batch, rate, x[k] - y[k] / slope, path["error"].iloc[k] / abs(slope)))
+    table = pd.DataFrame(found, columns=["batch_tokens", "learning_rate", "ln", "error"])
+    groups = table.groupby(["batch_tokens", "learning_rate"], as_index=False)
+    mean = groups.agg(ln=("ln", "mean"), error=("error", "mean"), count=("ln", "size"))
+    mean["error"] /= np.sqrt(mean["count"])
+    best = mean.loc[mean.groupby("batch_tokens")["ln"].idxmin()].reset_index(drop=True)
+    best = best.assign(tokens=np.exp(best["ln"]), learning_rate=best["learning_rate"].where(best["learning_rate"] > 0))
+    best["steps"] = best["tokens"] / best["batch_tokens"]
+    return best[["batch_tokens", "learning_rate", "tokens", "steps", "error"]]
