@@ -13,40 +13,60 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
     from analysis.backtest import Backtest, judge_targets
+    from analysis.batches import (
+        CriticalBatch,
+        CriticalBatches,
+        NoiseScale,
+        critical_batches,
+        gradient_noise,
+        noise_scales,
+    )
     from analysis.compare import compare_recipes
     from analysis.conventions import compare_conventions
     from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
     from analysis.forecast import forecast_dearest
+    from analysis.importance import Importance, importances
     from analysis.laws import find_law
     from analysis.plausibility import check_table
     from analysis.profiles import Profile, profile
     from analysis.report import write_report
     from analysis.runs import load_curves, load_documents, load_runs
     from analysis.tables import keep_rows, read_table
+    from analysis.timescale import Timescale, decay_timescales
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
     "Backtest",
+    "CriticalBatch",
+    "CriticalBatches",
     "Fit",
+    "Importance",
+    "NoiseScale",
     "Profile",
+    "Timescale",
     "Verdict",
     "approach2_bias",
     "check_table",
     "compare_approaches",
     "compare_conventions",
     "compare_recipes",
+    "critical_batches",
+    "decay_timescales",
     "find_law",
     "fit",
     "fit_curve_envelope",
     "fit_envelope",
     "forecast_dearest",
+    "gradient_noise",
+    "importances",
     "judge_targets",
     "keep_rows",
     "load_curves",
     "load_documents",
     "load_runs",
+    "noise_scales",
     "paired_errors",
     "profile",
     "read_table",
@@ -56,24 +76,34 @@ __all__ = [
 
 _HOME = {
     "Backtest": "backtest",
+    "CriticalBatch": "batches",
+    "CriticalBatches": "batches",
     "Fit": "verdicts",
+    "Importance": "importance",
+    "NoiseScale": "batches",
     "Profile": "profiles",
+    "Timescale": "timescale",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
     "check_table": "plausibility",
     "compare_approaches": "approaches",
     "compare_conventions": "conventions",
     "compare_recipes": "compare",
+    "critical_batches": "batches",
+    "decay_timescales": "timescale",
     "find_law": "laws",
     "fit": "fitting",
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",
     "forecast_dearest": "forecast",
+    "gradient_noise": "batches",
+    "importances": "importance",
     "judge_targets": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",
     "load_documents": "runs",
     "load_runs": "runs",
+    "noise_scales": "batches",
     "paired_errors": "uncertainty",
     "profile": "profiles",
     "read_table": "tables",

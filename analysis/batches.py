@@ -51,7 +51,7 @@ class NoiseScale:
 
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in ("group", "batch", "gradient", "trace", "rows", "verdicts")}
-        return clean(plain | {"refused": self.refused})  # type: ignore[no-any-return]
+        return clean(plain | {"refused": self.refused})
 
 
 def gradient_noise(
@@ -86,7 +86,9 @@ def gradient_noise(
             f"{plural(rows, 'row')}: it is lost in the scatter. Log more rows, or use larger batches."
         )
         verdicts.append(Verdict("noise_scale_negative", "refuse", "fit", None, message))
-        return NoiseScale(batch=NOTHING, gradient=gradient, trace=trace, rows=rows, verdicts=tuple(verdicts), group=group or {})
+        return NoiseScale(
+            batch=NOTHING, gradient=gradient, trace=trace, rows=rows, verdicts=tuple(verdicts), group=group or {}
+        )
     picks = np.random.default_rng(seed).integers(rows, size=(resamples, rows))
     above, below = traces[picks].mean(axis=1), gradients[picks].mean(axis=1)
     draws = np.where(below > 0, np.maximum(above, 0.0) / np.where(below > 0, below, 1.0), np.inf)
@@ -94,12 +96,15 @@ def gradient_noise(
     bounds = tuple(bound if np.isfinite(bound) else NAN for bound in bounds)  # type: ignore[assignment]
     if not np.isfinite(bounds).all():
         message = (
-            "one row of gradient norms has no spread." if rows < 2 else
-            f"the gradient is not told from zero over {plural(rows, 'row')}, so the noise scale has no upper bound."
+            "one row of gradient norms has no spread."
+            if rows < 2
+            else f"the gradient is not told from zero over {plural(rows, 'row')}: the noise scale has no upper bound."
         )
         verdicts.append(Verdict("open_interval", "caution", "parameter", "batch", message))
     estimate = Estimate(value=trace / gradient, interval=bounds)
-    return NoiseScale(batch=estimate, gradient=gradient, trace=trace, rows=rows, verdicts=tuple(verdicts), group=group or {})
+    return NoiseScale(
+        batch=estimate, gradient=gradient, trace=trace, rows=rows, verdicts=tuple(verdicts), group=group or {}
+    )
 
 
 def noise_scales(runs: pd.DataFrame, curves: pd.DataFrame, **options: Any) -> tuple[NoiseScale, ...]:
@@ -159,7 +164,7 @@ class CriticalBatch:
     def to_json(self) -> dict[str, Any]:
         names = ("group", "target", "batch", "tokens", "steps", "beyond_linear", "scatter", "verdicts")
         plain = {name: getattr(self, name) for name in names} | {"points": self.points.to_dict("records")}
-        return clean(plain | {"refused": self.refused})  # type: ignore[no-any-return]
+        return clean(plain | {"refused": self.refused})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +176,7 @@ class CriticalBatches:
     verdicts: tuple[Verdict, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return clean(  # type: ignore[no-any-return]
+        return clean(
             {"sweeps": [one.to_json() for one in self.sweeps], "growth": self.growth, "verdicts": self.verdicts}
         )
 
@@ -198,11 +203,11 @@ def critical_batches(
     kept = kept[np.isfinite(kept[loss].astype(float)) & kept["batch_tokens"].notna()]
     noise = seed_noise(kept, loss)
     families = kept["family"] if "family" in kept.columns else pd.Series("", index=kept.index)
-    for (family, N), rows in kept.groupby([families, "N"]):
+    for key, rows in kept.groupby([families, "N"]):
         if rows["batch_tokens"].nunique() < 2:
             continue
         paths, said = _paths(rows, curves, loss, noise.sd if noise else NAN)
-        group = {"family": family, "N": float(N)}
+        group = dict(zip(("family", "N"), key))
         verdicts += [v for v in said if v not in verdicts]
         for target in targets or _targets(paths):
             found.append(_sweep(group, float(target), paths, resamples, level, seed))
@@ -254,7 +259,11 @@ def _sweep(
     errors = points["error"].to_numpy(float)
     errors = np.maximum(np.where(np.isfinite(errors), errors, 0.0), scatter)
     generator = np.random.default_rng(seed)
-    shocks = generator.standard_t(freedom, (resamples, len(points))) if freedom < 30 else generator.standard_normal((resamples, len(points)))
+    shocks = (
+        generator.standard_t(freedom, (resamples, len(points)))
+        if freedom < 30
+        else generator.standard_normal((resamples, len(points)))
+    )
     copies = np.log(tokens) + shocks * errors
     drawn_batch, drawn_tokens, _ = fit_critical_batch(batches, np.exp(copies))
     verdicts: list[Verdict] = []
@@ -328,9 +337,7 @@ def _growth(family: str, good: Sequence[CriticalBatch], level: float) -> tuple[E
 # --- tokens to a loss --------------------------------------------------------------------------------------------
 
 
-def _paths(
-    rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
-) -> tuple[pd.DataFrame, list[Verdict]]:
+def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float) -> tuple[pd.DataFrame, list[Verdict]]:
     """Falling losses along tokens: batch_tokens, learning_rate, path (what belongs together), x = ln tokens, y = ln
     loss, error (of y). From final losses of several lengths, else from curves."""
     rates = rows["learning_rate"] if "learning_rate" in rows.columns else pd.Series(NAN, index=rows.index)
