@@ -139,10 +139,11 @@ def noise_scales(runs: pd.DataFrame, curves: pd.DataFrame, **options: Any) -> tu
 class CriticalBatch:
     """The steps and tokens that batches take to one target loss, and the curve through them.
 
-    group: {"family", "N"}. target: nats per token. points: batch_tokens, learning_rate (the best at that batch),
-    tokens, steps, error (standard error of ln tokens), fitted (tokens). batch: B_crit in tokens; tokens, steps: E_min
-    and S_min. beyond_linear: the batch whose steps exceed linear scaling from the best batch of the sweep by 20 %
-    (Zhang et al. 2024), by interpolation and without the curve. scatter: of ln tokens about the curve.
+    group: {"family", "N"}. target: nats per token. points: batch_tokens, learning_rate (the best at that batch; NaN
+    where it changes with length), tokens, steps, error (standard error of ln tokens), fitted (tokens; NaN for small
+    batches that took more than larger ones). batch: B_crit in tokens; tokens, steps: E_min and S_min. beyond_linear:
+    the batch whose steps exceed linear scaling from the best batch of the sweep by 20 % (Zhang et al. 2024), by
+    interpolation and without the curve. scatter: of ln tokens about the curve.
     draws: ln B_crit and ln E_min under noise, (resamples, 2).
     """
 
@@ -193,9 +194,10 @@ def critical_batches(
 ) -> CriticalBatches:
     """B_crit of every (family, N) whose runs vary the batch, at several target losses, and its growth with tokens.
 
-    Tokens to a target are interpolated, ln loss in ln tokens: between final losses where every batch was trained for
-    two or more lengths, else along the curves, which is only fair where the learning rate is not annealed. At each
-    batch the learning rate that gets there first counts. targets: nats; by default up to four that all batches reach.
+    Tokens to a target are interpolated, ln loss in ln tokens: between final losses, at the best learning rate of each
+    batch and length, where batches were trained for two or more lengths; else along the curves, at the learning rate
+    that gets there first, which is only fair where it is not annealed. targets: nats; by default four that all batches
+    reach. A loss between seeds that is noisier than the differences of batches shows in the intervals.
     """
     found: list[CriticalBatch] = []
     verdicts: list[Verdict] = []
@@ -203,14 +205,14 @@ def critical_batches(
     kept = kept[np.isfinite(kept[loss].astype(float)) & kept["batch_tokens"].notna()]
     noise = seed_noise(kept, loss)
     families = kept["family"] if "family" in kept.columns else pd.Series("", index=kept.index)
-    for key, rows in kept.groupby([families, "N"]):
+    for order, (key, rows) in enumerate(kept.groupby([families, "N"])):
         if rows["batch_tokens"].nunique() < 2:
             continue
         paths, said = _paths(rows, curves, loss, noise.sd if noise else NAN)
         group = dict(zip(("family", "N"), key))
         verdicts += [v for v in said if v not in verdicts]
         for target in targets or _targets(paths):
-            found.append(_sweep(group, float(target), paths, resamples, level, seed))
+            found.append(_sweep(group, float(target), paths, resamples, level, [seed, order]))
     growth: dict[str, Estimate] = {}
     for family in dict.fromkeys(one.group["family"] for one in found):
         good = [one for one in found if one.group["family"] == family and not one.refused]
@@ -230,43 +232,51 @@ def fit_critical_batch(batches: np.ndarray, tokens: np.ndarray) -> tuple[np.ndar
     x, y = np.log(np.asarray(batches, float)), np.log(np.atleast_2d(tokens))
     low, high = x.min() - np.log(100.0), x.max() + np.log(100.0)
     center, width = np.full(len(y), (low + high) / 2), (high - low) / 2
-    for _ in range(8):  # each round looks ten times closer
-        grid = np.clip(center[:, None] + np.linspace(-width, width, 81), low, high)
+    for _ in range(7):  # each round looks eight times closer
+        grid = np.clip(center[:, None] + np.linspace(-width, width, 41), low, high)
         bend = np.logaddexp(0.0, x[None, None, :] - grid[:, :, None])
         rest = y[:, None, :] - bend
         misfit = rest.var(axis=2)
         best = misfit.argmin(axis=1)
-        center, width = grid[np.arange(len(y)), best], width / 10
+        center, width = grid[np.arange(len(y)), best], width / 8
     level = (y - np.logaddexp(0.0, x - center[:, None])).mean(axis=1)
     return center, level, np.sqrt(misfit.min(axis=1))
 
 
 def _sweep(
-    group: Mapping[str, Any], target: float, paths: pd.DataFrame, resamples: int, level: float, seed: int
+    group: Mapping[str, Any], target: float, paths: pd.DataFrame, resamples: int, level: float, seed: Sequence[int]
 ) -> CriticalBatch:
     points = _reached(paths, target)
     where = f"{group['family'] or 'runs'} with N = {group['N']:.3g} at {target:.4g} nats"
-    if len(points) < LEAST_BATCHES:
-        message = f"{where}: {plural(len(points), 'batch size')} reached it; B_crit needs {LEAST_BATCHES}."
-        few = Verdict("too_few_levels", "refuse", "fit", None, message)
+    if points.empty:
+        few = Verdict("too_few_levels", "refuse", "fit", None, f"{where}: no batch size reached it.")
         return CriticalBatch(group=group, target=target, points=points, verdicts=(few,))
-    batches, tokens = points["batch_tokens"].to_numpy(float), points["tokens"].to_numpy(float)
+    least = points["tokens"].idxmin()
+    small = (points.index < least) & (points["tokens"] > BEYOND * points["tokens"][least])
+    used, verdicts = points[~small], list[Verdict]()
+    if small.any():
+        message = (
+            f"{where}: {plural(int(small.sum()), 'small batch size')} took over {BEYOND - 1:.0%} more tokens than "
+            "larger ones, which no critical batch explains (decay or betas were not tuned to it): not fitted."
+        )
+        verdicts.append(Verdict("line_misfit", "info", "fit", None, message))
+    if len(used) < LEAST_BATCHES:
+        message = f"{where}: {plural(len(used), 'batch size')} from the best one on; B_crit needs {LEAST_BATCHES}."
+        few = Verdict("too_few_levels", "refuse", "fit", None, message)
+        return CriticalBatch(group=group, target=target, points=points, verdicts=(*verdicts, few))
+    batches, tokens = used["batch_tokens"].to_numpy(float), used["tokens"].to_numpy(float)
     (log_batch,), (log_tokens,), (misfit,) = fit_critical_batch(batches, tokens)
-    points = points.assign(fitted=np.exp(log_tokens + np.logaddexp(0.0, np.log(batches) - log_batch)))
-    freedom = len(points) - 2
-    scatter = float(misfit * np.sqrt(len(points) / freedom))
-    # Noise: between seeds where it is known, and no less than the curve leaves; shared draws tie a group's targets.
-    errors = points["error"].to_numpy(float)
+    points = points.assign(fitted=pd.Series(_curve(log_batch, log_tokens, batches), index=used.index))
+    freedom = len(used) - 2
+    scatter = float(misfit * np.sqrt(len(used) / freedom))
+    # Noise: between seeds where it is known, and no less than the curve leaves. A group's targets are of the same runs,
+    # so they share their draws.
+    errors = used["error"].to_numpy(float)
     errors = np.maximum(np.where(np.isfinite(errors), errors, 0.0), scatter)
     generator = np.random.default_rng(seed)
-    shocks = (
-        generator.standard_t(freedom, (resamples, len(points)))
-        if freedom < 30
-        else generator.standard_normal((resamples, len(points)))
-    )
+    shocks = generator.standard_t(freedom, (resamples, len(used)))
     copies = np.log(tokens) + shocks * errors
     drawn_batch, drawn_tokens, _ = fit_critical_batch(batches, np.exp(copies))
-    verdicts: list[Verdict] = []
     low, high = batches.min(), batches.max()
     batch = float(np.exp(log_batch))
     bounds = interval(drawn_batch, level)
@@ -283,7 +293,7 @@ def _sweep(
         float(np.exp(bounds[0])) if bounds[0] > edges[0] else NAN,
         float(np.exp(bounds[1])) if bounds[1] < edges[1] else NAN,
     )
-    if not verdicts and not np.isfinite(open_ends).all():
+    if not refused(verdicts) and not np.isfinite(open_ends).all():
         message = f"{where}: under noise B_crit leaves the range of the batches, so its interval is open at that end."
         verdicts.append(Verdict("open_interval", "caution", "parameter", "batch", message))
     beyond = _beyond_linear(batches, np.vstack([np.log(tokens), copies]))
@@ -299,6 +309,10 @@ def _sweep(
     return CriticalBatch(
         group=group, target=target, points=points, scatter=scatter, verdicts=tuple(verdicts), draws=draws, **found
     )
+
+
+def _curve(log_batch: float, log_tokens: float, batches: np.ndarray) -> np.ndarray:
+    return np.exp(log_tokens + np.logaddexp(0.0, np.log(batches) - log_batch))
 
 
 def _estimate(value: float, draws: np.ndarray, level: float) -> Estimate:
@@ -342,13 +356,16 @@ def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
     loss, error (of y). From final losses of several lengths, else from curves."""
     rates = rows["learning_rate"] if "learning_rate" in rows.columns else pd.Series(NAN, index=rows.index)
     rows = rows.assign(learning_rate=rates.astype(float).fillna(-1.0))
-    lengths = rows.groupby(["batch_tokens", "learning_rate"])["D"].nunique().groupby("batch_tokens").max()
-    if (lengths >= 2).all():
-        final = rows.assign(y=np.log(rows[loss].astype(float)))
-        groups = final.groupby(["batch_tokens", "learning_rate", "D"])["y"]
-        table = groups.agg(["mean", "count"]).reset_index()
-        table = table.assign(x=np.log(table["D"].astype(float)), y=table["mean"], error=sd / np.sqrt(table["count"]))
-        return table.assign(path=table["learning_rate"])[[*_PATH]], []
+    lengths = rows.groupby("batch_tokens")["D"].nunique()
+    if (lengths >= 2).sum() >= LEAST_BATCHES:
+        # the best rate of each length: one that is best at all lengths there need not be
+        groups = rows.assign(y=np.log(rows[loss].astype(float))).groupby(["batch_tokens", "D", "learning_rate"])["y"]
+        means = groups.agg(["mean", "count"]).reset_index()
+        best = means.loc[means.groupby(["batch_tokens", "D"])["mean"].idxmin()]
+        best = best[best["batch_tokens"].map(lengths) >= 2]
+        error = sd / np.sqrt(best["count"])
+        best = best.assign(x=np.log(best["D"].astype(float)), y=best["mean"], error=error, path="final")
+        return best.assign(learning_rate=-1.0)[[*_PATH]], []
     if curves is None or curves.empty:
         message = (
             "final losses at one length each do not tell how many tokens a batch takes to a given loss. Train every "
