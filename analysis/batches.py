@@ -251,8 +251,8 @@ def _sweep(
     if points.empty:
         few = Verdict("too_few_levels", "refuse", "fit", None, f"{where}: no batch size reached it.")
         return CriticalBatch(group=group, target=target, points=points, verdicts=(few,))
-    least = points["tokens"].idxmin()
-    small = (points.index < least) & (points["tokens"] > BEYOND * points["tokens"][least])
+    taken = points["tokens"].to_numpy(float)
+    small = (np.arange(len(taken)) < taken.argmin()) & (taken > BEYOND * taken.min())
     used, verdicts = points[~small], list[Verdict]()
     if small.any():
         message = (

@@ -369,7 +369,7 @@ def _surrogates(means: "pd.Series[float]", names: Sequence[str], level: float, s
     )
     best = Evaluation(
         evaluator=f"PED-ANOVA (Optuna {version})",
-        region=f"the best {quantile:.0%} of the settings against all",
+        region=f"the best {100 * quantile:.0f} % of the settings against all",
         shares=_spread(names, np.array(ped), level),
     )
     return fanova, best

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis.batches import CriticalBatch
+from analysis.batches import SEEN, CriticalBatch
 from analysis.importance import Importance
-from analysis.style import BAND, COLOURS, GREY, INK, ORANGE, WIDTH, dress, figure, human_ticks, kind, log_norm
+from analysis.style import BAND, COLOURS, GREY, INK, ORANGE, WIDTH, closed, dress, figure, human_ticks, kind, log_norm
 from analysis.verdicts import Estimate
 from sweeps.units import human
 
@@ -34,7 +34,8 @@ def importance_bars(result: Importance) -> Figure:
     for axes in panels:
         dress(axes)
         axes.grid(visible=False, axis="y")
-        axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6), xlim=(0.0, 1.0))
+        axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6), xlim=(0.0, 1.16))
+        axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
     for axes, one in zip(panels, evaluations):
         shares: dict[str, Estimate] = {**one.shares, **one.interactions, "rest": one.rest}
@@ -49,16 +50,7 @@ def importance_bars(result: Importance) -> Figure:
             if np.isfinite(share.interval).all():
                 axes.plot(share.interval, [place, place], color=INK, lw=1.4, solid_capstyle="butt")
                 end = max(end, share.interval[1])
-            right = end < 0.86
-            axes.text(
-                end + 0.015 if right else 0.985,
-                place - (0 if right else 0.42),
-                f"{100 * share.value:.2g} %",
-                va="center",
-                ha="left" if right else "right",
-                fontsize=8,
-                color=INK,
-            )
+            axes.text(end + 0.015, place, f"{100 * share.value:.2g} %", va="center", fontsize=8, color=INK)
         name = one.evaluator.replace(" (", "\n(")
         axes.set_title(f"{name}\n{one.region}", fontsize=9, loc="left")
     if evaluations:
@@ -72,8 +64,9 @@ def importance_bars(result: Importance) -> Figure:
 
 
 def batch_curves(sweeps: Sequence[CriticalBatch]) -> Figure:
-    """Tokens to each target loss against the batch, on log axes: points, the fitted curve (dashed where refused) and
-    B_crit with its interval; crosses where tokens stay above 1.2 times the least (Zhang et al. 2024)."""
+    """Tokens to each target loss against the batch, on log axes: points (hollow where not fitted), the curve (dashed
+    where refused) and B_crit with its interval, at twice E_min; crosses where tokens stay above 1.2 times the least
+    (Zhang et al. 2024)."""
     picture, axes = figure(4.4)
     drawn = [one for one in sweeps if len(one.points)]
     norm = log_norm([one.points["tokens"].min() for one in drawn] or [1.0])
@@ -89,21 +82,17 @@ def batch_curves(sweeps: Sequence[CriticalBatch]) -> Figure:
         if one.refused:
             axes.plot(x, y, "--", color=colour, lw=0.8)
             continue
-        grid = np.geomspace(x.min() / 1.2, x.max() * 1.2, 200)
+        used = np.isfinite(one.points["fitted"].to_numpy(float))
+        axes.plot(x[~used], y[~used], marker, color=colour, mfc="white", ms=5, zorder=4)
+        grid = np.geomspace(x[used].min() / 1.2, max(x.max(), one.batch.value) * 1.2, 200)
         axes.plot(grid, one.tokens.value * (1.0 + grid / one.batch.value), color=colour, lw=1.3)
         height = 2.0 * one.tokens.value
-        low, high = one.batch.interval
-        axes.plot(
-            [low if np.isfinite(low) else x.min(), high if np.isfinite(high) else x.max()],
-            [height] * 2,
-            color=INK,
-            lw=1.6,
-            zorder=4,
-        )
+        bar = closed(one.batch.interval, (x.min() / SEEN, x.max() * SEEN))
+        axes.plot(bar, [height] * 2, color=INK, lw=1.6, zorder=4)
         axes.plot(one.batch.value, height, "D", color=INK, mfc="white", ms=6, zorder=5)
         if np.isfinite(one.beyond_linear.value):
             axes.plot(one.beyond_linear.value, 1.2 * y.min(), "x", color=ORANGE, ms=7, mew=1.6, zorder=5)
-    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="B_crit, 95 %")
+    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="B_crit, 95 % (at 2 E_min)")
     axes.plot([], [], "x", color=ORANGE, ms=7, mew=1.6, label="20 % beyond linear scaling")
     axes.set(xscale="log", yscale="log", xlabel="batch (tokens a step)", ylabel="tokens to the target loss")
     human_ticks(axes)
