@@ -197,7 +197,7 @@ def critical_batches(
     Tokens to a target are interpolated, ln loss in ln tokens: between final losses, at the best learning rate of each
     batch and length, where batches were trained for two or more lengths; else along the curves, at the learning rate
     that gets there first, which is only fair where it is not annealed. targets: nats; by default four that all batches
-    reach. A loss between seeds that is noisier than the differences of batches shows in the intervals.
+    reach, or most. A loss between seeds that is noisier than the differences of batches shows in the intervals.
     """
     found: list[CriticalBatch] = []
     verdicts: list[Verdict] = []
@@ -392,14 +392,14 @@ _PATH = ("batch_tokens", "learning_rate", "path", "x", "y", "error")
 
 
 def _targets(paths: pd.DataFrame) -> list[float]:
-    """Up to four losses that all batches pass, from the lowest that all reach upwards, in steps of ln loss."""
+    """Four losses that as many batches pass as pass any, evenly in ln loss from the lowest on."""
     if paths.empty:
         return []
     ends = paths.groupby("batch_tokens")["y"].agg(["min", "max"])
-    low, high = float(ends["min"].max()), float(ends["max"].min())
-    if not low < high:
-        return []
-    return [float(np.exp(y)) for y in np.linspace(low, high, 4)]
+    tried = np.linspace(ends["min"].min(), ends["max"].max(), 2001)
+    passing = ((ends["min"].to_numpy()[:, None] <= tried) & (tried < ends["max"].to_numpy()[:, None])).sum(axis=0)
+    common = tried[passing == passing.max()]
+    return [float(np.exp(y)) for y in np.linspace(common[0], common[-1], 4)]
 
 
 def _reached(paths: pd.DataFrame, target: float) -> pd.DataFrame:

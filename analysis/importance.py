@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.uncertainty import SETTINGS, interval
-from analysis.verdicts import NAN, NOTHING, Estimate, Verdict, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Verdict, clean, plural, refused
 from sweeps.errors import InputError, nearest
 
 TRIALS = 4
@@ -41,8 +41,9 @@ class Evaluation:
     """What one evaluator says. Shares are fractions with their spread: a 95 % interval over noise or resamples.
 
     evaluator: its name. region: what its numbers are about, the whole space or the better part of the trials.
-    shares: by parameter, of the loss's variance that the parameter explains alone; of PED-ANOVA they sum to 1 by
-    construction. interactions: of pairs, "a x b" (exact only). rest: what else there is of the variance.
+    shares: by parameter, of the loss's variance that the parameter explains alone (on a grid of the variance beyond
+    seed noise, where that is known); of PED-ANOVA they sum to 1 by construction. interactions: of pairs, "a x b" (exact
+    only). rest: what else there is of the variance.
     """
 
     evaluator: str
@@ -151,7 +152,7 @@ def importance(
         message = f"{noise_share:.0%} of the variance between settings is what seeds alone would give."
         verdicts.append(Verdict("not_told_apart", "caution", "fit", None, message))
     if not full:
-        verdicts += _tied(table, varied, len(means)) if parameters is not None else []
+        verdicts += _tied(table, varied) if parameters is not None else []
     evaluations: tuple[Evaluation, ...] = ()
     if not refused(verdicts):
         if full:
@@ -190,10 +191,9 @@ def _parameters(runs: pd.DataFrame, asked: Sequence[str] | None, loss: str) -> t
     if asked is not None:
         return list(dict.fromkeys(asked)), []
     varied = [name for name in SETTINGS if name in runs.columns and runs[name].nunique(dropna=False) > 1]
-    kept: list[str] = []
-    verdicts = []
+    settings, kept, verdicts = runs[varied].drop_duplicates(), list[str](), []
     for name in varied:
-        leader = next((k for k in kept if runs.groupby(k, dropna=False)[name].nunique(dropna=False).max() == 1), None)
+        leader = next((k for k in kept if _follows(settings, name, [k])), None)
         if leader is None:
             kept.append(name)
             continue
@@ -202,14 +202,26 @@ def _parameters(runs: pd.DataFrame, asked: Sequence[str] | None, loss: str) -> t
     return kept, verdicts
 
 
-def _tied(table: pd.DataFrame, varied: Sequence[str], settings: int) -> list[Verdict]:
+def _follows(settings: pd.DataFrame, name: str, leaders: Sequence[str]) -> bool:
+    """Whether a column has one value at each of the leaders'. In a search, where values hardly repeat, that says
+    nothing unless it also rises or falls with its leader all the way, as what is set by a rule does."""
+    groups = settings.groupby(list(leaders), dropna=False)[name]
+    if groups.nunique(dropna=False).max() > 1:
+        return False
+    values = groups.first()
+    if len(values) <= len(settings) / 2:
+        return True
+    numeric = pd.api.types.is_numeric_dtype(values) and len(leaders) == 1
+    return numeric and (values.is_monotonic_increasing or values.is_monotonic_decreasing)
+
+
+def _tied(table: pd.DataFrame, varied: Sequence[str]) -> list[Verdict]:
     """What of the parameters asked for follows up to three others, so that no evaluator can tell them apart."""
-    found = []
+    settings, found = table[list(varied)].drop_duplicates(), []
     for name in varied:
         others = [one for one in varied if one != name]
         for leaders in itertools.chain.from_iterable(itertools.combinations(others, k) for k in (1, 2, 3)):
-            groups = table.groupby(list(leaders))[name].nunique()
-            if groups.max() == 1 and len(groups) <= settings / 2:  # else every group is one setting, and says nothing
+            if _follows(settings, name, leaders):
                 message = (
                     f"{name} follows {' and '.join(leaders)} in these runs, so that its share and theirs cannot be "
                     f"told apart. Vary {name} by itself."
@@ -278,53 +290,49 @@ def _exact(
 ) -> tuple[Evaluation, list[Verdict]]:
     """The variance over a full grid, decomposed. Noise: of seeds, else of the interactions of three and more.
 
-    Draws put noise on the means, and what that noise adds to each share on average is taken off again, so that they
-    stand around the value.
+    What seed noise adds to the variance of each effect on average is taken off, once for the noise in the means and
+    once more for that which the draws put on them: a parameter without effect then has a share near 0.
     """
-    cube = means["mean"].unstack(list(names[1:])).to_numpy() if len(names) > 1 else means["mean"].to_numpy()
-    cube = cube.reshape([means.index.unique(k).size for k in range(len(names))])
+    cube = means["mean"].to_numpy().reshape([means.index.unique(k).size for k in range(len(names))])
     sets = [s for order in (1, 2) for s in itertools.combinations(range(len(names)), order)]
-    parts, total = _decompose(cube[None], sets)
     freedom = np.array([math.prod(cube.shape[k] - 1 for k in s) for s in sets], dtype=float)
-    rest = float(total[0] - parts[0].sum())
-    shares, rest_share = parts[0] / total[0], max(rest / total[0], 0.0)
-    left, verdicts = cube.size - 1 - freedom.sum(), []
-    spread = sd / np.sqrt(means["count"].to_numpy(float)).reshape(cube.shape) if np.isfinite(sd) else None
-    if spread is None and left > 0:
-        spread = np.full(cube.shape, np.sqrt(max(rest, 0.0) * cube.size / left))
+    freedom = np.append(freedom, cube.size - 1 - freedom.sum())
+    parts = _decompose(cube[None], sets)
+    seeds, verdicts = np.isfinite(sd), list[Verdict]()
+    if seeds:
+        spread = sd / np.sqrt(means["count"].to_numpy(float)).reshape(cube.shape)
+    elif freedom[-1] > 0:
+        spread = np.full(cube.shape, np.sqrt(max(parts[0, -1], 0.0) * cube.size / freedom[-1]))
         message = (
             "no setting is replicated: the spread is read off the interactions of three and more parameters, which "
             "may be real. Train some settings with two or more seeds."
         )
         verdicts.append(Verdict("noise_from_residuals", "caution", "fit", None, message))
-    elif spread is None:
+    else:
+        spread = np.zeros(cube.shape)
         message = "no setting is replicated, so the shares have no spread. Train some settings with two or more seeds."
         verdicts.append(Verdict("noise_unknown", "caution", "fit", None, message))
-    estimates, rest_estimate = [Estimate(value=float(share)) for share in shares], Estimate(value=rest_share)
-    if spread is not None:
-        shocks = np.random.default_rng(seed).standard_normal((RESAMPLES, *cube.shape)) * spread
-        drawn, drawn_total = _decompose(cube + shocks, sets)
-        unit = float(np.square(spread).mean()) / cube.size
-        drawn = np.maximum(drawn - freedom * unit, 0.0)
-        drawn_rest = np.maximum(drawn_total - left * unit - freedom.sum() * unit - drawn.sum(axis=1), 0.0)
-        whole = drawn.sum(axis=1) + drawn_rest
-        estimates = [
-            Estimate(value=float(share), interval=interval(draws / whole, level))
-            for share, draws in zip(shares, drawn.T)
-        ]
-        rest_estimate = Estimate(value=rest_share, interval=interval(drawn_rest / whole, level))
+    chance = freedom * float(np.square(spread).mean()) / cube.size  # what noise adds to the variance of each effect
+    shocks = np.random.default_rng(seed).standard_normal((RESAMPLES, *cube.shape)) * spread
+    shares = _shares(parts - (chance if seeds else 0.0))[0]
+    draws = _shares(_decompose(cube + shocks, sets) - (2.0 * chance if seeds else chance))
+    known = bool(spread.any())
+    estimates = [
+        Estimate(value=float(share), interval=interval(drawn, level) if known else OPEN)
+        for share, drawn in zip(shares, draws.T)
+    ]
     effects = {" x ".join(names[k] for k in s): one for s, one in zip(sets, estimates)}
     return Evaluation(
         evaluator="exact fANOVA",
         region="the whole grid",
         shares={name: effects[name] for name in names},
         interactions={name: one for name, one in effects.items() if name not in names},
-        rest=rest_estimate if len(names) > 2 else NOTHING,
+        rest=estimates[-1] if len(names) > 2 else NOTHING,
     ), verdicts
 
 
-def _decompose(cubes: np.ndarray, sets: Sequence[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """The variance of each effect over full grids (draws, *levels), (draws, effects), and the whole, (draws,).
+def _decompose(cubes: np.ndarray, sets: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """The variance of each effect over full grids (draws, *levels), and what is left, (draws, effects + 1).
 
     f_U = E[f | x_U] - the effects of all subsets of U, V_U = Var f_U (Hutter, Hoos & Leyton-Brown 2014, section 3).
     """
@@ -334,8 +342,16 @@ def _decompose(cubes: np.ndarray, sets: Sequence[tuple[int, ...]]) -> tuple[np.n
     for one in sets:  # rising in order
         marginal = cubes.mean(axis=tuple(a for a in axes if a - 1 not in one), keepdims=True) - mean
         effects[one] = marginal - sum(effect for other, effect in effects.items() if set(other) < set(one))
-    parts = np.stack([np.square(effect).mean(axis=axes) for effect in effects.values()], axis=1)
-    return parts, np.square(cubes - mean).mean(axis=axes)
+    parts = [np.square(effect).mean(axis=axes) for effect in effects.values()]
+    left = np.square(cubes - mean).mean(axis=axes) - sum(parts)
+    return np.stack([*parts, left], axis=1)
+
+
+def _shares(parts: np.ndarray) -> np.ndarray:
+    """Variances as shares of their sum, by row; NaN where nothing is left of any."""
+    kept = np.maximum(parts, 0.0)
+    whole = kept.sum(axis=1, keepdims=True)
+    return kept / np.where(whole > 0, whole, NAN)
 
 
 # --- searches ----------------------------------------------------------------------------------------------------
