@@ -246,14 +246,15 @@ def fit_critical_batch(batches: np.ndarray, tokens: np.ndarray) -> tuple[np.ndar
 def _sweep(
     group: Mapping[str, Any], target: float, paths: pd.DataFrame, resamples: int, level: float, seed: Sequence[int]
 ) -> CriticalBatch:
-    points = _reached(paths, target)
+    reached = _reached(paths, target)
+    points = reached.drop(columns=["before", "after", "share"])
     where = f"{group['family'] or 'runs'} with N = {group['N']:.3g} at {target:.4g} nats"
     if points.empty:
         few = Verdict("too_few_levels", "refuse", "fit", None, f"{where}: no batch size reached it.")
         return CriticalBatch(group=group, target=target, points=points, verdicts=(few,))
     taken = points["tokens"].to_numpy(float)
     small = (np.arange(len(taken)) < taken.argmin()) & (taken > BEYOND * taken.min())
-    used, verdicts = points[~small], list[Verdict]()
+    used, verdicts = reached[~small], list[Verdict]()
     if small.any():
         message = (
             f"{where}: {plural(int(small.sum()), 'small batch size')} took over {BEYOND - 1:.0%} more tokens than "
@@ -269,12 +270,10 @@ def _sweep(
     points = points.assign(fitted=pd.Series(_curve(log_batch, log_tokens, batches), index=used.index))
     freedom = len(used) - 2
     scatter = float(misfit * np.sqrt(len(used) / freedom))
-    # Noise: between seeds where it is known, and no less than the curve leaves. A group's targets are of the same runs,
-    # so they share their draws.
+    # Noise: between seeds where it is known, and no less than the curve leaves.
     errors = used["error"].to_numpy(float)
     errors = np.maximum(np.where(np.isfinite(errors), errors, 0.0), scatter)
-    generator = np.random.default_rng(seed)
-    shocks = generator.standard_t(freedom, (resamples, len(used)))
+    shocks = _shocks(used, paths, freedom, resamples, seed)
     copies = np.log(tokens) + shocks * errors
     drawn_batch, drawn_tokens, _ = fit_critical_batch(batches, np.exp(copies))
     low, high = batches.min(), batches.max()
@@ -309,6 +308,20 @@ def _sweep(
     return CriticalBatch(
         group=group, target=target, points=points, scatter=scatter, verdicts=tuple(verdicts), draws=draws, **found
     )
+
+
+def _shocks(used: pd.DataFrame, paths: pd.DataFrame, freedom: int, resamples: int, seed: Sequence[int]) -> np.ndarray:
+    """Draws of t-distributed noise of scale 1 for points that lie between two knots, (resamples, points). Targets of a
+    group that hang on the same runs have the same shocks, so that chance in one run moves all of them."""
+    generator = np.random.default_rng(seed)
+    rows = np.searchsorted(np.sort(paths["batch_tokens"].unique()), used["batch_tokens"])
+    first, last = used["before"].to_numpy(int), used["after"].to_numpy(int)
+    ways = paths["batch_tokens"].nunique(), int(paths["knot"].max()) + 1
+    shocks = generator.standard_normal((resamples, *ways))
+    share = np.where(first == last, 0.0, used["share"].to_numpy(float))
+    mixed = (1.0 - share) * shocks[:, rows, first] + share * shocks[:, rows, last]
+    scale = np.sqrt(freedom / generator.chisquare(freedom, resamples))[:, None]
+    return np.asarray(mixed / np.hypot(1.0 - share, share) * scale)
 
 
 def _curve(log_batch: float, log_tokens: float, batches: np.ndarray) -> np.ndarray:
@@ -352,8 +365,9 @@ def _growth(family: str, good: Sequence[CriticalBatch], level: float) -> tuple[E
 
 
 def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float) -> tuple[pd.DataFrame, list[Verdict]]:
-    """Falling losses along tokens: batch_tokens, learning_rate, path (what belongs together), x = ln tokens, y = ln
-    loss, error (of y). From final losses of several lengths, else from curves."""
+    """Falling losses along tokens, from final losses of several lengths, else from curves: batch_tokens, learning_rate,
+    path (what belongs together), x = ln tokens, y = ln loss, error (of y), knot (where equal, chance is common: of one
+    length, or all along a curve)."""
     rates = rows["learning_rate"] if "learning_rate" in rows.columns else pd.Series(NAN, index=rows.index)
     rows = rows.assign(learning_rate=rates.astype(float).fillna(-1.0))
     lengths = rows.groupby("batch_tokens")["D"].nunique()
@@ -365,7 +379,8 @@ def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
         best = best[best["batch_tokens"].map(lengths) >= 2]
         error = sd / np.sqrt(best["count"])
         best = best.assign(x=np.log(best["D"].astype(float)), y=best["mean"], error=error, path="final")
-        return best.assign(learning_rate=-1.0)[[*_PATH]], []
+        knots = best["D"].rank(method="dense").astype(int)
+        return best.assign(learning_rate=-1.0, knot=knots)[[*_PATH]], []
     if curves is None or curves.empty:
         message = (
             "final losses at one length each do not tell how many tokens a batch takes to a given loss. Train every "
@@ -376,7 +391,9 @@ def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
     warm = rows["warmup_tokens"].fillna(0.0) if "warmup_tokens" in rows.columns else 0.0
     own = own.merge(rows.assign(warm=warm)[["cell", "batch_tokens", "learning_rate", "warm"]], on="cell")
     own = own[own["tokens"] > own["warm"]]  # until then a loss says more about the warm-up than about the batch
-    table = own.assign(x=np.log(own["tokens"].astype(float)), y=np.log(own["val_loss"]), error=sd, path=own["cell"])
+    table = own.assign(
+        x=np.log(own["tokens"].astype(float)), y=np.log(own["val_loss"]), error=sd, path=own["cell"], knot=0
+    )
     annealed = "schedule" not in rows.columns or not rows["schedule"].isin(["constant", "wsd"]).all()
     said = []
     if annealed:
@@ -388,7 +405,7 @@ def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
     return table[[*_PATH]], said
 
 
-_PATH = ("batch_tokens", "learning_rate", "path", "x", "y", "error")
+_PATH = ("batch_tokens", "learning_rate", "path", "knot", "x", "y", "error")
 
 
 def _targets(paths: pd.DataFrame) -> list[float]:
@@ -412,12 +429,16 @@ def _reached(paths: pd.DataFrame, target: float) -> pd.DataFrame:
         if len(falls):
             k = falls[0]
             slope = (y[k + 1] - y[k]) / (x[k + 1] - x[k])
-            found.append((batch, rate, x[k] - y[k] / slope, path["error"].iloc[k] / abs(slope)))
-    table = pd.DataFrame(found, columns=["batch_tokens", "learning_rate", "ln", "error"])
+            knots = path["knot"].to_numpy(int)[k : k + 2]
+            share = -y[k] / (y[k + 1] - y[k])
+            found.append((batch, rate, x[k] - y[k] / slope, path["error"].iloc[k] / abs(slope), *knots, share))
+    names = ["batch_tokens", "learning_rate", "ln", "error", "before", "after", "share"]
+    table = pd.DataFrame(found, columns=names)
     groups = table.groupby(["batch_tokens", "learning_rate"], as_index=False)
-    mean = groups.agg(ln=("ln", "mean"), error=("error", "mean"), count=("ln", "size"))
+    one = {name: (name, "first") for name in ("before", "after", "share")}
+    mean = groups.agg(ln=("ln", "mean"), error=("error", "mean"), count=("ln", "size"), **one)
     mean["error"] /= np.sqrt(mean["count"])
     best = mean.loc[mean.groupby("batch_tokens")["ln"].idxmin()].reset_index(drop=True)
     best = best.assign(tokens=np.exp(best["ln"]), learning_rate=best["learning_rate"].where(best["learning_rate"] > 0))
     best["steps"] = best["tokens"] / best["batch_tokens"]
-    return best[["batch_tokens", "learning_rate", "tokens", "steps", "error"]]
+    return best[["batch_tokens", "learning_rate", "tokens", "steps", "error", "before", "after", "share"]]
