@@ -4,6 +4,9 @@
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
     fit.to_json()
 
+    from analysis.sensitivity import sensitivity (the room's own name, so it is not among those below)
+    sensitivity(runs)                            best learning rates, how much they matter, how they move
+
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
 
@@ -28,10 +31,14 @@ if TYPE_CHECKING:
     from analysis.forecast import forecast_dearest
     from analysis.importance import Importance, importances
     from analysis.laws import find_law
+    from analysis.optima import Optimum
+    from analysis.optimum_laws import OptimumLaw
     from analysis.plausibility import check_table
     from analysis.profiles import Profile, profile
     from analysis.report import write_report
+    from analysis.rulings import judge_rule
     from analysis.runs import load_curves, load_documents, load_runs
+    from analysis.sensitivity import Sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
     from analysis.timescale import Timescale, decay_timescales
     from analysis.uncertainty import paired_errors, seed_noise
@@ -44,7 +51,10 @@ __all__ = [
     "Fit",
     "Importance",
     "NoiseScale",
+    "Optimum",
+    "OptimumLaw",
     "Profile",
+    "Sensitivity",
     "Timescale",
     "Verdict",
     "approach2_bias",
@@ -61,6 +71,7 @@ __all__ = [
     "forecast_dearest",
     "gradient_noise",
     "importances",
+    "judge_rule",
     "judge_targets",
     "keep_rows",
     "load_curves",
@@ -71,6 +82,7 @@ __all__ = [
     "profile",
     "read_table",
     "seed_noise",
+    "write_optimum",
     "write_report",
 ]
 
@@ -81,7 +93,10 @@ _HOME = {
     "Fit": "verdicts",
     "Importance": "importance",
     "NoiseScale": "batches",
+    "Optimum": "optima",
+    "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
+    "Sensitivity": "sensitivity",
     "Timescale": "timescale",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
@@ -98,6 +113,7 @@ _HOME = {
     "forecast_dearest": "forecast",
     "gradient_noise": "batches",
     "importances": "importance",
+    "judge_rule": "rulings",
     "judge_targets": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",
@@ -108,6 +124,7 @@ _HOME = {
     "profile": "profiles",
     "read_table": "tables",
     "seed_noise": "uncertainty",
+    "write_optimum": "sensitivity",
     "write_report": "report",
 }
 
