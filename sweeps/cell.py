@@ -74,7 +74,6 @@ class Cell:
     """Tokens of the validation stream that the final loss is taken over, in whole windows; 0: all of it."""
     trainer: str = ""
     """A user's own trainer, `my_file.py:train@<hash>`; empty: Escala's."""
-
     gradient_noise: bool = False
     """Whether the gradient norm of a part of the batch is logged too. It moves no loss, but a run that did not log it
     does not have it: so it is of the id where it is true."""
