@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.swept import merged
 from analysis.uncertainty import interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
 from sweeps.accounting import small_part
@@ -187,7 +188,7 @@ def critical_batches(
     curves: pd.DataFrame | None = None,
     *,
     targets: Sequence[float] | None = None,
-    loss: str = "val_loss_final",
+    loss: str | None = None,
     resamples: int = 500,
     level: float = 0.95,
     seed: int = 0,
@@ -201,8 +202,10 @@ def critical_batches(
     """
     found: list[CriticalBatch] = []
     verdicts: list[Verdict] = []
+    loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
     kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
     kept = kept[np.isfinite(kept[loss].astype(float)) & kept["batch_tokens"].notna()]
+    kept = kept.assign(N=merged(kept["N"].to_numpy(float)), D=merged(kept["D"].to_numpy(float)))
     noise = seed_noise(kept, loss)
     families = kept["family"] if "family" in kept.columns else pd.Series("", index=kept.index)
     for order, (key, rows) in enumerate(kept.groupby([families, "N"])):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.swept import BLOWN_UP, merged
 from analysis.uncertainty import SETTINGS, interval
 from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Verdict, clean, plural, refused
 from sweeps.errors import InputError, nearest
@@ -99,6 +100,7 @@ def importances(runs: pd.DataFrame, parameters: Sequence[str] | None = None, **o
     """`importance` in each group of family, N and D (and what else runs are not compared across) that varies some
     hyperparameter; a group that varies none is left out."""
     asked = tuple(parameters or ())
+    runs = runs.assign(**{c: merged(runs[c].to_numpy(dtype=float)) for c in ("N", "D") if c in runs.columns})
     keys = [c for c in _GROUP if c in runs.columns and c not in asked and runs[c].notna().any()]
     groups = runs.groupby(keys, dropna=False) if keys else [((), runs)]
     found = []
@@ -113,7 +115,7 @@ def importance(
     runs: pd.DataFrame,
     parameters: Sequence[str] | None = None,
     *,
-    loss: str = "val_loss_final",
+    loss: str | None = None,
     cap: float | None = None,
     group: Mapping[str, Any] | None = None,
     level: float = 0.95,
@@ -123,10 +125,13 @@ def importance(
 
     parameters: columns of `runs`, numbers or words; by default the hyperparameters that vary, without those that only
     follow another. Settings with several runs are averaged. cap: what a diverged run counts as, and the most that any
-    run does, nats; by default the mean `loss_at_start` where known, else the highest finite loss. Rows that are left
-    out for another reason than divergence do not count. Numbers that are not supported are refused by verdicts.
+    run does, nats; by default the mean `loss_at_start` where known, else the highest loss of the others. A table that
+    tells no states has runs that diverged where the loss is infinite, or blown up beyond the best rate. Rows that are
+    left out for another reason than divergence, and early rungs of a search, do not count. Numbers that are not
+    supported are refused by verdicts.
     Raises InputError for a column that is not there.
     """
+    loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
     named, verdicts = _parameters(runs, parameters, loss)
     table, capped, source, diverged = _capped(runs, named, loss, cap)
     if diverged:
@@ -239,19 +244,29 @@ def _capped(
     for name in names:
         if table[name].isna().any() or not pd.api.types.is_numeric_dtype(table[name]):
             table[name] = table[name].astype(object).where(table[name].notna(), "none").astype(str)
+        else:
+            table[name] = merged(table[name].to_numpy(dtype=float))
     values = runs[loss].astype(float)
     finite = values.abs() < np.inf
-    diverged = runs["state"] == "diverged" if "state" in runs.columns else ~finite
+    if "state" in runs.columns:
+        diverged = runs["state"] == "diverged"
+    else:
+        rates = runs["learning_rate"].astype(float) if "learning_rate" in runs.columns else pd.Series(0.0, runs.index)
+        lowest = values[finite].min()
+        diverged = ~finite | ((values > BLOWN_UP * lowest) & (rates > rates[values == lowest].max()))
     counts = finite & runs["excluded"].isna() if "excluded" in runs.columns else finite
     table["_loss"] = values.where(~diverged)
-    table, diverged = table[diverged | counts], diverged[diverged | counts]
+    kept = diverged | counts
+    if "rung" in runs.columns:
+        kept &= ~(runs["rung"].astype(float) < 1.0)
+    table, diverged = table[kept], diverged[kept]
     start = runs["loss_at_start"].astype(float).mean() if "loss_at_start" in runs.columns else NAN
     if cap is not None:
         capped, source = float(cap), "given"
     elif np.isfinite(start):
         capped, source = float(start), "the loss at the start"
     else:
-        capped, source = float(table["_loss"].max()), "the highest finite loss"
+        capped, source = float(table["_loss"].max()), "the highest loss of the others"
     table["_loss"] = table["_loss"].fillna(capped).clip(upper=capped)
     return table, capped, source, int(diverged.sum())
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.swept import merged
 from analysis.uncertainty import interval, seed_noise
 from analysis.verdicts import NOTHING, Estimate, Verdict, clean, refused
 
@@ -47,11 +48,13 @@ class Timescale:
 
 
 def decay_timescales(
-    runs: pd.DataFrame, *, loss: str = "val_loss_final", resamples: int = 1000, level: float = 0.95, seed: int = 0
+    runs: pd.DataFrame, *, loss: str | None = None, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[Timescale, ...]:
     """The best timescale of every (family, N, D) that varies the weight decay over three values or more."""
+    loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
     kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
     kept = kept[np.isfinite(kept[loss].astype(float)) & kept["adamw_timescale"].notna()]
+    kept = kept.assign(N=merged(kept["N"].to_numpy(float)), D=merged(kept["D"].to_numpy(float)))
     noise, found = seed_noise(kept, loss), []
     for key, rows in kept.groupby(["family", "N", "D"]):
         if rows["weight_decay"].nunique() < 3:

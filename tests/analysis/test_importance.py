@@ -99,7 +99,7 @@ def test_intervals_from_seeds_cover_the_share_without_noise() -> None:
 
 
 def test_replicates_are_averaged_and_seeds_that_explain_most_are_said_to() -> None:
-    table = factorial(noise=1.0, seeds=3)
+    table = factorial(noise=0.3, seeds=3)
     result = importance(table)
     assert (result.n_runs, result.settings) == (72, 24)
     assert "not_told_apart" in codes(result, "caution")
@@ -139,8 +139,24 @@ def test_diverged_runs_count_as_the_loss_at_the_start() -> None:
     assert "diverged_capped" in codes(result, "caution")
     plain = importance(table.drop(columns="loss_at_start"))
     assert plain.cap == pytest.approx(table["val_loss_final"].max())
-    assert plain.cap_source == "the highest finite loss"
+    assert plain.cap_source == "the highest loss of the others"
     assert importance(table, cap=9.0).cap == 9.0
+
+
+def test_in_a_table_without_states_what_blew_up_beyond_the_best_rate_diverged() -> None:
+    table = factorial().rename(columns={"val_loss_final": "loss"})
+    hot = table["learning_rate"] > 7e-3
+    table.loc[hot, "loss"] = 11.0
+    table.loc[hot & (table["weight_decay"] > 0.1), "loss"] = np.inf
+    result = importance(table)
+    assert result.diverged == int(hot.sum())
+    assert result.cap < 4.0, "the height to which runs blew up explains nothing"
+
+
+def test_early_rungs_of_a_search_do_not_count() -> None:
+    table = factorial().assign(rung=1.0)
+    early = table.assign(rung=0.25, val_loss_final=9.0)
+    assert importance(pd.concat([table, early])).n_runs == len(table)
 
 
 def test_runs_left_out_for_another_reason_do_not_count() -> None:
