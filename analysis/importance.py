@@ -96,18 +96,21 @@ class Importance:
         return clean(plain | {"refused": self.refused})
 
 
-def importances(runs: pd.DataFrame, parameters: Sequence[str] | None = None, **options: Any) -> tuple[Importance, ...]:
-    """`importance` in each group of family, N and D (and what else runs are not compared across) that varies some
-    hyperparameter; a group that varies none is left out."""
+def importances(
+    runs: pd.DataFrame, parameters: Sequence[str] | None = None, *, loss: str | None = None, **options: Any
+) -> tuple[Importance, ...]:
+    """`importance` in each group of family, N and D (and what else runs are not compared across) whose runs vary two
+    hyperparameters or more, or in each where parameters are given."""
+    loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
     asked = tuple(parameters or ())
     runs = runs.assign(**{c: merged(runs[c].to_numpy(dtype=float)) for c in ("N", "D") if c in runs.columns})
     keys = [c for c in _GROUP if c in runs.columns and c not in asked and runs[c].notna().any()]
     groups = runs.groupby(keys, dropna=False) if keys else [((), runs)]
     found = []
     for key, rows in groups:
-        if asked or any(rows[name].nunique() > 1 for name in SETTINGS if name in rows.columns):
+        if asked or (loss in rows.columns and len(_parameters(_counted(rows, loss)[0], None)[0]) > 1):
             group = {name: value for name, value in zip(keys, key) if name in ("family", "parametrisation", "N", "D")}
-            found.append(importance(rows, parameters, group=group, **options))
+            found.append(importance(rows, parameters, loss=loss, group=group, **options))
     return tuple(found)
 
 
@@ -132,8 +135,14 @@ def importance(
     Raises InputError for a column that is not there.
     """
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
-    named, verdicts = _parameters(runs, parameters, loss)
-    table, capped, source, diverged = _capped(runs, named, loss, cap)
+    for name in (*(parameters or ()), loss):
+        if name not in runs.columns:
+            hint = nearest(name, list(runs.columns))
+            raise InputError(f"the runs have no column {name!r}{hint}; they have {', '.join(map(str, runs.columns))}.")
+    runs, lost = _counted(runs, loss)
+    named, verdicts = _parameters(runs, parameters)
+    table, capped, source = _capped(runs, lost, named, loss, cap)
+    diverged = int(lost.sum())
     if diverged:
         share = diverged / max(len(table), 1)
         message = (
@@ -187,12 +196,8 @@ def _with_refused(one: Evaluation, constant: set[str]) -> Evaluation:
 # --- what is looked at -------------------------------------------------------------------------------------------
 
 
-def _parameters(runs: pd.DataFrame, asked: Sequence[str] | None, loss: str) -> tuple[list[str], list[Verdict]]:
+def _parameters(runs: pd.DataFrame, asked: Sequence[str] | None) -> tuple[list[str], list[Verdict]]:
     """The parameters to look at: those asked for, or those that vary and do not only follow another."""
-    for name in (*(asked or ()), loss):
-        if name not in runs.columns:
-            hint = nearest(name, list(runs.columns))
-            raise InputError(f"the runs have no column {name!r}{hint}; they have {', '.join(map(str, runs.columns))}.")
     if asked is not None:
         return list(dict.fromkeys(asked)), []
     varied = [name for name in SETTINGS if name in runs.columns and runs[name].nunique(dropna=False) > 1]
@@ -236,16 +241,8 @@ def _tied(table: pd.DataFrame, varied: Sequence[str]) -> list[Verdict]:
     return found
 
 
-def _capped(
-    runs: pd.DataFrame, names: Sequence[str], loss: str, cap: float | None
-) -> tuple[pd.DataFrame, float, str, int]:
-    """The parameters and `_loss` of the runs that count, the cap, what it is, and how many diverged."""
-    table = runs[list(names)].copy()
-    for name in names:
-        if table[name].isna().any() or not pd.api.types.is_numeric_dtype(table[name]):
-            table[name] = table[name].astype(object).where(table[name].notna(), "none").astype(str)
-        else:
-            table[name] = merged(table[name].to_numpy(dtype=float))
+def _counted(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.Series]:
+    """The runs that finished or diverged, and which of them diverged."""
     values = runs[loss].astype(float)
     finite = values.abs() < np.inf
     if "state" in runs.columns:
@@ -254,12 +251,23 @@ def _capped(
         rates = runs["learning_rate"].astype(float) if "learning_rate" in runs.columns else pd.Series(0.0, runs.index)
         lowest = values[finite].min()
         diverged = ~finite | ((values > BLOWN_UP * lowest) & (rates > rates[values == lowest].max()))
-    counts = finite & runs["excluded"].isna() if "excluded" in runs.columns else finite
-    table["_loss"] = values.where(~diverged)
-    kept = diverged | counts
+    kept = diverged | (finite & runs["excluded"].isna() if "excluded" in runs.columns else finite)
     if "rung" in runs.columns:
         kept &= ~(runs["rung"].astype(float) < 1.0)
-    table, diverged = table[kept], diverged[kept]
+    return runs[kept], diverged[kept]
+
+
+def _capped(
+    runs: pd.DataFrame, diverged: pd.Series, names: Sequence[str], loss: str, cap: float | None
+) -> tuple[pd.DataFrame, float, str]:
+    """The parameters and `_loss` of the runs, the cap, and what it is."""
+    table = runs[list(names)].copy()
+    for name in names:
+        if table[name].isna().any() or not pd.api.types.is_numeric_dtype(table[name]):
+            table[name] = table[name].astype(object).where(table[name].notna(), "none").astype(str)
+        else:
+            table[name] = merged(table[name].to_numpy(dtype=float))
+    table["_loss"] = runs[loss].astype(float).where(~diverged)
     start = runs["loss_at_start"].astype(float).mean() if "loss_at_start" in runs.columns else NAN
     if cap is not None:
         capped, source = float(cap), "given"
@@ -268,7 +276,7 @@ def _capped(
     else:
         capped, source = float(table["_loss"].max()), "the highest loss of the others"
     table["_loss"] = table["_loss"].fillna(capped).clip(upper=capped)
-    return table, capped, source, int(diverged.sum())
+    return table, capped, source
 
 
 def _noise(means: pd.DataFrame) -> tuple[float, int]:

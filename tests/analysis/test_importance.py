@@ -236,8 +236,10 @@ def test_a_column_that_is_not_there_is_named() -> None:
 def test_every_size_and_length_is_looked_at_by_itself() -> None:
     table = pd.concat([factorial().assign(N=N, val_loss_final=lambda t, k=k: t["val_loss_final"] - k) for k, N in
                        enumerate((1e4, 1e5))])  # fmt: skip
-    lone = factorial().iloc[:1].assign(N=1e6)
-    found = importances(pd.concat([table, lone]))
+    lone = factorial().iloc[::6].assign(N=1e6)  # varies one thing, which explains all there is
+    planned = factorial().assign(N=1e7, state="planned", excluded="not finished (planned)", val_loss_final=np.nan)
+    done = pd.concat([table, lone]).assign(state="finished", excluded=None)
+    found = importances(pd.concat([done, planned]))
     assert [one.group["N"] for one in found] == [1e4, 1e5]
     assert found[0].evaluations[0].shares["learning_rate"].value == pytest.approx(
         found[1].evaluations[0].shares["learning_rate"].value
