@@ -16,14 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
     from analysis.backtest import Backtest, judge_targets
-    from analysis.batches import (
-        CriticalBatch,
-        CriticalBatches,
-        NoiseScale,
-        critical_batches,
-        gradient_noise,
-        noise_scales,
-    )
+    from analysis.batches import CriticalBatch, CriticalBatches, critical_batches
     from analysis.compare import compare_recipes
     from analysis.conventions import compare_conventions
     from analysis.envelope import fit_curve_envelope, fit_envelope
@@ -31,6 +24,7 @@ if TYPE_CHECKING:
     from analysis.forecast import forecast_dearest
     from analysis.importance import Importance, importances
     from analysis.laws import find_law
+    from analysis.noise_scale import NoiseScale, gradient_noise, noise_scales
     from analysis.optima import Optimum
     from analysis.optimum_laws import OptimumLaw
     from analysis.plausibility import check_table
@@ -92,7 +86,7 @@ _HOME = {
     "CriticalBatches": "batches",
     "Fit": "verdicts",
     "Importance": "importance",
-    "NoiseScale": "batches",
+    "NoiseScale": "noise_scale",
     "Optimum": "optima",
     "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
@@ -111,7 +105,7 @@ _HOME = {
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",
     "forecast_dearest": "forecast",
-    "gradient_noise": "batches",
+    "gradient_noise": "noise_scale",
     "importances": "importance",
     "judge_rule": "rulings",
     "judge_targets": "backtest",
@@ -119,7 +113,7 @@ _HOME = {
     "load_curves": "runs",
     "load_documents": "runs",
     "load_runs": "runs",
-    "noise_scales": "batches",
+    "noise_scales": "noise_scale",
     "paired_errors": "uncertainty",
     "profile": "profiles",
     "read_table": "tables",

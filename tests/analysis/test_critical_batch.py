@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.batches import CriticalBatches, critical_batches, fit_critical_batch, gradient_noise, noise_scales
+from analysis.batches import CriticalBatches, critical_batches, fit_critical_batch
 from analysis.importance_plots import batch_curves
+from analysis.noise_scale import gradient_noise, noise_scales
 from analysis.timescale import decay_timescales, published_timescale
 from sweeps.accounting import small_part
 from tests.analysis.synthetic import published

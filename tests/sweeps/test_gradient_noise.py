@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import Killed, MemoryIO, make_cell, put
 
-from analysis.batches import gradient_noise
+from analysis.noise_scale import gradient_noise
 from sweeps.accounting import small_part
 from sweeps.attempt import run_attempt
 from sweeps.cell import cell_from_identity
