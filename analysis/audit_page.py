@@ -15,7 +15,7 @@ from analysis import page
 from analysis.audits import Audit, audit
 from analysis.gains import AXES, is_number
 from analysis.references import Reference, from_store, from_sweep
-from analysis.sensitivity import sensitivity
+from analysis.sensitivities import sensitivity
 from analysis.tuning import TuningWorth, tuning_worth
 from analysis.verdicts import Estimate, Verdict
 from sweeps.errors import InputError

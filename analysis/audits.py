@@ -31,7 +31,7 @@ from analysis.references import (
     step_law_rate,
 )
 from analysis.selection import select
-from analysis.sensitivity import Sensitivity, sensitivity
+from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.uncertainty import interval
 from analysis.verdicts import NAN, Verdict, clean, plural
 from sweeps.errors import InputError

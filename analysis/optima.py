@@ -40,7 +40,7 @@ class Optimum:
     plateau: axis -> where the fitted loss is within `eps` of the best (of two axes: with the other at its best for
         it); a bound beyond what was tried is NaN. curvature: d^2 ln loss / d ln(learning rate)^2, the first entry of
         the hessian over the axes.
-    sensitivity: Wortsman et al. 2023 (arXiv 2309.14322), nats; see `analysis.sensitivity`.
+    sensitivity: Wortsman et al. 2023 (arXiv 2309.14322), nats; see `analysis.sensitivities`.
     points: learning_rate, batch_tokens, loss (mean over seeds), count, diverged, fitted.
     draws: axis -> ln optimum under noise (resamples,); those beyond the grid stand one span outside it.
     """

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
-from analysis.sensitivity import Sensitivity
+from analysis.sensitivities import Sensitivity
 from analysis.verdicts import NAN, Estimate, Interval
 from sweeps.errors import InputError
 from sweeps.records import read_json

@@ -51,6 +51,7 @@ COLUMNS = (
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
+    "gradient_norm_small",
     *("tokens_per_second", "flops", "mfu", "optimizer_step"),
 )
 _CURVE_COLUMNS = ("cell", "trunk", "family", "seed", "N", "D", "C", "budget", "size", "tokens", *METRICS)

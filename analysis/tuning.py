@@ -26,7 +26,7 @@ from analysis.gains import (
 )
 from analysis.multipliers import NO_SIZE, SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
 from analysis.optima import Optimum
-from analysis.sensitivity import sensitivity
+from analysis.sensitivities import sensitivity
 from analysis.uncertainty import interval
 from analysis.verdicts import NOTHING, Estimate, Fit, Verdict, clean, plural, refused
 from sweeps.units import human

@@ -88,6 +88,13 @@ class Code(StrEnum):
     TOO_FEW_OPTIMA = "too_few_optima"
     START_UNKNOWN = "start_unknown"
     NO_COMMON_RANGE = "no_common_range"
+    # importance and batches
+    CONSTANT_PARAMETER = "constant_parameter"
+    TIED_PARAMETERS = "tied_parameters"
+    DIVERGED_CAPPED = "diverged_capped"
+    FLAT_LOSSES = "flat_losses"
+    NO_BEND = "no_bend"
+    NOISE_SCALE_NEGATIVE = "noise_scale_negative"
     # decisions
     NO_POWER_LAW = "no_power_law"
     NO_OPTIMUM = "no_optimum"

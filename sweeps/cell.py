@@ -74,6 +74,9 @@ class Cell:
     """Tokens of the validation stream that the final loss is taken over, in whole windows; 0: all of it."""
     trainer: str = ""
     """A user's own trainer, `my_file.py:train@<hash>`; empty: Escala's."""
+    gradient_noise: bool = False
+    """Whether the gradient norm of a part of the batch is logged too. It moves no loss, but a run that did not log it
+    does not have it: so it is of the id where it is true."""
 
     @property
     def steps(self) -> int:
@@ -90,7 +93,7 @@ class Cell:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
         # Fields that came later are left out at their defaults, so that cells of before keep their ids.
-        for later in ("validation_tokens", "trainer"):
+        for later in ("validation_tokens", "trainer", "gradient_noise"):
             if not plain[later]:
                 del plain[later]
         if self.schedule.cooldown_shape == "sqrt":

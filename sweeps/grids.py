@@ -294,6 +294,11 @@ def _plan_cell(
     } | _other_counts(shape, counts, wanted)
     batch = _realised("batch_tokens", rules["batch_tokens"], known, times)
     batch_tokens = max(1, round(batch / study.context)) * study.context
+    if recipe["gradient_noise"] and batch_tokens == study.context:
+        raise ValueError(
+            f"{family.name} with {counts['N']:,} parameters: a batch of one sequence ({batch_tokens:,} tokens) has no "
+            "part whose gradient could be compared with the whole's. Raise batch_tokens, or leave out gradient_noise."
+        )
     steps = round(wanted / batch_tokens)
     if steps < 1:
         raise ValueError(
@@ -351,6 +356,7 @@ def _plan_cell(
         data_seed=seed,
         validation_tokens=_validation_tokens(study, corpus),
         trainer=trainer,
+        gradient_noise=recipe["gradient_noise"],
     )
     realised = {
         "C": tokens * flops_per_token,

@@ -28,17 +28,23 @@ class Solo:
 
     def __init__(self, model: torch.nn.Module, recipe: Optimizer, loss: Loss | None = None) -> None:
         """`loss`: that of the model as a function of tokens, where it is compiled."""
-        self.models, self._loss, self.table = [model], loss or MeanLoss(model), Table([model], [recipe])
+        self.models, self._eager, self.table = [model], MeanLoss(model), Table([model], [recipe])
+        self._loss = loss or self._eager
 
-    def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
-        """Gradients of the mean loss of a batch (1, sequences, context + 1), in micro-batches. Returns it, (1,)."""
+    def backward(
+        self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
+    ) -> torch.Tensor:
+        """Gradients of the mean loss of a batch (1, sequences, context + 1), in micro-batches. Returns it, (1,).
+
+        eager: not compiled, for a batch of another size: a compiled loss would be compiled anew for it.
+        """
         (batch,) = batches
-        parts = batch.split(micro_batch)
+        parts, one = batch.split(micro_batch), self._eager if eager else self._loss
         total: torch.Tensor | None = None
         self.table.gradients.zero_()
         for part in parts:
             with amplify:
-                loss = self._loss(part)
+                loss = one(part)
             if len(parts) > 1:
                 loss = loss * (len(part) / len(batch))
             loss.backward()
@@ -57,9 +63,11 @@ class Stack:
         self._parameters = {f"model.{name}": value.requires_grad_() for name, value in values.items()}
         self._gradients = list(self.table.columns(self.table.gradients).values())
 
-    def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
+    def backward(
+        self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
+    ) -> torch.Tensor:
         """Gradients of each member's mean loss over its own batch (members, sequences, context + 1). Returns the
-        losses, (members,)."""
+        losses, (members,). A stack is always eager."""
         parts = batches.split(micro_batch, dim=1)
         total: torch.Tensor | None = None
         for part in parts:

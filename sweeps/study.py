@@ -272,6 +272,9 @@ class Training(ScheduleFields):
     precision: Literal["float32", "bfloat16"] = "float32"
     init_std: Rule = 0.02
     """Standard deviation of the initial matrices."""
+    gradient_noise: bool = False
+    """Also log, at every evaluation, the gradient norm of an eighth of the batch: what the noise scale, an estimate of
+    the critical batch, is computed from. Moves no loss; costs a little time."""
 
     @field_validator("batch_tokens", "learning_rate", "weight_decay", "init_std", mode="after")
     @classmethod
@@ -431,7 +434,7 @@ class Study(Declared):
             check_hyperparameter(name)
             if not isinstance(variation, Factors):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
-            elif name in ("optimizer", "schedule", "cooldown_shape", "precision"):
+            elif name in ("optimizer", "schedule", "cooldown_shape", "precision", "gradient_noise"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value
 

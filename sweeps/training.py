@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweeps.accounting import flops_per_token
+from sweeps.accounting import flops_per_token, small_part
 from sweeps.batches import Batches
 from sweeps.cell import Cell
 from sweeps.compiling import maybe_compile
@@ -199,6 +199,8 @@ class _Member:
     """Of the steps since the last row, on the device."""
     norm: torch.Tensor | None = None
     """Of the last step's gradients, on the device."""
+    small_norm: torch.Tensor | None = None
+    """Of the gradients of a part of the last batch, where it is measured."""
     rate: float = 0.0
     first: int = 0
     """Steps taken before this attempt."""
@@ -269,6 +271,9 @@ class _Runner:
             batches = {member.index: member.batches.take(step) for member in live if member.batches is not None}
             idle = batches[live[0].index]  # what the others compute is thrown away
             batch = torch.stack([batches.get(member.index, idle) for member in members])
+        if live[0].cell.gradient_noise:  # members are alike in it
+            self._measure(live, batch, step, micro_batch)
+        with self.clock("train"):
             losses = self.program.backward(batch, micro_batch, self.amplify)
             for member in live:
                 cell = member.cell
@@ -279,6 +284,20 @@ class _Runner:
             norms = self.program.table.step([member.index for member in live])
             for member in live:
                 member.norm, member.progress.step = norms[member.index], step
+
+    def _measure(self, live: Sequence[_Member], batch: torch.Tensor, step: int, micro_batch: int) -> None:
+        """Before the steps with an evaluation: the gradient norm of a part of each member's batch. What follows finds
+        everything as it was: gradients are zeroed before each pass, and the random state is put back."""
+        wanted = step in self.evaluations or step == live[0].cell.steps
+        norms, count = None, small_part(batch.shape[1])
+        if wanted and count < batch.shape[1]:
+            with self.clock("evaluate"):
+                random = _random_state()
+                self.program.backward(batch[:, :count], micro_batch, self.amplify, eager=True)
+                _set_random_state(random)
+                norms = torch.linalg.vector_norm(self.program.table.gradients, dim=1)
+        for member in live:
+            member.small_norm = None if norms is None else norms[member.index]
 
     def log(self, member: _Member) -> Ending | None:
         """Judge and log a row. The device is waited for here."""
@@ -307,6 +326,8 @@ class _Runner:
         peak = peak_flops(member.io.numerics.device, cell.precision)
         if peak:
             progress.row["mfu"] = pace * cost / peak
+        if member.small_norm is not None and math.isfinite(small := float(member.small_norm)):
+            progress.row["gradient_norm_small"] = small
         if step in self.evaluations:
             progress.row["val_loss"] = self._evaluate(member)
         if step < cell.steps:  # the last row waits for the final evaluation

@@ -12,7 +12,7 @@ from analysis import audit, fit, read_table
 from analysis.audit_page import references, tuning_section
 from analysis.audits import Audit
 from analysis.references import from_store, from_sweep, power_lines_timescale, step_law_batch, step_law_rate
-from analysis.sensitivity import sensitivity
+from analysis.sensitivities import sensitivity
 from analysis.tuning import tuning_worth
 from sweeps.errors import InputError
 from sweeps.records import write_json

@@ -6,7 +6,7 @@ import pytest
 
 from analysis import read_table
 from analysis.optima import find_optima
-from analysis.sensitivity import sensitivity
+from analysis.sensitivities import sensitivity
 from analysis.swept import merged, swept_groups
 from sweeps.errors import InputError
 from tests.analysis.fans import RATES, best_rate, crossed, fan

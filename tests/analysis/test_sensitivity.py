@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from analysis import Sensitivity, fit, judge_rule, load_runs, read_table, write_optimum
-from analysis.sensitivity import sensitivity, wortsman
+from analysis.sensitivities import sensitivity, wortsman
 from analysis.swept import swept_groups
 from analysis.uncertainty import UNKNOWN
 from sweeps.errors import InputError

@@ -10,7 +10,7 @@ from analysis import read_table
 from analysis.allocation import compute_for_loss
 from analysis.laws import CHINCHILLA
 from analysis.multipliers import size_multiplier, tuned_frontier
-from analysis.sensitivity import sensitivity
+from analysis.sensitivities import sensitivity
 from analysis.tuning import tuning_worth
 from sweeps.errors import InputError
 from tests.analysis.sweeps_of_rates import CURVATURE, RATES, best_rate, sweep, tuned_by

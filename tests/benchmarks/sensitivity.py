@@ -19,7 +19,7 @@ def run(place: Place) -> list[Row]:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT))
-    from analysis.sensitivity import sensitivity
+    from analysis.sensitivities import sensitivity
     from tests.analysis.fans import crossed, fan
 
     fine = fan(sizes=[1e5 * 2.0**i for i in range(12)], tokens=[1e8, 2e8, 4e8, 8e8, 1.6e9, 3.2e9], seeds=3)
