@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from analysis.runs import load_curves, load_documents, load_runs
     from analysis.sensitivities import Sensitivity, sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
-    from analysis.tuning import TuningWorth, tuning_worth
     from analysis.timescale import Timescale, decay_timescales
+    from analysis.tuning import TuningWorth, tuning_worth
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
@@ -52,8 +52,8 @@ __all__ = [
     "OptimumLaw",
     "Profile",
     "Sensitivity",
-    "TuningWorth",
     "Timescale",
+    "TuningWorth",
     "Verdict",
     "approach2_bias",
     "audit",
