@@ -31,7 +31,7 @@ MAX_EPOCHS = 1.5
 
 _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
-    *("schedule", "cooldown_shape", "corpus", "tokenizer", "precision"),
+    *("schedule", "cooldown_shape", "parametrisation", "corpus", "tokenizer", "precision"),
 )
 _WHOLE = ("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context", "attempts")
 COLUMNS = (
@@ -39,7 +39,7 @@ COLUMNS = (
     *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd", "C_spent"),
     *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
-    *("schedule", "cooldown_fraction", "cooldown_shape"),
+    *("schedule", "cooldown_fraction", "cooldown_shape", "parametrisation"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("val_loss_final", "val_bpb_final", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
 )
@@ -190,6 +190,7 @@ def _row(
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
+        "parametrisation": (identity.get("parametrisation") or {}).get("kind", "standard"),
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "val_loss_final": end.get("val_loss_final"),

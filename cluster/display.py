@@ -40,6 +40,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
     origin = ["spent", "from"] if any(row["trunk"] for row in rows) else []
     names = ["N", "D", "C", *origin, "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
+    names += ["parametrisation"] if len({row["parametrisation"] for row in rows}) > 1 else []
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []
     names = [name for name in names if not (width and width < _WIDE and name in _FOLLOWS)]
     for name in ("cell", *(["family"] if len(families) > 1 else [])):
@@ -65,6 +66,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
             "epochs": _epochs(row["epochs"]),
             "seed": "-" if row["seed"] is None else str(row["seed"]),
             "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
+            "parametrisation": row["parametrisation"],
             "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
         }
         family = [row["family"]] if len(families) > 1 else []

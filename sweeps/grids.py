@@ -18,14 +18,16 @@ from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.families import Family, find_family, resolve_options
 from sweeps.lineage import Branch, plan_branches, what_prevents
+from sweeps.parametrisation import STANDARD, Parametrisation, check_parametrisation
 from sweeps.rules import PowerRule, evaluate
-from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
+from sweeps.sizes import LATTICE, head_dim_at, lattice_index, lattice_position, shape_for, shape_of
 from sweeps.stacks import check_stack, stack_key
 from sweeps.study import (
     Factors,
     IsoflopGrid,
     LadderGrid,
     LogVary,
+    ShapesGrid,
     Study,
     Training,
     check_hyperparameter,
@@ -66,9 +68,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Point:
-    """One place of a grid for one family: a target size and one way to say how long."""
+    """One place of a grid for one family: a target size, or a shape, and one way to say how long."""
 
-    size: float
+    size: float = 0.0
+    shape: accounting.Shape | None = None
     tokens: float | None = None
     flops: float | None = None
     tokens_per_parameter: float | None = None
@@ -125,6 +128,12 @@ def _points(study: Study, family: Family, vocab_size: int, options: Mapping[str,
     grid = study.grid
     if isinstance(grid, IsoflopGrid):
         yield from _isoflop_points(grid, family, vocab_size, study.context, options)
+    elif isinstance(grid, ShapesGrid):
+        for width, depth in itertools.product(dict.fromkeys(grid.widths), dict.fromkeys(grid.depths)):
+            shape = shape_of(
+                family, width, depth, grid.head_dim, vocab_size=vocab_size, context=study.context, options=options
+            )
+            yield _Point(shape=shape, tokens=grid.tokens, tokens_per_parameter=grid.tokens_per_parameter)
     elif isinstance(grid, LadderGrid):
         for size in dict.fromkeys(LATTICE[lattice_index(size)] for size in listed(grid.sizes)):
             for ratio in listed(grid.tokens_per_parameter):
@@ -246,7 +255,8 @@ def _plan_cell(
     seed: int,
     trainer: str,
 ) -> PlannedCell:
-    shape = _shape(family, point.size, corpus.vocab_size, study.context, tuple(sorted(options.items())))
+    chosen = tuple(sorted(options.items()))
+    shape = point.shape or _shape(family, point.size, corpus.vocab_size, study.context, chosen)
     counts = _counts(shape)
     flops_per_token = counts["flops_per_token"]
     recipe = {name: getattr(study.training, name) for name in Training.model_fields} | dict(point.overrides)
@@ -316,9 +326,10 @@ def _plan_cell(
     cell = Cell(
         family=family.name,
         family_version=str(family.version),
-        options=tuple(sorted(options.items())),
+        options=chosen,
         shape=shape,
         init_std=value("init_std"),
+        parametrisation=_parametrisation(study.grid, family, options, recipe),
         corpus=corpus.fingerprint,
         tokenizer=corpus.tokenizer,
         tokens=tokens,
@@ -371,6 +382,22 @@ def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[s
     if name in times or isinstance(rule, PowerRule):
         check_hyperparameter(name, value)
     return value
+
+
+def _parametrisation(
+    grid: Any, family: Family, options: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> Parametrisation:
+    """The parametrisation with its base's head size: the grid's, or by the rule that all shapes follow."""
+    declared = recipe["parametrisation"]
+    if declared.kind == "standard":
+        return STANDARD
+    check_parametrisation(declared.kind, family.name, recipe["optimizer"])
+    return Parametrisation(
+        kind=declared.kind,
+        base_width=declared.base_width,
+        base_head_dim=grid.head_dim if isinstance(grid, ShapesGrid) else head_dim_at(declared.base_width, options),
+        base_depth=declared.base_depth,
+    )
 
 
 def _validated(recipe: dict[str, Any], point: _Point, variation: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
