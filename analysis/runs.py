@@ -190,7 +190,9 @@ def _row(
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
-        "parametrisation": (identity.get("parametrisation") or {}).get("kind", "standard"),
+        "parametrisation": None
+        if "foreign" in identity
+        else identity.get("parametrisation", {}).get("kind", "standard"),
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "val_loss_final": end.get("val_loss_final"),

@@ -156,7 +156,9 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
         "epochs": counts["epochs"],
         "learning_rate": rate,
         "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
-        "parametrisation": (identity.get("parametrisation") or {}).get("kind", "standard"),
+        "parametrisation": None
+        if "foreign" in identity
+        else identity.get("parametrisation", {}).get("kind", "standard"),
         "seed": identity["seed"],
         "labels": dict(entry["labels"]),
         "state": state.state,
