@@ -163,6 +163,7 @@ def _row(
     tokens, batch = identity["tokens"], identity["batch_tokens"]
     rate, decay = optimizer.get("learning_rate"), optimizer.get("weight_decay")
     cools = schedule.get("name") == "wsd"
+    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     row = {
         "cell": entry["id"],
         "study": study,
@@ -190,9 +191,7 @@ def _row(
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
-        "parametrisation": None
-        if "foreign" in identity
-        else identity.get("parametrisation", {}).get("kind", "standard"),
+        "parametrisation": scaled["kind"],
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "val_loss_final": end.get("val_loss_final"),

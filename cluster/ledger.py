@@ -136,6 +136,7 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
     rate, decay = identity["optimizer"]["learning_rate"], identity["optimizer"]["weight_decay"]
     batch = identity["batch_tokens"]
     known = None not in (rate, decay, batch)
+    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     result = state.result or {}
     trunk = trunk_of(entry, state.result) or {}
     return {
@@ -156,9 +157,7 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
         "epochs": counts["epochs"],
         "learning_rate": rate,
         "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
-        "parametrisation": None
-        if "foreign" in identity
-        else identity.get("parametrisation", {}).get("kind", "standard"),
+        "parametrisation": scaled["kind"],
         "seed": identity["seed"],
         "labels": dict(entry["labels"]),
         "state": state.state,
