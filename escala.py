@@ -293,6 +293,64 @@ def fit(
 
 
 @app.command(rich_help_panel=ANALYSE)
+def sensitivity(
+    study: Annotated[str, typer.Argument(help="A study, or a table of runs (CSV, TSV, JSON lines, Parquet).")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="What to read from a table: N=COL,D=COL,lr=COL,batch='bs*2048',loss=COL. Arithmetic."),
+    ] = None,
+    where: WhereOption = None,
+    eps: Annotated[
+        float, typer.Option(help="The plateau: learning rates within this fraction of the best loss.")
+    ] = 0.01,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="Seek over learning_rate, batch_tokens. Default: what was crossed.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Of the power laws. quadratic: through the vertices. near-best: as Step Law fitted.")
+    ] = "quadratic",
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them."""
+    import analysis
+    from analysis.expressions import split_definitions
+    from analysis.sensitivity import sensitivity as measure
+    from cluster.display import patience
+    from sweeps.errors import InputError
+
+    conditions, source, place = split_definitions(where or [], "--where"), {}, None
+    if _is_table(study):
+        runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), "sensitivity")
+        runs = analysis.keep_rows(runs, conditions)
+        source = {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}
+    elif columns:
+        raise InputError("--columns is for tables; what a study's columns hold is known.")
+    else:
+        place = _store_or_none(store)
+        name = study_name(study, place)
+        runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
+    with patience("measuring sensitivity"):
+        found = measure(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
+    if place is not None and not conditions:
+        try:
+            analysis.write_optimum(found, runs, name, place)
+        except InputError as error:  # a store of someone else's may be read
+            print(f"the optimum is not kept: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_json() | ({"source": source} if source else {})))
+    else:
+        from cluster.display import console
+        from cluster.sensitivity import sensitivity_tables
+
+        for part in sensitivity_tables(found, source):
+            console.print(part)
+    if found.refused:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=ANALYSE)
 def report(
     study: StudyArgument,
     store: StoreOption = DEFAULT_STORE,

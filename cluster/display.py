@@ -82,8 +82,8 @@ def estimate_lines(found: Any) -> Iterator[RenderableType]:
     energy, dollars = found.energy_kwh.value, found.dollars.value
     parts = [
         f"about {duration(span) if span is not None else '-'} on {found.workers} workers",
-        f"{_number(total / 3600) if total is not None else '-'} worker-hours",
-        f"{_number(energy) if energy is not None else '-'} kWh",
+        f"{number(total / 3600) if total is not None else '-'} worker-hours",
+        f"{number(energy) if energy is not None else '-'} kWh",
         f"${dollars:,.2f}" if dollars is not None else "$ -",
     ]
     yield Text(f"To do: {', '.join(parts)} ({found.kind}, calibrated {found.measured[:10]}).")
@@ -93,7 +93,7 @@ def estimate_lines(found: Any) -> Iterator[RenderableType]:
 
 def calibration_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """What was timed on one kind of worker."""
-    table = _table(kind, "N", "batch tokens", "step", "forward pass", "tokens/s")
+    table = plain_table(kind, "N", "batch tokens", "step", "forward pass", "tokens/s")
     for row in rows:
         pace = row["batch_tokens"] / row["step_seconds"]
         table.add_row(
@@ -224,19 +224,19 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""
         yield Text(f"{source['table']}{kept}: {read}", style="dim")
     rest = fit.diagnostics.get("without_worst")  # the fit hangs on a few runs: show both
-    table = _table("parameter", "value", share, *([f"without the worst {len(rest['cells'])}"] if rest else []))
+    table = plain_table("parameter", "value", share, *([f"without the worst {len(rest['cells'])}"] if rest else []))
     for name, value in fit.params.items():
-        other = [_number(rest["params"][name])] if rest else []
-        table.add_row(name, _number(value), _range(fit.intervals.get(name, _NOTHING)), *other)
+        other = [number(rest["params"][name])] if rest else []
+        table.add_row(name, number(value), span(fit.intervals.get(name, _NOTHING)), *other)
     yield ""
     yield table
     if fit.budgets:
-        table = _table("budget C", "N*", share, "D*", "loss")
+        table = plain_table("budget C", "N*", share, "D*", "loss")
         for budget in (b for b in fit.budgets if b.accepted):
             n, d = budget.N, budget.D
             table.add_row(
-                flops(budget.C), _amount(n.value), _range(n.interval, _amount), _amount(d.value),
-                _number(budget.loss.value),
+                flops(budget.C), _amount(n.value), span(n.interval, _amount), _amount(d.value),
+                number(budget.loss.value),
             )  # fmt: skip
         yield ""
         yield table
@@ -244,9 +244,9 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
             yield Text(f"no minimum accepted at {_few(refused)} (of {len(fit.budgets)} budgets)", style="dim")
     estimates = {k: v for k, v in fit.decisions.items() if hasattr(v, "interval")}
     if estimates:
-        table = _table("decision", "value", share)
+        table = plain_table("decision", "value", share)
         for name, estimate in estimates.items():
-            table.add_row(name, _number(estimate.value), _range(estimate.interval))
+            table.add_row(name, number(estimate.value), span(estimate.interval))
         yield ""
         yield table
     for target in fit.decisions.get("targets", []):
@@ -262,10 +262,10 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
     if fit.excluded:
         yield _left_out(fit.excluded)
     if fit.verdicts:
-        yield _verdicts(fit.verdicts)
+        yield verdict_table(fit.verdicts)
 
 
-def _verdicts(verdicts: Sequence[Any]) -> Table:
+def verdict_table(verdicts: Sequence[Any]) -> Table:
     """One row a kind: the first of many budgets' verdicts speaks for the others, which are counted."""
     kinds: dict[tuple[str, str], list[Any]] = {}
     for verdict in verdicts:
@@ -281,7 +281,7 @@ def _verdicts(verdicts: Sequence[Any]) -> Table:
     return table
 
 
-def _table(*names: str) -> Table:
+def plain_table(*names: str) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for order, name in enumerate(names):
         table.add_column(name, justify="right" if order or name.startswith("budget") else "left", no_wrap=True)
@@ -291,15 +291,15 @@ def _table(*names: str) -> Table:
 def _answers(title: str, entry: Mapping[str, Any], share: str) -> Table:
     """The estimates of one decision, each on a line; a nest of them (the regret of sizes) is indented."""
     names = {"tokens_per_parameter": "D/N", "regret": "loss lost at a size of"}
-    table = _table(title, "value", share)
+    table = plain_table(title, "value", share)
     for name, value in entry.items():
         if hasattr(value, "interval"):
-            write = _amount if name in ("N", "D") else flops if name == "C" else _number
-            table.add_row(f"  {names.get(name, name)}", write(value.value), _range(value.interval, write))
+            write = _amount if name in ("N", "D") else flops if name == "C" else number
+            table.add_row(f"  {names.get(name, name)}", write(value.value), span(value.interval, write))
         elif isinstance(value, Mapping):
             for times, estimate in value.items():
                 lost = f"  {names.get(name, name)} {times} N*"
-                table.add_row(lost, _number(estimate.value), _range(estimate.interval))
+                table.add_row(lost, number(estimate.value), span(estimate.interval))
     return table
 
 
@@ -327,11 +327,11 @@ def _amount(value: float) -> str:
     return "-" if value != value else human(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return "-" if value != value else f"{value:,.4g}"
 
 
-def _range(interval: Any, write: Callable[[float], str] = _number) -> str:
+def span(interval: Any, write: Callable[[float], str] = number) -> str:
     low, high = ("-" if bound != bound else write(bound) for bound in interval)
     if "-" in (low, high):
         return "-" if low == high else f"above {low}" if high == "-" else f"below {high}"

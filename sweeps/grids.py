@@ -339,6 +339,7 @@ def _plan_cell(
         precision=recipe["precision"],
         seed=seed,
         data_seed=seed,
+        validation_tokens=_validation_tokens(study, corpus),
         trainer=trainer,
     )
     realised = {
@@ -361,6 +362,12 @@ def _counts(shape: accounting.Shape) -> dict[str, int]:
         "N_total": parameters.total,
         "flops_per_token": accounting.flops_per_token(shape),
     }
+
+
+def _validation_tokens(study: Study, corpus: CorpusInfo) -> int:
+    """Whole windows; 0 where the study wants no fewer than there are."""
+    wanted = round((study.validation_tokens or 0) / study.context)
+    return wanted * study.context if wanted < corpus.validation_windows(study.context) else 0
 
 
 def _stable_share(schedule: str, cooldown_fraction: float) -> float:

@@ -369,6 +369,9 @@ class Study(Declared):
     """bytes, bpe:<vocabulary size>, or the path of a local Hugging Face tokenizer."""
     context: Annotated[Whole, Field(ge=2, le=1_048_576)] = 128
     """Tokens a sequence."""
+    validation_tokens: Annotated[Whole, Field(ge=8192)] | None = None
+    """Tokens that the final loss is taken over, in windows evenly spread over the validation stream; default: all of
+    it. Short cells need not spend most of their time there; their losses compare with each other alone."""
     families: dict[str, dict[str, Number | bool]]
     """Family names, each with its options; a list of names will do."""
     grid: Grid

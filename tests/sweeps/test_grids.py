@@ -298,6 +298,15 @@ def test_a_context_that_the_corpus_cannot_fill_is_refused() -> None:
     assert "validation split" in faults(points(POINT), corpus(validation_tokens=CONTEXT))
 
 
+def test_a_study_may_validate_on_fewer_tokens_and_one_that_wants_all_has_the_cells_of_before() -> None:
+    plain, few, every = (
+        only(points(POINT, **fields)).cell
+        for fields in ({}, {"validation_tokens": 100_000}, {"validation_tokens": 10**9})
+    )
+    assert few.validation_tokens == round(100_000 / CONTEXT) * CONTEXT
+    assert few.id != plain.id == every.id
+
+
 def test_more_than_four_epochs_need_the_studys_word() -> None:
     long = {"size": 2e4, "tokens": 64_000 * 5}
     info = corpus(train_tokens=64_000)
