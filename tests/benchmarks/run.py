@@ -25,6 +25,7 @@ import overhead
 import stalls
 import step
 import together
+import transfer
 from measuring import Place, Row
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +47,7 @@ BENCHMARKS = {
     "fits": fits.fits,
     "coverage": coverage.coverage,
     "compare": compare.run,
+    "transfer": transfer.transfer,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
     "logging": stalls.logging,
