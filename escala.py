@@ -40,6 +40,10 @@ CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study ru
 AcceptOption = Annotated[
     bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
 ]
+RefitOption = Annotated[
+    bool,
+    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
+]
 
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
@@ -70,6 +74,7 @@ def plan(
     as_json: JsonOption = False,
     allow_code: CodeOption = False,
     accept_corpus: AcceptOption = False,
+    refit: RefitOption = False,
 ) -> None:
     """Dry run: every cell with its size, tokens, FLOPs, state and, after `calibrate`, its time. Trains nothing."""
     from cluster.calibration import find_calibration
@@ -78,7 +83,7 @@ def plan(
     from cluster.planning import read_study
 
     known = (store / "store.json").exists()  # a store that is there is only read
-    place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known)
+    place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known, refit=refit)
     rows = plan_rows(place, planned)
     totals, shared = _totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
@@ -99,7 +104,7 @@ def plan(
     from cluster.display import cell_table, console, estimate_lines
     from sweeps.units import flops
 
-    console.print(cell_table(rows, title=planned.study.name))
+    console.print(cell_table(rows, title=planned.study.name, width=console.width))
     console.print(
         f"{len(rows)} cells, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."
@@ -161,6 +166,7 @@ def run(
         int, typer.Option(min=1, help="End the run when its first so many attempts all fail in the same way.")
     ] = 3,  # cluster.driver.GIVE_UP_AFTER
     accept_corpus: AcceptOption = False,
+    refit: RefitOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train what is missing of a study. Run it again after a crash or an edit: only what is missing trains."""
@@ -169,7 +175,7 @@ def run(
     from cluster.ledger import compare
     from cluster.planning import read_study
 
-    place, planned, path = read_study(study, store, allow_code, accept_corpus)
+    place, planned, path = read_study(study, store, allow_code, accept_corpus, refit=refit)
     change = compare(place, planned)
     if not as_json:
         console.print(f"[bold]{planned.study.name}[/]: {change}.")

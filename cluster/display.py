@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
@@ -26,54 +27,69 @@ def _make_console(stderr: bool = False) -> Console:
 console = _make_console()
 _errors = _make_console(stderr=True)
 _COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "quarantined": "yellow"}
-_WIDE = 120
-_FOLLOWS = ("spent", "D/N", "timescale", "steps", "epochs")
-"""Columns that a narrow terminal goes without: they follow from the others."""
+_FOLLOWS = ("steps", "timescale", "D/N", "epochs", "spent")
+"""Columns that a narrow terminal goes without, one after the other: they follow from the others."""
+_SHORT = {"batch_tokens": "batch", "learning_rate": "lr", "weight_decay": "wd"}
 _SHOWN = 200
 """Rows of a table on a terminal; --json prints all."""
 
 
 def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) -> RenderableType:
-    """The cells of a study, one a line. Where `width` is less than 120 columns, those that follow from others go."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    """The cells of a study, one a line; batch and decay where they vary. Of what does not fit into `width` columns,
+    those go that follow from others."""
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
     origin = ["spent", "from"] if any(row["trunk"] for row in rows) else []
-    names = ["N", "D", "C", *origin, "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
+    batch = ["batch"] if len({row["batch_tokens"] for row in rows}) > 1 else []
+    decay = ["wd"] if len({row["weight_decay"] for row in rows}) > 1 else []
+    factors = {name: f"{_SHORT.get(given, given)} x" for name in varied if (given := name.removesuffix("_times"))}
+    names = ["cell", *(["family"] if len(families) > 1 else []), "N", "D", "C", *origin, "D/N", *batch, "lr", *decay]
+    names += [*factors.values(), "timescale", "steps", "epochs", "seed", "loss"]
     names += ["parametrisation"] if len({row["parametrisation"] for row in rows}) > 1 else []
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []
-    names = [name for name in names if not (width and width < _WIDE and name in _FOLLOWS)]
-    for name in ("cell", *(["family"] if len(families) > 1 else [])):
-        table.add_column(name, no_wrap=True)
+    lines = [_cell_line(row, factors) for row in rows[:_SHOWN]]
+    widths = {name: max([len(name), *(cell_len(str(line[name])) for line in lines)]) + 1 for name in [*names, "state"]}
+    for name in _FOLLOWS:
+        if width and name in names and sum(widths[kept] for kept in [*names, "state"]) > width:
+            names.remove(name)
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("cell", "family") else "right", no_wrap=True)
     table.add_column("state", no_wrap=True, overflow="ellipsis")
-    for row in rows[:_SHOWN]:
-        state = Text(row["state"], style=_COLOURS.get(row["state"], ""))
-        if row["reason"]:
-            state.append(f": {row['reason']}"[:60], style="dim")
-        cells = {
-            "N": human(row["N"]),
-            "D": human(row["D"]),
-            "C": flops(row["C"]),
-            "spent": flops(row["C_spent"]),
-            "from": f"{row['trunk'][:8]} at {human(row['trunk_tokens'])}" if row["trunk"] else "-",
-            "D/N": f"{row['tokens_per_parameter']:.3g}",
-            "lr": f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-",
-            **{name: str(row["labels"].get(name, "-")) for name in varied},
-            "timescale": f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
-            "steps": f"{row['steps']:,}" if row["steps"] else "-",
-            "epochs": _epochs(row["epochs"]),
-            "seed": "-" if row["seed"] is None else str(row["seed"]),
-            "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
-            "parametrisation": row["parametrisation"],
-            "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
-        }
-        family = [row["family"]] if len(families) > 1 else []
-        table.add_row(row["id"][:8], *family, *(cells[name] for name in names), state)
+    for line in lines:
+        table.add_row(*(line[name] for name in names), line["state"])
     if len(rows) <= _SHOWN:
         return table
     return Group(table, Text(f"... and {len(rows) - _SHOWN:,} more cells; --json prints all", style="dim"))
+
+
+def _cell_line(row: Mapping[str, Any], factors: Mapping[str, str]) -> dict[str, str | Text]:
+    """What stands in the columns of a cell, by name."""
+    state = Text(row["state"], style=_COLOURS.get(row["state"], ""))
+    if row["reason"]:
+        state.append(f": {row['reason']}"[:60], style="dim")
+    return {
+        "cell": row["id"][:8],
+        "family": row["family"],
+        "N": human(row["N"]),
+        "D": human(row["D"]),
+        "C": flops(row["C"]),
+        "spent": flops(row["C_spent"]),
+        "from": f"{row['trunk'][:8]} at {human(row['trunk_tokens'])}" if row["trunk"] else "-",
+        "D/N": f"{row['tokens_per_parameter']:.3g}",
+        "batch": f"{row['batch_tokens']:,}" if row["batch_tokens"] else "-",
+        "lr": f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-",
+        "wd": "-" if row["weight_decay"] is None else f"{row['weight_decay']:.3g}",
+        **{short: str(row["labels"].get(name, "-")) for name, short in factors.items()},
+        "timescale": f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
+        "steps": f"{row['steps']:,}" if row["steps"] else "-",
+        "epochs": _epochs(row["epochs"]),
+        "seed": "-" if row["seed"] is None else str(row["seed"]),
+        "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
+        "parametrisation": row["parametrisation"] or "-",
+        "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
+        "state": state,
+    }
 
 
 def estimate_lines(found: Any) -> Iterator[RenderableType]:

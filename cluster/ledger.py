@@ -77,7 +77,8 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
             "study": plan.study.model_dump(mode="json", by_alias=True),
             "corpus": asdict(plan.corpus),
             "cells": [_entry(plan, one) | seconds.get(one.cell.id, {}) for one in plan.cells],
-        },
+        }
+        | ({"fitted": {name: fit.to_json() for name, fit in plan.fits.items()}} if plan.fits else {}),
     )
 
 
@@ -156,6 +157,8 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
         "steps": counts["steps"],
         "epochs": counts["epochs"],
         "learning_rate": rate,
+        "batch_tokens": batch,
+        "weight_decay": decay,
         "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
         "parametrisation": scaled["kind"],
         "seed": identity["seed"],

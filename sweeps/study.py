@@ -13,13 +13,16 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from sweeps.errors import InputError, nearest, plain_fault
 from sweeps.families import find_family, resolve_options
-from sweeps.rules import Count, Number, Positive, PowerRule, Rule, Whole, rule_or_number
+from sweeps.fitted import GIVES, FittedRule, fitted_studies
+from sweeps.published import PublishedRule, check_gives
+from sweeps.rules import Count, Number, Positive, PowerRule, Whole
 from sweeps.store import STUDY_NAME
 
 
@@ -205,9 +208,26 @@ class PointsGrid(Declared):
 Grid = Annotated[IsoflopGrid | LadderGrid | PointsGrid | ShapesGrid, Field(discriminator="type")]
 
 
-Decay = Annotated[
-    Annotated[Number, Field(ge=0), Tag("@number")] | Annotated[PowerRule, Tag("@rule")], Discriminator(rule_or_number)
-]
+def _rule_form(value: Any) -> str:
+    if isinstance(value, PublishedRule) or (isinstance(value, dict) and "rule" in value):
+        return "@published"
+    if isinstance(value, FittedRule) or (isinstance(value, dict) and "fitted" in value):
+        return "@fitted"
+    if isinstance(value, dict) and not value.keys() & PowerRule.model_fields.keys():  # which was meant?
+        for word, form in (("rule", "@published"), ("fitted", "@fitted")):
+            if any(nearest(key, [word]) for key in value):
+                return form
+    return "@rule" if isinstance(value, dict | PowerRule) else "@number"
+
+
+_Law = (
+    Annotated[PowerRule, Tag("@rule")]
+    | Annotated[PublishedRule, Tag("@published")]
+    | Annotated[FittedRule, Tag("@fitted")]
+)
+# The discriminator keeps an error about one form from being reported for the others as well.
+Rule = Annotated[Annotated[Positive, Tag("@number")] | _Law, Discriminator(_rule_form)]
+Decay = Annotated[Annotated[Number, Field(ge=0), Tag("@number")] | _Law, Discriminator(_rule_form)]
 
 
 def _inside(value: float) -> float:
@@ -271,7 +291,8 @@ def _named_parametrisation(value: Any) -> Any:
 
 
 class Training(ScheduleFields):
-    """The recipe. Every number may be varied; a Rule may be a number or a power law in N, D, C, width, depth."""
+    """The recipe. Every number may be varied; a Rule may be a number, a power law in N, D, C, width, depth, a published
+    rule (sweeps/published.py) or one that was fitted to another study (sweeps/fitted.py)."""
 
     batch_tokens: Rule = 16_384.0
     """Tokens an optimizer step; rounded to whole sequences."""
@@ -299,6 +320,16 @@ class Training(ScheduleFields):
     )
     """How initial scales, rates and multipliers follow size (sweeps/parametrisation.py): standard,
     {kind: mup, base_width: 32} or {kind: completep, base_width: 32, base_depth: 2}."""
+
+    @field_validator("batch_tokens", "learning_rate", "weight_decay", "init_std", mode="after")
+    @classmethod
+    def _rule_gives_it(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if isinstance(value, PublishedRule):
+            check_gives(value, name)
+        if isinstance(value, FittedRule) and name not in GIVES:
+            raise ValueError(f"no law of {name} is fitted; allowed: {', '.join(GIVES)}")
+        return value
 
     @model_validator(mode="after")
     def _schedule_taken_apart(self) -> "Training":
@@ -450,4 +481,12 @@ class Study(Declared):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
             elif name in ("optimizer", "schedule", "cooldown_shape", "precision", "parametrisation"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
+        return value
+
+    @field_validator("grid", "training", "vary", mode="after")
+    @classmethod
+    def _not_fitted_on_itself(cls, value: Any, info: ValidationInfo) -> Any:
+        plain = value.model_dump() if isinstance(value, BaseModel) else value
+        if str(info.data.get("name")) in fitted_studies(plain):
+            raise ValueError("a study cannot take a hyperparameter from its own runs; name another under `fitted`")
         return value
