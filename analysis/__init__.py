@@ -6,6 +6,8 @@
 
     from analysis.sensitivity import sensitivity (the room's own name, so it is not among those below)
     sensitivity(runs)                            best learning rates, how much they matter, how they move
+    from analysis.transfer import transfer
+    transfer(runs)                               whether the best learning rate stays when a model grows wider
 
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from analysis.runs import load_curves, load_documents, load_runs
     from analysis.sensitivity import Sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
+    from analysis.transfer import Transfer
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
@@ -41,6 +44,7 @@ __all__ = [
     "OptimumLaw",
     "Profile",
     "Sensitivity",
+    "Transfer",
     "Verdict",
     "approach2_bias",
     "check_table",
@@ -73,6 +77,7 @@ _HOME = {
     "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
     "Sensitivity": "sensitivity",
+    "Transfer": "transfer",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
     "check_table": "plausibility",

@@ -16,7 +16,7 @@ from sweeps.corpora import Corpus, CorpusInfo, make_source, open_corpus, prepare
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES, build_model, resolve_options
 from sweeps.grids import Plan, plan_study
-from sweeps.losses import mean_loss, token_losses
+from sweeps.losses import MeanLoss, mean_loss, token_losses
 from sweeps.models import make_model, parametrise, tensor_factors
 from sweeps.parametrisation import LAYOUTS, STANDARD, Parametrisation, TensorFactors, factors, role, scaled_factors
 from sweeps.sizes import shape_of
@@ -155,7 +155,16 @@ def test_logits_in_chunks_and_evaluations_meet_the_same_multipliers(family: str)
     loss, chunked = mean_loss(model, tokens), mean_loss(model, tokens, 4 * 64 * 17)
     torch.testing.assert_close(chunked, loss, rtol=1e-5, atol=0)
     torch.testing.assert_close(token_losses(model, tokens).mean(), loss, rtol=1e-5, atol=0)
-    assert abs(float(plain - loss)) > 1e-3, "the multipliers are there"
+    assert abs(float((plain - loss).detach())) > 1e-3, "the multipliers are there"
+
+
+def test_what_is_compiled_meets_them_too() -> None:
+    shape = shape_at("llama", 64, 4)
+    model = build_model(FAMILIES["llama"], shape, init_std=0.1, seed=0)
+    parametrise(model, "llama", shape, COMPLETEP)
+    tokens = torch.randint(64, (3, 33), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(MeanLoss(model), dynamic=False, backend="eager")  # the trace, without a compiler
+    torch.testing.assert_close(compiled(tokens), mean_loss(model, tokens), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
