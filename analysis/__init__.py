@@ -4,8 +4,7 @@
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
     fit.to_json()
 
-    from analysis.sensitivities import sensitivity (the room's own name, so it is not among those below)
-    sensitivity(runs)                            best learning rates, how much they matter, how they move
+    analysis.sensitivity(runs)                   best learning rates, how much they matter, how they move
 
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from analysis.sensitivities import Sensitivity, sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
     from analysis.timescale import Timescale, decay_timescales
+    from analysis.transfers import Transfer, transfer
     from analysis.tuning import TuningWorth, tuning_worth
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
@@ -53,6 +53,7 @@ __all__ = [
     "Profile",
     "Sensitivity",
     "Timescale",
+    "Transfer",
     "TuningWorth",
     "Verdict",
     "approach2_bias",
@@ -82,6 +83,7 @@ __all__ = [
     "read_table",
     "seed_noise",
     "sensitivity",
+    "transfer",
     "tuning_worth",
     "write_optimum",
     "write_report",
@@ -101,6 +103,7 @@ _HOME = {
     "Sensitivity": "sensitivities",
     "TuningWorth": "tuning",
     "Timescale": "timescale",
+    "Transfer": "transfers",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
     "audit": "audits",
@@ -129,6 +132,7 @@ _HOME = {
     "read_table": "tables",
     "seed_noise": "uncertainty",
     "sensitivity": "sensitivities",
+    "transfer": "transfers",
     "tuning_worth": "tuning",
     "write_optimum": "sensitivities",
     "write_report": "report",

@@ -31,7 +31,7 @@ MAX_EPOCHS = 1.5
 
 _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
-    *("schedule", "cooldown_shape", "corpus", "tokenizer", "precision"),
+    *("schedule", "cooldown_shape", "parametrisation", "corpus", "tokenizer", "precision"),
     "is_default",
 )
 _WHOLE = (
@@ -43,7 +43,7 @@ COLUMNS = (
     *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd", "C_spent"),
     *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
-    *("schedule", "cooldown_fraction", "cooldown_shape"),
+    *("schedule", "cooldown_fraction", "cooldown_shape", "parametrisation"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
@@ -173,6 +173,7 @@ def _row(
     tokens, batch = identity["tokens"], identity["batch_tokens"]
     rate, decay = optimizer.get("learning_rate"), optimizer.get("weight_decay")
     cools = schedule.get("name") == "wsd"
+    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     row = {
         "cell": entry["id"],
         "study": study,
@@ -200,6 +201,7 @@ def _row(
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
+        "parametrisation": scaled["kind"],
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "validation_tokens": identity.get("validation_tokens", 0),

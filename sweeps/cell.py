@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from sweeps.accounting import Shape
+from sweeps.parametrisation import STANDARD, Parametrisation
 
 NUMERICS_VERSION = 1
 """Bumped by hand when the same cell would give other losses; a golden-loss test fails when that is forgotten."""
@@ -56,6 +57,8 @@ class Cell:
     """The family's options, sorted by name."""
     shape: Shape
     init_std: float
+    parametrisation: Parametrisation = STANDARD
+    """How initial scales, rates and multipliers follow width and depth (sweeps/parametrisation.py)."""
     corpus: str
     """Fingerprint of the token shards."""
     tokenizer: str
@@ -98,6 +101,10 @@ class Cell:
                 del plain[later]
         if self.schedule.cooldown_shape == "sqrt":
             del nested["schedule"]["cooldown_shape"]
+        del plain["parametrisation"]
+        if self.parametrisation != STANDARD:
+            given = {key: value for key, value in vars(self.parametrisation).items() if value is not None}
+            nested["parametrisation"] = given
         return plain | nested | {"options": dict(self.options)}
 
     @cached_property
@@ -116,6 +123,7 @@ def cell_from_identity(identity: Mapping[str, Any]) -> Cell:
             "optimizer": Optimizer(**identity["optimizer"]),
             "schedule": Schedule(**identity["schedule"]),
             "options": tuple(sorted(identity["options"].items())),
+            "parametrisation": Parametrisation(**identity.get("parametrisation", {})),
         }
     )
 

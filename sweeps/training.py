@@ -27,8 +27,9 @@ from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops, probe_micro_batch
 from sweeps.evaluation import Evaluation, evaluate, spread_windows
-from sweeps.families import build_model, find_family
+from sweeps.families import find_family
 from sweeps.losses import Loss, MeanLoss
+from sweeps.models import make_model, tensor_factors
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
@@ -107,18 +108,15 @@ def train_together(
     clock = _Clock()
     with clock("build"):
         family = find_family(cell.family, allow_code=ios[0].base_dir is not None, base_dir=ios[0].base_dir or Path())
-        models = [
-            build_model(family, one.shape, init_std=one.init_std, seed=one.seed, options=dict(one.options))
-            .to(device)
-            .train()
-            for one in cells
-        ]
+        models = [make_model(family, one).to(device).train() for one in cells]
+        factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
         recipes = [one.optimizer for one in cells]
         amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)
         if len(models) > 1:
-            program: Solo | Stack = Stack(models, recipes)
+            program: Solo | Stack = Stack(models, recipes, factors)
         else:
-            program = Solo(models[0], recipes[0], _suited_loss(cell, ios[0], models[0], amplify, device))
+            loss = _suited_loss(cell, ios[0], models[0], amplify, device)
+            program = Solo(models[0], recipes[0], loss, factors)
         micro_batch = ios[0].numerics.micro_batch
         windows = corpus.validation_windows(context)
         subset = spread_windows(windows, context)

@@ -26,6 +26,7 @@ import sensitivity
 import stalls
 import step
 import together
+import transfer
 from measuring import Place, Row
 from rich.console import Console
 from rich.table import Table
@@ -48,6 +49,7 @@ BENCHMARKS = {
     "coverage": coverage.coverage,
     "sensitivity": sensitivity.run,
     "compare": compare.run,
+    "transfer": transfer.transfer,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
     "logging": stalls.logging,
