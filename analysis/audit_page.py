@@ -13,9 +13,9 @@ import pandas as pd
 
 from analysis import page
 from analysis.audits import Audit, audit
-from analysis.gains import AXES, is_number
+from analysis.gains import is_number
 from analysis.references import Reference, from_store, from_sweep
-from analysis.sensitivities import sensitivity
+from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.tuning import TuningWorth, tuning_worth
 from analysis.verdicts import Estimate, Verdict
 from sweeps.errors import InputError
@@ -28,31 +28,33 @@ MANY_VALUES = 3
 """Learning rates at one size and token count from which they are a sweep."""
 
 
-def sections(runs: pd.DataFrame, plan: Mapping[str, Any], store: Store) -> str:
-    """What tuning is worth in one family's runs, where the study varies a hyperparameter, and the audit, always."""
-    kinds = sorted(runs["parametrisation"].dropna().unique()) if "parametrisation" in runs.columns else []
-    if len(kinds) > 1:  # their learning rates do not compare
-        parts = [(kind, sections(runs[runs["parametrisation"] == kind], plan, store)) for kind in kinds]
-        return "".join(f"<h2>{escape(str(kind))}</h2>{text}" for kind, text in parts if text)
-    usable = runs[runs["excluded"].isna()]
-    if usable.empty:
-        return ""
-    swept = _swept(usable)
+def find_audits(
+    runs: pd.DataFrame, kinds: Sequence[str], plan: Mapping[str, Any], store: Store, sweep: Sensitivity | None
+) -> dict[str, tuple[Audit, str]]:
+    """The audit of one family's runs, by parametrisation where there are several (their learning rates do not compare),
+    with a note where it could not be held against another study's optimum."""
+    if len(kinds) > 1:
+        groups = {kind: runs[runs["parametrisation"] == kind] for kind in kinds}
+        return {
+            kind: one
+            for kind, rows in groups.items()
+            for one in find_audits(rows, [kind], plan, store, sensitivity(rows) if sweep else None).values()
+        }
     try:
-        known, note = references(runs, plan, store, swept=swept), ""
+        known, note = references(runs, plan, store, sweep), ""
     except InputError as error:  # another study's damaged file is no reason to be without a report of this one
         known, note = {}, f"<p class=partial>{escape(_capital(str(error)))}</p>"
-    return (tuning_section(runs) if swept else "") + audit_section(audit(runs, known)) + note
+    return {"": (audit(runs, known), note)}
 
 
 def references(
-    runs: pd.DataFrame, plan: Mapping[str, Any], store: Store, *, swept: bool = True
+    runs: pd.DataFrame, plan: Mapping[str, Any], store: Store, sweep: Sensitivity | None
 ) -> dict[str, Reference]:
     """What the cells are held against: the study's own sweep, else the newest optima of another study on this text."""
     family = str(runs["family"].iloc[0])
     kinds = set(runs["parametrisation"].dropna()) if "parametrisation" in runs.columns else set()
-    if swept:
-        own = from_sweep(sensitivity(runs), family, next(iter(kinds), None))
+    if sweep is not None:
+        own = from_sweep(sweep, family, next(iter(kinds), None))
         if "learning_rate" in own:
             return own
     corpus, contexts = plan.get("corpus", {}), runs["context"].dropna().unique()
@@ -63,29 +65,25 @@ def references(
     return from_store(store, name, family, next(iter(kinds), None), text | {"context": int(contexts[0])})
 
 
-def _swept(runs: pd.DataFrame) -> bool:
-    """Whether the learning rate or the batch takes several values at one size and token count."""
-    keys = [runs["N"], runs["D"].round(-2)]
-    return any(bool((runs.groupby(keys)[axis].nunique() >= MANY_VALUES).any()) for axis in AXES if axis in runs)
-
-
 # --- what tuning is worth ----------------------------------------------------------------------------------------
 
 
-def tuning_section(runs: pd.DataFrame) -> str:
-    """The worth of tuning over the study's default; where it has none, over the one learning rate that is best for all.
-
-    runs: of one family.
-    """
+def find_worth(runs: pd.DataFrame) -> tuple[TuningWorth, str] | None:
+    """The worth of tuning over the study's default, with its words; where the study has none, over the one learning
+    rate that is best for all sizes. runs: of one family."""
     if runs["is_default"].eq(True).any():
-        return worth_section(tuning_worth(runs), "the study's own setting (1 times its rule)")
+        return tuning_worth(runs), "the study's own setting (1 times its rule)"
     rate = _one_for_all(runs)
     if rate is None:
-        return ""
-    return worth_section(
-        tuning_worth(runs, default={"learning_rate": rate}),
-        f"the one learning rate, {rate:.3g}, that does best over all sizes",
-    )
+        return None
+    words = f"the one learning rate, {rate:.3g}, that does best over all sizes"
+    return tuning_worth(runs, default={"learning_rate": rate}), words
+
+
+def best_worth(found: TuningWorth) -> str:
+    """The sentence of the place where tuning is worth most; empty where no gain can be told from noise."""
+    told = [w for w in found.worths if w.told_apart]
+    return f"{escape(_capital(str(max(told, key=lambda w: w.percent.value))))}." if told else ""
 
 
 def _one_for_all(runs: pd.DataFrame) -> float | None:
@@ -124,9 +122,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
         "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95 % intervals.</p>"
     )
     head = ["N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
-    told = [w for w in found.worths if w.told_apart]
-    answer = f"<p>{escape(_capital(str(max(told, key=lambda w: w.percent.value))))}.</p>" if told else ""
-    return title + answer + note + page.table(head, rows) + _verdicts(found.verdicts)
+    return title + f"<p>{best_worth(found)}</p>" + note + page.table(head, rows) + _verdicts(found.verdicts)
 
 
 def _times(estimate: Estimate) -> str:
@@ -140,9 +136,12 @@ def _range(estimate: Estimate) -> str:
 # --- the audit ---------------------------------------------------------------------------------------------------
 
 
-def audit_section(found: Audit) -> str:
-    """Where the cells stand, what that costs, the exponents before and after, and what is to be kept in mind."""
-    title = "<h3>Was every cell tuned alike?</h3>"
+def audit_section(found: Audit, kind: str = "") -> str:
+    """Where the cells stand, what that costs, the exponents before and after, and what is to be kept in mind.
+
+    kind: the parametrisation, where there are several.
+    """
+    title = f"<h3>Was every cell tuned alike?{f' ({escape(kind)})' if kind else ''}</h3>"
     rate = found.references.get("learning_rate")
     known = np.isfinite(found.cells["penalty"])
     if rate is None or not known.any():
@@ -213,15 +212,7 @@ def _cells(found: Audit) -> str:
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:
-    """What is said, the gravest first, each once."""
-    order = {"refuse": 0, "caution": 1, "info": 2}
-    seen = {(v.severity, v.message): v for v in sorted(verdicts, key=lambda v: order[v.severity])}
-    items = [
-        f"<li><span class={v.severity}>{v.severity}</span> {escape(_capital(v.message))} "
-        f"<span class=code>{escape(v.code)}</span></li>"
-        for v in seen.values()
-    ]
-    return f"<ul class=verdicts>{''.join(items)}</ul>" if items else ""
+    return page.verdicts(("", verdict) for verdict in verdicts)
 
 
 def _capital(text: str) -> str:

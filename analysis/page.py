@@ -15,11 +15,17 @@ from sweeps.units import flops, human
 DASH = "–"
 
 
-def picture(figure: Figure, caption: str) -> str:
-    """A figure embedded as PNG, with its caption."""
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=150)
-    data = base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
+
+
+def picture(figure: Figure | bytes, caption: str) -> str:
+    """A figure, or its PNG, embedded with its caption."""
+    content = figure if isinstance(figure, bytes) else png(figure)
+    data = base64.b64encode(content).decode()
     text = escape(caption)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
 

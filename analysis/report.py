@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import audit_page, page, plots
+from analysis import page, plots
 from analysis.backtest import Backtest, Score, backtest, judge_targets
 from analysis.fitting import fit
 from analysis.forecast import Forecast, forecast_dearest
+from analysis.hyperparameters import Hyperparameters, answers, find_hyperparameters, pictures, sections
 from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
+from analysis.sensitivities import write_optimum
+from analysis.sweep_page import find_sweep
 from analysis.uncertainty import Noise, paired_errors, seed_noise
 from analysis.verdicts import Estimate, Fit, Verdict, plural
 from sweeps.records import timestamp, write_bytes
@@ -44,13 +47,15 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
     target = Path(path) if path is not None else place.study(study) / "report.html"
     runs, curves = load_runs(study, place), load_curves(study, place)
     pairs = paired_errors(study, place)
-    findings = [_find(family, group, pairs) for family, group in runs.groupby("family", sort=True)]
+    findings = []
+    for family, group in runs.groupby("family", sort=True):
+        own = curves[curves["cell"].isin(group["cell"])]
+        findings.append(_find(family, group, pairs, find_hyperparameters(group, own, plan, place)))
+    if (sweep := find_sweep(runs)) is not None:
+        write_optimum(sweep, runs, study, place)
     body = [
         _head(plan, runs, findings),
-        *(
-            _family(finding, curves, several=len(findings) > 1) + audit_page.sections(finding.runs, plan, place)
-            for finding in findings
-        ),
+        *(_family(finding, curves, place.study(study), several=len(findings) > 1) for finding in findings),
         _cells(runs),
         _times(runs),
         _provenance(plan, place, runs),
@@ -77,9 +82,10 @@ class _Finding:
     forecast: Forecast | None
     noise: Noise | None
     pairs: pd.DataFrame
+    hyperparameters: Hyperparameters
 
 
-def _find(family: Any, runs: pd.DataFrame, pairs: pd.DataFrame) -> _Finding:
+def _find(family: Any, runs: pd.DataFrame, pairs: pd.DataFrame, hyperparameters: Hyperparameters) -> _Finding:
     runs = runs.reset_index(drop=True)
     usable = runs[runs["excluded"].isna()]
     dearest = [float(usable["C"].max())] if len(usable) else []
@@ -94,6 +100,7 @@ def _find(family: Any, runs: pd.DataFrame, pairs: pd.DataFrame) -> _Finding:
         forecast=forecast_dearest(runs) if budgets >= 2 else None,
         noise=seed_noise(runs),
         pairs=pairs[pairs["cell_small"].isin(runs["cell"])],
+        hyperparameters=hyperparameters,
     )
 
 
@@ -108,7 +115,8 @@ def _head(plan: dict[str, Any], runs: pd.DataFrame, findings: Sequence[_Finding]
         parts.append(f"<p class=partial>Provisional: {pending} of {len(runs)} planned cells are still to come.</p>")
     for finding in findings:
         name = f"<b>{escape(finding.family)}.</b> " if len(findings) > 1 else ""
-        parts.append(f"<p class=answer>{name}{_answer(finding)}</p>")
+        told = [] if finding.isoflop is not None else list(answers(finding.hyperparameters))
+        parts += [f"<p class=answer>{name}{text}</p>" for text in told or [_answer(finding)]]
     return "".join(parts)
 
 
@@ -164,14 +172,31 @@ def _reasons(verdicts: Iterable[Verdict], scopes: Sequence[str]) -> str:
 # --- one family --------------------------------------------------------------------------------------------------
 
 
-def _family(finding: _Finding, curves: pd.DataFrame, *, several: bool) -> str:
+def _family(finding: _Finding, curves: pd.DataFrame, folder: Path, *, several: bool) -> str:
     parts = [f"<h2>{escape(finding.family)}</h2>"] if several else []
+    tuned = sections(finding.hyperparameters, folder.name) + _kept_pictures(finding, folder, several=several)
     if finding.isoflop is not None:
         parts.append(_budget_table(finding.isoflop))
+    else:  # a sweep asks of hyperparameters first
+        parts.append(tuned)
     parts += [_law_table(finding.chinchilla), _noise(finding), _forecast(finding.forecast)]
     parts.append(_backtest(finding.backtest))
     fits = [f for f in (finding.isoflop, finding.chinchilla) if f is not None]
-    parts += [_verdicts(fits), _pictures(finding, curves)]
+    parts.append(_verdicts(fits))
+    if finding.isoflop is not None:
+        parts.append(tuned)
+    parts.append(_pictures(finding, curves))
+    return "".join(parts)
+
+
+def _kept_pictures(finding: _Finding, folder: Path, *, several: bool) -> str:
+    """The pictures of hyperparameters, kept in the study's folder too, from where MLflow gets them."""
+    parts = []
+    for one in pictures(finding.hyperparameters):
+        content = page.png(one.figure)
+        name = f"{finding.family}-{one.name}" if several else one.name
+        write_bytes(folder / "pictures" / f"{name.replace('/', '-')}.png", content)
+        parts.append(page.picture(content, one.caption))
     return "".join(parts)
 
 

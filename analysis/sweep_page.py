@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import page, sweep_plots
+from analysis import page
 from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
 from analysis.sensitivities import Sensitivity, sensitivity
@@ -46,7 +46,7 @@ def answer(found: Sensitivity) -> str:
         low, high = (min if end == 0 else max for end in (0, 1))
         values = [one.best[axis].value for one in known]
         span = f"{page.number(low(values), 3)} to {page.number(high(values), 3)}"
-        text = f"The best {WORDS[axis]} is {span} over {plural(len(known), 'size and length')}"
+        text = f"The best {WORDS[axis]} is {span} over {plural(len(known), 'pair')} of size and length"
         parts.append(f"{text}{'; it ' + moves[0] if moves else ', and how it moves is not settled by them'}.")
     wide = [_factor(one) for one in known if np.isfinite(_factor(one))]
     if wide:
@@ -65,7 +65,7 @@ def answer(found: Sensitivity) -> str:
 
 
 def section(found: Sensitivity) -> str:
-    """The table of optima, the power laws, what must be kept in mind, and the pictures."""
+    """The table of optima, the power laws, and what must be kept in mind."""
     title = "<h3>The best learning rate at each size and length</h3>"
     if "batch_tokens" in found.optima[0].axes:
         title = "<h3>The best learning rate and batch at each size and length</h3>"
@@ -75,7 +75,7 @@ def section(found: Sensitivity) -> str:
         f"{found.eps:.0%} of its lowest. Sensitivity: mean excess over the best loss, in nats, over one range of rates "
         "for all sizes (Wortsman et al. 2023), diverged runs counted as the loss at the start.</p>"
     )
-    return "".join([title, note, _table(found), _laws(found), _verdicts(found), _pictures(found)])
+    return "".join([title, note, _table(found), _laws(found), _verdicts(found)])
 
 
 def _table(found: Sensitivity) -> str:
@@ -120,29 +120,6 @@ def _verdicts(found: Sensitivity) -> str:
     every = [*found.verdicts, *(v for law in found.laws.values() for v in law.verdicts)]
     every += [v for one in found.optima for v in one.verdicts]
     return page.verdicts(("", verdict) for verdict in every)
-
-
-def _pictures(found: Sensitivity) -> str:
-    parts = [
-        page.picture(
-            sweep_plots.fans(found.optima),
-            "Final loss against learning rate. Filled points are fitted, diamonds the optima with 95 % intervals; "
-            "crosses on the upper edge are runs that diverged.",
-        )
-    ]
-    if "batch_tokens" in found.optima[0].axes:
-        for one in [one for one in found.optima if not one.refused][: sweep_plots.MOST]:
-            caption = f"{one.name}: loss above the lowest at each learning rate and batch, in percent."
-            parts.append(page.picture(sweep_plots.heat_map(one), caption))
-    for axis in found.optima[0].axes:
-        if sum(not one.refused for one in found.optima) >= 2:
-            caption = (
-                f"The best {WORDS[axis]} against size and against tokens, with 95 % intervals; dashed lines are the "
-                "fitted power law at the lowest, a middle and the highest value of the other variable, with the middle "
-                "one's 95 % band."
-            )
-            parts.append(page.picture(sweep_plots.optimum_moves(found, axis), caption))
-    return "".join(parts)
 
 
 # --- words -------------------------------------------------------------------------------------------------------

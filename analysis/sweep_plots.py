@@ -13,18 +13,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from analysis.audits import Audit
 from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
 from analysis.sensitivities import Sensitivity
 from analysis.style import (
     BAND,
     COLOURS,
+    GREY,
     INK,
     NAMES,
     ORANGE,
     WIDTH,
     closed,
     dress,
+    figure,
     human_ticks,
     log_norm,
     log_ticks,
@@ -128,7 +131,28 @@ def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
         human_ticks(axes)
         log_ticks(axes, "y", human if axis == "batch_tokens" else lambda v: f"{v:g}", 6)
         if 1 < len(levels) <= 6:
-            axes.legend(fontsize=7, frameon=False)
+            axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    return picture
+
+
+def audit_plot(found: Audit) -> Figure:
+    """Each run's learning rate as a multiple of the measured best, against N, coloured by what that is estimated to
+    cost; rings are runs that lose more than noise."""
+    picture, axes = figure(3.8)
+    cells = found.cells[np.isfinite(found.cells["ratio"].astype(float))]
+    cost = np.maximum(100.0 * cells["penalty"].astype(float).fillna(0.0), 0.01)
+    norm = LogNorm(0.01, max(10.0, float(cost.max())))
+    axes.axhline(1.0, color=GREY, lw=1.0)
+    axes.scatter(cells["N"], cells["ratio"], c=COLOURS(norm(cost)), s=26, zorder=3, lw=0)
+    off = cells[cells["mistuned"]]
+    axes.plot(off["N"], off["ratio"], "o", color=ORANGE, mfc="none", ms=9, mew=1.4, ls="", label="lose more than noise")
+    axes.set(xscale="log", yscale="log", xlabel=NAMES["N"], ylabel="learning rate / measured best")
+    human_ticks(axes)
+    log_ticks(axes, "y", lambda v: f"{v:g}", 8)
+    bar = picture.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.02)
+    bar.set_label("estimated cost (% of the loss)")
+    if len(off):
+        axes.legend(frameon=False, fontsize=8)
     return picture
 
 

@@ -1,4 +1,5 @@
-"""The study's own run in MLflow, above those of its cells: the plan, the study file, the report and the environment.
+"""The study's own run in MLflow, above those of its cells: the plan, the study file, the report with its pictures, and the
+environment.
 
 It holds artifacts and no metric, so that it draws no line. A server that keeps no artifacts costs these files, never
 the curves: the fault is said and the mirror goes on.
@@ -84,10 +85,10 @@ def environment() -> dict[str, Any]:
 
 
 def _files(store: Store, study: str) -> Iterator[tuple[str, bytes]]:
-    for name in _FILES:
-        path = store.study(study) / name
+    folder = store.study(study)
+    for path in (*(folder / name for name in _FILES), *sorted((folder / "pictures").glob("*.png"))):
         if path.exists():
-            yield name, path.read_bytes()
+            yield path.relative_to(folder).as_posix(), path.read_bytes()
     yield "environment.json", json.dumps(environment(), indent=1).encode() + b"\n"
 
 
@@ -107,9 +108,9 @@ def _takes_artifacts(client: "MlflowClient", store: Store, place: str) -> bool:
 
 def _send(client: "MlflowClient", run_id: str, name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+        path = Path(folder) / Path(name).name
         path.write_bytes(content)
-        client.log_artifact(run_id, str(path))
+        client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
 
 
 def _sum(content: bytes) -> int:

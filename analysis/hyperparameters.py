@@ -1,0 +1,244 @@
+"""What one family's runs say of hyperparameters, found once and told in the report: as answers, tables and pictures.
+
+What a study did not vary has no section; the audit is in every report, since that nothing was tuned must be said too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis import audit_page, page, sweep_page, sweep_plots
+from analysis.audits import Audit
+from analysis.batches import CriticalBatches, critical_batches
+from analysis.importance import Importance, importances
+from analysis.importance_plots import batch_curves, importance_bars
+from analysis.noise_scale import NoiseScale, noise_scales
+from analysis.sensitivities import Sensitivity
+from analysis.transfers import Transfer, transfer
+from analysis.tuning import TuningWorth
+from analysis.verdicts import Estimate, Verdict
+from sweeps.store import Store
+from sweeps.units import human
+
+BATCHES = 3
+"""Batches of one size and length from which on a study sweeps them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """worth and its default in words, audits by parametrisation ("" for all), the rest as their rooms find them."""
+
+    sweep: Sensitivity | None
+    worth: tuple[TuningWorth, str] | None
+    own_default: bool
+    """Whether the study itself says what is not tuned: the worth of tuning is then what it asks for."""
+    transfers: tuple[Transfer, ...]
+    batches: CriticalBatches | None
+    noise: tuple[NoiseScale, ...]
+    importances: tuple[Importance, ...]
+    audits: Mapping[str, tuple[Audit, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture with the name of its file and its caption."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+def find_hyperparameters(
+    runs: pd.DataFrame, curves: pd.DataFrame, plan: Mapping[str, Any], store: Store
+) -> Hyperparameters:
+    """Look at one family's runs, finished or not."""
+    usable = runs[runs["excluded"].isna()]
+    kinds = sorted(usable["parametrisation"].dropna().unique())
+    sweep = sweep_page.find_sweep(runs)
+    same = [usable["N"], usable["D"].round(-2)]
+    crossed = len(usable) and bool((usable.groupby(same)["batch_tokens"].nunique() >= BATCHES).any())
+    return Hyperparameters(
+        sweep=sweep,
+        own_default=bool(runs["is_default"].eq(True).any()),
+        worth=audit_page.find_worth(runs) if sweep is not None and len(usable) else None,
+        transfers=tuple(transfer(runs)) if sweep is not None and len(kinds) > 1 else (),
+        batches=critical_batches(runs, curves) if crossed else None,
+        noise=noise_scales(runs, curves) if len(usable) else (),
+        importances=importances(runs) if len(usable) else (),
+        audits=audit_page.find_audits(runs, kinds, plan, store, sweep) if len(usable) else {},
+    )
+
+
+def answers(found: Hyperparameters) -> Iterator[str]:
+    """Sentences for the head of the report, the most telling first."""
+    if found.transfers:
+        yield " ".join(_transfer_words(one) for one in found.transfers)
+    if found.worth is not None and found.own_default and (words := audit_page.best_worth(found.worth[0])):
+        yield words
+    if found.sweep is not None:
+        yield sweep_page.answer(found.sweep)
+    if found.batches is not None and (words := _batch_words(found.batches)):
+        yield words
+
+
+def sections(found: Hyperparameters, study: str) -> str:
+    """Everything but the pictures, as HTML."""
+    parts = []
+    if found.transfers:
+        parts.append(_transfer_section(found.transfers))
+    if found.sweep is not None:
+        parts.append(sweep_page.section(found.sweep) + sweep_page.rules_note(found.sweep.laws, study))
+    if found.batches is not None:
+        parts.append(_batch_section(found.batches, found.noise))
+    if found.worth is not None:
+        parts.append(audit_page.worth_section(*found.worth))
+    parts += [_importance_section(found.importances)]
+    for kind, (audit, note) in found.audits.items():
+        parts.append(audit_page.audit_section(audit, kind) + note)
+    return "".join(parts)
+
+
+def pictures(found: Hyperparameters) -> list[Picture]:
+    """The pictures, in the order of the sections."""
+    every = []
+    if found.sweep is not None:
+        every += list(_sweep_pictures(found.sweep))
+    if found.batches is not None and found.batches.sweeps:
+        caption = (
+            "Tokens to a target loss against the batch. The curve is E_min (1 + B / B_crit) (McCandlish et al. 2018); "
+            "hollow points are not fitted, dashed sweeps refused."
+        )
+        every.append(Picture(name="critical-batch", figure=batch_curves(found.batches.sweeps), caption=caption))
+    for order, one in enumerate(found.importances):
+        caption = f"Which hyperparameters the loss depends on, {_place(one.group)}. Lines are 95 % intervals."
+        every.append(Picture(name=f"importance-{order}", figure=importance_bars(one), caption=caption))
+    for kind, (audit, _) in found.audits.items():
+        if np.isfinite(audit.cells["ratio"].astype(float)).any():
+            caption = (
+                "Each run's learning rate against the measured best, and what being off it is estimated to cost. On "
+                "the line nothing is lost."
+            )
+            name = f"audit-{kind}" if kind else "audit"
+            every.append(Picture(name=name, figure=sweep_plots.audit_plot(audit), caption=caption))
+    return every
+
+
+def _sweep_pictures(found: Sensitivity) -> Iterator[Picture]:
+    yield Picture(
+        name="learning-rates",
+        figure=sweep_plots.fans(found.optima),
+        caption="Final loss against learning rate. Filled points are fitted, diamonds the optima with 95 % intervals; "
+        "crosses on the upper edge are runs that diverged.",
+    )
+    axes = found.optima[0].axes
+    if "batch_tokens" in axes:
+        for order, one in enumerate(found.optima[: sweep_plots.MOST]):
+            caption = f"{one.name}: loss above the lowest at each learning rate and batch, in percent."
+            yield Picture(name=f"rate-and-batch-{order}", figure=sweep_plots.heat_map(one), caption=caption)
+    if sum(not one.refused for one in found.optima) < 2:
+        return
+    for axis in axes:
+        yield Picture(
+            name=f"best-{axis.replace('_', '-')}",
+            figure=sweep_plots.optimum_moves(found, axis),
+            caption=f"The best {sweep_page.WORDS[axis]} against size and against tokens, with 95 % intervals; dashed "
+            "lines are the fitted power law at the lowest, a middle and the highest value of the other variable, with "
+            "the middle one's 95 % band.",
+        )
+
+
+# --- transfer ----------------------------------------------------------------------------------------------------
+
+
+def _transfer_words(one: Transfer) -> str:
+    name = escape(one.parametrisation)
+    if one.moves is None:
+        return f"Whether the best learning rate stays under {name} is not settled: {escape(one.verdicts[-1].message)}"
+    widths = one.optima["width"]
+    return (
+        f"From width {widths.min():.0f} to {widths.max():.0f} the best learning rate of {name} "
+        f"{'moves' if one.moves else 'stays'}: it goes as width<sup>{one.slope.value:.2f}</sup> (95 % interval "
+        f"{page.interval(one.slope.interval)})."
+    )
+
+
+def _transfer_section(transfers: Sequence[Transfer]) -> str:
+    rows = []
+    for one in transfers:
+        for row in one.optima.to_dict("records"):
+            bounds = page.interval((row["low"], row["high"])) if not row["refused"] else page.DASH
+            rows.append(
+                [escape(one.parametrisation), f"{row['width']:.0f}", page.number(row["learning_rate"], 3), bounds]
+            )
+    note = "<p class=note>A parametrisation transfers when the interval of its power of width holds 0.</p>"
+    lines = "".join(f"<p>{_transfer_words(one)}</p>" for one in transfers)
+    table = page.table(["parametrisation", "width", "best learning rate", "95 % interval"], rows)
+    said = page.verdicts((one.parametrisation, v) for one in transfers for v in one.verdicts)
+    return "<h3>Does the best learning rate stay when a model grows wider?</h3>" + lines + note + table + said
+
+
+# --- batches and importance --------------------------------------------------------------------------------------
+
+
+def _batch_words(found: CriticalBatches) -> str:
+    good = [one for one in found.sweeps if not one.refused and np.isfinite(one.batch.value)]
+    if not good:
+        return ""
+    values = [one.batch.value for one in good]
+    growth = next((e for e in found.growth.values() if np.isfinite(e.value)), Estimate())
+    grows = ""
+    if np.isfinite(growth.value):
+        grows = f" It grows as D<sup>{growth.value:.2f}</sup> ({page.interval(growth.interval)})."
+    return (
+        f"Tokens are wasted from a critical batch of {human(min(values))} to {human(max(values))} tokens on, at which "
+        f"a loss takes twice the fewest tokens ({len(good)} of {len(found.sweeps)} targets have one).{grows}"
+    )
+
+
+def _batch_section(found: CriticalBatches, noise: Sequence[NoiseScale]) -> str:
+    rows = [
+        [
+            human(one.group["N"]),
+            f"{one.target:.4f}",
+            page.estimate(one.batch),
+            page.estimate(one.tokens),
+            page.plain(one.beyond_linear, human),
+        ]
+        for one in found.sweeps
+    ]
+    head = ["N", "target loss", "critical batch (tokens)", "fewest tokens", "20 % beyond linear"]
+    scales = [[human(one.group["N"]), human(one.group["batch_tokens"]), page.estimate(one.batch)] for one in noise]
+    told = page.table(["N", "batch (tokens)", "noise scale (tokens)"], scales) if scales else ""
+    said: list[Verdict] = [*found.verdicts, *(v for one in found.sweeps for v in one.verdicts)]
+    said += [v for one in noise for v in one.verdicts]
+    return "<h3>The critical batch</h3>" + page.table(head, rows) + told + page.verdicts(("", v) for v in said)
+
+
+def _importance_section(found: Sequence[Importance]) -> str:
+    if not found:
+        return ""
+    rows = []
+    for one in found:
+        for row in one.table().to_dict("records"):
+            share = page.plain(row["share"], "{:.1%}".format)
+            bounds = (row["low"], row["high"])
+            rows.append(
+                [
+                    _place(one.group),
+                    escape(row["effect"].replace("_", " ")),
+                    f"{share} <span class=range>{page.interval(bounds)}</span>" if np.isfinite(bounds).all() else share,
+                    escape(f"{row['evaluator']}, {row['region']}"),
+                ]
+            )
+    said = page.verdicts(("", v) for one in found for v in one.verdicts)
+    head = ["", "hyperparameter", "share of the variance", "by"]
+    return "<h3>Which hyperparameters matter?</h3>" + page.table(head, rows) + said
+
+
+def _place(group: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {human(group[name])}" for name in ("N", "D") if name in group)
