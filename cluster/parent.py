@@ -1,5 +1,4 @@
-"""The study's own run in MLflow, above those of its cells: the plan, the study file, the report with its pictures, and the
-environment.
+"""The study's own run in MLflow, above those of its cells: plan, study file, environment, the report with its pictures.
 
 It holds artifacts and no metric, so that it draws no line. A server that keeps no artifacts costs these files, never
 the curves: the fault is said and the mirror goes on.

@@ -1,0 +1,109 @@
+"""Pictures and answers of sweeps show every optimum that stands, no mark of a refused one, and every divergence."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from analysis import audit, sensitivity
+from analysis.sweep_page import answer, find_sweep, section
+from analysis.sweep_plots import audit_plot, fans, heat_map, optimum_moves
+from tests.analysis.fans import RATES, SIZES, crossed, fan
+
+
+@pytest.fixture(scope="module")
+def sweep() -> pd.DataFrame:
+    return fan(sizes=SIZES[:3], tokens=(5e7, 2e8))
+
+
+def marks(figure: Figure, marker: str) -> int:
+    """Points drawn with a marker, legends aside."""
+    lines = [line for axes in figure.axes for line in axes.lines if line.get_marker() == marker]
+    return sum(len(line.get_xdata()) for line in lines)  # type: ignore[arg-type]
+
+
+def test_every_optimum_that_stands_is_marked_and_no_other(sweep: pd.DataFrame) -> None:
+    found = sensitivity(sweep, resamples=100)
+    picture = fans(found.optima)
+    picture.canvas.draw()
+    assert marks(picture, "D") == len(found.optima) == 6
+    upper = sweep[sweep["learning_rate"] >= RATES[5]]  # the optimum lies below the rates that are left
+    assert marks(fans(sensitivity(upper, resamples=100).optima), "D") == 0
+
+
+def test_runs_that_diverged_stand_on_the_upper_edge(sweep: pd.DataFrame) -> None:
+    lost = sweep["learning_rate"] == RATES[-1]
+    table = sweep.assign(state=np.where(lost, "diverged", "finished"), loss=sweep["loss"].where(~lost))
+    picture = fans(sensitivity(table, resamples=100).optima)
+    picture.canvas.draw()
+    assert marks(picture, "x") == 6
+    for axes in [axes for axes in picture.axes if axes.lines]:
+        crosses = [line for line in axes.lines if line.get_marker() == "x"]
+        top = axes.get_ylim()[1]
+        assert all(0.9 * top < y <= top for line in crosses for y in line.get_ydata())  # type: ignore[union-attr]
+
+
+def test_panels_are_of_what_takes_fewer_values(sweep: pd.DataFrame) -> None:
+    def panels(table: pd.DataFrame) -> list[str]:
+        found = sensitivity(table, resamples=50)
+        return [axes.get_title() for axes in fans(found.optima).axes if axes.get_title()]
+
+    assert panels(sweep) == ["50M tokens", "200M tokens"]
+    assert len(panels(fan(sizes=SIZES[:1], tokens=(5e7, 1e8, 2e8)))) == 1
+
+
+def test_the_map_shows_the_optimum_and_the_region_around_it() -> None:
+    found = sensitivity(crossed(SIZES[:1]), resamples=100)
+    for one in found.optima:
+        picture = heat_map(one)
+        picture.canvas.draw()
+        assert marks(picture, "D") == 1
+    ellipse = next(line for line in picture.axes[0].lines if len(np.asarray(line.get_xdata())) > 100)
+    low, high = found.optima[-1].plateau["learning_rate"]
+    drawn = np.asarray(ellipse.get_xdata(), dtype=float)
+    assert drawn.min() == pytest.approx(low, rel=0.01) or np.isnan(low)
+    assert drawn.max() == pytest.approx(high, rel=0.01) or np.isnan(high)
+
+
+def test_the_law_is_drawn_over_what_it_was_fitted_on(sweep: pd.DataFrame) -> None:
+    found = sensitivity(sweep, resamples=100)
+    picture = optimum_moves(found)
+    picture.canvas.draw()
+    for axes, name in zip(picture.axes, ("N", "D")):
+        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert len(dashed) == (2 if name == "N" else 3)
+        for line in dashed:
+            x = np.asarray(line.get_xdata(), dtype=float)
+            assert (x.min(), x.max()) == pytest.approx((sweep[name].min(), sweep[name].max()))
+    refused = replace(found, laws={})
+    assert not [line for axes in optimum_moves(refused).axes for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def test_the_audit_rings_what_loses_more_than_noise() -> None:
+    table = fan(sizes=SIZES, tokens=(1e8, 4e8), seeds=2).assign(family="llama", C=lambda t: 6 * t["N"] * t["D"])
+    rate = RATES[np.abs(np.log(np.array(RATES) / 0.01)).argmin()]
+    alike = table[np.isclose(table["learning_rate"], rate)]
+    found = audit(alike, sensitivity(table))
+    picture = audit_plot(found)
+    picture.canvas.draw()
+    (ring,) = [line for line in picture.axes[0].lines if line.get_marker() == "o"]
+    assert len(np.asarray(ring.get_xdata())) == len(found.mistuned) > 0
+
+
+def test_an_answer_names_the_range_of_optima_and_how_they_move(sweep: pd.DataFrame) -> None:
+    found = find_sweep(sweep)
+    assert found is not None
+    text = answer(found)
+    assert "over 6 pairs of size and length" in text
+    assert "it moves as N<sup>-0." in text
+    assert "nats on average" in text
+    assert section(found).count("<tr>") >= 6
+    assert find_sweep(sweep[sweep["learning_rate"].isin(RATES[3:5])]) is None, "two rates are no sweep"
+
+
+def test_no_optimum_is_said_and_not_shown(sweep: pd.DataFrame) -> None:
+    upper = sensitivity(sweep[sweep["learning_rate"] >= RATES[5]], resamples=100)
+    assert upper.refused
+    assert answer(upper).startswith("These runs settle no best learning rate: ")
