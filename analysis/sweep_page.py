@@ -3,7 +3,8 @@
 An answer is one or two sentences with intervals, or says which number these runs do not give.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -25,14 +26,23 @@ WORDS = {"learning_rate": "learning rate", "batch_tokens": "batch", "N": "N", "D
 
 
 def find_sweep(runs: pd.DataFrame) -> Sensitivity | None:
-    """The sensitivity analysis of one family's runs; None where no group of them has three learning rates."""
+    """The sensitivity analysis of one family's runs; None where no group of them has three learning rates.
+
+    Where batches were crossed with rates and no size has a best batch inside the grid, it is of the rate at each batch,
+    and what keeps the batches from an optimum stays with it.
+    """
     try:
         groups = swept_groups(runs).groups
     except InputError:  # not one run has ended with a loss, or was meant to
         return None
     if not any(group.points["learning_rate"].nunique() >= LEAST_RATES for group in groups):
         return None
-    return sensitivity(runs)
+    found = sensitivity(runs)
+    if not found.refused or "batch_tokens" not in found.optima[0].axes:
+        return found
+    rates = sensitivity(runs, axes=["learning_rate"])
+    lost = [replace(v, severity="caution") for one in found.optima for v in one.verdicts if v.severity == "refuse"]
+    return found if rates.refused else replace(rates, verdicts=(*lost, *rates.verdicts))
 
 
 def answer(found: Sensitivity) -> str:
@@ -46,7 +56,7 @@ def answer(found: Sensitivity) -> str:
         low, high = (min if end == 0 else max for end in (0, 1))
         values = [one.best[axis].value for one in known]
         span = f"{page.number(low(values), 3)} to {page.number(high(values), 3)}"
-        text = f"The best {WORDS[axis]} is {span} over {plural(len(known), 'pair')} of size and length"
+        text = f"The best {WORDS[axis]} is {span} over {_places(known)}"
         parts.append(f"{text}{'; it ' + moves[0] if moves else ', and how it moves is not settled by them'}.")
     wide = [_factor(one) for one in known if np.isfinite(_factor(one))]
     if wide:
@@ -131,6 +141,13 @@ def _moves(law: OptimumLaw) -> str:
         for name, power in law.powers.items()
     ]
     return "moves as " + " and ".join(texts)
+
+
+def _places(known: Sequence[Optimum]) -> str:
+    """What the optima are of: pairs of size and length, or with batches too."""
+    batches = {one.group.get("batch_tokens") for one in known}
+    what = "of size, length and batch" if len(batches) > 1 else "of size and length"
+    return f"{plural(len(known), 'combination')} {what}"
 
 
 def _factor(one: Optimum) -> float:

@@ -105,7 +105,8 @@ def heat_map(optimum: Optimum) -> Figure:
     human_ticks(axes, "y")
     bar = picture.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.02)
     bar.set_label("loss above the lowest (%)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=8)
     return picture
 
 

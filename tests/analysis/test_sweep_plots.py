@@ -96,7 +96,7 @@ def test_an_answer_names_the_range_of_optima_and_how_they_move(sweep: pd.DataFra
     found = find_sweep(sweep)
     assert found is not None
     text = answer(found)
-    assert "over 6 pairs of size and length" in text
+    assert "over 6 combinations of size and length" in text
     assert "it moves as N<sup>-0." in text
     assert "nats on average" in text
     assert section(found).count("<tr>") >= 6
