@@ -496,6 +496,8 @@ def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
         console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
     if tally.failed:
         console.print(f"failed cells are not tried again by themselves: escala retry --failed {study}, then run again.")
+    for note in tally.notes:
+        console.print(f"note: {note}", highlight=False)
     if tally.stopped:
         console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.", highlight=False)
     if tally.mirror_fault:

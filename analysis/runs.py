@@ -42,6 +42,7 @@ COLUMNS = (
     *("schedule", "cooldown_fraction", "cooldown_shape"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("val_loss_final", "val_bpb_final", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
+    *("trial", "rung"),
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
@@ -61,7 +62,8 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     that shares with none is its own. C is what a cell is worth, the law's C; `C_spent` what it cost, or will cost:
     without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None. `seconds`
     is the wall-clock time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
-    said of it, NaN where the plan could not say.
+    said of it, NaN where the plan could not say. `trial` is the number of the search's trial that asked for the cell
+    (the first of them, where two share it), `rung` its share of the full length; NaN where nothing was searched.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -198,6 +200,8 @@ def _row(
         "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),
         "attempts": attempts,
+        "trial": labels.get("trial"),
+        "rung": labels.get("rung"),
     }
     row["excluded"] = _excluded(row)
     return row
@@ -210,6 +214,8 @@ def _excluded(row: Mapping[str, Any]) -> str | None:
         return f"{state}{because}"
     if state != "finished":
         return f"not finished ({state}{because})"
+    if row["rung"] is not None and row["rung"] < 1:
+        return "an early rung of a search"
     if row["val_loss_final"] is None:
         return "finished without a final loss"
     if (row["epochs"] or 0.0) > MAX_EPOCHS:

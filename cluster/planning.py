@@ -11,6 +11,7 @@ from cluster.display import Waiting
 from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
+from sweeps.search import with_trials
 from sweeps.store import Store, open_store, read_plan, study_names
 from sweeps.studyfile import find_study_file, load_study
 
@@ -40,6 +41,7 @@ def read_study(
         )
     try:
         planned = plan_study(declared, corpus, allow_code=allow_code, base_dir=base_dir)
+        planned = with_trials(place, planned)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return place, planned, path

@@ -7,7 +7,7 @@ cell. Equal cells are planned once. Every fault is collected, so that all are re
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,31 @@ class PlannedCell:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One place of a grid with its seed: where any setting of the searched hyperparameters makes a cell."""
+
+    study: Study
+    corpus: CorpusInfo
+    family: Family
+    options: Mapping[str, Any]
+    point: "_Point"
+    variation: Mapping[str, tuple[str, Any]]
+    seed: int
+    trainer: str
+
+    def plan(self, setting: Mapping[str, Any] | None = None, share: float = 1.0) -> PlannedCell:
+        """The cell of a setting {hyperparameter: value}, of a share of the place's length. ValueError where none is."""
+        point, chosen = self.point, {name: ("value", value) for name, value in (setting or {}).items()}
+        if share != 1.0:
+            lengths = ("tokens", "flops", "tokens_per_parameter")
+            point = replace(point, **{n: share * v for n in lengths if (v := getattr(point, n)) is not None})
+        variation = {**self.variation, **chosen}
+        return _plan_cell(
+            self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """All cells of a study, each once, with what the researcher should know before they run."""
 
@@ -62,6 +87,8 @@ class Plan:
     branches: Mapping[str, Branch]
     """Where the cells whose past another of the study trains leave it (sweeps/lineage.py), by cell id."""
     warnings: tuple[str, ...]
+    places: tuple[Place, ...] = ()
+    """Of a study that searches: where its trials train. Its cells are those of the trials asked so far."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +116,7 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
     faults: dict[str, None] = {}
     trainer = trainer_identity(study.trainer, base_dir if allow_code else None) if study.trainer else ""
     declared = 0
+    places: list[Place] = []
     for name, given in study.families.items():
         try:
             family = find_family(name, allow_code=allow_code, base_dir=base_dir)
@@ -101,12 +129,15 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
             declared += 1
             if declared > MAX_CELLS:
                 raise InputError(f"the study declares more than {MAX_CELLS:,} cells. Split it, or vary less.")
-            try:
-                one = _plan_cell(study, corpus, family, options, point, variation, seed, trainer)
-            except ValueError as error:
-                faults[str(error)] = None
-            else:
-                planned.setdefault(one.cell.id, one)
+            place = Place(study, corpus, family, options, point, variation, seed, trainer)
+            places.append(place)
+            for setting in corners(study):
+                try:
+                    one = place.plan(setting)
+                except ValueError as error:
+                    faults[str(error)] = None
+                else:
+                    planned.setdefault(one.cell.id, one)
     faults |= dict.fromkeys(_epoch_faults(study, corpus, planned.values()))
     faults |= dict.fromkeys(_stack_faults(study, [one.cell for one in planned.values()]))
     if faults:
@@ -114,8 +145,19 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(f"the study cannot be planned:\n{shown}{more}")
     cells = tuple(planned.values())
+    warnings = tuple(_warnings(study, cells))
+    if study.search is not None:  # its cells come from its trials (sweeps/search.py)
+        return Plan(study, corpus, (), {}, warnings, tuple(places))
     branches = plan_branches(one.cell for one in cells)
-    return Plan(study, corpus, cells, branches, tuple(_warnings(study, cells)))
+    return Plan(study, corpus, cells, branches, warnings)
+
+
+def corners(study: Study) -> list[dict[str, Any]]:
+    """The settings at which a place is planned to see whether it can be: both ends of what is searched, if anything."""
+    if study.search is None:
+        return [{}]
+    space = study.search.space
+    return [{name: axis.ends()[side] for name, axis in space.items()} for side in (0, 1)]
 
 
 # --- points ------------------------------------------------------------------------------------------------------
