@@ -38,6 +38,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
+    varied += [key for key in ("trial", "rung") if any(key in row["labels"] for row in rows)]
     origin = ["spent", "from"] if any(row["trunk"] for row in rows) else []
     names = ["N", "D", "C", *origin, "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []

@@ -84,9 +84,7 @@ def run_study(
             return tally
         with _Connected(mirror):
             if missing or search.goes_on():
-                pool = _Pool(
-                    store, plan, missing, search, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after
-                )
+                pool = _Pool(store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
                 pool.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 pool.run(tally, address, workers)
         tally.mirror_fault, tally.notes = mirror.fault, search.said
@@ -120,9 +118,8 @@ class _Pool:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
-        missing: list[PlannedCell],
         search: Searching,
+        missing: list[PlannedCell],
         mirror: Mirror,
         claim: Claim,
         watch: Callable[[Progress], None],
@@ -130,11 +127,12 @@ class _Pool:
         checkpoint_seconds: float,
         give_up_after: int,
     ) -> None:
-        self.store, self.plan, self.mirror, self.claim, self.watch = store, plan, mirror, claim, watch
+        self.store, self.mirror, self.claim, self.watch = store, mirror, claim, watch
+        self.search, self.plan = search, search.plan
         self.base_dir = str(base_dir) if base_dir else None
         self.checkpoint_seconds, self.give_up_after = checkpoint_seconds, give_up_after
-        self.queue = Queue(store, plan)
-        self.missing, self.search = missing, search
+        self.queue = Queue(store, self.plan)
+        self.missing = missing
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
         self.failed: dict[str, PlannedCell] = {}
@@ -410,6 +408,5 @@ class _Pool:
             "planned": len(self.queue) + len(self.elsewhere),
         }
         eta = elapsed * left / done if done else None
-        ended, self.ended = tuple(self.ended), []
-        fault = self.mirror.fault
-        return Progress(counts, len(self.plan.cells) + more, tuple(running), eta, self.slots.count, fault, ended, self.wish)
+        ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
+        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish)

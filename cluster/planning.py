@@ -11,9 +11,9 @@ from cluster.display import Waiting
 from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
-from sweeps.search import with_trials
 from sweeps.store import Store, open_store, read_plan, study_names
 from sweeps.studyfile import find_study_file, load_study
+from sweeps.trials import with_trials
 
 
 def read_study(

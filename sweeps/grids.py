@@ -72,9 +72,7 @@ class Place:
             lengths = ("tokens", "flops", "tokens_per_parameter")
             point = replace(point, **{n: share * v for n in lengths if (v := getattr(point, n)) is not None})
         variation = {**self.variation, **chosen}
-        return _plan_cell(
-            self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer
-        )
+        return _plan_cell(self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer)
 
 
 @dataclass(frozen=True)

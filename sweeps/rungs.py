@@ -7,7 +7,7 @@ full length is free of the selection that promotion is.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +52,10 @@ class Correlation:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"refuted": self.is_refuted}
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> "Correlation":
+        return cls(**{name: told[name] for name in ("rung", "pairs", "rho", "interval")})
+
 
 def correlation(rung: float, pairs: Sequence[tuple[float, float]]) -> Correlation:
     """Of (loss at the rung, loss at full length) of the controls."""
@@ -68,6 +72,15 @@ def correlation(rung: float, pairs: Sequence[tuple[float, float]]) -> Correlatio
     width = _Z * math.sqrt((1 + inner**2 / 2) / (len(pairs) - 3))
     interval = (math.tanh(math.atanh(inner) - width), math.tanh(math.atanh(inner) + width))
     return Correlation(rung, len(pairs), rho, interval)
+
+
+def pairs_of(trials: Iterable[Any], seed: int, group: str, rung: float) -> list[tuple[float, float]]:
+    """(loss at a rung, loss at full length) of a group's controls (sweeps.trials.Trial) that have come there."""
+    return [
+        (one.losses[rung], one.value)
+        for one in trials
+        if one.state == "COMPLETE" and one.length == 1.0 and rung in one.losses and is_control(seed, group, one.number)
+    ]
 
 
 def is_control(seed: int, group: str, number: int) -> bool:

@@ -1,12 +1,13 @@
 """Samplers: from a declared space to Optuna's distributions and to the sampler that asks in them.
 
-A sampler is made anew for each trial, seeded by the search, the group and the trial's number: what it asks is a function
-of these and of what it has been told, so a search that was killed asks what it would have asked. Guarded against:
-Optuna's samplers that fall back to random draws because they guess the space from finished trials; they are told it.
+A sampler is made anew for each trial, seeded by the search, the group and the trial's number: what it asks follows from
+these and from what it has been told, so a search that was killed asks what it would have asked. Guarded against:
+Optuna's samplers fall back to random draws while they guess the space from finished trials; here they are told it.
 """
 
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -69,6 +70,11 @@ def make_sampler(search: Search, group: str, number: int) -> Any:
     if search.sampler not in ("random", "grid"):
         made.infer_relative_search_space = lambda study, trial: space
     return made
+
+
+def grid_size(search: Search) -> int:
+    """How many settings a finite space has."""
+    return math.prod(len(axis.values() or []) for axis in search.space.values())
 
 
 def grid_order(search: Search, group: str) -> list[dict[str, Any]]:

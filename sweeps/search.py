@@ -1,11 +1,9 @@
 """A search: Optuna asks for settings, the cells of a trial are trained, and what came out is told.
 
-    studies/<name>/search/journal.log      Optuna's own storage (JournalStorage): every group's trials
-
-The journal is the truth of what was asked, the cells' files of what came out; which cells a study has follows from both,
-by the code that plans a grid's cells. So nothing else need be kept: whoever opens the journal again finds the trials
-that run, tells those whose cells have ended, and goes on with the others. A trial is told once; two trials of equal
-settings share their cells and are told both. The journal is written by one driver at a time, which holds the study.
+The journal is the truth of what was asked, the cells' files of what came out; which cells a study has follows from both
+(sweeps/trials.py). So nothing else need be kept: whoever opens the journal again finds the trials that run, tells those
+whose cells have ended, and goes on with the others. A trial is told once; two trials of equal settings share their
+cells and are told both. The journal is written by one driver at a time, which holds the study.
 
 Reproducible are, given the file's seed: the first settings, and each later one as a function of its number, of what was
 told before it and of what ran meanwhile. With one worker that is the whole search, killed and gone on with or not. With
@@ -17,234 +15,34 @@ start: the sampler learns to stay away. A trial whose cell failed, or was put in
 a rung is PRUNED, with its loss there.
 """
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sweeps.errors import InputError
 from sweeps.faults import fault
-from sweeps.grids import Place, Plan, PlannedCell, corners
-from sweeps.lineage import Branch, lineage, what_prevents
-from sweeps.rungs import Correlation, correlation, is_control, is_promising
-from sweeps.samplers import check_installed, distributions, grid_order, make_sampler
+from sweeps.grids import Plan, PlannedCell
+from sweeps.rungs import Correlation, correlation, is_control, is_promising, pairs_of
+from sweeps.samplers import distributions, grid_order, grid_size, make_sampler
 from sweeps.schedules import stable_steps
-from sweeps.space import Search
 from sweeps.store import Store, cell_state, read_quarantine
-from sweeps.units import human
-
-_LENGTH = "length"
-"""User attribute of a trial: the share of the full length that it trains, or trained last. Only where rungs are."""
-_AGAIN = "again"
-"""User attribute of a trial that repeats a failed one, whose cells a person has forgiven."""
-_FAULT = "fault"
-"""User attribute of a trial whose setting makes no cell: why."""
-_LOCK_SECONDS = 5
-
-
-@dataclass(frozen=True)
-class Group:
-    """The places that one search chooses a setting for."""
-
-    name: str
-    """Words and a hash of all that defines the losses: an edited recipe or space begins a search of its own."""
-    places: tuple[Place, ...]
-
-
-def groups(plan: Plan) -> tuple[Group, ...]:
-    """The groups of a study that searches. InputError where a start setting or the rungs do not fit the recipe."""
-    search = plan.study.search
-    assert search is not None
-    check_installed(search.sampler)
-    found: dict[str, list[Place]] = {}
-    for place in plan.places:
-        key = repr((place.family.name, place.options, place.point, place.variation))  # all but the seed
-        found.setdefault("study" if search.per == "study" else key, []).append(place)
-    made = []
-    for places in found.values():
-        words = "study" if search.per == "study" else _words(places[0])
-        known = [place.plan(setting).cell.id for place in places for setting in corners(plan.study)]
-        text = json.dumps([search.model_dump(mode="json", by_alias=True)["space"], known])
-        group = Group(f"{words} {hashlib.sha256(text.encode()).hexdigest()[:8]}", tuple(places))
-        _check_rungs(search, group)
-        start_settings(search, group)
-        made.append(group)
-    return tuple(made)
-
-
-def _words(place: Place) -> str:
-    """The group of a place in words."""
-    one = place.plan(corners(place.study)[0])
-    told = f"{one.cell.family} N={human(one.counts['N'])} D={human(one.cell.tokens)}"
-    given = dict(place.point.overrides) | {name: value for name, (_, value) in place.variation.items()}
-    return told + "".join(f" {name}={value}" for name, value in given.items())
-
-
-def _check_rungs(search: Search, group: Group) -> None:
-    for place in group.places if search.rungs else ():
-        for setting in corners(place.study):
-            full = place.plan(setting).cell
-            if full.schedule.name != "wsd" or full.trainer:
-                raise InputError(
-                    "search: rungs need Escala's trainer and schedule wsd in every trial, so that a rung is a "
-                    f"cooled-down branch of the full run; found "
-                    f"{'a trainer of your own' if full.trainer else 'schedule ' + full.schedule.name}. Set "
-                    "training: {schedule: wsd}, or take the rungs out."
-                )
-            for share in search.rungs:
-                try:
-                    short = place.plan(setting, share).cell
-                except ValueError as error:
-                    raise InputError(f"search: at rung {share:g}: {error}") from None
-                if lineage(short) != lineage(full):
-                    raise InputError(
-                        f"search: a rung is a branch of the full run, and at {share:g} of the length "
-                        f"{' and '.join(what_prevents([short, full])) or 'the past'} differs. Let it be a number that "
-                        "does not follow D."
-                    )
-
-
-def start_settings(search: Search, group: Group) -> list[dict[str, Any]]:
-    """The settings that a group begins with. What one does not name has the value of the recipe at the group."""
-    found = []
-    space = distributions(search.space) if search.start else {}
-    for given in search.start:
-        setting = dict(given)
-        for name, distribution in space.items():
-            own = {_own_value(place, name) for place in group.places}
-            if name not in setting and len(own) > 1:
-                raise InputError(f"search: start names no {name}, and the recipe's differs between places. Name it.")
-            value = setting.setdefault(name, next(iter(own)))
-            try:
-                inside = distribution._contains(distribution.to_internal_repr(value))
-            except ValueError:
-                inside = False
-            if not inside:
-                raise InputError(f"search: start has {name} {value!r}, which is not in the space ({distribution}).")
-        found.append(setting)
-    return found
-
-
-def _own_value(place: Place, name: str) -> Any:
-    """The recipe's value of a hyperparameter at a place."""
-    cell = place.plan().cell
-    if name in ("schedule", "optimizer"):
-        return getattr(cell, name).name
-    return next(getattr(part, name) for part in (cell, cell.optimizer, cell.schedule) if hasattr(part, name))
-
-
-# --- trials ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial as the journal has it."""
-
-    group: Group
-    number: int
-    state: str
-    """RUNNING, COMPLETE, PRUNED or FAIL."""
-    value: float | None
-    setting: Mapping[str, Any]
-    losses: Mapping[float, float]
-    """Loss at each rung that it has ended."""
-    length: float
-    """The share of the full length that it trains or trained last."""
-
-    @property
-    def lengths(self) -> list[float]:
-        """Every share that it trained or trains, ascending."""
-        return sorted({*self.losses, self.length})
-
-    def cells(self, share: float) -> list[PlannedCell]:
-        """Its cells of a share of the length, place by place. ValueError where its setting makes none."""
-        labels = {"search": self.group.name, "trial": self.number, "rung": share}
-        planned = [place.plan(self.setting, share) for place in self.group.places]
-        return [replace(one, labels={**one.labels, **labels}) for one in planned]
-
-
-def _rounded(name: str, value: Any) -> Any:
-    """Six digits, so that a cell's id is the same on every machine."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _read(frozen: Any, group: Group, search: Search) -> Trial:
-    setting = {name: _rounded(name, value) for name, value in frozen.params.items()}
-    losses = {step / 1000: value for step, value in frozen.intermediate_values.items()}
-    shortest = search.rungs[0] if search.rungs and not frozen.state.is_finished() else 1.0
-    length = frozen.user_attrs.get(_LENGTH, shortest)
-    return Trial(group, frozen.number, frozen.state.name, frozen.value, setting, losses, length)
-
-
-def journal_path(store: Store, study: str) -> Path:
-    return store.study(study) / "search" / "journal.log"
-
-
-def _open(path: Path) -> Any:
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    lock = JournalFileSymlinkLock(str(path), grace_period=_LOCK_SECONDS)
-    try:
-        return JournalStorage(JournalFileBackend(str(path), lock))
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged and cannot be read ({error}). Restore it, or name the study anew.") from None
-
-
-def read_trials(store: Store, plan: Plan) -> dict[str, list[Trial]]:
-    """The trials on record of each group, by the group's name; those that were never fully asked left out."""
-    search, path = plan.study.search, journal_path(store, plan.study.name)
-    assert search is not None
-    known = groups(plan)
-    if not path.exists():
-        return {group.name: [] for group in known}
-    import optuna
-
-    storage = _open(path)
-    there = {summary.study_name for summary in storage.get_all_studies()}
-    found = {}
-    for group in known:
-        trials = optuna.load_study(study_name=group.name, storage=storage).get_trials() if group.name in there else []
-        found[group.name] = [_read(one, group, search) for one in trials if is_whole(one, search)]
-    return found
-
-
-def is_whole(frozen: Any, search: Search) -> bool:
-    """Whether a trial has all of its setting, and the setting makes cells."""
-    return frozen.params.keys() == search.space.keys() and _FAULT not in frozen.user_attrs
-
-
-def with_trials(store: Store, plan: Plan) -> Plan:
-    """A plan with the cells of the trials that are on record; a plan that searches nothing as it is."""
-    if plan.study.search is None:
-        return plan
-    return grown(plan, [trial for trials in read_trials(store, plan).values() for trial in trials])
-
-
-def grown(plan: Plan, trials: Sequence[Trial]) -> Plan:
-    """A plan with the cells of more trials, or of more lengths of them."""
-    cells = {one.cell.id: one for one in plan.cells}
-    branches = dict(plan.branches)
-    for trial in trials:
-        shorter: list[PlannedCell] = []
-        for share in trial.lengths:
-            these = trial.cells(share)
-            for one in these:
-                cells.setdefault(one.cell.id, one)
-            for one, before in zip(these, shorter):
-                branches.setdefault(one.cell.id, Branch(before.cell.id, stable_steps(before.cell)))
-            shorter = these
-    return replace(plan, cells=tuple(cells.values()), branches=branches)
-
-
-# --- asking and telling ------------------------------------------------------------------------------------------
+from sweeps.trials import (
+    AGAIN,
+    FAULT,
+    LENGTH,
+    Trial,
+    first_cost,
+    groups,
+    grown,
+    journal_path,
+    open_journal,
+    read_trial,
+    start_settings,
+    trial_cells,
+)
 
 
 class Searcher:
@@ -267,7 +65,7 @@ class Searcher:
         path = journal_path(store, plan.study.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         _mend(path)
-        self._storage = _open(path)
+        self._storage = open_journal(path)
         self._studies: dict[str, Any] = {
             name: optuna.create_study(study_name=name, storage=self._storage, direction="minimize", load_if_exists=True)
             for name in self._groups
@@ -277,11 +75,13 @@ class Searcher:
         """Trials that count, by group: all but the half-asked and those that repeat a failed one."""
         for name in self._groups:
             self._take_over(name)
-        known = [trial for trials in self._trials.values() for trial in trials.values()]
-        self.plan = grown(replace(plan, cells=(), branches={}), known)
+        self.plan = replace(plan, cells=(), branches={})
+        for name, group in self._groups.items():
+            self.plan = grown(self.plan, group, list(self._trials[name].values()))
         self._flops = {one.cell.id: self._spent(one) for one in self.plan.cells}
         """What each cell on record cost, or will cost."""
-        self._cost = {name: self._expected(group) for name, group in self._groups.items()}
+        shares = [*self.search.rungs, 1.0]
+        self._cost = {n: {s: first_cost(group, self.search, s) for s in shares} for n, group in self._groups.items()}
 
     def _take_over(self, name: str) -> None:
         """Know the trials of a group; one that a killed driver left without its setting is failed."""
@@ -289,18 +89,12 @@ class Searcher:
         for setting in start_settings(self.search, group):
             study.enqueue_trial(setting, skip_if_exists=True)
         for frozen in study.get_trials(deepcopy=False):
-            if frozen.state.name == "RUNNING" and frozen.params.keys() != self.search.space.keys():
+            trial = read_trial(frozen, self.search)
+            if trial is not None:
+                self._know(name, self._planned(name, trial))
+                self._asked[name] += trial.counts
+            elif frozen.state.name == "RUNNING":
                 self._tell(name, frozen.number, None, "FAIL")
-            elif is_whole(frozen, self.search):
-                self._trials[name][frozen.number] = _read(frozen, group, self.search)
-            counts = frozen.params.keys() == self.search.space.keys() and _AGAIN not in frozen.user_attrs
-            self._asked[name] += counts
-
-    def _expected(self, group: Group) -> dict[float, float]:
-        """Share of the length -> what a trial of it costs in FLOPs, at the first corner of the space."""
-        setting = corners(self.plan.study)[0]
-        shares = [*self.search.rungs, 1.0]
-        return {share: sum(p.plan(setting, share).counts["C"] for p in group.places) for share in shares}
 
     # --- telling -------------------------------------------------------------------------------------------------
 
@@ -311,11 +105,11 @@ class Searcher:
             for trial in list(trials.values()):
                 if trial.state == "RUNNING":
                     self._end(name, trial, quarantine)
-                elif trial.state == "FAIL" and self._is_forgiven(name, trial, quarantine):
+                elif trial.state == "FAIL" and trial.fault is None and self._is_forgiven(name, trial, quarantine):
                     self._ask_again(name, trial)
 
     def _end(self, name: str, trial: Trial, quarantine: Mapping[str, Any]) -> None:
-        cells = trial.cells(trial.length)
+        cells = trial_cells(self._groups[name], trial, trial.length)
         states = {one.cell.id: cell_state(self.store, one.cell.id) for one in cells}
         if any(s.state in ("planned", "running") and i not in quarantine for i, s in states.items()):
             return
@@ -337,7 +131,9 @@ class Searcher:
     def _end_rung(self, name: str, trial: Trial, loss: float) -> None:
         """A trial has come to a rung: it goes on, or ends here. Its loss is on record before what follows from it."""
         share = trial.length
-        others = [one.losses[share] for n, one in self._trials[name].items() if share in one.losses and one != trial]
+        others = [
+            one.losses[share] for n, one in self._trials[name].items() if share in one.losses and n != trial.number
+        ]
         self._storage.set_trial_intermediate_value(self._id(name, trial.number), round(1000 * share), loss)
         trial = self._know(name, replace(trial, losses={**trial.losses, share: loss}))
         fault("search.after_rung")
@@ -345,10 +141,10 @@ class Searcher:
         chosen = refuted or is_control(self.search.seed, name, trial.number) or is_promising(loss, others)
         following = self._first_length(name, above=share)
         longer = replace(trial, length=following)
-        if chosen and not self._is_too_dear(self._promotion_cost(longer)):
-            self._attribute(name, trial.number, _LENGTH, following)
+        if chosen and not self._is_too_dear(self._promotion_cost(name, longer)):
+            self._attribute(name, trial.number, LENGTH, following)
             self._know(name, longer)
-            self._grow(longer)
+            self._grow(name, longer)
         else:
             self._tell(name, trial.number, None, "PRUNED")
 
@@ -368,13 +164,13 @@ class Searcher:
         """Whether the cells of a failed trial have been given another chance, or have used it."""
         if any(one.state != "FAIL" and one.setting == trial.setting for one in self._trials[name].values()):
             return False
-        ids = [one.cell.id for one in trial.cells(trial.length)]
+        ids = [one.cell.id for one in trial_cells(self._groups[name], trial, trial.length)]
         return not any(one in quarantine or cell_state(self.store, one).state == "failed" for one in ids)
 
     def _ask_again(self, name: str, trial: Trial) -> None:
         """A told trial stays as it was told: another of the same setting takes its cells over."""
         frozen = self._studies[name].get_trials(deepcopy=False)[trial.number]
-        self._studies[name].enqueue_trial(dict(frozen.params), user_attrs={_AGAIN: trial.number})
+        self._studies[name].enqueue_trial(dict(frozen.params), user_attrs={AGAIN: trial.number})
         self._ask(name)
 
     def _note_correlations(self, name: str) -> None:
@@ -391,7 +187,9 @@ class Searcher:
 
     def goes_on(self) -> bool:
         """Whether a trial runs, or more are to be asked."""
-        return any(one.state == "RUNNING" for trials in self._trials.values() for one in trials.values()) or self.wants()
+        return (
+            any(one.state == "RUNNING" for trials in self._trials.values() for one in trials.values()) or self.wants()
+        )
 
     def ask(self, count: int) -> None:
         """Ask for so many trials, fewer where fewer are wanted: each time of the group that has fewest."""
@@ -417,7 +215,7 @@ class Searcher:
     def _most(self, name: str) -> int:
         if self.search.sampler != "grid":
             return self.search.trials
-        return min(self.search.trials, len(grid_order(self.search, name)))
+        return min(self.search.trials, grid_size(self.search))
 
     def _ask(self, name: str) -> None:
         study = self._studies[name]
@@ -427,17 +225,26 @@ class Searcher:
         study.sampler = make_sampler(self.search, name, len(frozen))
         asked = study.ask(self._space)
         fault("search.after_ask")
-        trial = _read(self._storage.get_trial(asked._trial_id), self._groups[name], self.search)
+        trial = read_trial(self._storage.get_trial(asked._trial_id), self.search)
+        assert trial is not None
         if self.search.rungs:
             trial = replace(trial, length=self._first_length(name))
-            self._attribute(name, trial.number, _LENGTH, trial.length)
-        try:
-            self._grow(trial)
-        except ValueError as error:  # the ends of the space make cells, a setting between them need not
-            self._attribute(name, trial.number, _FAULT, str(error))
-            self._tell(name, trial.number, None, "FAIL")
-            return
+            self._attribute(name, trial.number, LENGTH, trial.length)
+        trial = self._planned(name, trial)
         self._know(name, trial)
+        self._grow(name, trial)
+
+    def _planned(self, name: str, trial: Trial) -> Trial:
+        """A trial as it is, where its setting makes cells or is known not to; else it has failed."""
+        if trial.state != "RUNNING":
+            return trial
+        try:
+            trial_cells(self._groups[name], trial, trial.length)
+        except ValueError as error:  # the ends of the space make cells, a setting between them need not
+            self._attribute(name, trial.number, FAULT, str(error))
+            self._tell(name, trial.number, None, "FAIL")
+            return replace(trial, state="FAIL", fault=str(error))
+        return trial
 
     def _queue_grid_point(self, name: str, frozen: Sequence[Any]) -> None:
         """The first setting of the grid that no trial has."""
@@ -466,9 +273,9 @@ class Searcher:
             max(0, self._most(name) - self._asked[name]) * len(group.places) for name, group in self._groups.items()
         )
 
-    def _grow(self, trial: Trial) -> None:
+    def _grow(self, name: str, trial: Trial) -> None:
         before = len(self.plan.cells)
-        self.plan = grown(self.plan, [trial])
+        self.plan = grown(self.plan, self._groups[name], [trial])
         for one in self.plan.cells[before:]:
             self._flops[one.cell.id] = self._spent(one)
 
@@ -484,11 +291,12 @@ class Searcher:
     def _is_too_dear(self, cost: float) -> bool:
         return self.search.flops is not None and sum(self._flops.values()) + cost > self.search.flops
 
-    def _promotion_cost(self, trial: Trial) -> float:
+    def _promotion_cost(self, name: str, trial: Trial) -> float:
         """What a trial costs at its length beyond what its last rung has trained."""
-        before = trial.cells(max(share for share in trial.lengths if share < trial.length))
+        group = self._groups[name]
+        before = trial_cells(group, trial, max(share for share in trial.lengths if share < trial.length))
         shared = [stable_steps(b.cell) * b.cell.batch_tokens * b.counts["flops_per_token"] for b in before]
-        return sum(one.counts["C"] for one in trial.cells(trial.length)) - sum(shared)
+        return sum(one.counts["C"] for one in trial_cells(group, trial, trial.length)) - sum(shared)
 
     def _first_length(self, name: str, above: float = 0.0) -> float:
         """The next rung above a share that still tells something, or the full length."""
@@ -496,7 +304,7 @@ class Searcher:
         return next(useful, 1.0)
 
     def _correlation(self, name: str, share: float) -> Correlation:
-        return correlation(share, _pairs(self._trials[name].values(), self.search, share))
+        return correlation(share, pairs_of(self._trials[name].values(), self.search.seed, name, share))
 
     def _know(self, name: str, trial: Trial) -> Trial:
         self._trials[name][trial.number] = trial
@@ -509,16 +317,6 @@ class Searcher:
         study = self._studies[name]
         found: int = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
         return found
-
-
-def _pairs(trials: Any, search: Search, share: float) -> list[tuple[float, float]]:
-    """(loss at a rung, loss at full length) of a group's controls that have come there."""
-    return [
-        (one.losses[share], one.value)
-        for one in trials
-        if share in one.losses and one.length == 1.0 and one.value is not None and one.state == "COMPLETE"
-        if is_control(search.seed, one.group.name, one.number)
-    ]
 
 
 def _loss(one: PlannedCell, result: Mapping[str, Any]) -> float:

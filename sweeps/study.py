@@ -336,7 +336,7 @@ class Study(Declared):
     vary: dict[str, Variation] = {}
     """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
     search: Search | None = None
-    """Hyperparameters that a sampler chooses, trial by trial (sweeps/space.py); the cells of the study are its trials."""
+    """Hyperparameters that a sampler chooses trial by trial (sweeps/space.py): the study's cells are its trials'."""
 
     @field_validator("name")
     @classmethod
