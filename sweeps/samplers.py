@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
@@ -62,7 +63,9 @@ def make_sampler(search: Search, group: str, number: int) -> Any:
             seed=fresh, n_startup_trials=STARTUP_TRIALS, deterministic_objective=False, warn_independent_sampling=False
         )
     elif search.sampler == "qmc":  # one sequence for all trials: the storage counts how far it is
-        made = samplers.QMCSampler(seed=draw(search.seed, group), scramble=True, warn_independent_sampling=False)
+        with warnings.catch_warnings():  # that it is experimental
+            warnings.simplefilter("ignore")
+            made = samplers.QMCSampler(seed=draw(search.seed, group), scramble=True, warn_independent_sampling=False)
     elif search.sampler == "cmaes":
         made = samplers.CmaEsSampler(seed=fresh, warn_independent_sampling=False)
     else:  # the settings of a grid are queued, so that nothing of them is left to draw
