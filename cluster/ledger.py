@@ -1,5 +1,6 @@
 """The ledger: a study's plan on record, and the state of each of its cells, read from files alone."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -84,16 +85,18 @@ def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
 
 
 def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, Mapping[str, float]]) -> None:
-    write_json(
-        store.study(plan.study.name) / "plan.json",
-        {
-            "format": FORMAT,
-            "planned": timestamp(),
-            "study": plan.study.model_dump(mode="json", by_alias=True),
-            "corpus": asdict(plan.corpus),
-            "cells": [_entry(plan, one) | dict(seconds.get(one.cell.id, {})) for one in plan.cells],
-        },
-    )
+    record = {
+        "format": FORMAT,
+        "planned": timestamp(),
+        "study": plan.study.model_dump(mode="json", by_alias=True),
+        "corpus": asdict(plan.corpus),
+        "cells": [_entry(plan, one) | dict(seconds.get(one.cell.id, {})) for one in plan.cells],
+    }
+    indent = (
+        None if plan.places else 1
+    )  # that of a search is written for each trial, and indenting takes ten times as long
+    content = json.dumps(record, indent=indent, allow_nan=False).encode() + b"\n"
+    write_bytes(store.study(plan.study.name) / "plan.json", content)
 
 
 def _entry(plan: Plan, one: PlannedCell) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from sweeps.trials import (
     open_journal,
     read_trial,
     start_settings,
+    sync_journal,
     trial_cells,
 )
 
@@ -62,10 +63,10 @@ class Searcher:
         """What people should know, in sentences: why a rung is no longer used, why no more is asked."""
         self._groups = {group.name: group for group in groups(plan)}
         self._space = distributions(self.search.space)
-        path = journal_path(store, plan.study.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _mend(path)
-        self._storage = open_journal(path)
+        self._path = journal_path(store, plan.study.name)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        _mend(self._path)
+        self._storage = open_journal(self._path)
         self._studies: dict[str, Any] = {
             name: optuna.create_study(study_name=name, storage=self._storage, direction="minimize", load_if_exists=True)
             for name in self._groups
@@ -107,6 +108,7 @@ class Searcher:
                     self._end(name, trial, quarantine)
                 elif trial.state == "FAIL" and trial.fault is None and self._is_forgiven(name, trial, quarantine):
                     self._ask_again(name, trial)
+        sync_journal(self._path)
 
     def _end(self, name: str, trial: Trial, quarantine: Mapping[str, Any]) -> None:
         cells = trial_cells(self._groups[name], trial, trial.length)
@@ -198,6 +200,7 @@ class Searcher:
             self._ask(name)
             self._asked[name] += 1
             asked += 1
+        sync_journal(self._path)
 
     def _next_group(self) -> str | None:
         open_groups = [name for name in self._groups if self._asked[name] < self._most(name)]

@@ -73,4 +73,8 @@ def _declared(trials: int, sampler: str) -> Study:
 
 if __name__ == "__main__":
     found = measure(*(int(sys.argv[1]),) if sys.argv[1:] else (), *sys.argv[2:3])
-    print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()))
+    print(
+        "  ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in found.items()
+        )
+    )

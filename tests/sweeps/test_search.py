@@ -107,9 +107,8 @@ def settings(store: Store, plan: Plan) -> list[float]:
 
 def fault_of(tmp_path: Path, search: str, more: str = "") -> str:
     path = tmp_path / "bad.yaml"
-    path.write_text(
-        f"name: s\nfamilies: [llama]\ngrid: {{type: ladder, sizes: [1e4], tokens_per_parameter: [2]}}\n{more}\nsearch:\n  {search}"
-    )
+    grid = "{type: ladder, sizes: [1e4], tokens_per_parameter: [2]}"
+    path.write_text(f"name: s\nfamilies: [llama]\ngrid: {grid}\n{more}\nsearch:\n  {search}")
     with pytest.raises(InputError) as raised:
         load_study(path)
     return str(raised.value)
@@ -434,7 +433,7 @@ def test_the_interval_of_a_rank_correlation_is_that_of_bonett_and_wright() -> No
     pairs = [(float(x), float(y)) for x, y in zip(range(10), (1, 0, 2, 4, 3, 5, 7, 6, 9, 8))]
     found = correlation(0.25, pairs)
     assert found.rho == pytest.approx(1 - 6 * 8 / (10 * 99))
-    assert found.interval == pytest.approx((0.7613, 0.9890), abs=2e-3)
+    assert found.interval == pytest.approx((0.7419, 0.9917), abs=2e-4), "tanh(1.8466 -+ 1.96 x .4555)"
     assert not found.is_refuted
     assert correlation(0.25, pairs[:3]).rho is None
     assert correlation(0.25, [(1.0, 2.0)] * 9).is_refuted
@@ -451,18 +450,18 @@ def test_promising_is_the_best_third_and_the_first_to_come() -> None:
 
 
 def prefixes(content: bytes) -> Iterator[bytes]:
-    """The journal as a kill may leave it: after each line, and within each."""
+    """The journal as a kill may leave it: after a line, or within one."""
     lines = content.splitlines(keepends=True)
     for count in range(len(lines)):
-        yield b"".join(lines[:count])
-        yield b"".join(lines[:count]) + lines[count][: len(lines[count]) // 2]
+        torn = lines[count][: len(lines[count]) // 2] if count % 2 else b""
+        yield b"".join(lines[:count]) + torn
 
 
 @pytest.mark.parametrize("rungs", [[], [0.25]])
 def test_from_every_prefix_of_the_journal_the_search_ends_whole(
     tmp_path: Path, make_plan: Callable[..., Plan], rungs: list[float]
 ) -> None:
-    plan = make_plan(training=WSD, trials=4, rungs=rungs, start=[{}])
+    plan = make_plan(training=WSD, trials=3, rungs=rungs, start=[{}])
     first = open_store(tmp_path / "first")
     trained = {one.cell.id for one in drive(first, plan)}
     content = journal_path(first, "s").read_bytes()
@@ -476,7 +475,7 @@ def test_from_every_prefix_of_the_journal_the_search_ends_whole(
         again = drive(store, plan)
         assert len({one.cell.id for one in again}) == len(again), "none is run twice"
         whole = [one for one in trials(store, plan) if one.counts]
-        assert len(whole) == 4
+        assert len(whole) == 3
         assert "RUNNING" not in {one.state for one in whole}
         raw = optuna.load_study(study_name=groups(plan)[0].name, storage=open_journal(journal_path(store, "s")))
         assert {one.state.name for one in raw.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
