@@ -5,7 +5,7 @@ these before a worker has them. What a driver leaves between two of these steps 
 """
 
 from cluster.ledger import register_growth
-from sweeps.grids import Plan, PlannedCell, corners
+from sweeps.grids import Plan, PlannedCell, examples
 from sweeps.search import Searcher
 from sweeps.store import Store
 
@@ -32,8 +32,8 @@ class Searching:
         return self._searcher is not None and self._searcher.goes_on()
 
     def examples(self) -> list[PlannedCell]:
-        """Cells as they will come: both ends of the space at every place."""
-        return [place.plan(setting) for place in self._plan.places for setting in corners(self._plan.study)]
+        """Cells as they will come."""
+        return examples(self._plan)
 
     def grow(self, idle: int) -> list[PlannedCell]:
         """Tell what has ended; ask as many trials as workers are `idle`, or as the study asks together. Returns the

@@ -150,6 +150,11 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
     return Plan(study, corpus, cells, branches, warnings)
 
 
+def examples(plan: Plan) -> list[PlannedCell]:
+    """What the trials of a search will train: the cells of both ends of its space. Empty where nothing is searched."""
+    return [place.plan(setting) for place in plan.places for setting in corners(plan.study)]
+
+
 def corners(study: Study) -> list[dict[str, Any]]:
     """The settings at which a place is planned to see whether it can be: both ends of what is searched, if anything."""
     if study.search is None:

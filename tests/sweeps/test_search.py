@@ -1,28 +1,32 @@
 """A search asks what its file says, tells what came out, and goes on from any crash with no trial lost or run twice.
 
-Cells are "trained" here by writing their result: a loss that follows from the learning rate.
+Cells are "trained" here by writing their result (tests/searched.py).
 """
 
 import json
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from crashing import Forker
+from searched import drive, end, loss_of
 
 from cluster.ledger import ledger_rows, register
 from cluster.searching import Searching
 from sweeps.corpora import CorpusInfo, make_source, prepare
 from sweeps.errors import InputError
+from sweeps.faults import POINTS
 from sweeps.grids import Plan, PlannedCell, plan_study
 from sweeps.rungs import ENOUGH_PAIRS, correlation, is_control, is_promising
 from sweeps.samplers import make_sampler
 from sweeps.search import Searcher
-from sweeps.store import Store, begin_attempt, cell_state, commit_result, forgive, open_store, quarantine_cell
+from sweeps.store import Store, attempt_epochs, forgive, open_store, quarantine_cell
 
-from sweeps.store import read_plan, record_error, release_cell  # isort: skip
+from sweeps.store import read_plan, release_cell  # isort: skip
 from sweeps.study import Study
 from sweeps.studyfile import load_study
 from sweeps.summary import search_summary, summary_lines
@@ -36,6 +40,12 @@ CORPUS = {"source": "markov", "options": {"vocab_size": 8, "tokens": 60_000}}
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
     store = open_store(tmp_path_factory.mktemp("corpus") / "store")
     return prepare(make_source("markov", None, CORPUS["options"]), "bytes", store.root)
+
+
+@pytest.fixture(scope="module")
+def fork() -> Iterator[Forker]:
+    with Forker() as made:
+        yield made
 
 
 @pytest.fixture
@@ -59,37 +69,6 @@ def make_plan(corpus: CorpusInfo) -> Callable[..., Plan]:
         return plan_study(Study.model_validate(declared), corpus)
 
     return make
-
-
-def loss_of(one: PlannedCell) -> float:
-    """Least at a learning rate of .01; less for longer cells."""
-    return 2.0 + 0.1 * math.log(one.cell.optimizer.learning_rate / 0.01) ** 2 + 1000 / one.cell.tokens
-
-
-def end(store: Store, one: PlannedCell, state: str = "finished", loss: float | None = None, spent: float = 0) -> None:
-    attempt = begin_attempt(store, one.cell.id, {"study": "s"})
-    if state == "failed":
-        record_error(attempt, "code", "it is on fire")
-        return
-    told = {"state": state, "reason": None, "val_loss_final": loss or loss_of(one), "loss_at_start": 4.0}
-    told |= {"flops_spent": spent or one.counts["C"], "trunk": None}
-    commit_result(attempt, told | ({"val_loss_final": None, "reason": "NaN"} if state == "diverged" else {}))
-
-
-def drive(store: Store, plan: Plan, most: int = 10_000, idle: int = 1, **ending: Any) -> list[PlannedCell]:
-    """Search as the driver does, ending each cell at once; at most so many cells. Returns those that were "trained"."""
-    search = Searching(store, plan)
-    search.grow(0)
-    register(store, search.plan, b"")
-    waiting = [one for one in search.plan.cells if cell_state(store, one.cell.id).state == "planned"]
-    trained = []
-    while (waiting or search.goes_on()) and len(trained) < most:
-        waiting += search.grow(idle if not waiting else 0)
-        waiting = [one for one in waiting if cell_state(store, one.cell.id).result is None]
-        if waiting:
-            trained.append(waiting.pop(0))
-            end(store, trained[-1], **ending)
-    return trained
 
 
 def trials(store: Store, plan: Plan) -> list[Trial]:
@@ -481,6 +460,35 @@ def test_from_every_prefix_of_the_journal_the_search_ends_whole(
         assert {one.state.name for one in raw.trials} <= {"COMPLETE", "PRUNED", "FAIL"}
         if not any(one.state.name == "FAIL" for one in raw.trials) and not rungs:
             assert {one.cell.id for one in with_trials(store, plan).cells} == trained
+
+
+@pytest.mark.parametrize("point", [name for name in POINTS if name.startswith("search.")] + ["plan.before_write"])
+def test_killed_at_any_point_the_search_ends_whole(fork: Forker, tmp_path: Path, store: Store, point: str) -> None:
+    declared = {
+        "name": "s",
+        "corpus": CORPUS,
+        "context": 32,
+        "families": ["llama"],
+        "grid": {"type": "points", "points": [{"size": 10_000, "tokens": 40_000}]},
+        "training": {"batch_tokens": 64, "warmup_tokens": 2_000, **WSD},
+        "search": {"space": RATE, "sampler": "random", "trials": 5, "rungs": [0.25]},
+    }
+    (tmp_path / "s.yaml").write_text(json.dumps(declared))
+    known = prepare(make_source("markov", None, CORPUS["options"]), "bytes", store.root)
+    folder = store.root / "corpora" / known.fingerprint
+    arguments = {"study": str(tmp_path / "s.yaml"), "corpus": str(folder)}
+    plan = plan_study(load_study(tmp_path / "s.yaml"), known)
+    undisturbed = fork("search", root=str(tmp_path / "undisturbed"), **arguments).answer
+    for passing in (1, 3):
+        root = str(tmp_path / f"killed-{passing}")
+        assert fork("search", f"{point}:crash@{passing}", root=root, **arguments).signal == signal.SIGKILL
+        fork("search", root=root, **arguments)
+        there = open_store(root)
+        cells = [entry["id"] for entry in read_plan(there, "s")["cells"]]
+        assert sorted(cells) == sorted(undisturbed)
+        assert {len(attempt_epochs(there, cell)) for cell in cells} == {1}
+        assert {one.state for one in trials(there, plan)} <= {"COMPLETE", "PRUNED"}
+        assert len(trials(there, plan)) == 5
 
 
 def test_a_plan_on_record_that_lags_behind_the_journal_is_caught_up(
