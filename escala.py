@@ -40,6 +40,10 @@ CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study ru
 AcceptOption = Annotated[
     bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
 ]
+RefitOption = Annotated[
+    bool,
+    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
+]
 
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
@@ -70,6 +74,7 @@ def plan(
     as_json: JsonOption = False,
     allow_code: CodeOption = False,
     accept_corpus: AcceptOption = False,
+    refit: RefitOption = False,
 ) -> None:
     """Dry run: every cell with its size, tokens, FLOPs, state and, after `calibrate`, its time. Trains nothing."""
     from cluster.calibration import find_calibration
@@ -79,7 +84,7 @@ def plan(
     from sweeps.summary import planned_summary, summary_lines
 
     known = (store / "store.json").exists()  # a store that is there is only read
-    place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known)
+    place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known, refit=refit)
     rows = plan_rows(place, planned)
     searched = planned_summary(place, planned, rows)
     totals, shared = _totals(rows), sharing(rows)
@@ -102,7 +107,7 @@ def plan(
     from cluster.display import cell_table, console, estimate_lines
     from sweeps.units import flops
 
-    console.print(cell_table(rows, title=planned.study.name))
+    console.print(cell_table(rows, title=planned.study.name, width=console.width))
     console.print(
         f"{len(rows)} cells, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."
@@ -166,6 +171,7 @@ def run(
         int, typer.Option(min=1, help="End the run when its first so many attempts all fail in the same way.")
     ] = 3,  # cluster.driver.GIVE_UP_AFTER
     accept_corpus: AcceptOption = False,
+    refit: RefitOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train what is missing of a study. Run it again after a crash or an edit: only what is missing trains."""
@@ -175,7 +181,7 @@ def run(
     from cluster.planning import read_study
     from sweeps.trials import with_trials
 
-    place, planned, path = read_study(study, store, allow_code, accept_corpus)
+    place, planned, path = read_study(study, store, allow_code, accept_corpus, refit=refit)
     change = compare(place, planned)
     if not as_json:
         console.print(f"[bold]{planned.study.name}[/]: {change}.")
@@ -298,6 +304,64 @@ def fit(
         if not as_json:
             print(told)
     if fitted.refused:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=ANALYSE)
+def sensitivity(
+    study: Annotated[str, typer.Argument(help="A study, or a table of runs (CSV, TSV, JSON lines, Parquet).")],
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(help="What to read from a table: N=COL,D=COL,lr=COL,batch='bs*2048',loss=COL. Arithmetic."),
+    ] = None,
+    where: WhereOption = None,
+    eps: Annotated[
+        float, typer.Option(help="The plateau: learning rates within this fraction of the best loss.")
+    ] = 0.01,
+    axis: Annotated[
+        list[str] | None, typer.Option(help="Seek over learning_rate, batch_tokens. Default: what was crossed.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Of the power laws. quadratic: through the vertices. near-best: as Step Law fitted.")
+    ] = "quadratic",
+    store: StoreOption = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them."""
+    import analysis
+    from analysis.expressions import split_definitions
+    from analysis.sensitivity import sensitivity as measure
+    from cluster.display import patience
+    from sweeps.errors import InputError
+
+    conditions, source, place = split_definitions(where or [], "--where"), {}, None
+    if _is_table(study):
+        runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), "sensitivity")
+        runs = analysis.keep_rows(runs, conditions)
+        source = {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}
+    elif columns:
+        raise InputError("--columns is for tables; what a study's columns hold is known.")
+    else:
+        place = _store_or_none(store)
+        name = study_name(study, place)
+        runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
+    with patience("measuring sensitivity"):
+        found = measure(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
+    if place is not None and not conditions:
+        try:
+            analysis.write_optimum(found, runs, name, place)
+        except InputError as error:  # a store of someone else's may be read
+            print(f"the optimum is not kept: {error}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_json() | ({"source": source} if source else {})))
+    else:
+        from cluster.display import console
+        from cluster.sensitivity import sensitivity_tables
+
+        for part in sensitivity_tables(found, source):
+            console.print(part)
+    if found.refused:
         raise typer.Exit(1)
 
 

@@ -4,6 +4,9 @@
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
     fit.to_json()
 
+    from analysis.sensitivity import sensitivity (the room's own name, so it is not among those below)
+    sensitivity(runs)                            best learning rates, how much they matter, how they move
+
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
 
@@ -19,10 +22,14 @@ if TYPE_CHECKING:
     from analysis.fitting import fit
     from analysis.forecast import forecast_dearest
     from analysis.laws import find_law
+    from analysis.optima import Optimum
+    from analysis.optimum_laws import OptimumLaw
     from analysis.plausibility import check_table
     from analysis.profiles import Profile, profile
     from analysis.report import write_report
+    from analysis.rulings import judge_rule
     from analysis.runs import load_curves, load_documents, load_runs
+    from analysis.sensitivity import Sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
@@ -30,7 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Backtest",
     "Fit",
+    "Optimum",
+    "OptimumLaw",
     "Profile",
+    "Sensitivity",
     "Verdict",
     "approach2_bias",
     "check_table",
@@ -42,6 +52,7 @@ __all__ = [
     "fit_curve_envelope",
     "fit_envelope",
     "forecast_dearest",
+    "judge_rule",
     "judge_targets",
     "keep_rows",
     "load_curves",
@@ -51,13 +62,17 @@ __all__ = [
     "profile",
     "read_table",
     "seed_noise",
+    "write_optimum",
     "write_report",
 ]
 
 _HOME = {
     "Backtest": "backtest",
     "Fit": "verdicts",
+    "Optimum": "optima",
+    "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
+    "Sensitivity": "sensitivity",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
     "check_table": "plausibility",
@@ -69,6 +84,7 @@ _HOME = {
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",
     "forecast_dearest": "forecast",
+    "judge_rule": "rulings",
     "judge_targets": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",
@@ -78,6 +94,7 @@ _HOME = {
     "profile": "profiles",
     "read_table": "tables",
     "seed_noise": "uncertainty",
+    "write_optimum": "sensitivity",
     "write_report": "report",
 }
 

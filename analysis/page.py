@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.verdicts import Estimate, Interval
+from analysis.verdicts import Estimate, Interval, Verdict
 from sweeps.units import flops, human
 
 DASH = "–"
@@ -60,6 +60,23 @@ def interval(bounds: Interval) -> str:
     if DASH in (low, high):
         return "interval open" if low == high else f"above {low}" if high == DASH else f"below {high}"
     return f"{low} to {high}"
+
+
+def verdicts(said: Iterable[tuple[str, Verdict]]) -> str:
+    """Verdicts as a list, each once, refusals first; a label, such as the law, tells who said it. Empty for none."""
+    seen: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
+    for label, verdict in said:
+        seen.setdefault((verdict.severity, verdict.message), (verdict, []))[1].append(label)
+    order = {"refuse": 0, "caution": 1, "info": 2}
+    items = []
+    for verdict, labels in sorted(seen.values(), key=lambda entry: order[entry[0].severity]):
+        who = ", ".join(filter(None, dict.fromkeys(labels)))
+        code = escape(f"{who}: {verdict.code}" if who else verdict.code)
+        items.append(
+            f"<li><span class={verdict.severity}>{verdict.severity}</span> {escape(verdict.message)} "
+            f"<span class=code>{code}</span></li>"
+        )
+    return f"<ul class=verdicts>{''.join(items)}</ul>" if items else ""
 
 
 STYLE = """

@@ -292,18 +292,8 @@ def _hit(inside: bool | None) -> str:
 
 
 def _verdicts(fits: Sequence[Fit]) -> str:
-    seen: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
-    for law, verdict in ((f.law, v) for f in fits for v in f.verdicts):
-        seen.setdefault((verdict.severity, verdict.message), (verdict, []))[1].append(law)
-    if not seen:
-        return "<h3>What to keep in mind</h3><p>Nothing: no verdict was raised.</p>"
-    order = {"refuse": 0, "caution": 1, "info": 2}
-    items = [
-        f"<li><span class={v.severity}>{v.severity}</span> {escape(v.message)} "
-        f"<span class=code>{escape(', '.join(dict.fromkeys(laws)))}: {escape(v.code)}</span></li>"
-        for v, laws in sorted(seen.values(), key=lambda entry: order[entry[0].severity])
-    ]
-    return f"<h3>What to keep in mind</h3><ul class=verdicts>{''.join(items)}</ul>"
+    said = page.verdicts((f.law, verdict) for f in fits for verdict in f.verdicts)
+    return f"<h3>What to keep in mind</h3>{said or '<p>Nothing: no verdict was raised.</p>'}"
 
 
 def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:

@@ -33,7 +33,10 @@ _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
     *("schedule", "cooldown_shape", "corpus", "tokenizer", "precision"),
 )
-_WHOLE = ("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context", "attempts")
+_WHOLE = (
+    *("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context"),
+    *("validation_tokens", "attempts"),
+)
 COLUMNS = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
     *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd", "C_spent"),
@@ -41,7 +44,8 @@ COLUMNS = (
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
     *("schedule", "cooldown_fraction", "cooldown_shape"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
-    *("val_loss_final", "val_bpb_final", "seconds", "seconds_predicted", "tokens_per_second", "attempts"),
+    *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
+    *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
     *("trial", "rung"),
 )
 METRICS = (
@@ -54,14 +58,16 @@ _CURVE_COLUMNS = ("cell", "trunk", "family", "seed", "N", "D", "C", "budget", "s
 def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_uri: str | None = None) -> pd.DataFrame:
     """One row per planned cell of a study, sorted by budget, N, D and seed.
 
-    N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte).
+    N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte);
+    `loss_at_start` is that of the first step.
     `C_assumed`: C is 6 N D, because the table that a foreign run was imported from has none; what else such a run does
     not tell is NaN or None. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
     as a fraction of the run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the
     cell out. `trunk` is equal in all cells of the study that share a past, the id of the one that trains it; a cell
     that shares with none is its own. C is what a cell is worth, the law's C; `C_spent` what it cost, or will cost:
-    without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None. `seconds`
-    is the wall-clock time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
+    without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None.
+    `validation_tokens` is how many the final loss is taken over, 0 for the whole stream. `seconds` is the wall-clock
+    time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
     said of it, NaN where the plan could not say. `trial` is the number of the search's trial that asked for the cell
     (the first of them, where two share it), `rung` its share of the full length; NaN where nothing was searched.
 
@@ -194,8 +200,10 @@ def _row(
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
+        "validation_tokens": identity.get("validation_tokens", 0),
         "val_loss_final": end.get("val_loss_final"),
         "val_bpb_final": end.get("val_bpb_final"),
+        "loss_at_start": end.get("loss_at_start"),
         "seconds": end.get("seconds", {}).get("total"),
         "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),

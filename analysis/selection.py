@@ -189,7 +189,11 @@ def _comparable(rows: pd.DataFrame, loss: str) -> list[Verdict]:
     if "family" in rows.columns and (families := sorted(map(str, rows["family"].dropna().unique())))[1:]:
         message = f"the runs are of several families ({', '.join(families)}); a law holds for one. Fit them apart."
         verdicts.append(Verdict("mixed_families", "refuse", "fit", None, message))
-    mixed = [c for c in ("corpus", "tokenizer", "context") if c in rows.columns and rows[c].nunique() > 1]
+    mixed = [
+        c
+        for c in ("corpus", "tokenizer", "context", "validation_tokens")
+        if c in rows.columns and rows[c].nunique() > 1
+    ]
     if mixed and loss != "val_bpb_final":
         message = (
             f"the runs differ in {', '.join(mixed)}, so their losses per token cannot be compared. Fit them apart, or "

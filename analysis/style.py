@@ -75,14 +75,18 @@ def log_norm(values: Any) -> LogNorm:
     return LogNorm(low / 1.05, high * 1.05) if low > 0 else LogNorm(0.1, 1.0)
 
 
-def size_bar(picture: Figure, axes: Axes, norm: LogNorm, sizes: Sequence[float]) -> None:
-    """The colour bar of sizes N, named at the sizes that were run."""
-    bar = picture.colorbar(ScalarMappable(norm, COLOURS), ax=axes, pad=0.02)
+def size_bar(
+    picture: Figure, axes: Axes | Sequence[Axes], norm: LogNorm, sizes: Sequence[float], name: str = "N"
+) -> None:
+    """The colour bar of sizes N, or of another variable, named at the sizes that were run; of one panel or several."""
+    one = isinstance(axes, Axes)
+    colours = ScalarMappable(norm, COLOURS)
+    bar = picture.colorbar(colours, ax=axes, pad=0.02, fraction=0.15 if one else 0.03, aspect=20 if one else 40)
     bar.ax.yaxis.set_major_locator(FixedLocator(_apart(sizes, np.log(sizes[-1] / sizes[0]) / 9)))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: human(v)))
     bar.ax.tick_params(labelsize=8)
-    bar.set_label(NAMES["N"])
+    bar.set_label(NAMES.get(name, name))
 
 
 def trim_start(axes: Axes, x: pd.Series, curve: pd.Series, final: pd.Series) -> None:

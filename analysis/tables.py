@@ -22,6 +22,9 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz",
 ISOFLOP_LEAST = 3
 """Runs below which not even one budget has a parabola."""
 
+SWEEP_LEAST = 3
+"""Learning rates below which there is no quadratic."""
+
 NAMES: Mapping[str, tuple[str, ...]] = {
     "N": (
         *("n", "params", "n_params", "num_params", "nparams", "parameters", "n_parameters", "num_parameters"),
@@ -58,9 +61,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "beta2": ("beta2", "adam_beta2"),
     "batch_tokens": ("batch_tokens", "tokens_per_batch", "batch_size_tokens"),
     "warmup_tokens": ("warmup_tokens",),
+    "loss_at_start": ("loss_at_start", "initial_loss", "init_loss"),
     "precision": ("precision",),
 }
 """What a fit knows, and the names that published tables give it, without case, in the order of preference."""
+SHORT: Mapping[str, str] = {"lr": "learning_rate", "batch": "batch_tokens", "wd": "weight_decay"}
+"""What may be typed for some of them."""
 _TEXT = ("precision",)
 _RARE = ("U", "experts", "S1", "S2", "x")
 """Read only for a law that needs them: elsewhere an `x` is a coordinate of somebody's figure."""
@@ -82,7 +88,8 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
     columns: what to read from where, such as {"N": "params", "D": "C/(6*N)", "loss": "log(ppl)"}: a column's name, or
         arithmetic on columns (`analysis.expressions`). A name in arithmetic means another entry of `columns` first,
         then a column of the table, then what would be found for it without `columns`.
-    law: a name of `analysis.laws`, or "isoflop" or "akima"; its variables and its response must be found.
+        lr, batch and wd are short for learning_rate, batch_tokens and weight_decay.
+    law: a name of `analysis.laws`, or "isoflop", "akima" or "sensitivity"; its variables and response must be found.
 
     What `columns` does not name is found under the common names of `NAMES`, without regard to case, blanks and the
     path before the last `/` or `.`; an exact match wins. A unit in the name, as in `Model Size (B)`, `tokens_b` or
@@ -98,7 +105,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
     path = Path(path)
     table = _read(path)
     variables, response, _ = needs(law)
-    given = dict(columns or {})
+    given = {SHORT.get(name, name): words for name, words in (columns or {}).items()}
     for name in given:
         if name not in NAMES:
             raise InputError(f"a table's column cannot be read as {name!r}{nearest(name, NAMES)}: {', '.join(NAMES)}.")
@@ -130,9 +137,11 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
 
 
 def needs(law: str) -> tuple[tuple[str, ...], str, int]:
-    """(variables, response, fewest runs that can be fitted) of a law or "isoflop"; InputError where there is none."""
+    """(variables, response, fewest runs that can be fitted) of a law, "isoflop" or "sensitivity"; else InputError."""
     if law in ("isoflop", "akima"):
         return ("N", "D"), "loss", ISOFLOP_LEAST
+    if law == "sensitivity":
+        return ("N", "D", "learning_rate"), "loss", SWEEP_LEAST
     form = find_law(law)
     return tuple(form.variables), form.response, len(form.names) + 1
 
@@ -301,7 +310,7 @@ def _exclude_repeats(frame: pd.DataFrame, table: pd.DataFrame) -> None:
 def _lack(missing: Sequence[str], table: pd.DataFrame, law: str) -> str:
     """What is missing, what might be it, and how to say so."""
     hints = {"N": "param|size", "D": "token|data", "C": "flop|compute", "loss": "loss|nll|entropy|ppl"}
-    hints |= {"accuracy": "acc", "error": "err", "U": "uniq"}
+    hints |= {"accuracy": "acc", "error": "err", "U": "uniq", "learning_rate": r"lr|rate|eta\b"}
     words = []
     for name in missing:
         near = [c for c in table.columns if name in hints and re.search(hints[name], c.lower())]

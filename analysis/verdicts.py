@@ -76,6 +76,17 @@ class Code(StrEnum):
     NO_ANSWER = "no_answer"
     APPROACHES_DISAGREE = "approaches_disagree"
     APPROACH2_BIAS = "approach2_bias"
+    # optima of hyperparameters
+    TAKEN_FOR_DIVERGED = "taken_for_diverged"
+    REPEATED_LOSSES = "repeated_losses"
+    MOVING_SETTINGS = "moving_settings"
+    TOO_FEW_POINTS = "too_few_points"
+    ALL_DIVERGED = "all_diverged"
+    EDGE_OF_STABILITY = "edge_of_stability"
+    BAD_RUN = "bad_run"
+    TOO_FEW_OPTIMA = "too_few_optima"
+    START_UNKNOWN = "start_unknown"
+    NO_COMMON_RANGE = "no_common_range"
     # decisions
     NO_POWER_LAW = "no_power_law"
     NO_OPTIMUM = "no_optimum"

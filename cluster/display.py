@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
@@ -26,53 +27,68 @@ def _make_console(stderr: bool = False) -> Console:
 console = _make_console()
 _errors = _make_console(stderr=True)
 _COLOURS = {"finished": "green", "running": "cyan", "failed": "red", "diverged": "magenta", "quarantined": "yellow"}
-_WIDE = 120
-_FOLLOWS = ("spent", "D/N", "timescale", "steps", "epochs")
-"""Columns that a narrow terminal goes without: they follow from the others."""
+_FOLLOWS = ("steps", "timescale", "D/N", "epochs", "spent")
+"""Columns that a narrow terminal goes without, one after the other: they follow from the others."""
+_SHORT = {"batch_tokens": "batch", "learning_rate": "lr", "weight_decay": "wd"}
 _SHOWN = 200
 """Rows of a table on a terminal; --json prints all."""
 
 
 def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) -> RenderableType:
-    """The cells of a study, one a line. Where `width` is less than 120 columns, those that follow from others go."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
+    """The cells of a study, one a line; batch and decay where they vary. Of what does not fit into `width` columns,
+    those go that follow from others."""
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
     varied += [key for key in ("trial", "rung") if any(key in row["labels"] for row in rows)]
     origin = ["spent", "from"] if any(row["trunk"] for row in rows) else []
-    names = ["N", "D", "C", *origin, "D/N", "lr", *varied, "timescale", "steps", "epochs", "seed", "loss"]
+    batch = ["batch"] if len({row["batch_tokens"] for row in rows}) > 1 else []
+    decay = ["wd"] if len({row["weight_decay"] for row in rows}) > 1 else []
+    factors = {name: f"{_SHORT.get(given, given)} x" for name in varied if (given := name.removesuffix("_times"))}
+    names = ["cell", *(["family"] if len(families) > 1 else []), "N", "D", "C", *origin, "D/N", *batch, "lr", *decay]
+    names += [*factors.values(), "timescale", "steps", "epochs", "seed", "loss"]
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []
-    names = [name for name in names if not (width and width < _WIDE and name in _FOLLOWS)]
-    for name in ("cell", *(["family"] if len(families) > 1 else [])):
-        table.add_column(name, no_wrap=True)
+    lines = [_cell_line(row, factors) for row in rows[:_SHOWN]]
+    widths = {name: max([len(name), *(cell_len(str(line[name])) for line in lines)]) + 1 for name in [*names, "state"]}
+    for name in _FOLLOWS:
+        if width and name in names and sum(widths[kept] for kept in [*names, "state"]) > width:
+            names.remove(name)
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 1, 0, 0))
     for name in names:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("cell", "family") else "right", no_wrap=True)
     table.add_column("state", no_wrap=True, overflow="ellipsis")
-    for row in rows[:_SHOWN]:
-        state = Text(row["state"], style=_COLOURS.get(row["state"], ""))
-        if row["reason"]:
-            state.append(f": {row['reason']}"[:60], style="dim")
-        cells = {
-            "N": human(row["N"]),
-            "D": human(row["D"]),
-            "C": flops(row["C"]),
-            "spent": flops(row["C_spent"]),
-            "from": f"{row['trunk'][:8]} at {human(row['trunk_tokens'])}" if row["trunk"] else "-",
-            "D/N": f"{row['tokens_per_parameter']:.3g}",
-            "lr": f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-",
-            **{name: str(row["labels"].get(name, "-")) for name in varied},
-            "timescale": f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
-            "steps": f"{row['steps']:,}" if row["steps"] else "-",
-            "epochs": _epochs(row["epochs"]),
-            "seed": "-" if row["seed"] is None else str(row["seed"]),
-            "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
-            "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
-        }
-        family = [row["family"]] if len(families) > 1 else []
-        table.add_row(row["id"][:8], *family, *(cells[name] for name in names), state)
+    for line in lines:
+        table.add_row(*(line[name] for name in names), line["state"])
     if len(rows) <= _SHOWN:
         return table
     return Group(table, Text(f"... and {len(rows) - _SHOWN:,} more cells; --json prints all", style="dim"))
+
+
+def _cell_line(row: Mapping[str, Any], factors: Mapping[str, str]) -> dict[str, str | Text]:
+    """What stands in the columns of a cell, by name."""
+    state = Text(row["state"], style=_COLOURS.get(row["state"], ""))
+    if row["reason"]:
+        state.append(f": {row['reason']}"[:60], style="dim")
+    return {
+        "cell": row["id"][:8],
+        "family": row["family"],
+        "N": human(row["N"]),
+        "D": human(row["D"]),
+        "C": flops(row["C"]),
+        "spent": flops(row["C_spent"]),
+        "from": f"{row['trunk'][:8]} at {human(row['trunk_tokens'])}" if row["trunk"] else "-",
+        "D/N": f"{row['tokens_per_parameter']:.3g}",
+        "batch": f"{row['batch_tokens']:,}" if row["batch_tokens"] else "-",
+        "lr": f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-",
+        "wd": "-" if row["weight_decay"] is None else f"{row['weight_decay']:.3g}",
+        **{short: str(row["labels"].get(name, "-")) for name, short in factors.items()},
+        "timescale": f"{row['adamw_timescale']:.2g}" if row["adamw_timescale"] else "-",
+        "steps": f"{row['steps']:,}" if row["steps"] else "-",
+        "epochs": _epochs(row["epochs"]),
+        "seed": "-" if row["seed"] is None else str(row["seed"]),
+        "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
+        "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
+        "state": state,
+    }
 
 
 def estimate_lines(found: Any) -> Iterator[RenderableType]:
@@ -81,8 +97,8 @@ def estimate_lines(found: Any) -> Iterator[RenderableType]:
     energy, dollars = found.energy_kwh.value, found.dollars.value
     parts = [
         f"about {duration(span) if span is not None else '-'} on {found.workers} workers",
-        f"{_number(total / 3600) if total is not None else '-'} worker-hours",
-        f"{_number(energy) if energy is not None else '-'} kWh",
+        f"{number(total / 3600) if total is not None else '-'} worker-hours",
+        f"{number(energy) if energy is not None else '-'} kWh",
         f"${dollars:,.2f}" if dollars is not None else "$ -",
     ]
     yield Text(f"To do: {', '.join(parts)} ({found.kind}, calibrated {found.measured[:10]}).")
@@ -92,7 +108,7 @@ def estimate_lines(found: Any) -> Iterator[RenderableType]:
 
 def calibration_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """What was timed on one kind of worker."""
-    table = _table(kind, "N", "batch tokens", "step", "forward pass", "tokens/s")
+    table = plain_table(kind, "N", "batch tokens", "step", "forward pass", "tokens/s")
     for row in rows:
         pace = row["batch_tokens"] / row["step_seconds"]
         table.add_row(
@@ -223,19 +239,19 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""
         yield Text(f"{source['table']}{kept}: {read}", style="dim")
     rest = fit.diagnostics.get("without_worst")  # the fit hangs on a few runs: show both
-    table = _table("parameter", "value", share, *([f"without the worst {len(rest['cells'])}"] if rest else []))
+    table = plain_table("parameter", "value", share, *([f"without the worst {len(rest['cells'])}"] if rest else []))
     for name, value in fit.params.items():
-        other = [_number(rest["params"][name])] if rest else []
-        table.add_row(name, _number(value), _range(fit.intervals.get(name, _NOTHING)), *other)
+        other = [number(rest["params"][name])] if rest else []
+        table.add_row(name, number(value), span(fit.intervals.get(name, _NOTHING)), *other)
     yield ""
     yield table
     if fit.budgets:
-        table = _table("budget C", "N*", share, "D*", "loss")
+        table = plain_table("budget C", "N*", share, "D*", "loss")
         for budget in (b for b in fit.budgets if b.accepted):
             n, d = budget.N, budget.D
             table.add_row(
-                flops(budget.C), _amount(n.value), _range(n.interval, _amount), _amount(d.value),
-                _number(budget.loss.value),
+                flops(budget.C), _amount(n.value), span(n.interval, _amount), _amount(d.value),
+                number(budget.loss.value),
             )  # fmt: skip
         yield ""
         yield table
@@ -243,9 +259,9 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
             yield Text(f"no minimum accepted at {_few(refused)} (of {len(fit.budgets)} budgets)", style="dim")
     estimates = {k: v for k, v in fit.decisions.items() if hasattr(v, "interval")}
     if estimates:
-        table = _table("decision", "value", share)
+        table = plain_table("decision", "value", share)
         for name, estimate in estimates.items():
-            table.add_row(name, _number(estimate.value), _range(estimate.interval))
+            table.add_row(name, number(estimate.value), span(estimate.interval))
         yield ""
         yield table
     for target in fit.decisions.get("targets", []):
@@ -261,10 +277,10 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
     if fit.excluded:
         yield _left_out(fit.excluded)
     if fit.verdicts:
-        yield _verdicts(fit.verdicts)
+        yield verdict_table(fit.verdicts)
 
 
-def _verdicts(verdicts: Sequence[Any]) -> Table:
+def verdict_table(verdicts: Sequence[Any]) -> Table:
     """One row a kind: the first of many budgets' verdicts speaks for the others, which are counted."""
     kinds: dict[tuple[str, str], list[Any]] = {}
     for verdict in verdicts:
@@ -280,7 +296,7 @@ def _verdicts(verdicts: Sequence[Any]) -> Table:
     return table
 
 
-def _table(*names: str) -> Table:
+def plain_table(*names: str) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for order, name in enumerate(names):
         table.add_column(name, justify="right" if order or name.startswith("budget") else "left", no_wrap=True)
@@ -290,15 +306,15 @@ def _table(*names: str) -> Table:
 def _answers(title: str, entry: Mapping[str, Any], share: str) -> Table:
     """The estimates of one decision, each on a line; a nest of them (the regret of sizes) is indented."""
     names = {"tokens_per_parameter": "D/N", "regret": "loss lost at a size of"}
-    table = _table(title, "value", share)
+    table = plain_table(title, "value", share)
     for name, value in entry.items():
         if hasattr(value, "interval"):
-            write = _amount if name in ("N", "D") else flops if name == "C" else _number
-            table.add_row(f"  {names.get(name, name)}", write(value.value), _range(value.interval, write))
+            write = _amount if name in ("N", "D") else flops if name == "C" else number
+            table.add_row(f"  {names.get(name, name)}", write(value.value), span(value.interval, write))
         elif isinstance(value, Mapping):
             for times, estimate in value.items():
                 lost = f"  {names.get(name, name)} {times} N*"
-                table.add_row(lost, _number(estimate.value), _range(estimate.interval))
+                table.add_row(lost, number(estimate.value), span(estimate.interval))
     return table
 
 
@@ -326,11 +342,11 @@ def _amount(value: float) -> str:
     return "-" if value != value else human(value)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     return "-" if value != value else f"{value:,.4g}"
 
 
-def _range(interval: Any, write: Callable[[float], str] = _number) -> str:
+def span(interval: Any, write: Callable[[float], str] = number) -> str:
     low, high = ("-" if bound != bound else write(bound) for bound in interval)
     if "-" in (low, high):
         return "-" if low == high else f"above {low}" if high == "-" else f"below {high}"

@@ -92,9 +92,8 @@ def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, Mapping[str, flo
         "corpus": asdict(plan.corpus),
         "cells": [_entry(plan, one) | dict(seconds.get(one.cell.id, {})) for one in plan.cells],
     }
-    indent = (
-        None if plan.places else 1
-    )  # that of a search is written for each trial, and indenting takes ten times as long
+    record |= {"fitted": {name: fit.to_json() for name, fit in plan.fits.items()}} if plan.fits else {}
+    indent = None if plan.places else 1  # that of a search is written for each trial; indenting takes ten times as long
     content = json.dumps(record, indent=indent, allow_nan=False).encode() + b"\n"
     write_bytes(store.study(plan.study.name) / "plan.json", content)
 
@@ -173,6 +172,8 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
         "steps": counts["steps"],
         "epochs": counts["epochs"],
         "learning_rate": rate,
+        "batch_tokens": batch,
+        "weight_decay": decay,
         "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
         "seed": identity["seed"],
         "labels": dict(entry["labels"]),

@@ -70,6 +70,8 @@ class Cell:
     """Of the initial weights."""
     data_seed: int
     """Of the data order."""
+    validation_tokens: int = 0
+    """Tokens of the validation stream that the final loss is taken over, in whole windows; 0: all of it."""
     trainer: str = ""
     """A user's own trainer, `my_file.py:train@<hash>`; empty: Escala's."""
 
@@ -88,8 +90,9 @@ class Cell:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
         # Fields that came later are left out at their defaults, so that cells of before keep their ids.
-        if not self.trainer:
-            del plain["trainer"]
+        for later in ("validation_tokens", "trainer"):
+            if not plain[later]:
+                del plain[later]
         if self.schedule.cooldown_shape == "sqrt":
             del nested["schedule"]["cooldown_shape"]
         return plain | nested | {"options": dict(self.options)}

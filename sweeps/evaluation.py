@@ -31,9 +31,10 @@ class Evaluation:
         return float(self.window_sums[windows].sum() / (len(windows) * context))
 
 
-def subset_windows(windows: int, context: int) -> np.ndarray:
-    """Indices of the windows, evenly spread over the validation stream, that evaluations during a run use."""
-    count = min(windows, max(1, SUBSET_TOKENS // context))
+def spread_windows(windows: int, context: int, tokens: int = SUBSET_TOKENS) -> np.ndarray:
+    """Indices of windows that hold so many tokens, evenly spread over a validation stream of `windows`: by default
+    those of the evaluations during a run."""
+    count = min(windows, max(1, tokens // context))
     return np.unique(np.linspace(0, windows - 1, count).round().astype(np.int64))
 
 

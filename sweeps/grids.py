@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sweeps import accounting
@@ -17,8 +18,10 @@ from sweeps.cell import Cell, Optimizer, Schedule
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.families import Family, find_family, resolve_options
+from sweeps.fitted import Fit, FittedRule, fitted_law
 from sweeps.lineage import Branch, plan_branches, what_prevents
-from sweeps.rules import PowerRule, evaluate
+from sweeps.published import PublishedRule, published_law
+from sweeps.rules import PowerLaw, PowerRule, Ruled, evaluate, law_warnings
 from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
 from sweeps.stacks import check_stack, stack_key
 from sweeps.study import (
@@ -39,6 +42,8 @@ MAX_TOKENS = 1e16
 MAX_EPOCHS = 4.0
 FEW_STEPS = 500
 SMALL_BATCH_SEQUENCES = 128
+_LENGTHS = ("D", "C", "C_nonembedding")
+"""Variables of a rule that change with the length of a run."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class PlannedCell:
     """N, N_nonembedding, N_nonembedding_head, N_total, flops_per_token, C, C_6nd, steps, epochs."""
     labels: Mapping[str, Any]
     """Its place in the grid: budget, size, and the factors of what was varied by `times`. Not part of its identity."""
+    ruled: Ruled
+    """The laws from elsewhere that gave its hyperparameters, and where they were taken."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class Place:
     variation: Mapping[str, tuple[str, Any]]
     seed: int
     trainer: str
+    fits: Mapping[str, Fit]
 
     def plan(self, setting: Mapping[str, Any] | None = None, share: float = 1.0) -> PlannedCell:
         """The cell of a setting {hyperparameter: value}, of a share of the place's length. ValueError where none is."""
@@ -72,7 +80,9 @@ class Place:
             lengths = ("tokens", "flops", "tokens_per_parameter")
             point = replace(point, **{n: share * v for n in lengths if (v := getattr(point, n)) is not None})
         variation = {**self.variation, **chosen}
-        return _plan_cell(self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer)
+        return _plan_cell(
+            self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer, self.fits
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,8 @@ class Plan:
     branches: Mapping[str, Branch]
     """Where the cells whose past another of the study trains leave it (sweeps/lineage.py), by cell id."""
     warnings: tuple[str, ...]
+    fits: Mapping[str, Fit]
+    """The fits of other studies that the cells' hyperparameters come from, by study."""
     places: tuple[Place, ...] = ()
     """Of a study that searches: where its trials train. Its cells are those of the trials asked so far."""
 
@@ -102,8 +114,15 @@ class _Point:
     labels: tuple[tuple[str, Any], ...] = ()
 
 
-def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, base_dir: Path = Path()) -> Plan:
-    """Plan every cell of a study.
+def plan_study(
+    study: Study,
+    corpus: CorpusInfo,
+    *,
+    allow_code: bool = False,
+    base_dir: Path = Path(),
+    fits: Mapping[str, Fit] = MappingProxyType({}),
+) -> Plan:
+    """Plan every cell of a study. `fits`: those of the studies that it names as `fitted`, by study.
 
     Raises InputError that lists what is wrong: an unknown family, sizes below a family's minimum, cells shorter than
     one batch, a context longer than the corpus, more than four epochs without `repeat: true`.
@@ -127,7 +146,7 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
             declared += 1
             if declared > MAX_CELLS:
                 raise InputError(f"the study declares more than {MAX_CELLS:,} cells. Split it, or vary less.")
-            place = Place(study, corpus, family, options, point, variation, seed, trainer)
+            place = Place(study, corpus, family, options, point, variation, seed, trainer, fits)
             places.append(place)
             for setting in corners(study):
                 try:
@@ -145,9 +164,9 @@ def plan_study(study: Study, corpus: CorpusInfo, *, allow_code: bool = False, ba
     cells = tuple(planned.values())
     warnings = tuple(_warnings(study, cells))
     if study.search is not None:  # its cells come from its trials (sweeps/search.py)
-        return Plan(study, corpus, (), {}, warnings, tuple(places))
+        return Plan(study, corpus, (), {}, warnings, dict(fits), tuple(places))
     branches = plan_branches(one.cell for one in cells)
-    return Plan(study, corpus, cells, branches, warnings)
+    return Plan(study, corpus, cells, branches, warnings, dict(fits))
 
 
 def examples(plan: Plan) -> list[PlannedCell]:
@@ -290,6 +309,7 @@ def _plan_cell(
     variation: Mapping[str, tuple[str, Any]],
     seed: int,
     trainer: str,
+    fits: Mapping[str, Fit],
 ) -> PlannedCell:
     shape = _shape(family, point.size, corpus.vocab_size, study.context, tuple(sorted(options.items())))
     counts = _counts(shape)
@@ -298,6 +318,8 @@ def _plan_cell(
     recipe |= flat_recipe({name: value for name, (kind, value) in variation.items() if kind == "value"})
     recipe = _validated(recipe, point, variation)
     times = {name: value for name, (kind, value) in variation.items() if kind == "times"}
+    laws = _laws(recipe, family.name, corpus.fingerprint, fits)
+    rules = recipe | laws
 
     # 1. How long: D from the grid, then whole batches. A batch may depend on the unrounded D.
     if point.tokens is not None:
@@ -317,8 +339,8 @@ def _plan_cell(
         "C": wanted * flops_per_token,
         "width": shape.width,
         "depth": shape.depth,
-    }
-    batch = _realised("batch_tokens", recipe["batch_tokens"], known, times)
+    } | _other_counts(shape, counts, wanted)
+    batch = _realised("batch_tokens", rules["batch_tokens"], known, times)
     batch_tokens = max(1, round(batch / study.context)) * study.context
     steps = round(wanted / batch_tokens)
     if steps < 1:
@@ -330,13 +352,15 @@ def _plan_cell(
 
     # 2. Hyperparameters, at the realised D.
     known |= {"D": tokens, "C": tokens * flops_per_token, "batch_tokens": batch_tokens}
+    known |= _other_counts(shape, counts, tokens)
 
     def value(name: str, default: float | None = None) -> float:
-        return _realised(name, default if recipe[name] is None else recipe[name], known, times)
+        return _realised(name, default if rules[name] is None else rules[name], known, times)
 
+    known["learning_rate"] = value("learning_rate")  # first: a rule of the decay follows it
     optimizer = Optimizer(
         name=recipe["optimizer"],
-        learning_rate=value("learning_rate"),
+        learning_rate=known["learning_rate"],
         weight_decay=value("weight_decay"),
         beta1=value("beta1"),
         beta2=value("beta2", 0.99 if batch_tokens < SMALL_BATCH_SEQUENCES * study.context else 0.95),
@@ -373,6 +397,7 @@ def _plan_cell(
         precision=recipe["precision"],
         seed=seed,
         data_seed=seed,
+        validation_tokens=_validation_tokens(study, corpus),
         trainer=trainer,
     )
     realised = {
@@ -382,7 +407,45 @@ def _plan_cell(
         "epochs": round(corpus.epochs(tokens, study.context), 4),
     }
     labels = dict(point.labels) | {f"{name}_times": factor for name, factor in times.items()}
-    return PlannedCell(cell, counts | realised, labels)
+    facts = {"batch_tokens": batch_tokens, "schedule": schedule.name, "optimizer": optimizer.name}
+    ruled = Ruled(laws, known if laws else {}, facts | {"context": study.context})
+    return PlannedCell(cell, counts | realised, labels, ruled)
+
+
+def _laws(recipe: Mapping[str, Any], family: str, corpus: str, fits: Mapping[str, Fit]) -> dict[str, PowerLaw]:
+    """The laws from elsewhere that the recipe names, by hyperparameter."""
+    laws = {}
+    for name, rule in recipe.items():
+        if isinstance(rule, PublishedRule):
+            laws[name] = published_law(rule, name)
+        elif isinstance(rule, FittedRule):
+            if rule.fitted not in fits:
+                raise ValueError(f"{name}: the fit of {rule.fitted} is not at hand. Plan this study with its store.")
+            kind = _parametrisation(recipe)
+            laws[name] = fitted_law(
+                fits[rule.fitted], name, family=family, parametrisation=kind, corpus=corpus, recipe=recipe
+            )
+    return laws
+
+
+def _parametrisation(recipe: Mapping[str, Any]) -> str:
+    """Its name: a recipe has a name alone or a model with its kind."""
+    given = recipe.get("parametrisation", "standard")
+    return str(getattr(given, "kind", given))
+
+
+def _other_counts(shape: accounting.Shape, counts: Mapping[str, int], tokens: float) -> dict[str, float]:
+    """N, C and D as published rules count them."""
+    return {
+        "N_nonembedding": counts["N_nonembedding"],
+        "C_nonembedding": tokens * _body_flops(shape),
+        "tokens_per_parameter": tokens / counts["N"],
+    }
+
+
+@lru_cache(maxsize=4096)
+def _body_flops(shape: accounting.Shape) -> int:
+    return accounting.flops_per_token(shape, head=False)
 
 
 @lru_cache(maxsize=4096)
@@ -395,6 +458,12 @@ def _counts(shape: accounting.Shape) -> dict[str, int]:
         "N_total": parameters.total,
         "flops_per_token": accounting.flops_per_token(shape),
     }
+
+
+def _validation_tokens(study: Study, corpus: CorpusInfo) -> int:
+    """Whole windows; 0 where the study wants no fewer than there are."""
+    wanted = round((study.validation_tokens or 0) / study.context)
+    return wanted * study.context if wanted < corpus.validation_windows(study.context) else 0
 
 
 def _stable_share(schedule: str, cooldown_fraction: float) -> float:
@@ -413,7 +482,7 @@ def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[s
     value = evaluate(rule, known)
     if name in times:
         value = float(f"{value * times[name]:.6g}")
-    if name in times or isinstance(rule, PowerRule):
+    if name in times or isinstance(rule, PowerRule | PowerLaw):
         check_hyperparameter(name, value)
     return value
 
@@ -455,8 +524,9 @@ def _stack_faults(study: Study, cells: list[Cell]) -> Iterator[str]:
 
 
 def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
+    yield from law_warnings(one.ruled for one in cells if one.ruled.laws)
     if prevented := what_prevents(one.cell for one in cells):
-        yield _unshared(study, prevented)
+        yield _unshared(study, cells[0].ruled.laws, prevented)
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
         yield (
@@ -471,15 +541,15 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
         )
 
 
-def _unshared(study: Study, fields: tuple[str, ...]) -> str:
+def _unshared(study: Study, laws: Mapping[str, PowerLaw], fields: tuple[str, ...]) -> str:
     """Why cells that differ in length share no trunk although their schedule would let them, and what to do."""
     names = dict.fromkeys(name.rpartition(".")[2] for name in fields)
     if "batch_tokens" in names and study.training.beta2 is None:
         names.pop("beta2", None)  # its default follows the batch
-    rules = {name: getattr(study.training, name, None) for name in names}
+    rules = {name: laws.get(name, getattr(study.training, name, None)) for name in names}
     told = []
     for name, rule in rules.items():
-        follows = [v for v in rule.power if v in ("D", "C")] if isinstance(rule, PowerRule) else []
+        follows = [v for v in rule.power if v in _LENGTHS] if isinstance(rule, PowerRule | PowerLaw) else []
         told.append(f"{name} follows {' and '.join(follows)}" if follows else f"{name} differs between their lengths")
     remedy = "Let it be a number" if len(told) == 1 else "Let them be numbers"
     return (

@@ -4,16 +4,26 @@ In a study file a rule is a number, or a mapping such as
 
     learning_rate: {value: 0.01, at: {width: 32}, power: {width: -0.5}}
 
-which reads: 0.01 at width 32, and falling with the square root of the width.
+which reads: 0.01 at width 32, and falling with the square root of the width. Or its constants come from elsewhere, a
+paper (sweeps/published.py) or the runs of another study (sweeps/fitted.py): then it is a `PowerLaw`, which knows where
+it was fitted. The failure that this guards against is a law that is trusted where nobody has measured it, or beside a
+batch that it was not made for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sweeps.units import flops, human
 
 VARIABLES = ("N", "D", "C", "width", "depth", "batch_tokens")
 """What a rule may depend on: parameters, training tokens, training FLOPs, width, depth, tokens a batch."""
+
+
+RANGE_SLACK = 1.05
+"""What is off the range of a law by less than this factor is inside: lengths are rounded to whole batches."""
 
 
 def parse_number(value: Any) -> Any:
@@ -59,31 +69,40 @@ class PowerRule(BaseModel):
         return self
 
 
-def rule_or_number(value: Any) -> str:
-    """The form of a rule in a study file, for pydantic."""
-    return "@rule" if isinstance(value, dict | PowerRule) else "@number"
+@dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """value x product over the variables v of (v / at[v]) ** power[v], with constants that the study does not give."""
+
+    source: str
+    """Where the constants come from, for people: `step-law`, `the fit of lr-sensitivity`."""
+    value: float
+    power: Mapping[str, float]
+    """The exponent of each variable: one of VARIABLES, or a count by another convention, such as N_nonembedding."""
+    at: Mapping[str, float] = field(default_factory=dict)
+    """The reference point; 1 where it has no entry."""
+    range: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """From where to where each variable went in the runs behind the law; empty where that is not known."""
+    batch: str = ""
+    """What a law of the learning rate presumes of batch_tokens: `constant`, or the source of the law that gives it."""
+    held: Mapping[str, Any] = field(default_factory=dict)
+    """What was equal in all runs behind the law: batch_tokens, schedule, optimizer, context."""
 
 
-# The discriminator keeps an error about one form from being reported for the other as well.
-Rule = Annotated[
-    Annotated[Positive, Tag("@number")] | Annotated[PowerRule, Tag("@rule")], Discriminator(rule_or_number)
-]
-
-
-def evaluate(rule: float | PowerRule, known: Mapping[str, float]) -> float:
+def evaluate(rule: float | PowerRule | PowerLaw, known: Mapping[str, float]) -> float:
     """The rule's value, rounded to six significant digits so that the cell id is the same on every machine.
 
-    `known` maps the VARIABLES that are settled so far to their values. Raises ValueError where the rule asks for
+    `known` maps the variables that are settled so far to their values. Raises ValueError where the rule asks for
     one that is not (the batch size cannot depend on itself), or overflows.
     """
-    if not isinstance(rule, PowerRule):
+    if not isinstance(rule, PowerRule | PowerLaw):
         return float(rule)
     value = rule.value
     for name, exponent in rule.power.items():
         if name not in known:
-            raise ValueError(f"this rule cannot depend on {name}; allowed here: {', '.join(known)}")
+            settled = [one for one in VARIABLES if one in known]
+            raise ValueError(f"this rule cannot depend on {name}; allowed here: {', '.join(settled)}")
         try:
-            value *= (known[name] / rule.at[name]) ** exponent
+            value *= (known[name] / rule.at.get(name, 1.0)) ** exponent
         except OverflowError:
             raise ValueError(f"this rule overflows at {name} = {known[name]:g}; lower its power of {name}") from None
     return float(f"{value:.6g}")
@@ -96,3 +115,105 @@ def adamw_timescale(learning_rate: float, weight_decay: float, batch_tokens: flo
     """
     rate = learning_rate * weight_decay
     return batch_tokens / (rate * tokens) if rate else None
+
+
+# --- what to say of laws from elsewhere --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Where one cell stands, and the laws from elsewhere that gave its hyperparameters."""
+
+    laws: Mapping[str, PowerLaw]
+    """By hyperparameter."""
+    known: Mapping[str, float]
+    """The variables of the cell, as `evaluate` takes them, with its batch_tokens."""
+    recipe: Mapping[str, Any]
+    """What `PowerLaw.held` may name: batch_tokens, schedule, optimizer, context."""
+
+
+def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
+    """What a researcher should know of the laws that a plan takes from elsewhere: where they are used outside the range
+    that they were fitted in and how far, beside a batch that they were not made for, or in another recipe."""
+    uses: dict[str, tuple[str, PowerLaw, list[Ruled]]] = {}
+    for cell in cells:
+        for name, law in cell.laws.items():
+            uses.setdefault(f"{name} {law.source} {law.range} {law.held}", (name, law, []))[2].append(cell)
+    for name, law, ruled in uses.values():
+        by = f"{name} by {law.source}"
+        if not law.range:
+            yield (
+                f"{by}: in what range it was fitted is not known here; {_cells(len(ruled))} take it, of "
+                f"{_span(ruled, 'N')} and {_span(ruled, 'D')}."
+            )
+        elif outside := _outside(law, ruled):
+            yield f"{by}: {outside}."
+        yield from (f"{by}: {told}" for told in _batch_conflicts(law, ruled))
+        for key, held in law.held.items():
+            others = [cell.recipe[key] for cell in ruled if key in cell.recipe and cell.recipe[key] != held]
+            if others:
+                found = " and ".join(_amount(other) for other in dict.fromkeys([min(others), max(others)]))
+                yield (
+                    f"{by}: it was fitted at {key} {_amount(held)}, where another value may be best than at {found} "
+                    f"({len(others)} of {_cells(len(ruled))})."
+                )
+
+
+def _outside(law: PowerLaw, ruled: list[Ruled]) -> str:
+    """How many cells lie outside the law's range, and how far in each variable; empty where none does."""
+    count, parts = 0, []
+    for cell in ruled:
+        count += any(
+            not low / RANGE_SLACK <= cell.known[name] <= high * RANGE_SLACK for name, (low, high) in law.range.items()
+        )
+    for name, (low, high) in law.range.items():
+        values = [cell.known[name] for cell in ruled]
+        far = [f"up to {_times(low / min(values))} below"] if min(values) < low / RANGE_SLACK else []
+        far += [f"up to {_times(max(values) / high)} above"] if max(values) > high * RANGE_SLACK else []
+        if far:
+            fitted = f"{_count(name, low)} to {_count(name, high)}" if high > low else f"at {_count(name, low)} alone"
+            parts.append(f"{name} {' and '.join(far)} (fitted {fitted})")
+    lie = "lies" if count == 1 else "lie"
+    told = f"{count} of {_cells(len(ruled))} {lie} outside the range that it was fitted in: {', '.join(parts)}"
+    return told if count else ""
+
+
+def _batch_conflicts(law: PowerLaw, ruled: list[Ruled]) -> Iterator[str]:
+    """Where a law of the learning rate stands beside a batch that it was not made for (its sign in D depends on it)."""
+    batches = sorted({cell.known["batch_tokens"] for cell in ruled})
+    if law.batch == "constant" and len(batches) > 1:
+        yield (
+            f"it holds at a constant batch, but batch_tokens goes from {batches[0]:,} to {batches[-1]:,}: laws of "
+            "different batch rules do not combine. Let batch_tokens be a number, or take the rate and the batch from "
+            "one law."
+        )
+    elif law.batch not in ("", "constant"):
+        others = {cell.laws["batch_tokens"].source if "batch_tokens" in cell.laws else "" for cell in ruled}
+        if others - {law.batch}:
+            yield (
+                f"it holds with the batch of {law.batch}, but batch_tokens "
+                f"{'is given otherwise' if '' in others else 'is by ' + ' and '.join(sorted(others - {law.batch}))}: "
+                "laws of different batch rules do not combine. Take the rate and the batch from one law."
+            )
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'s' * (count != 1)}"
+
+
+def _span(ruled: list[Ruled], name: str) -> str:
+    values = [cell.known[name] for cell in ruled]
+    low, high = _count(name, min(values)), _count(name, max(values))
+    return f"{name} {low} to {high}" if high != low else f"{name} {low}"
+
+
+def _count(name: str, value: float) -> str:
+    return flops(value) if name.startswith("C") else human(value)
+
+
+def _times(factor: float) -> str:
+    return f"{float(f'{factor:.3g}'):,g} times"
+
+
+def _amount(value: Any) -> str:
+    return str(value) if isinstance(value, str) else f"{value:,.10g}"

@@ -406,7 +406,8 @@ def study_names(store: Store) -> list[str]:
 def read_plan(store: Store, name: str) -> Json:
     """The plan of a study as it was last run: {"study": declaration, "corpus": {...}, "cells": [{"id", "labels"}]}.
 
-    The entry of a cell that branches off another of the study says where: "trunk": {"cell", "tokens"}.
+    The entry of a cell that branches off another of the study says where: "trunk": {"cell", "tokens"}. Where
+    hyperparameters come from the fits of other studies, "fitted" has them by study (sweeps/fitted.py).
     """
     try:
         return read_json(store.study(name) / "plan.json")

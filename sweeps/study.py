@@ -12,13 +12,16 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from sweeps.errors import InputError, nearest, plain_fault
 from sweeps.families import find_family, resolve_options
-from sweeps.rules import Count, Number, Positive, PowerRule, Rule, Whole, rule_or_number
+from sweeps.fitted import GIVES, FittedRule, fitted_studies
+from sweeps.published import PublishedRule, check_gives
+from sweeps.rules import Count, Number, Positive, PowerRule, Whole
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
 
@@ -183,9 +186,26 @@ class PointsGrid(Declared):
 Grid = Annotated[IsoflopGrid | LadderGrid | PointsGrid, Field(discriminator="type")]
 
 
-Decay = Annotated[
-    Annotated[Number, Field(ge=0), Tag("@number")] | Annotated[PowerRule, Tag("@rule")], Discriminator(rule_or_number)
-]
+def _rule_form(value: Any) -> str:
+    if isinstance(value, PublishedRule) or (isinstance(value, dict) and "rule" in value):
+        return "@published"
+    if isinstance(value, FittedRule) or (isinstance(value, dict) and "fitted" in value):
+        return "@fitted"
+    if isinstance(value, dict) and not value.keys() & PowerRule.model_fields.keys():  # which was meant?
+        for word, form in (("rule", "@published"), ("fitted", "@fitted")):
+            if any(nearest(key, [word]) for key in value):
+                return form
+    return "@rule" if isinstance(value, dict | PowerRule) else "@number"
+
+
+_Law = (
+    Annotated[PowerRule, Tag("@rule")]
+    | Annotated[PublishedRule, Tag("@published")]
+    | Annotated[FittedRule, Tag("@fitted")]
+)
+# The discriminator keeps an error about one form from being reported for the others as well.
+Rule = Annotated[Annotated[Positive, Tag("@number")] | _Law, Discriminator(_rule_form)]
+Decay = Annotated[Annotated[Number, Field(ge=0), Tag("@number")] | _Law, Discriminator(_rule_form)]
 
 
 def _inside(value: float) -> float:
@@ -229,7 +249,8 @@ def _schedule_form(value: Any) -> str:
 
 
 class Training(ScheduleFields):
-    """The recipe. Every number may be varied; a Rule may be a number or a power law in N, D, C, width, depth."""
+    """The recipe. Every number may be varied; a Rule may be a number, a power law in N, D, C, width, depth, a published
+    rule (sweeps/published.py) or one that was fitted to another study (sweeps/fitted.py)."""
 
     batch_tokens: Rule = 16_384.0
     """Tokens an optimizer step; rounded to whole sequences."""
@@ -252,6 +273,16 @@ class Training(ScheduleFields):
     precision: Literal["float32", "bfloat16"] = "float32"
     init_std: Rule = 0.02
     """Standard deviation of the initial matrices."""
+
+    @field_validator("batch_tokens", "learning_rate", "weight_decay", "init_std", mode="after")
+    @classmethod
+    def _rule_gives_it(cls, value: Any, info: ValidationInfo) -> Any:
+        name = str(info.field_name)
+        if isinstance(value, PublishedRule):
+            check_gives(value, name)
+        if isinstance(value, FittedRule) and name not in GIVES:
+            raise ValueError(f"no law of {name} is fitted; allowed: {', '.join(GIVES)}")
+        return value
 
     @model_validator(mode="after")
     def _schedule_taken_apart(self) -> "Training":
@@ -322,6 +353,9 @@ class Study(Declared):
     """bytes, bpe:<vocabulary size>, or the path of a local Hugging Face tokenizer."""
     context: Annotated[Whole, Field(ge=2, le=1_048_576)] = 128
     """Tokens a sequence."""
+    validation_tokens: Annotated[Whole, Field(ge=8192)] | None = None
+    """Tokens that the final loss is taken over, in windows evenly spread over the validation stream; default: all of
+    it. Short cells need not spend most of their time there; their losses compare with each other alone."""
     families: dict[str, dict[str, Number | bool]]
     """Family names, each with its options; a list of names will do."""
     grid: Grid
@@ -402,6 +436,14 @@ class Study(Declared):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
             elif name in ("optimizer", "schedule", "cooldown_shape", "precision"):
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
+        return value
+
+    @field_validator("grid", "training", "vary", mode="after")
+    @classmethod
+    def _not_fitted_on_itself(cls, value: Any, info: ValidationInfo) -> Any:
+        plain = value.model_dump() if isinstance(value, BaseModel) else value
+        if str(info.data.get("name")) in fitted_studies(plain):
+            raise ValueError("a study cannot take a hyperparameter from its own runs; name another under `fitted`")
         return value
 
     @model_validator(mode="after")

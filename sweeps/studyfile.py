@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from sweeps.errors import InputError, nearest, plain_fault
+from sweeps.fitted import FittedRule
+from sweeps.published import PublishedRule
 from sweeps.rules import PowerRule
 from sweeps.study import Factors, LogRange, LogVary, NamedSchedule, Study
 
@@ -149,4 +151,5 @@ def _form_of(model: Any) -> str:
     if "type" in model.model_fields:
         return str(typing.get_args(model.model_fields["type"].annotation)[0])
     forms = {PowerRule: "@rule", LogRange: "@range", Factors: "@times", LogVary: "@log", NamedSchedule: "@kind"}
+    forms |= {PublishedRule: "@published", FittedRule: "@fitted"}
     return forms.get(model, "")

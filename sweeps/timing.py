@@ -99,7 +99,8 @@ def cell_seconds(
     """
     shape, micro = cell.shape, micro_batch or cell.sequences
     step = _step_seconds(costs, shape, cell.sequences, micro)
-    subset, whole = _evaluation_seconds(costs, shape, validation_tokens)
+    evaluated = cell.validation_tokens + 1 if cell.validation_tokens else validation_tokens
+    subset, whole = _evaluation_seconds(costs, shape, evaluated)
     evaluations = evaluations_after(cell.steps, first_step) + (first_step == 0)  # one before the first step
     return costs.build + (cell.steps - first_step) * step + evaluations * subset + whole + AROUND_SECONDS
 

@@ -26,7 +26,7 @@ from sweeps.cell import Cell
 from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops, probe_micro_batch
-from sweeps.evaluation import Evaluation, evaluate, subset_windows
+from sweeps.evaluation import Evaluation, evaluate, spread_windows
 from sweeps.families import build_model, find_family
 from sweeps.losses import Loss, MeanLoss
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
@@ -120,8 +120,10 @@ def train_together(
         else:
             program = Solo(models[0], recipes[0], _suited_loss(cell, ios[0], models[0], amplify, device))
         micro_batch = ios[0].numerics.micro_batch
-        subset = subset_windows(corpus.validation_windows(context), context)
-        runner = _Runner(program, corpus, context, device, amplify, subset, evaluations, clock, ended)
+        windows = corpus.validation_windows(context)
+        subset = spread_windows(windows, context)
+        whole = spread_windows(windows, context, cell.validation_tokens) if cell.validation_tokens else None
+        runner = _Runner(program, corpus, context, device, amplify, subset, whole, evaluations, clock, ended)
         members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
     try:
         _run(runner, members, micro_batch)
@@ -223,6 +225,8 @@ class _Runner:
     device: torch.device
     amplify: AbstractContextManager[Any]
     subset: np.ndarray
+    whole: np.ndarray | None
+    """The windows of the final evaluation; None: all."""
     evaluations: set[int]
     """The steps after which the subset is evaluated."""
     clock: "_Clock"
@@ -326,11 +330,15 @@ class _Runner:
         """The final evaluation, the last row, and the outcome."""
         with self.clock("evaluate"):
             model = self.program.models[member.index]
-            final = evaluate(model, self.corpus, self.context, self.device, self.amplify, working=member.io.progress)
+            final = evaluate(
+                model, self.corpus, self.context, self.device, self.amplify, self.whole, member.io.progress
+            )
         progress, row = member.progress, member.progress.row
         reason = None
         if math.isfinite(final.loss) and final.loss <= progress.start:
-            row |= {"val_loss": final.subset_loss(self.subset, self.context), "val_loss_final": final.loss}
+            every = self.whole is None
+            row["val_loss"] = final.subset_loss(self.subset, self.context) if every else self._evaluate(member)
+            row["val_loss_final"] = final.loss
             row |= {"val_bpb_final": self.corpus.info.bits_per_byte(final.loss)}
         else:
             reason = f"final validation loss {final.loss:.4g} is above its start ({progress.start:.4g})"

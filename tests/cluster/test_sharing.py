@@ -14,7 +14,7 @@ from analysis import load_runs
 from cluster.garbage import BY_DEFAULT, collectable
 from cluster.ledger import ledger_rows, register, sharing, sharing_words
 from cluster.mirror import Mirror
-from escala import _plan
+from cluster.planning import read_study
 from sweeps.records import encode_row
 from sweeps.store import Store, begin_attempt, commit_result, read_cell, read_plan, spent_flops, trunk_of
 
@@ -39,7 +39,7 @@ def shared(lengths: tuple[int, ...] = LENGTHS, seeds: str = "[0, 1]") -> str:
 def put_on_record(escala: Escala, text: str) -> Store:
     """Plan and register the study, as a run does before it trains."""
     path = escala.study(text)
-    store, plan, _ = _plan(str(path), escala.folder / "store", False, False)
+    store, plan, _ = read_study(str(path), escala.folder / "store", False, False)
     register(store, plan, path.read_bytes())
     return store
 

@@ -7,54 +7,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import CONTEXT, POINT, corpus, only, planned, points, study
 
 from sweeps.accounting import flops_per_token, parameters
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES
-from sweeps.grids import Plan, PlannedCell, plan_study
+from sweeps.grids import PlannedCell
 from sweeps.sizes import LATTICE, lattice_index, lattice_position
 from sweeps.study import Study
 
-CONTEXT = 64
 ISOFLOP = {"type": "isoflop", "budgets": [1e10, 4e10], "sizes": 3, "stride": 1, "optimum": {"N": 2e4, "C": 1e10}}
-POINT = {"size": 2e4, "tokens": 64_000}
-
-
-def corpus(train_tokens: int = 10_000_000, validation_tokens: int = 500_000, vocab_size: int = 256) -> CorpusInfo:
-    return CorpusInfo(
-        fingerprint="0123456789abcdef",
-        name="by hand",
-        tokenizer="bytes",
-        vocab_size=vocab_size,
-        separator=255,
-        train_tokens=train_tokens,
-        train_documents=100,
-        validation_tokens=validation_tokens,
-        validation_documents=10,
-        validation_bytes=validation_tokens - 10,
-        duplicate_documents=0,
-        entropy_rate=None,
-        description="made for a test",
-    )
-
-
-def study(grid: dict[str, Any], **fields: Any) -> Study:
-    plain = {"name": "test", "families": ["llama"], "context": CONTEXT, "training": {"batch_tokens": 640}}
-    return Study.model_validate({**plain, "grid": grid, **fields})
-
-
-def points(*given: dict[str, Any], **fields: Any) -> Study:
-    return study({"type": "points", "points": list(given)}, **fields)
-
-
-def planned(declared: Study, info: CorpusInfo | None = None) -> Plan:
-    return plan_study(declared, info or corpus())
-
-
-def only(declared: Study) -> PlannedCell:
-    (one,) = planned(declared).cells
-    return one
 
 
 def ids(declared: Study) -> set[str]:
@@ -296,6 +259,15 @@ def test_a_context_that_the_corpus_cannot_fill_is_refused() -> None:
     assert planned(points(POINT, corpus={"repeat": True}), corpus(2 * CONTEXT, CONTEXT + 1)).cells
     assert "at least two contexts" in faults(points(POINT, corpus={"repeat": True}), corpus(2 * CONTEXT - 1))
     assert "validation split" in faults(points(POINT), corpus(validation_tokens=CONTEXT))
+
+
+def test_a_study_may_validate_on_fewer_tokens_and_one_that_wants_all_has_the_cells_of_before() -> None:
+    plain, few, every = (
+        only(points(POINT, **fields)).cell
+        for fields in ({}, {"validation_tokens": 100_000}, {"validation_tokens": 10**9})
+    )
+    assert few.validation_tokens == round(100_000 / CONTEXT) * CONTEXT
+    assert few.id != plain.id == every.id
 
 
 def test_more_than_four_epochs_need_the_studys_word() -> None:

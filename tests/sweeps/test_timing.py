@@ -12,7 +12,7 @@ from small import make_cell
 from sweeps.accounting import Shape, flops_per_token
 from sweeps.cell import Cell
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
-from sweeps.evaluation import subset_windows
+from sweeps.evaluation import spread_windows
 from sweeps.families import FAMILIES
 from sweeps.schedules import evaluation_steps
 from sweeps.sizes import shape_for
@@ -101,7 +101,7 @@ def test_a_cell_is_the_sum_of_its_parts(corpus: Corpus) -> None:
     tokens = corpus.info.validation_tokens
     longer = replace(cell, tokens=2 * cell.tokens)
     step = sum(a * b for a, b in zip(costs.step, step_features(cell.shape, 16, 16)))
-    subset = subset_windows(corpus.validation_windows(32), 32)
+    subset = spread_windows(corpus.validation_windows(32), 32)
     forward = sum(a * b for a, b in zip(costs.forward, forward_features(cell.shape, len(subset))))
     evaluations = len(evaluation_steps(200)) - len(evaluation_steps(100))
     added = 100 * step + evaluations * (forward + len(subset) * costs.window)

@@ -16,7 +16,7 @@ from small import CONTEXT, MemoryIO, make_cell, put
 from sweeps.attempt import run_attempt
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops
-from sweeps.evaluation import evaluate, subset_windows
+from sweeps.evaluation import evaluate, spread_windows
 from sweeps.families import FAMILIES, build_model
 from sweeps.records import read_json
 from sweeps.schedules import evaluation_steps
@@ -87,9 +87,24 @@ def test_the_evaluation_is_the_mean_over_the_validation_stream(corpus: Corpus) -
     assert found.document_tokens.sum() == windows * CONTEXT
     for document in (0, documents.max()):
         assert found.document_sums[document] == pytest.approx(losses[documents == document].sum(), rel=1e-5)
-    subset = subset_windows(windows, CONTEXT)
+    subset = spread_windows(windows, CONTEXT)
     part = evaluate(model, corpus, CONTEXT, torch.device("cpu"), torch.no_grad(), subset)
     assert part.loss == pytest.approx(losses[subset].mean(), rel=1e-6)
+
+
+def test_the_final_loss_is_over_as_many_tokens_as_the_cell_asks_for(corpus: Corpus) -> None:
+    cell = make_cell(corpus, validation_tokens=320 * CONTEXT)
+    io = MemoryIO(cell, corpus)
+    outcome = train(cell, io)
+    windows = spread_windows(corpus.validation_windows(CONTEXT), CONTEXT, cell.validation_tokens)
+    assert outcome.document_tokens is not None
+    assert outcome.document_tokens.sum() == len(windows) * CONTEXT == cell.validation_tokens
+    model = build_model(FAMILIES["llama"], cell.shape, init_std=0.05, seed=0)
+    model.load_state_dict(io.last_state["model"])
+    whole = evaluate(model, corpus, CONTEXT, torch.device("cpu"), torch.no_grad())
+    assert outcome.val_loss_final == pytest.approx(whole.subset_loss(windows, CONTEXT), rel=1e-9)
+    assert outcome.val_loss_final != whole.loss
+    assert io.rows[cell.tokens]["val_loss"] != io.rows[cell.tokens]["val_loss_final"]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

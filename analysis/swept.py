@@ -1,0 +1,301 @@
+"""Runs as swept groups: everything but the learning rate (and the batch) is equal in one, and its points are settings.
+
+Guards against four ways to average what does not belong together: a batch size that nobody named taken for a seed, a
+rate written 0.000345 here and 0.0003453 there, a row that was listed twice taken for a second run, and a run that blew
+up taken for a bad setting. What was merged, dropped or taken for diverged is said.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.selection import PENDING
+from analysis.verdicts import NAN, Verdict, plural
+from sweeps.errors import InputError, nearest
+
+AXES = ("learning_rate", "batch_tokens")
+"""What an optimum is sought over."""
+SAME = 0.01
+"""Rates, batches, sizes and token counts closer than this in logs are one: tables round, batches do not divide D."""
+BLOWN_UP = 1.5
+"""A run above the best rate of its batch, whose loss is more than this many times the lowest of its (N, D), is taken
+for diverged. Of the 1911 runs of Step Law (Li et al. 2025) it takes those that went above 4 nats: the worst of the
+others stands at 1.20 times the lowest, the best of them at 1.70."""
+_ALWAYS = ("family", "parametrisation", "corpus", "tokenizer", "context")
+_OTHERS = (
+    *("precision", "weight_decay", "beta2", "warmup_tokens", "schedule", "cooldown_fraction", "cooldown_shape"),
+    *("width", "depth", "heads", "mlp_width"),
+)
+"""Settings that divide groups where they were crossed with the axes."""
+_BATCHES = ("bs", "batch", "batch_size", "batchsize", "global_batch_size", "train_batch_size", "gbs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The runs of one group as settings.
+
+    key: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where there are such columns.
+    points: one row per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (nats;
+        geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
+        others), squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the
+        loss, at most that at the start; NaN where a diverged run has no loss and the start is not known).
+    start: loss of the untrained model in nats, NaN unknown.
+    """
+
+    key: Mapping[str, Any]
+    points: pd.DataFrame
+    start: float = NAN
+
+    @property
+    def order(self) -> tuple[tuple[str, ...], float, float, tuple[str, ...]]:
+        """By family, then N, D and the rest."""
+        families = tuple(str(self.key.get(k, "")) for k in ("family", "parametrisation"))
+        rest = tuple(f"{v:030.6f}" if isinstance(v, float) else str(v) for v in self.key.values())
+        return families, self.key["N"], self.key["D"], rest
+
+    @property
+    def name(self) -> str:
+        """Short words for tables and verdicts: "llama N=5e+04 D=1e+06"."""
+        texts = [str(self.key[k]) for k in ("family", "parametrisation") if k in self.key]
+        numbers = [(k, v) for k, v in self.key.items() if k not in (*_ALWAYS, "study")]
+        short = {"batch_tokens": "batch", "learning_rate": "lr"}
+        written = (f"{short.get(k, k)}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers)
+        return " ".join([*texts, *written])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swept:
+    """All groups of a table, over which axes, and what was said on the way. left_out: reason -> cells."""
+
+    groups: tuple[Group, ...]
+    axes: tuple[str, ...]
+    left_out: Mapping[str, tuple[str, ...]]
+    verdicts: tuple[Verdict, ...]
+    runs: int
+    diverged: int
+
+
+def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept:
+    """Divide a table of runs into groups and settings.
+
+    runs: of `load_runs` or `read_table`: N, D, learning_rate, and val_loss_final or loss. axes: what the optimum is
+        sought over; by default the rate, and the batch too where at least half of the groups cross 3 of each.
+    Raises InputError where a column is missing, no row has positive numbers, or a batch size stands in a column that
+    was not read, since runs at several batches would pass for seeds.
+    """
+    for axis in axes or ():
+        if axis not in AXES:
+            raise InputError(f"axis {axis!r}{nearest(axis, AXES)}: an optimum is sought over {' and '.join(AXES)}.")
+    loss = "val_loss_final" if "val_loss_final" in runs.columns else "loss"
+    needed = ("N", "D", "learning_rate", *(axes or ()), loss)
+    if missing := [c for c in dict.fromkeys(needed) if c not in runs.columns]:
+        raise InputError(
+            f"the table lacks {', '.join(missing)}{nearest(missing[0], map(str, runs.columns))}; it has "
+            f"{', '.join(map(str, runs.columns))}. Read a file of your own with analysis.read_table."
+        )
+    rows, left_out = _usable(runs, loss)
+    if "batch_tokens" not in rows.columns:
+        rows["batch_tokens"] = NAN
+        _refuse_unread_batch(rows)
+    for axis in AXES:
+        rows[f"ln {axis}"] = np.log(rows[axis].astype(float))
+    for name in ("N", "D", *AXES):
+        rows[name] = merged(rows[name].to_numpy(dtype=float))
+    always = [c for c in _ALWAYS if c in rows.columns and rows[c].notna().any()]
+    base = rows.groupby([*always, "N", "D"], dropna=False).ngroup().to_numpy()
+    keys, moving = _divide(rows, base)
+    rows["at"] = rows.assign(base=base).groupby(["base", *keys], dropna=False).ngroup() if keys else base
+    rows, blown = _mark_diverged(rows)
+    chosen = tuple(axes) if axes else _axes(rows)
+    other = [a for a in AXES if a not in chosen and rows.groupby("at")[a].nunique().max() > 1]
+    rows["at"] = rows.groupby(["at", *other], dropna=False).ngroup() if other else rows["at"]
+    always += keys
+    described = ["N", "D", *(a for a in AXES if a not in chosen and rows[a].notna().any())]
+    rows, repeated = _without_repeats(rows)
+    groups = [_group(part, [*always, *described]) for _, part in rows.groupby("at")]
+    groups.sort(key=lambda g: g.order)
+    return Swept(
+        groups=tuple(groups),
+        axes=chosen,
+        left_out=left_out | ({"listed twice: another row has the same setting and loss": repeated} if repeated else {}),
+        verdicts=tuple(_say(rows, left_out, repeated, blown, moving)),
+        runs=len(rows),
+        diverged=int(rows["diverged"].sum()),
+    )
+
+
+def merged(values: np.ndarray, tolerance: float = SAME) -> np.ndarray:
+    """The values with those that lie within `tolerance` in ln of a smaller one made equal to it. NaN stay."""
+    known = np.unique(values[np.isfinite(values) & (values > 0)])
+    if not known.size:
+        return values
+    kept = [known[0]]
+    for value in known[1:]:
+        if np.log(value / kept[-1]) > tolerance:
+            kept.append(value)
+    at = np.searchsorted(np.array(kept), values, side="right") - 1
+    return np.where(np.isfinite(values) & (values > 0), np.array(kept)[np.maximum(at, 0)], values)
+
+
+def _usable(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
+    """The rows that finished or diverged, with `y` (ln loss, NaN where diverged without one) and `diverged`."""
+    table = runs.reset_index(drop=True)
+    if "cell" not in table.columns:
+        table["cell"] = [f"row {i}" for i in range(len(table))]
+    values = table[loss].astype(float)
+    state = table["state"] if "state" in table.columns else pd.Series("finished", table.index)
+    diverged = (state == "diverged") | (values == np.inf)
+    reason = table["excluded"].astype(object) if "excluded" in table.columns else pd.Series(None, table.index, object)
+    reason = reason.mask(diverged | reason.isna(), None)
+    if "rung" in table.columns:
+        reason = reason.mask(table["rung"].astype(float) < 1.0, "an early rung of a search")
+    axes = table[[c for c in ("N", "D", *AXES) if c in table.columns and table[c].notna().any()]].astype(float)
+    broken = ~((axes > 0) & (axes < np.inf)).all(axis=1)
+    reason = reason.mask(reason.isna() & broken, f"{', '.join(axes.columns)} is missing or not positive")
+    reason = reason.mask(reason.isna() & ~diverged & ~(values > 0), "the loss is missing or not positive")
+    left_out: dict[str, list[str]] = {}
+    pending = state.isin(PENDING)
+    for i in table.index[reason.notna() & ~pending]:
+        left_out.setdefault(str(reason[i]), []).append(str(table["cell"][i]))
+    kept = table[reason.isna()].copy()
+    if kept.empty:
+        told = "; ".join(f"{len(cells)}: {why}" for why, cells in left_out.items())
+        raise InputError(
+            f"no run of {len(table)} has a loss at a positive learning rate, N and D"
+            f"{f' ({told})' if told else ''}: name other columns, or finish the study first."
+        )
+    kept["diverged"] = diverged[kept.index]
+    kept["measured"] = values[kept.index].where(np.isfinite(values[kept.index]))
+    return kept.reset_index(drop=True), {why: tuple(cells) for why, cells in left_out.items()}
+
+
+def _refuse_unread_batch(rows: pd.DataFrame) -> None:
+    """InputError where runs of equal N, D and rate differ in a column that looks like a batch size."""
+    for column in rows.columns:
+        plain = str(column).strip().lower().replace(" ", "_")
+        if plain in _BATCHES and rows.groupby(["N", "D", "learning_rate"])[column].nunique().max() > 1:
+            raise InputError(
+                f"runs of equal N, D and learning rate differ in {column}, which looks like a batch size, and no batch "
+                f"is named: they would pass for seeds. Say it in tokens, as in --columns 'batch={column}*2048'."
+            )
+
+
+def _divide(rows: pd.DataFrame, base: np.ndarray) -> tuple[list[str], list[str]]:
+    """The settings that were crossed with the axes, which divide groups, and those that only move along with them."""
+    keys: list[str] = []
+    moving: list[str] = []
+    for name in _OTHERS:
+        if name not in rows.columns or rows[name].nunique(dropna=False) < 2:
+            continue
+        coded = rows[name].groupby(rows[name], dropna=False).ngroup()
+        if coded.groupby(base).nunique().max() < 2:
+            continue
+        crossed = coded.groupby([base, rows["learning_rate"], rows["batch_tokens"]], dropna=False).nunique()
+        (keys if crossed.max() > 1 else moving).append(name)
+    return keys, moving
+
+
+def _mark_diverged(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The rows with runs that blew up marked (see `BLOWN_UP`), and how many of them there are."""
+    settled = rows["measured"].where(~rows["diverged"])
+    lowest = settled.groupby(rows["at"]).transform("min")
+    slices = [rows["at"], rows["batch_tokens"].fillna(0.0)]
+    best = settled == settled.groupby(slices).transform("min")
+    rate = rows["learning_rate"].where(best).groupby(slices).transform("min")
+    blown = (rows["measured"] > BLOWN_UP * lowest) & (rows["learning_rate"] > rate) & ~rows["diverged"]
+    return rows.assign(diverged=rows["diverged"] | blown), int(blown.sum())
+
+
+def _axes(rows: pd.DataFrame) -> tuple[str, ...]:
+    """Both where at least half of the groups have 3 batches with 3 rates each."""
+    rates = rows.groupby(["at", "batch_tokens"])["learning_rate"].nunique()
+    crossed = (rates >= 3).groupby("at").sum() >= 3
+    return AXES if len(crossed) and crossed.sum() * 2 >= rows["at"].nunique() else AXES[:1]
+
+
+def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
+    """Rows equal in setting and in every digit of the loss are one run that a table lists twice."""
+    own = ["at", *AXES, "measured", *(c for c in ("seed", "data_seed") if c in rows.columns)]
+    again = rows.duplicated(own) & rows["measured"].notna()
+    return rows[~again].reset_index(drop=True), tuple(rows.loc[again, "cell"].astype(str))
+
+
+def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
+    first = rows.iloc[0]
+    key = {k: float(first[k]) if isinstance(first[k], float | int | np.number) else first[k] for k in names}
+    start = _start(rows)
+    rate, batch = (rows[a].to_numpy(dtype=float) for a in AXES)
+    order = np.lexsort((rate, batch))
+    changes = np.flatnonzero((np.diff(rate[order]) != 0) | (np.diff(np.nan_to_num(batch[order])) != 0)) + 1
+    starts = np.concatenate([[0], changes])
+    diverged = rows["diverged"].to_numpy(dtype=bool)[order]
+    measured = rows["measured"].to_numpy(dtype=float)[order]
+    y = np.where(diverged, 0.0, np.log(np.where(diverged, 1.0, measured)))
+    count = np.add.reduceat((~diverged).astype(int), starts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.add.reduceat(y, starts) / count
+        squares = np.maximum(np.add.reduceat(y**2, starts) - count * mean**2, 0.0)
+    capped = np.where(np.isfinite(measured), np.fmin(measured, start), start)
+    total = np.diff(np.append(starts, len(order)))
+    points = pd.DataFrame(
+        {
+            **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
+            "loss": np.exp(np.where(count > 0, mean, NAN)),
+            "count": count,
+            "diverged": total - count,
+            "squares": np.where(count > 1, squares, 0.0),
+            "capped": np.add.reduceat(capped, starts) / total,
+        }
+    )
+    return Group(key=key, points=points, start=start)
+
+
+def _start(rows: pd.DataFrame) -> float:
+    """The mean loss of the untrained model, measured, else ln V where the tokenizer's name tells V; else NaN."""
+    if "loss_at_start" in rows.columns and rows["loss_at_start"].notna().any():
+        return float(rows["loss_at_start"].astype(float).mean())
+    words = str(rows["tokenizer"].iloc[0]) if "tokenizer" in rows.columns else ""
+    size = re.match(r"(?:bpe|hf)-(\d+)-", "bpe-256-" if words == "bytes" else words)
+    return float(np.log(float(size[1]))) if size else NAN
+
+
+def _say(
+    rows: pd.DataFrame,
+    left_out: Mapping[str, Sequence[str]],
+    repeated: Sequence[str],
+    blown: int,
+    moving: Sequence[str],
+) -> list[Verdict]:
+    said = []
+    if blown:
+        message = (
+            f"{plural(blown, 'run')} of {len(rows)} are taken for diverged: above the best rate of their batch, with "
+            f"a loss over {BLOWN_UP:g} times the lowest of their N and D."
+        )
+        said.append(Verdict("taken_for_diverged", "info", "fit", None, message, {"runs": blown}))
+    if left_out:
+        listed = "; ".join(f"{len(cells)}: {why}" for why, cells in left_out.items())
+        message = f"{plural(sum(map(len, left_out.values())), 'run')} left out ({listed})."
+        said.append(Verdict("excluded_runs", "info", "fit", None, message))
+    if moving:
+        message = (
+            f"{', '.join(moving)} differ among runs of equal N and D and were not crossed with the learning rate: an "
+            "optimum here is one along the way on which they move together."
+        )
+        said.append(Verdict("moving_settings", "caution", "fit", None, message, {"settings": list(moving)}))
+    if repeated:
+        message = f"{plural(len(repeated), 'row')} repeat another row's setting and loss to the last digit; one counts."
+        said.append(Verdict("repeated_losses", "info", "fit", None, message, {"runs": len(repeated)}))
+    settled = rows[rows["measured"].notna()]
+    same = settled.groupby(["at", "measured"])["learning_rate"].nunique()
+    if odd := int((same > 1).sum()):
+        message = (
+            f"{plural(odd, 'value')} of the loss, equal to the last digit, stand at two learning rates of one N and D: "
+            "some rows carry the wrong rate, and the optima there cannot be trusted. Look at the table's source."
+        )
+        said.append(Verdict("repeated_losses", "caution", "fit", None, message, {"losses": odd}))
+    return said

@@ -1,0 +1,68 @@
+"""A sensitivity analysis in the terminal: one line a group and axis, the laws of the optimum, what cannot be said."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from cluster.display import number, plain_table, span, verdict_table
+
+_SHOWN = 100
+"""Groups on a terminal; --json prints all."""
+_NOTHING = (float("nan"), float("nan"))
+
+
+def sensitivity_tables(found: Any, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:
+    """A `Sensitivity` as tables; source: of a table, {"table", "columns", "where"}, columns by their role."""
+    share = f"{100 * found.level:g} % interval"
+    refused = sum(one.refused for one in found.optima)
+    lost = f", {refused} of them refused" if refused else ""
+    blown = f" ({found.diverged} diverged)" if found.diverged else ""
+    yield f"[bold]sensitivity[/] of {found.runs} runs{blown} in {len(found.optima)} groups{lost}"
+    if source:
+        read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
+        kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""
+        yield Text(f"{source['table']}{kept}: {read}", style="dim")
+    within = f"within {100 * found.eps:g} %"
+    table = plain_table("group", "of", "best", share, within, "sensitivity", "settings", "verdict")
+    for one in found.optima[:_SHOWN]:
+        said = next((v.code for v in one.verdicts if v.severity == "refuse"), "")
+        said = said or next((v.code for v in one.verdicts), "")
+        fitted = f"{int(one.points['fitted'].sum())} of {len(one.points)}"
+        for order, axis in enumerate(one.axes):
+            best = one.best.get(axis)
+            table.add_row(
+                one.name if order == 0 else "",
+                {"learning_rate": "rate", "batch_tokens": "batch"}[axis],
+                number(best.value) if best else "-",
+                span(best.interval) if best else "-",
+                span(one.plateau.get(axis, _NOTHING)),
+                number(one.sensitivity.value) if order == 0 else "",
+                fitted if order == 0 else "",
+                Text(said, style="red" if one.refused else "dim") if order == 0 else "",
+            )
+    yield ""
+    yield table
+    if len(found.optima) > _SHOWN:
+        yield Text(f"... and {len(found.optima) - _SHOWN} more groups; --json prints all", style="dim")
+    if found.range[0] == found.range[0]:
+        yield Text(
+            f"sensitivity: mean loss above the best, nats, over learning rates from {span(found.range)}", style="dim"
+        )
+    for name, law in found.laws.items():
+        yield ""
+        if law.refused:
+            yield Text(f"{name}: no power law", style="red")
+            continue
+        at = ", ".join(f"{k} = {number(v)}" for k, v in law.at.items())
+        table = plain_table(name, "value", share)
+        table.add_row(f"at {at}", number(law.value.value), span(law.value.interval))
+        for variable, power in law.powers.items():
+            table.add_row(f"power of {variable}", number(power.value), span(power.interval))
+        yield table
+    verdicts = [*found.verdicts, *(v for law in found.laws.values() for v in law.verdicts)]
+    verdicts += [v for one in found.optima for v in one.verdicts]
+    if verdicts:
+        yield ""
+        yield verdict_table(verdicts)
