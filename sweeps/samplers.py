@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from sweeps.errors import InputError
+from sweeps.evolution import evolution_sampler
 from sweeps.space import Axis, Search
 
 NEEDS = {"cmaes": "cmaes", "gp": "torch"}
@@ -67,7 +68,7 @@ def make_sampler(search: Search, group: str, number: int) -> Any:
             warnings.simplefilter("ignore")
             made = samplers.QMCSampler(seed=draw(search.seed, group), scramble=True, warn_independent_sampling=False)
     elif search.sampler == "cmaes":
-        made = samplers.CmaEsSampler(seed=fresh, warn_independent_sampling=False)
+        return evolution_sampler(search.space, space, draw(search.seed, group), fresh)
     else:  # the settings of a grid are queued, so that nothing of them is left to draw
         made = samplers.RandomSampler(seed=fresh)
     if search.sampler not in ("random", "grid"):

@@ -303,6 +303,10 @@ def test_cmaes_asks_in_ranges(store: Store, make_plan: Callable[..., Plan]) -> N
     drive(store, plan)
     values = [one.value or 9 for one in trials(store, plan)]
     assert sum(values[-10:]) < sum(values[:10])
+    other = open_store(store.root.parent / "other")
+    for _ in range(30):
+        drive(other, plan, most=1)
+    assert [one.setting for one in trials(other, plan)] == [one.setting for one in trials(store, plan)]
 
 
 def test_a_sampler_without_its_package_says_which(make_plan: Callable[..., Plan], monkeypatch: Any) -> None:
