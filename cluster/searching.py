@@ -44,6 +44,7 @@ class Searching:
         self._searcher.look()
         if idle and len(self._searcher.plan.cells) == known:
             self._searcher.ask(max(idle, self._searcher.search.batch))
+        self._searcher.sync()
         if len(self._searcher.plan.cells) > known:
             register_growth(self._store, self._searcher.plan, known)
         return list(self._searcher.plan.cells[known:])

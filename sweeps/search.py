@@ -108,7 +108,6 @@ class Searcher:
                     self._end(name, trial, quarantine)
                 elif trial.state == "FAIL" and trial.fault is None and self._is_forgiven(name, trial, quarantine):
                     self._ask_again(name, trial)
-        sync_journal(self._path)
 
     def _end(self, name: str, trial: Trial, quarantine: Mapping[str, Any]) -> None:
         cells = trial_cells(self._groups[name], trial, trial.length)
@@ -200,6 +199,9 @@ class Searcher:
             self._ask(name)
             self._asked[name] += 1
             asked += 1
+
+    def sync(self) -> None:
+        """Until all that was asked and told is on disk: a kill loses none of it, a power cut might."""
         sync_journal(self._path)
 
     def _next_group(self) -> str | None:

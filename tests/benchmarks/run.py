@@ -22,6 +22,7 @@ import eager
 import fits
 import mirror
 import overhead
+import searching
 import stalls
 import step
 import together
@@ -48,6 +49,7 @@ BENCHMARKS = {
     "compare": compare.run,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
+    "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,
 }
