@@ -331,7 +331,7 @@ def sensitivity(
     """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them."""
     import analysis
     from analysis.expressions import split_definitions
-    from analysis.sensitivity import sensitivity as measure
+    from analysis.sensitivities import sensitivity as measure
     from cluster.display import patience
     from sweeps.errors import InputError
 

@@ -4,8 +4,7 @@
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
     fit.to_json()
 
-    from analysis.sensitivity import sensitivity (the room's own name, so it is not among those below)
-    sensitivity(runs)                            best learning rates, how much they matter, how they move
+    analysis.sensitivity(runs)                   best learning rates, how much they matter, how they move
 
 The names below are loaded when they are first used, so that importing the package costs nothing.
 """
@@ -15,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
+    from analysis.audits import Audit, audit
     from analysis.backtest import Backtest, judge_targets
+    from analysis.batches import CriticalBatch, CriticalBatches, critical_batches
     from analysis.compare import compare_recipes
     from analysis.conventions import compare_conventions
     from analysis.envelope import fit_curve_envelope, fit_envelope
     from analysis.fitting import fit
     from analysis.forecast import forecast_dearest
+    from analysis.importance import Importance, importances
     from analysis.laws import find_law
+    from analysis.noise_scale import NoiseScale, gradient_noise, noise_scales
     from analysis.optima import Optimum
     from analysis.optimum_laws import OptimumLaw
     from analysis.plausibility import check_table
@@ -29,72 +32,109 @@ if TYPE_CHECKING:
     from analysis.report import write_report
     from analysis.rulings import judge_rule
     from analysis.runs import load_curves, load_documents, load_runs
-    from analysis.sensitivity import Sensitivity, write_optimum
+    from analysis.sensitivities import Sensitivity, sensitivity, write_optimum
     from analysis.tables import keep_rows, read_table
+    from analysis.timescale import Timescale, decay_timescales
+    from analysis.transfers import Transfer, transfer
+    from analysis.tuning import TuningWorth, tuning_worth
     from analysis.uncertainty import paired_errors, seed_noise
     from analysis.verdicts import Fit, Verdict
 
 __all__ = [
+    "Audit",
     "Backtest",
+    "CriticalBatch",
+    "CriticalBatches",
     "Fit",
+    "Importance",
+    "NoiseScale",
     "Optimum",
     "OptimumLaw",
     "Profile",
     "Sensitivity",
+    "Timescale",
+    "Transfer",
+    "TuningWorth",
     "Verdict",
     "approach2_bias",
+    "audit",
     "check_table",
     "compare_approaches",
     "compare_conventions",
     "compare_recipes",
+    "critical_batches",
+    "decay_timescales",
     "find_law",
     "fit",
     "fit_curve_envelope",
     "fit_envelope",
     "forecast_dearest",
+    "gradient_noise",
+    "importances",
     "judge_rule",
     "judge_targets",
     "keep_rows",
     "load_curves",
     "load_documents",
     "load_runs",
+    "noise_scales",
     "paired_errors",
     "profile",
     "read_table",
     "seed_noise",
+    "sensitivity",
+    "transfer",
+    "tuning_worth",
     "write_optimum",
     "write_report",
 ]
 
 _HOME = {
+    "Audit": "audits",
     "Backtest": "backtest",
+    "CriticalBatch": "batches",
+    "CriticalBatches": "batches",
     "Fit": "verdicts",
+    "Importance": "importance",
+    "NoiseScale": "noise_scale",
     "Optimum": "optima",
     "OptimumLaw": "optimum_laws",
     "Profile": "profiles",
-    "Sensitivity": "sensitivity",
+    "Sensitivity": "sensitivities",
+    "TuningWorth": "tuning",
+    "Timescale": "timescale",
+    "Transfer": "transfers",
     "Verdict": "verdicts",
     "approach2_bias": "approaches",
+    "audit": "audits",
     "check_table": "plausibility",
     "compare_approaches": "approaches",
     "compare_conventions": "conventions",
     "compare_recipes": "compare",
+    "critical_batches": "batches",
+    "decay_timescales": "timescale",
     "find_law": "laws",
     "fit": "fitting",
     "fit_curve_envelope": "envelope",
     "fit_envelope": "envelope",
     "forecast_dearest": "forecast",
+    "gradient_noise": "noise_scale",
+    "importances": "importance",
     "judge_rule": "rulings",
     "judge_targets": "backtest",
     "keep_rows": "tables",
     "load_curves": "runs",
     "load_documents": "runs",
     "load_runs": "runs",
+    "noise_scales": "noise_scale",
     "paired_errors": "uncertainty",
     "profile": "profiles",
     "read_table": "tables",
     "seed_noise": "uncertainty",
-    "write_optimum": "sensitivity",
+    "sensitivity": "sensitivities",
+    "transfer": "transfers",
+    "tuning_worth": "tuning",
+    "write_optimum": "sensitivities",
     "write_report": "report",
 }
 

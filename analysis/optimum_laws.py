@@ -153,9 +153,9 @@ def near_best_laws(
             if len(kept) <= x.shape[1] or len(members) < LEAST:
                 said.append(_too_few(axis, len(members), 0))
             y = np.log(kept[axis].to_numpy(dtype=float))
-            draws = _weighted(x, np.tile(y, (resamples, 1)), counts) if not refused(said) else np.empty((0, 0))
+            draws = weighted(x, np.tile(y, (resamples, 1)), counts) if not refused(said) else np.empty((0, 0))
             key = "/".join([*([" ".join(words)] if words else []), axis])
-            best = _weighted(x, y[None], np.ones((1, len(y))))[0]
+            best = weighted(x, y[None], np.ones((1, len(y))))[0]
             laws[key] = OptimumLaw(
                 **law, **_numbers(table, at, best, draws, level, said), optima=len(kept), verdicts=tuple(said)
             )
@@ -173,7 +173,8 @@ def _law(
     law |= {"parametrisation": labels.get("parametrisation"), "optima": len(kept)}
     if len(kept) < LEAST:
         return OptimumLaw(**law, verdicts=(_too_few(axis, len(kept), len(members) - len(kept)),))
-    asked = ("N", "D", *(a for a in AXES if a not in members[0].axes and a in members[0].group))
+    other = [a for a in AXES if a not in members[0].axes and len({one.group.get(a) for one in kept}) > 1]
+    asked = ("N", "D", *(a for a in other if all(a in one.group for one in kept)))
     table = pd.DataFrame([{name: one.group[name] for name in asked} for one in kept])
     x, at, said = _columns(table, axis, asked)
     if refused(said):
@@ -181,14 +182,14 @@ def _law(
     y = np.log([one.best[axis].value for one in kept])
     copies = np.stack([one.draws[axis] for one in kept], axis=1)
     own = copies.var(axis=0) if len(copies) else np.zeros(len(y))
-    between, weights, freedom = _between_groups(x, y, own)
-    best = _weighted(x, y[None], weights[None])[0]
+    between, weights, freedom = between_groups(x, y, own)
+    best = weighted(x, y[None], weights[None])[0]
     generator = np.random.default_rng(seed)
     if not len(copies):
         copies = np.tile(y, (1000, 1))
     scale = np.sqrt(between * freedom / generator.chisquare(freedom, len(copies))) if freedom else np.zeros(len(copies))
     copies = copies + scale[:, None] * generator.standard_normal(copies.shape)
-    draws = _weighted(x, copies, np.tile(weights, (len(copies), 1)))
+    draws = weighted(x, copies, np.tile(weights, (len(copies), 1)))
     if lost := len(members) - len(kept):
         message = f"{plural(lost, 'refused optimum').replace('optimums', 'optima')} of {len(members)} do not enter."
         said.append(Verdict("excluded_runs", "info", "fit", axis, message))
@@ -236,13 +237,13 @@ def _columns(
     return np.column_stack(columns), at, said
 
 
-def _between_groups(x: np.ndarray, y: np.ndarray, own: np.ndarray) -> tuple[float, np.ndarray, int]:
+def between_groups(x: np.ndarray, y: np.ndarray, own: np.ndarray) -> tuple[float, np.ndarray, int]:
     """Variance between groups beyond their own, by Paule and Mandel; the weights; the degrees of freedom behind it."""
     freedom = len(y) - x.shape[1]
 
     def excess(between: float) -> float:
         weights = 1.0 / np.maximum(own + between, 1e-12)
-        misses = y - x @ _weighted(x, y[None], weights[None])[0]
+        misses = y - x @ weighted(x, y[None], weights[None])[0]
         return float((weights * misses**2).sum()) - freedom
 
     low, high = 0.0, float(np.var(y)) * len(y) + 1e-12
@@ -254,7 +255,7 @@ def _between_groups(x: np.ndarray, y: np.ndarray, own: np.ndarray) -> tuple[floa
     return high, 1.0 / np.maximum(own + high, 1e-12), max(freedom, 0)
 
 
-def _weighted(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted least squares of each row of y (copies, n) on x (n, k): (copies, k); a copy without rank is NaN."""
     weights = weights / weights.mean(axis=1, keepdims=True)
     gram = np.einsum("cn,nj,nk->cjk", weights, x, x, optimize=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import page, plots
+from analysis import audit_page, page, plots
 from analysis.backtest import Backtest, Score, backtest, judge_targets
 from analysis.fitting import fit
 from analysis.forecast import Forecast, forecast_dearest
@@ -47,7 +47,10 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
     findings = [_find(family, group, pairs) for family, group in runs.groupby("family", sort=True)]
     body = [
         _head(plan, runs, findings),
-        *(_family(finding, curves, several=len(findings) > 1) for finding in findings),
+        *(
+            _family(finding, curves, several=len(findings) > 1) + audit_page.sections(finding.runs, plan, place)
+            for finding in findings
+        ),
         _cells(runs),
         _times(runs),
         _provenance(plan, place, runs),

@@ -31,7 +31,8 @@ MAX_EPOCHS = 1.5
 
 _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
-    *("schedule", "cooldown_shape", "corpus", "tokenizer", "precision"),
+    *("schedule", "cooldown_shape", "parametrisation", "corpus", "tokenizer", "precision"),
+    "is_default",
 )
 _WHOLE = (
     *("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context"),
@@ -42,14 +43,15 @@ COLUMNS = (
     *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd", "C_spent"),
     *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
-    *("schedule", "cooldown_fraction", "cooldown_shape"),
+    *("schedule", "cooldown_fraction", "cooldown_shape", "parametrisation"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
-    *("trial", "rung"),
+    *("trial", "rung", "is_default"),
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
+    "gradient_norm_small",
     *("tokens_per_second", "flops", "mfu", "optimizer_step"),
 )
 _CURVE_COLUMNS = ("cell", "trunk", "family", "seed", "N", "D", "C", "budget", "size", "tokens", *METRICS)
@@ -70,6 +72,7 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
     said of it, NaN where the plan could not say. `trial` is the number of the search's trial that asked for the cell
     (the first of them, where two share it), `rung` its share of the full length; NaN where nothing was searched.
+    `is_default` says whether every hyperparameter varied in multiples is at 1 times, None without such.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -171,6 +174,7 @@ def _row(
     tokens, batch = identity["tokens"], identity["batch_tokens"]
     rate, decay = optimizer.get("learning_rate"), optimizer.get("weight_decay")
     cools = schedule.get("name") == "wsd"
+    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     row = {
         "cell": entry["id"],
         "study": study,
@@ -198,6 +202,7 @@ def _row(
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
+        "parametrisation": scaled["kind"],
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "validation_tokens": identity.get("validation_tokens", 0),
@@ -210,9 +215,16 @@ def _row(
         "attempts": attempts,
         "trial": labels.get("trial"),
         "rung": labels.get("rung"),
+        "is_default": _is_default(labels),
     }
     row["excluded"] = _excluded(row)
     return row
+
+
+def _is_default(labels: Mapping[str, Any]) -> bool | None:
+    """Whether every hyperparameter that the study varies in multiples of its rule is at 1 times; None without such."""
+    times = [factor for name, factor in labels.items() if name.endswith("_times")]
+    return all(factor == 1 for factor in times) if times else None
 
 
 def _excluded(row: Mapping[str, Any]) -> str | None:

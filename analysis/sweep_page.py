@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import page, sweep_plots
 from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
-from analysis.sensitivity import Sensitivity, sensitivity
+from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.swept import swept_groups
 from analysis.verdicts import Estimate, plural
 from sweeps.errors import InputError

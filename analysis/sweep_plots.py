@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
-from analysis.sensitivity import Sensitivity
+from analysis.sensitivities import Sensitivity
 from analysis.style import (
     BAND,
     COLOURS,

@@ -39,16 +39,21 @@ class Group:
     """The runs of one group as settings.
 
     key: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where there are such columns.
-    points: one row per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (nats;
-        geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
+    columns: one value per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (in
+        nats, geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
         others), squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the
         loss, at most that at the start; NaN where a diverged run has no loss and the start is not known).
     start: loss of the untrained model in nats, NaN unknown.
     """
 
     key: Mapping[str, Any]
-    points: pd.DataFrame
+    columns: Mapping[str, np.ndarray]
     start: float = NAN
+
+    @property
+    def points(self) -> pd.DataFrame:
+        """The columns as a table."""
+        return pd.DataFrame(dict(self.columns))
 
     @property
     def order(self) -> tuple[tuple[str, ...], float, float, tuple[str, ...]]:
@@ -122,7 +127,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
         groups=tuple(groups),
         axes=chosen,
         left_out=left_out | ({"listed twice: another row has the same setting and loss": repeated} if repeated else {}),
-        verdicts=tuple(_say(rows, left_out, repeated, blown, moving)),
+        verdicts=(*_say(rows, left_out, repeated, blown, moving), *_still_to_come(runs)),
         runs=len(rows),
         diverged=int(rows["diverged"].sum()),
     )
@@ -211,10 +216,15 @@ def _mark_diverged(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def _axes(rows: pd.DataFrame) -> tuple[str, ...]:
-    """Both where at least half of the groups have 3 batches with 3 rates each."""
+    """Both where at least half of the groups have 3 batches with 3 rates each, or, as a search leaves them, 7 settings
+    scattered over 3 of each with mostly one rate a batch."""
     rates = rows.groupby(["at", "batch_tokens"])["learning_rate"].nunique()
-    crossed = (rates >= 3).groupby("at").sum() >= 3
-    return AXES if len(crossed) and crossed.sum() * 2 >= rows["at"].nunique() else AXES[:1]
+    by_group = rates.groupby("at")
+    crossed = by_group.apply(lambda counts: (counts >= 3).sum() >= 3)
+    spread = rows.groupby("at")["learning_rate"].nunique()
+    scattered = (by_group.sum() >= 7) & (by_group.median() < 2) & (by_group.size() >= 3) & (spread >= 3)
+    both = int((crossed | scattered.reindex(crossed.index, fill_value=False)).sum()) if len(crossed) else 0
+    return AXES if both * 2 >= rows["at"].nunique() else AXES[:1]
 
 
 def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
@@ -226,7 +236,8 @@ def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]
 
 def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     first = rows.iloc[0]
-    key = {k: float(first[k]) if isinstance(first[k], float | int | np.number) else first[k] for k in names}
+    known = {k: first[k] for k in names if not pd.isna(first[k])}
+    key = {k: float(v) if isinstance(v, float | int | np.number) else v for k, v in known.items()}
     start = _start(rows)
     rate, batch = (rows[a].to_numpy(dtype=float) for a in AXES)
     order = np.lexsort((rate, batch))
@@ -241,17 +252,15 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
         squares = np.maximum(np.add.reduceat(y**2, starts) - count * mean**2, 0.0)
     capped = np.where(np.isfinite(measured), np.fmin(measured, start), start)
     total = np.diff(np.append(starts, len(order)))
-    points = pd.DataFrame(
-        {
-            **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
-            "loss": np.exp(np.where(count > 0, mean, NAN)),
-            "count": count,
-            "diverged": total - count,
-            "squares": np.where(count > 1, squares, 0.0),
-            "capped": np.add.reduceat(capped, starts) / total,
-        }
-    )
-    return Group(key=key, points=points, start=start)
+    columns = {
+        **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
+        "loss": np.exp(np.where(count > 0, mean, NAN)),
+        "count": count,
+        "diverged": total - count,
+        "squares": np.where(count > 1, squares, 0.0),
+        "capped": np.add.reduceat(capped, starts) / total,
+    }
+    return Group(key=key, columns=columns, start=start)
 
 
 def _start(rows: pd.DataFrame) -> float:
@@ -261,6 +270,14 @@ def _start(rows: pd.DataFrame) -> float:
     words = str(rows["tokenizer"].iloc[0]) if "tokenizer" in rows.columns else ""
     size = re.match(r"(?:bpe|hf)-(\d+)-", "bpe-256-" if words == "bytes" else words)
     return float(np.log(float(size[1]))) if size else NAN
+
+
+def _still_to_come(runs: pd.DataFrame) -> list[Verdict]:
+    pending = int(runs["state"].isin(PENDING).sum()) if "state" in runs.columns else 0
+    if not pending:
+        return []
+    message = f"{pending} of {len(runs)} planned cells are still to come; the optima may move as they do."
+    return [Verdict("partial", "info", "fit", None, message, {"runs": pending})]
 
 
 def _say(

@@ -23,7 +23,7 @@ from sweeps.store import Store
 SEEDS = ("seed", "data_seed")
 SETTINGS = (
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "precision"),
-    *("schedule", "cooldown_fraction", "cooldown_shape"),
+    *("schedule", "cooldown_fraction", "cooldown_shape", "parametrisation"),
 )
 """Hyperparameters that a study may vary at fixed N and D."""
 _DESIGN = (

@@ -84,9 +84,17 @@ class Code(StrEnum):
     ALL_DIVERGED = "all_diverged"
     EDGE_OF_STABILITY = "edge_of_stability"
     BAD_RUN = "bad_run"
+    SKEWED_VALLEY = "skewed_valley"
     TOO_FEW_OPTIMA = "too_few_optima"
     START_UNKNOWN = "start_unknown"
     NO_COMMON_RANGE = "no_common_range"
+    # importance and batches
+    CONSTANT_PARAMETER = "constant_parameter"
+    TIED_PARAMETERS = "tied_parameters"
+    DIVERGED_CAPPED = "diverged_capped"
+    FLAT_LOSSES = "flat_losses"
+    NO_BEND = "no_bend"
+    NOISE_SCALE_NEGATIVE = "noise_scale_negative"
     # decisions
     NO_POWER_LAW = "no_power_law"
     NO_OPTIMUM = "no_optimum"
@@ -111,6 +119,14 @@ class Code(StrEnum):
     NOT_TOLD_APART = "not_told_apart"
     CORPUS_UNKNOWN = "corpus_unknown"
     WALL_CLOCK = "wall_clock"
+    # tuning
+    DEFAULT_NOT_RUN = "default_not_run"
+    SELECTED_BEST = "selected_best"
+    OPTIMUM_UNMEASURED = "optimum_unmeasured"
+    MISTUNED = "mistuned"
+    TUNING_CONFOUND = "tuning_confound"
+    ONE_SETTING = "one_setting"
+    LONG_WARMUP = "long_warmup"
 
 
 @dataclass(frozen=True)

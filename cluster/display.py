@@ -46,6 +46,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     factors = {name: f"{_SHORT.get(given, given)} x" for name in varied if (given := name.removesuffix("_times"))}
     names = ["cell", *(["family"] if len(families) > 1 else []), "N", "D", "C", *origin, "D/N", *batch, "lr", *decay]
     names += [*factors.values(), "timescale", "steps", "epochs", "seed", "loss"]
+    names += ["parametrisation"] if len({row["parametrisation"] for row in rows}) > 1 else []
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []
     lines = [_cell_line(row, factors) for row in rows[:_SHOWN]]
     widths = {name: max([len(name), *(cell_len(str(line[name])) for line in lines)]) + 1 for name in [*names, "state"]}
@@ -86,6 +87,7 @@ def _cell_line(row: Mapping[str, Any], factors: Mapping[str, str]) -> dict[str, 
         "epochs": _epochs(row["epochs"]),
         "seed": "-" if row["seed"] is None else str(row["seed"]),
         "loss": f"{row['val_loss_final']:.4f}" if row["val_loss_final"] else "-",
+        "parametrisation": row["parametrisation"] or "-",
         "time": duration(row["seconds_predicted"]) if row.get("seconds_predicted") else "-",
         "state": state,
     }

@@ -153,6 +153,7 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
     rate, decay = identity["optimizer"]["learning_rate"], identity["optimizer"]["weight_decay"]
     batch = identity["batch_tokens"]
     known = None not in (rate, decay, batch)
+    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     result = state.result or {}
     trunk = trunk_of(entry, state.result) or {}
     return {
@@ -175,6 +176,7 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
         "batch_tokens": batch,
         "weight_decay": decay,
         "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
+        "parametrisation": scaled["kind"],
         "seed": identity["seed"],
         "labels": dict(entry["labels"]),
         "state": state.state,

@@ -158,6 +158,14 @@ def flops_per_token(
     return 3 * sum(n for name, n in forward_flops(shape, causal=causal).items() if counted.get(name, True))
 
 
+def small_part(sequences: int) -> int:
+    """Sequences, of so many in a batch, whose gradient is measured beside that of the whole (`gradient_norm_small`).
+
+    An eighth, at least one: the two-batch estimate of the noise wants batches far apart, and the extra pass is cheap.
+    """
+    return max(1, sequences // 8)
+
+
 def flops_6nd(shape: Shape) -> int:
     """Training FLOPs per token by the rule C = 6 N D, with N = `Parameters.active`."""
     return 6 * parameters(shape).active

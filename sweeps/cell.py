@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from sweeps.accounting import Shape
+from sweeps.parametrisation import STANDARD, Parametrisation
 
 NUMERICS_VERSION = 1
 """Bumped by hand when the same cell would give other losses; a golden-loss test fails when that is forgotten."""
@@ -56,6 +57,8 @@ class Cell:
     """The family's options, sorted by name."""
     shape: Shape
     init_std: float
+    parametrisation: Parametrisation = STANDARD
+    """How initial scales, rates and multipliers follow width and depth (sweeps/parametrisation.py)."""
     corpus: str
     """Fingerprint of the token shards."""
     tokenizer: str
@@ -74,6 +77,9 @@ class Cell:
     """Tokens of the validation stream that the final loss is taken over, in whole windows; 0: all of it."""
     trainer: str = ""
     """A user's own trainer, `my_file.py:train@<hash>`; empty: Escala's."""
+    gradient_noise: bool = False
+    """Whether the gradient norm of a part of the batch is logged too. It moves no loss, but a run that did not log it
+    does not have it: so it is of the id where it is true."""
 
     @property
     def steps(self) -> int:
@@ -90,11 +96,15 @@ class Cell:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nested = {key: dict(vars(plain[key])) for key in ("shape", "optimizer", "schedule")}
         # Fields that came later are left out at their defaults, so that cells of before keep their ids.
-        for later in ("validation_tokens", "trainer"):
+        for later in ("validation_tokens", "trainer", "gradient_noise"):
             if not plain[later]:
                 del plain[later]
         if self.schedule.cooldown_shape == "sqrt":
             del nested["schedule"]["cooldown_shape"]
+        del plain["parametrisation"]
+        if self.parametrisation != STANDARD:
+            given = {key: value for key, value in vars(self.parametrisation).items() if value is not None}
+            nested["parametrisation"] = given
         return plain | nested | {"options": dict(self.options)}
 
     @cached_property
@@ -113,6 +123,7 @@ def cell_from_identity(identity: Mapping[str, Any]) -> Cell:
             "optimizer": Optimizer(**identity["optimizer"]),
             "schedule": Schedule(**identity["schedule"]),
             "options": tuple(sorted(identity["options"].items())),
+            "parametrisation": Parametrisation(**identity.get("parametrisation", {})),
         }
     )
 

@@ -20,15 +20,17 @@ from sweeps.errors import InputError
 from sweeps.families import Family, find_family, resolve_options
 from sweeps.fitted import Fit, FittedRule, fitted_law
 from sweeps.lineage import Branch, plan_branches, what_prevents
+from sweeps.parametrisation import STANDARD, Parametrisation, check_parametrisation
 from sweeps.published import PublishedRule, published_law
 from sweeps.rules import PowerLaw, PowerRule, Ruled, evaluate, law_warnings
-from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
+from sweeps.sizes import LATTICE, head_dim_at, lattice_index, lattice_position, shape_for, shape_of
 from sweeps.stacks import check_stack, stack_key
 from sweeps.study import (
     Factors,
     IsoflopGrid,
     LadderGrid,
     LogVary,
+    ShapesGrid,
     Study,
     Training,
     check_hyperparameter,
@@ -103,9 +105,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Point:
-    """One place of a grid for one family: a target size and one way to say how long."""
+    """One place of a grid for one family: a target size, or a shape, and one way to say how long."""
 
-    size: float
+    size: float = 0.0
+    shape: accounting.Shape | None = None
     tokens: float | None = None
     flops: float | None = None
     tokens_per_parameter: float | None = None
@@ -189,6 +192,12 @@ def _points(study: Study, family: Family, vocab_size: int, options: Mapping[str,
     grid = study.grid
     if isinstance(grid, IsoflopGrid):
         yield from _isoflop_points(grid, family, vocab_size, study.context, options)
+    elif isinstance(grid, ShapesGrid):
+        for width, depth in itertools.product(dict.fromkeys(grid.widths), dict.fromkeys(grid.depths)):
+            shape = shape_of(
+                family, width, depth, grid.head_dim, vocab_size=vocab_size, context=study.context, options=options
+            )
+            yield _Point(shape=shape, tokens=grid.tokens, tokens_per_parameter=grid.tokens_per_parameter)
     elif isinstance(grid, LadderGrid):
         for size in dict.fromkeys(LATTICE[lattice_index(size)] for size in listed(grid.sizes)):
             for ratio in listed(grid.tokens_per_parameter):
@@ -311,7 +320,8 @@ def _plan_cell(
     trainer: str,
     fits: Mapping[str, Fit],
 ) -> PlannedCell:
-    shape = _shape(family, point.size, corpus.vocab_size, study.context, tuple(sorted(options.items())))
+    chosen = tuple(sorted(options.items()))
+    shape = point.shape or _shape(family, point.size, corpus.vocab_size, study.context, chosen)
     counts = _counts(shape)
     flops_per_token = counts["flops_per_token"]
     recipe = {name: getattr(study.training, name) for name in Training.model_fields} | dict(point.overrides)
@@ -342,6 +352,11 @@ def _plan_cell(
     } | _other_counts(shape, counts, wanted)
     batch = _realised("batch_tokens", rules["batch_tokens"], known, times)
     batch_tokens = max(1, round(batch / study.context)) * study.context
+    if recipe["gradient_noise"] and batch_tokens == study.context:
+        raise ValueError(
+            f"{family.name} with {counts['N']:,} parameters: a batch of one sequence ({batch_tokens:,} tokens) has no "
+            "part whose gradient could be compared with the whole's. Raise batch_tokens, or leave out gradient_noise."
+        )
     steps = round(wanted / batch_tokens)
     if steps < 1:
         raise ValueError(
@@ -385,9 +400,10 @@ def _plan_cell(
     cell = Cell(
         family=family.name,
         family_version=str(family.version),
-        options=tuple(sorted(options.items())),
+        options=chosen,
         shape=shape,
         init_std=value("init_std"),
+        parametrisation=_parametrisation(study.grid, family, options, recipe),
         corpus=corpus.fingerprint,
         tokenizer=corpus.tokenizer,
         tokens=tokens,
@@ -399,6 +415,7 @@ def _plan_cell(
         data_seed=seed,
         validation_tokens=_validation_tokens(study, corpus),
         trainer=trainer,
+        gradient_noise=recipe["gradient_noise"],
     )
     realised = {
         "C": tokens * flops_per_token,
@@ -421,17 +438,11 @@ def _laws(recipe: Mapping[str, Any], family: str, corpus: str, fits: Mapping[str
         elif isinstance(rule, FittedRule):
             if rule.fitted not in fits:
                 raise ValueError(f"{name}: the fit of {rule.fitted} is not at hand. Plan this study with its store.")
-            kind = _parametrisation(recipe)
+            kind = recipe["parametrisation"].kind
             laws[name] = fitted_law(
                 fits[rule.fitted], name, family=family, parametrisation=kind, corpus=corpus, recipe=recipe
             )
     return laws
-
-
-def _parametrisation(recipe: Mapping[str, Any]) -> str:
-    """Its name: a recipe has a name alone or a model with its kind."""
-    given = recipe.get("parametrisation", "standard")
-    return str(getattr(given, "kind", given))
 
 
 def _other_counts(shape: accounting.Shape, counts: Mapping[str, int], tokens: float) -> dict[str, float]:
@@ -485,6 +496,22 @@ def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[s
     if name in times or isinstance(rule, PowerRule | PowerLaw):
         check_hyperparameter(name, value)
     return value
+
+
+def _parametrisation(
+    grid: Any, family: Family, options: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> Parametrisation:
+    """The parametrisation with its base's head size: the grid's, or by the rule that all shapes follow."""
+    declared = recipe["parametrisation"]
+    if declared.kind == "standard":
+        return STANDARD
+    check_parametrisation(declared.kind, family.name, recipe["optimizer"])
+    return Parametrisation(
+        kind=declared.kind,
+        base_width=declared.base_width,
+        base_head_dim=grid.head_dim if isinstance(grid, ShapesGrid) else head_dim_at(declared.base_width, options),
+        base_depth=declared.base_depth,
+    )
 
 
 def _validated(recipe: dict[str, Any], point: _Point, variation: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import torch
 from sweeps.cell import Cell, cell_from_identity
 from sweeps.devices import choose_numerics
 from sweeps.errors import InputError
-from sweeps.families import build_model, find_family
+from sweeps.families import find_family
+from sweeps.models import make_model, tensor_factors
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import LEAST_GAIN, known_gain, note_gain
 from sweeps.store import Store, read_cell
@@ -47,12 +48,10 @@ def probe(cells: Sequence[Cell], device: torch.device) -> float:
     choose_numerics(cell, stack=len(cells))  # raises where their memory does not suffice
     amplify = precision(cell.precision, device)
 
-    def model(one: Cell) -> torch.nn.Module:
-        built = build_model(family, one.shape, init_std=one.init_std, seed=one.seed, options=dict(one.options))
-        return built.to(device).train()
-
-    solo = Solo(model(cell), cell.optimizer)
-    stack = Stack([model(one) for one in cells], [one.optimizer for one in cells])
+    models = [make_model(family, one).to(device).train() for one in (cell, *cells)]
+    factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
+    solo = Solo(models[0], cell.optimizer, factors=factors)
+    stack = Stack(models[1:], [one.optimizer for one in cells], factors)
     generator = torch.Generator().manual_seed(0)
     size = (len(cells), cell.sequences, cell.shape.context + 1)
     batch = torch.randint(cell.shape.vocab_size, size, generator=generator).to(device)

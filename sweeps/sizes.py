@@ -69,6 +69,32 @@ def shape_for(family: Family, target: float, *, vocab_size: int, context: int, o
     return _shape_for(family, float(target), int(vocab_size), int(context), resolved)
 
 
+def shape_of(
+    family: Family, width: int, depth: int, head_dim: int, *, vocab_size: int, context: int, options: Options
+) -> Shape:
+    """The shape of this width, depth and head size, off the curve; its MLP has the family's ratio, in the usual steps.
+
+    Raises InputError where the heads do not make whole groups of keys and values.
+    """
+    heads, grouped = width // head_dim, int(options.get("heads_per_kv", 1))
+    if heads > grouped and heads % grouped:
+        raise InputError(
+            f"family {family.name}: {heads} heads (width {width}, head_dim {head_dim}) are no multiple of heads_per_kv "
+            f"{grouped}. Use other widths, or heads_per_kv: 1."
+        )
+    step = _mlp_step(width)
+    mlp_width = max(1, round(family.mlp_ratio * width / step)) * step
+    return _shape(family, width, heads, depth, mlp_width, vocab_size, context, options)
+
+
+def head_dim_at(width: int, options: Options) -> int:
+    """The head size of a model of this width, by the rule that all shapes follow. InputError where it has none."""
+    heads, _ = _split(width, int(options.get("heads_per_kv", 1)))
+    if not heads:
+        raise InputError(f"a width of {width} does not split into heads of about the ideal size. Use a multiple of 16.")
+    return width // heads
+
+
 def minimum_size(family: Family, *, vocab_size: int, context: int, options: Options | None = None) -> int:
     """The smallest N from which on every target can be met.
 

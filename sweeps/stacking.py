@@ -6,7 +6,7 @@ table's, row by row: own rate and decay, a checkpoint in solo format, and a memb
 stepped any more. What a stack must never do is let a number of one member reach another.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sweeps.cell import Optimizer
 from sweeps.losses import Loss, MeanLoss
+from sweeps.parametrisation import TensorFactors
 from sweeps.table import Table
 
 ATTENTION = "escala_stacked"
@@ -26,19 +27,31 @@ ATTENTION = "escala_stacked"
 class Solo:
     """One model, with the interface of a stack of one."""
 
-    def __init__(self, model: torch.nn.Module, recipe: Optimizer, loss: Loss | None = None) -> None:
-        """`loss`: that of the model as a function of tokens, where it is compiled."""
-        self.models, self._loss, self.table = [model], loss or MeanLoss(model), Table([model], [recipe])
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        recipe: Optimizer,
+        loss: Loss | None = None,
+        factors: Mapping[str, TensorFactors] | None = None,
+    ) -> None:
+        """`loss`: that of the model as a function of tokens, where it is compiled. `factors`: as of `Table`."""
+        self.models, self._eager, self.table = [model], MeanLoss(model), Table([model], [recipe], factors)
+        self._loss = loss or self._eager
 
-    def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
-        """Gradients of the mean loss of a batch (1, sequences, context + 1), in micro-batches. Returns it, (1,)."""
+    def backward(
+        self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
+    ) -> torch.Tensor:
+        """Gradients of the mean loss of a batch (1, sequences, context + 1), in micro-batches. Returns it, (1,).
+
+        eager: not compiled, for a batch of another size: a compiled loss would be compiled anew for it.
+        """
         (batch,) = batches
-        parts = batch.split(micro_batch)
+        parts, one = batch.split(micro_batch), self._eager if eager else self._loss
         total: torch.Tensor | None = None
         self.table.gradients.zero_()
         for part in parts:
             with amplify:
-                loss = self._loss(part)
+                loss = one(part)
             if len(parts) > 1:
                 loss = loss * (len(part) / len(batch))
             loss.backward()
@@ -50,16 +63,24 @@ class Solo:
 class Stack:
     """Models of one shape, whose parameters lie in one table: a row a member."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], recipes: Sequence[Optimizer]) -> None:
-        """`recipes` are the members' optimizers, each with own rate, decay, betas and clipping."""
-        self.models, self.table, self._loss = list(models), Table(models, recipes), MeanLoss(models[0])
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        recipes: Sequence[Optimizer],
+        factors: Mapping[str, TensorFactors] | None = None,
+    ) -> None:
+        """`recipes` are the members' optimizers, each with own rate, decay, betas and clipping. `factors`: as of
+        `Table`, the same for all."""
+        self.models, self.table, self._loss = list(models), Table(models, recipes, factors), MeanLoss(models[0])
         values = self.table.columns(self.table.values)
         self._parameters = {f"model.{name}": value.requires_grad_() for name, value in values.items()}
         self._gradients = list(self.table.columns(self.table.gradients).values())
 
-    def backward(self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any]) -> torch.Tensor:
+    def backward(
+        self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
+    ) -> torch.Tensor:
         """Gradients of each member's mean loss over its own batch (members, sequences, context + 1). Returns the
-        losses, (members,)."""
+        losses, (members,). A stack is always eager."""
         parts = batches.split(micro_batch, dim=1)
         total: torch.Tensor | None = None
         for part in parts:

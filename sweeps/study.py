@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -176,6 +177,28 @@ class Point(Declared):
         return self
 
 
+class ShapesGrid(Declared):
+    """Widths times depths at one head size, all as long: the grid of a transfer study. Sizes off the lattice."""
+
+    type: Literal["shapes"]
+    widths: Annotated[list[Count], Field(min_length=1)]
+    """Sizes of the residual stream, each a multiple of the head size; the MLP keeps the family's ratio."""
+    depths: Annotated[list[Count], Field(min_length=1)]
+    """Numbers of layers."""
+    head_dim: Annotated[Whole, Field(ge=2, multiple_of=2)]
+    """Size of every head: with the width only their number grows."""
+    tokens: Positive | None = None
+    tokens_per_parameter: Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole_heads_and_one_length(self) -> "ShapesGrid":
+        if odd := [width for width in self.widths if width % self.head_dim]:
+            raise ValueError(f"widths {', '.join(map(str, odd))}: no multiples of head_dim {self.head_dim}")
+        if (self.tokens is None) == (self.tokens_per_parameter is None):
+            raise ValueError("give exactly one of tokens, tokens_per_parameter")
+        return self
+
+
 class PointsGrid(Declared):
     """An explicit list of cells."""
 
@@ -183,7 +206,7 @@ class PointsGrid(Declared):
     points: Annotated[list[Point], Field(min_length=1)]
 
 
-Grid = Annotated[IsoflopGrid | LadderGrid | PointsGrid, Field(discriminator="type")]
+Grid = Annotated[IsoflopGrid | LadderGrid | PointsGrid | ShapesGrid, Field(discriminator="type")]
 
 
 def _rule_form(value: Any) -> str:
@@ -248,6 +271,26 @@ def _schedule_form(value: Any) -> str:
     return "@kind" if isinstance(value, dict | NamedSchedule) else "@name"
 
 
+class NamedParametrisation(Declared):
+    """A parametrisation with the size of its base, where the recipe's numbers hold as they stand."""
+
+    kind: Literal["standard", "mup", "completep"]
+    base_width: Count | None = None
+    base_depth: Count | None = None
+
+    @model_validator(mode="after")
+    def _base_of_its_kind(self) -> "NamedParametrisation":
+        wanted = {"standard": [], "mup": ["base_width"], "completep": ["base_width", "base_depth"]}[self.kind]
+        given = [name for name in ("base_width", "base_depth") if getattr(self, name) is not None]
+        if given != wanted:
+            raise ValueError(f"{self.kind} takes {' and '.join(wanted) or 'no base'}; found {given or 'none'}")
+        return self
+
+
+def _named_parametrisation(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class Training(ScheduleFields):
     """The recipe. Every number may be varied; a Rule may be a number, a power law in N, D, C, width, depth, a published
     rule (sweeps/published.py) or one that was fitted to another study (sweeps/fitted.py)."""
@@ -273,6 +316,14 @@ class Training(ScheduleFields):
     precision: Literal["float32", "bfloat16"] = "float32"
     init_std: Rule = 0.02
     """Standard deviation of the initial matrices."""
+    gradient_noise: bool = False
+    """Also log, at every evaluation, the gradient norm of an eighth of the batch: what the noise scale, an estimate of
+    the critical batch, is computed from. Moves no loss; costs a little time."""
+    parametrisation: Annotated[NamedParametrisation, BeforeValidator(_named_parametrisation)] = NamedParametrisation(
+        kind="standard"
+    )
+    """How initial scales, rates and multipliers follow size (sweeps/parametrisation.py): standard,
+    {kind: mup, base_width: 32} or {kind: completep, base_width: 32, base_depth: 2}."""
 
     @field_validator("batch_tokens", "learning_rate", "weight_decay", "init_std", mode="after")
     @classmethod
@@ -301,6 +352,10 @@ def flat_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     if twice := sorted(fields.keys() & given.keys()):
         raise ValueError(f"{', '.join(twice)} given twice, beside schedule and inside it; give it once")
     return {**given, "schedule": named.kind, **fields}
+
+
+NO_NUMBERS = ("optimizer", "schedule", "cooldown_shape", "precision", "gradient_noise", "parametrisation")
+"""Hyperparameters that are words, or yes or no."""
 
 
 class Factors(Declared):
@@ -434,7 +489,7 @@ class Study(Declared):
             check_hyperparameter(name)
             if not isinstance(variation, Factors):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
-            elif name in ("optimizer", "schedule", "cooldown_shape", "precision"):
+            elif name in NO_NUMBERS:
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value
 

@@ -1,37 +1,64 @@
 """The table of a program: all parameters of one model or of several equal ones in one tensor, a row a model.
 
-Clipping is then one norm and one product, and an AdamW step two calls a row (what decays, what does not), however many
-tensors the model has. The models hold views of their rows; the optimizer's state is told and taken as that of an AdamW
-on the model's own parameters, a tensor for every one. Views begin at whole cache lines: matrix kernels want that. Muon,
-whose steps are of whole matrices, works on the models' own parameters.
+Clipping is then one norm and one product, and an AdamW step two calls a row (what decays, what does not; under mup also
+what has a rate of its own), however many tensors the model has. The models hold views of their rows; the optimizer's
+state is told and taken as that of an AdamW on the model's own parameters, a tensor for every one. Views begin at whole
+cache lines: matrix kernels want that. Muon, whose steps are of whole matrices, works on the models' own parameters.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sweeps.cell import Optimizer
 from sweeps.optimizers import make_adamw, make_muon
+from sweeps.parametrisation import TensorFactors
 
 ALIGN = 64
 """Elements: 256 bytes of float32."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Neighbours in the table whose steps are alike."""
+
+    names: tuple[str, ...]
+    span: slice
+    rate: float
+    decay: float
+    eps: float
+
+
 class Table:
     """Rows of values and of gradients, and an optimizer for each row."""
 
-    def __init__(self, models: Sequence[torch.nn.Module], recipes: Sequence[Optimizer]) -> None:
-        """Moves the parameters of the models, which are alike, into the table. `recipes` are AdamW's."""
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        recipes: Sequence[Optimizer],
+        factors: Mapping[str, TensorFactors] | None = None,
+    ) -> None:
+        """Moves the parameters of the models, which are alike, into the table.
+
+        factors: by parameter, what the recipes' rate, decay and eps are multiplied by; all 1 where not given."""
         named = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
         self.shapes = {name: parameter.shape for name, parameter in named[0].items()}
-        # 1. What decays comes first, then the others, each in the model's order: the order of a solo optimizer's state.
-        self.order = sorted(self.shapes, key=lambda name: len(self.shapes[name]) < 2)
+        # 1. What decays comes first, then the others, each in the model's order but for tensors whose steps are alike,
+        # which stand together: the order of a solo optimizer's state.
+        steps = {name: _step_of(name, shape, factors or {}) for name, shape in self.shapes.items()}
+        alike = sorted(dict.fromkeys(steps.values()), key=lambda step: step[1] == 0)
+        self.order = sorted(self.shapes, key=lambda name: alike.index(steps[name]))
         room = [-(-self.shapes[name].numel() // ALIGN) * ALIGN for name in self.order]
         self._starts = dict(zip(self.order, itertools.accumulate(room, initial=0), strict=False))
-        self._decaying = sum(size for name, size in zip(self.order, room, strict=True) if len(self.shapes[name]) >= 2)
+        ends = dict(zip(self.order, itertools.accumulate(room), strict=True))
+        self._pieces = []
+        for step in alike:
+            names = tuple(name for name in self.order if steps[name] == step)
+            self._pieces.append(_Piece(names, slice(self._starts[names[0]], ends[names[-1]]), *step))
         like = next(iter(named[0].values()))
         self.values = torch.zeros(len(models), sum(room), dtype=like.dtype, device=like.device)
         self.gradients = torch.zeros_like(self.values)
@@ -41,7 +68,7 @@ class Table:
                 view = self._view(self.values[row], name)
                 view.copy_(parameter.detach())
                 parameter.data, parameter.grad = view, self._view(self.gradients[row], name)
-        # 3. An optimizer a row, over its two pieces.
+        # 3. An optimizer a row, over its pieces.
         self._bounds = torch.tensor([[recipe.clip_norm] for recipe in recipes], dtype=like.dtype, device=like.device)
         self._optimizers = [
             self._optimizer(row, recipe) if recipe.name == "adamw" else make_muon(models[row], recipe)
@@ -50,10 +77,11 @@ class Table:
 
     def _optimizer(self, row: int, recipe: Optimizer) -> torch.optim.AdamW:
         groups = []
-        for part, decay in ((slice(self._decaying), recipe.weight_decay), (slice(self._decaying, None), 0.0)):
-            piece = self.values[row, part]
-            piece.grad = self.gradients[row, part]
-            groups.append({"params": [piece], "weight_decay": decay})
+        for piece in self._pieces:
+            values = self.values[row, piece.span]
+            values.grad = self.gradients[row, piece.span]
+            decay, eps = recipe.weight_decay * piece.decay, recipe.eps * piece.eps
+            groups.append({"params": [values], "weight_decay": decay, "eps": eps})
         return make_adamw(groups, recipe)
 
     def columns(self, table: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -64,8 +92,10 @@ class Table:
         }
 
     def set_rate(self, row: int, rate: float) -> None:
-        for group in self._optimizers[row].param_groups:
-            group["lr"] = rate
+        groups = self._optimizers[row].param_groups
+        own = isinstance(self._optimizers[row], torch.optim.AdamW)  # Muon has groups of its own, and no factors
+        for group, factor in zip(groups, [piece.rate for piece in self._pieces] if own else [1.0] * len(groups)):
+            group["lr"] = rate * factor
 
     def step(self, rows: Sequence[int]) -> torch.Tensor:
         """Clip every row's gradients by its own norm and step these rows. Returns the norms before, (rows,)."""
@@ -84,15 +114,12 @@ class Table:
         if not isinstance(self._optimizers[row], torch.optim.AdamW):
             return flat  # Muon works on the parameters themselves
         groups, state = [], {}
-        for piece, group in enumerate(flat["param_groups"]):
-            names = self._names(piece)
-            if not names:
-                continue
-            groups.append({**group, "params": [self.order.index(name) for name in names]})
-            if (own := flat["state"].get(piece)) is None:
+        for index, (piece, group) in enumerate(zip(self._pieces, flat["param_groups"], strict=True)):
+            groups.append({**group, "params": [self.order.index(name) for name in piece.names]})
+            if (own := flat["state"].get(index)) is None:
                 continue  # no step was taken yet
-            for name in names:
-                moments = {key: self._view(own[key], name, piece) for key in _MOMENTS}
+            for name in piece.names:
+                moments = {key: self._view(own[key], name, piece.span.start) for key in _MOMENTS}
                 state[self.order.index(name)] = {"step": own["step"].clone(), **moments}
         return {"state": state, "param_groups": groups}
 
@@ -103,27 +130,29 @@ class Table:
             return
         flat = self._optimizers[row].state_dict()
         state: dict[int, dict[str, Any]] = {}
-        for piece, group in enumerate(flat["param_groups"]):
-            names = [name for name in self._names(piece) if self.order.index(name) in solo["state"]]
+        for index, (piece, group) in enumerate(zip(self._pieces, flat["param_groups"], strict=True)):
+            names = [name for name in piece.names if self.order.index(name) in solo["state"]]
             given: Mapping[str, Any] = next((one for one in solo["param_groups"] if self._is_of(one, piece)), {})
             group |= {key: value for key, value in given.items() if key != "params"}
             if not names:
                 continue
-            length = self._decaying if not piece else self.values.shape[1] - self._decaying
-            moments = {key: self.values.new_zeros(length) for key in _MOMENTS}
+            moments = {key: self.values.new_zeros(piece.span.stop - piece.span.start) for key in _MOMENTS}
             for name in names:
                 for key, whole in moments.items():
-                    self._view(whole, name, piece).copy_(solo["state"][self.order.index(name)][key])
-            state[piece] = {"step": solo["state"][self.order.index(names[0])]["step"].clone(), **moments}
+                    self._view(whole, name, piece.span.start).copy_(solo["state"][self.order.index(name)][key])
+            state[index] = {"step": solo["state"][self.order.index(names[0])]["step"].clone(), **moments}
         self._optimizers[row].load_state_dict({"state": state, "param_groups": flat["param_groups"]})
 
-    def _names(self, piece: int) -> list[str]:
-        return [name for name in self.order if (len(self.shapes[name]) < 2) == bool(piece)]
+    def _is_of(self, group: Mapping[str, Any], piece: _Piece) -> bool:
+        return self.order[group["params"][0]] in piece.names
 
-    def _is_of(self, group: Mapping[str, Any], piece: int) -> bool:
-        return self.order[group["params"][0]] in self._names(piece)
-
-    def _view(self, row: torch.Tensor, name: str, piece: int = 0) -> torch.Tensor:
-        """A parameter's place in a row, or in a piece of one."""
-        start = self._starts[name] - (self._decaying if piece else 0)
+    def _view(self, row: torch.Tensor, name: str, offset: int = 0) -> torch.Tensor:
+        """A parameter's place in a row, or in a piece of one that begins at `offset`."""
+        start = self._starts[name] - offset
         return row[start : start + self.shapes[name].numel()].view(self.shapes[name])
+
+
+def _step_of(name: str, shape: torch.Size, factors: Mapping[str, TensorFactors]) -> tuple[float, float, float]:
+    """What a parameter's rate, decay and eps are multiplied by: matrices decay, gains and biases do not."""
+    own = factors.get(name, TensorFactors())
+    return own.rate, own.decay if len(shape) >= 2 else 0.0, own.eps

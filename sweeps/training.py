@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweeps.accounting import flops_per_token
+from sweeps.accounting import flops_per_token, small_part
 from sweeps.batches import Batches
 from sweeps.cell import Cell
 from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops, probe_micro_batch
 from sweeps.evaluation import Evaluation, evaluate, spread_windows
-from sweeps.families import build_model, find_family
+from sweeps.families import find_family
 from sweeps.losses import Loss, MeanLoss
+from sweeps.models import make_model, tensor_factors
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
@@ -107,18 +108,15 @@ def train_together(
     clock = _Clock()
     with clock("build"):
         family = find_family(cell.family, allow_code=ios[0].base_dir is not None, base_dir=ios[0].base_dir or Path())
-        models = [
-            build_model(family, one.shape, init_std=one.init_std, seed=one.seed, options=dict(one.options))
-            .to(device)
-            .train()
-            for one in cells
-        ]
+        models = [make_model(family, one).to(device).train() for one in cells]
+        factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
         recipes = [one.optimizer for one in cells]
         amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)
         if len(models) > 1:
-            program: Solo | Stack = Stack(models, recipes)
+            program: Solo | Stack = Stack(models, recipes, factors)
         else:
-            program = Solo(models[0], recipes[0], _suited_loss(cell, ios[0], models[0], amplify, device))
+            loss = _suited_loss(cell, ios[0], models[0], amplify, device)
+            program = Solo(models[0], recipes[0], loss, factors)
         micro_batch = ios[0].numerics.micro_batch
         windows = corpus.validation_windows(context)
         subset = spread_windows(windows, context)
@@ -199,6 +197,8 @@ class _Member:
     """Of the steps since the last row, on the device."""
     norm: torch.Tensor | None = None
     """Of the last step's gradients, on the device."""
+    small_norm: torch.Tensor | None = None
+    """Of the gradients of a part of the last batch, where it is measured."""
     rate: float = 0.0
     first: int = 0
     """Steps taken before this attempt."""
@@ -269,6 +269,9 @@ class _Runner:
             batches = {member.index: member.batches.take(step) for member in live if member.batches is not None}
             idle = batches[live[0].index]  # what the others compute is thrown away
             batch = torch.stack([batches.get(member.index, idle) for member in members])
+        if live[0].cell.gradient_noise:  # members are alike in it
+            self._measure(live, batch, step, micro_batch)
+        with self.clock("train"):
             losses = self.program.backward(batch, micro_batch, self.amplify)
             for member in live:
                 cell = member.cell
@@ -279,6 +282,20 @@ class _Runner:
             norms = self.program.table.step([member.index for member in live])
             for member in live:
                 member.norm, member.progress.step = norms[member.index], step
+
+    def _measure(self, live: Sequence[_Member], batch: torch.Tensor, step: int, micro_batch: int) -> None:
+        """Before the steps with an evaluation: the gradient norm of a part of each member's batch. What follows finds
+        everything as it was: gradients are zeroed before each pass, and the random state is put back."""
+        wanted = step in self.evaluations or step == live[0].cell.steps
+        norms, count = None, small_part(batch.shape[1])
+        if wanted and count < batch.shape[1]:
+            with self.clock("evaluate"):
+                random = _random_state()
+                self.program.backward(batch[:, :count], micro_batch, self.amplify, eager=True)
+                _set_random_state(random)
+                norms = torch.linalg.vector_norm(self.program.table.gradients, dim=1)
+        for member in live:
+            member.small_norm = None if norms is None else norms[member.index]
 
     def log(self, member: _Member) -> Ending | None:
         """Judge and log a row. The device is waited for here."""
@@ -307,6 +324,8 @@ class _Runner:
         peak = peak_flops(member.io.numerics.device, cell.precision)
         if peak:
             progress.row["mfu"] = pace * cost / peak
+        if member.small_norm is not None and math.isfinite(small := float(member.small_norm)):
+            progress.row["gradient_norm_small"] = small
         if step in self.evaluations:
             progress.row["val_loss"] = self._evaluate(member)
         if step < cell.steps:  # the last row waits for the final evaluation

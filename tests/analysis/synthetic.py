@@ -155,6 +155,7 @@ def write_study(
                 "reason": None if finished else "the loss is not finite",
                 "val_loss_final": loss if finished else None,
                 "val_bpb_final": loss / np.log(2) if finished else None,
+                "loss_at_start": 5.5,
                 "tokens": D,
                 "flops": cell["counts"]["C"],
                 "steps": cell["counts"]["steps"],

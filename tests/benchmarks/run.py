@@ -23,9 +23,11 @@ import fits
 import mirror
 import overhead
 import searching
+import sensitivity
 import stalls
 import step
 import together
+import transfer
 from measuring import Place, Row
 from rich.console import Console
 from rich.table import Table
@@ -46,7 +48,9 @@ BENCHMARKS = {
     "workers": together.workers,
     "fits": fits.fits,
     "coverage": coverage.coverage,
+    "sensitivity": sensitivity.run,
     "compare": compare.run,
+    "transfer": transfer.transfer,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
     "search": searching.search,

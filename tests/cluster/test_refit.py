@@ -12,7 +12,7 @@ import pytest
 from commandline import Escala, refused
 from rich.console import Console
 
-from analysis.sensitivity import sensitivity, write_optimum
+from analysis.sensitivities import sensitivity, write_optimum
 from cluster.display import cell_table
 from cluster.ledger import plan_rows, register
 from cluster.planning import read_study

@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.optima import Optimum, find_optima
 from analysis.optimum_laws import OptimumLaw, near_best_laws, optimum_laws
+from analysis.resampling import dependent_runs, trunk_labels
 from analysis.swept import Group, swept_groups
 from analysis.uncertainty import Noise, interval
 from analysis.verdicts import NOTHING, OPEN, Estimate, Interval, Verdict, clean
@@ -125,6 +126,8 @@ def sensitivity(
         swept.groups, swept.axes, eps=eps, resamples=resamples, level=level, seed=seed, noise=noise
     )
     verdicts = [*swept.verdicts, *said]
+    if (trunks := trunk_labels(runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs)) is not None:
+        verdicts.append(dependent_runs(trunks, "More seeds make more of them."))
     if "learning_rate" in swept.axes:
         values, shared, said = wortsman(swept.groups, judged, resamples=resamples, level=level, seed=seed)
         found = [replace(one, sensitivity=value) for one, value in zip(found, values)]
@@ -162,8 +165,8 @@ def wortsman(
     at start; one whose start is not known as it ended.
     """
     slices = [_slice(group) for group in groups]
-    grids = [np.log(s["learning_rate"].to_numpy()) for s in slices]
-    wide = [g for g in grids if len(g) >= 2]
+    grids = [np.log(s["learning_rate"]) for s in slices]
+    wide = [g for g, s in zip(grids, slices) if len(g) >= 2 and np.isfinite(s["loss"]).any()]
     nothing = [NOTHING] * len(groups)
     if not wide:
         return nothing, OPEN, []
@@ -182,8 +185,8 @@ def wortsman(
     scales = noise.draw(generator, resamples) if noise.sd >= 0 else np.empty(0)
     found, unknown, ended = [], 0, 0
     for group, rows, grid in zip(groups, slices, grids):
-        capped, loss = rows["capped"].to_numpy(dtype=float), rows["loss"].to_numpy(dtype=float)
-        lost = rows["diverged"].to_numpy() > 0
+        capped, loss = rows["capped"], rows["loss"]
+        lost = rows["diverged"] > 0
         if len(grid) < 2 or not np.isfinite(loss).any():
             found.append(NOTHING)
             continue
@@ -198,7 +201,7 @@ def wortsman(
         noisy = np.where(lost, 0.0, weights) - loss[best] * (np.arange(len(grid)) == best)
         value = float(weights.sum() - loss[best])
         errors = generator.standard_normal((len(scales), len(grid))) * scales[:, None]
-        draws = value + errors @ (noisy / np.sqrt(np.maximum(rows["count"].to_numpy(), 1)))
+        draws = value + errors @ (noisy / np.sqrt(np.maximum(rows["count"], 1)))
         found.append(Estimate(value=value, interval=interval(draws, level)))
     if unknown or ended:
         message = (
@@ -209,14 +212,14 @@ def wortsman(
     return found, shared, said
 
 
-def _slice(group: Group) -> pd.DataFrame:
+def _slice(group: Group) -> dict[str, np.ndarray]:
     """The settings of a group at the batch of its lowest loss, by rate."""
-    points = group.points
-    if points["batch_tokens"].nunique() > 1:
-        losses = points["loss"].to_numpy()
-        at = int(np.nanargmin(losses)) if np.isfinite(losses).any() else 0
-        points = points[points["batch_tokens"] == points["batch_tokens"].iloc[at]]
-    return points.sort_values("learning_rate")
+    batch, loss = group.columns["batch_tokens"], group.columns["loss"]
+    kept = np.ones(len(loss), dtype=bool)
+    if np.isfinite(batch).all():
+        kept = batch == batch[int(np.nanargmin(loss)) if np.isfinite(loss).any() else 0]
+    order = np.argsort(group.columns["learning_rate"][kept])
+    return {name: values[kept][order] for name, values in group.columns.items()}
 
 
 def _limits(groups: Sequence[Group], grids: Sequence[np.ndarray], low: float, high: float) -> list[Verdict]:
@@ -240,5 +243,8 @@ def write_optimum(found: Sensitivity, runs: pd.DataFrame, study: str, store: Sto
         values = runs[name].dropna().unique().tolist() if name in runs.columns else []
         head[name] = values[0] if len(values) == 1 else None
     path = store.study(study) / "fits" / "optimum.json"
-    write_json(path, head | {"written": timestamp()} | found.to_json())
+    body = found.to_json()
+    for law in body["laws"]:
+        law["parametrisation"] = law["parametrisation"] or "standard"  # what a study is that says none
+    write_json(path, head | {"written": timestamp()} | body)
     return path

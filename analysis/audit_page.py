@@ -1,0 +1,228 @@
+"""The report's sections on tuning: what it is worth, and whether the cells of a law were all tuned alike.
+
+They are part of every report, also of a study that measured nothing of the kind: that its tuning is not known is what
+a reader must be told before an exponent.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import page
+from analysis.audits import Audit, audit
+from analysis.gains import AXES, is_number
+from analysis.references import Reference, from_store, from_sweep
+from analysis.sensitivities import sensitivity
+from analysis.tuning import TuningWorth, tuning_worth
+from analysis.verdicts import Estimate, Verdict
+from sweeps.errors import InputError
+from sweeps.store import Store
+from sweeps.units import human
+
+MAX_PLACES = 60
+"""Rows of the audit's table; the most costly come first."""
+MANY_VALUES = 3
+"""Learning rates at one size and token count from which they are a sweep."""
+
+
+def sections(runs: pd.DataFrame, plan: Mapping[str, Any], store: Store) -> str:
+    """What tuning is worth in one family's runs, where the study varies a hyperparameter, and the audit, always."""
+    kinds = sorted(runs["parametrisation"].dropna().unique()) if "parametrisation" in runs.columns else []
+    if len(kinds) > 1:  # their learning rates do not compare
+        parts = [(kind, sections(runs[runs["parametrisation"] == kind], plan, store)) for kind in kinds]
+        return "".join(f"<h2>{escape(str(kind))}</h2>{text}" for kind, text in parts if text)
+    usable = runs[runs["excluded"].isna()]
+    if usable.empty:
+        return ""
+    swept = _swept(usable)
+    try:
+        known, note = references(runs, plan, store, swept=swept), ""
+    except InputError as error:  # another study's damaged file is no reason to be without a report of this one
+        known, note = {}, f"<p class=partial>{escape(_capital(str(error)))}</p>"
+    return (tuning_section(runs) if swept else "") + audit_section(audit(runs, known)) + note
+
+
+def references(
+    runs: pd.DataFrame, plan: Mapping[str, Any], store: Store, *, swept: bool = True
+) -> dict[str, Reference]:
+    """What the cells are held against: the study's own sweep, else the newest optima of another study on this text."""
+    family = str(runs["family"].iloc[0])
+    kinds = set(runs["parametrisation"].dropna()) if "parametrisation" in runs.columns else set()
+    if swept:
+        own = from_sweep(sensitivity(runs), family, next(iter(kinds), None))
+        if "learning_rate" in own:
+            return own
+    corpus, contexts = plan.get("corpus", {}), runs["context"].dropna().unique()
+    text = {k: corpus.get(v) for k, v in (("corpus", "fingerprint"), ("tokenizer", "tokenizer"))}
+    if plan.get("foreign") or len(contexts) != 1:
+        return {}
+    name = str(plan["study"].get("name", ""))
+    return from_store(store, name, family, next(iter(kinds), None), text | {"context": int(contexts[0])})
+
+
+def _swept(runs: pd.DataFrame) -> bool:
+    """Whether the learning rate or the batch takes several values at one size and token count."""
+    keys = [runs["N"], runs["D"].round(-2)]
+    return any(bool((runs.groupby(keys)[axis].nunique() >= MANY_VALUES).any()) for axis in AXES if axis in runs)
+
+
+# --- what tuning is worth ----------------------------------------------------------------------------------------
+
+
+def tuning_section(runs: pd.DataFrame) -> str:
+    """The worth of tuning over the study's default; where it has none, over the one learning rate that is best for all.
+
+    runs: of one family.
+    """
+    if runs["is_default"].eq(True).any():
+        return worth_section(tuning_worth(runs), "the study's own setting (1 times its rule)")
+    rate = _one_for_all(runs)
+    if rate is None:
+        return ""
+    return worth_section(
+        tuning_worth(runs, default={"learning_rate": rate}),
+        f"the one learning rate, {rate:.3g}, that does best over all sizes",
+    )
+
+
+def _one_for_all(runs: pd.DataFrame) -> float | None:
+    """Of the learning rates that were run everywhere, the one of the lowest mean ln loss; None where there is none."""
+    usable = runs[runs["excluded"].isna()]
+    logs = usable.assign(y=np.log(usable["val_loss_final"].astype(float)), rate=usable["learning_rate"].round(10))
+    table = logs.pivot_table(index=["N", "D"], columns="rate", values="y").dropna(axis="columns")
+    return float(table.columns[int(table.mean().to_numpy().argmin())]) if table.shape[1] >= MANY_VALUES else None
+
+
+def worth_section(found: TuningWorth, default: str) -> str:
+    """A table of places, and what is to be kept in mind. default: what the default is, in words."""
+    title = "<h3>What is tuning worth?</h3>"
+    if not found.worths:
+        return title + _verdicts(found.verdicts)
+    rows = []
+    for w in found.worths:
+        best = ", ".join(page.number(e.value, 3) for e in w.tuned.values())
+        least = "at least " if w.at_least else ""
+        size = f"&gt; {page.number(w.size.estimate.value, 3)}" if w.size.bounded else _times(w.size.estimate)
+        rows.append(
+            [
+                *(human(float(w.group["N"])), human(float(w.group["D"]))),
+                ", ".join(page.number(v, 3) if is_number(v) else escape(str(v)) for v in w.default.values()),
+                best,
+                *(f"{w.default_loss:.4f}", f"{w.tuned_loss.value:.4f}"),
+                f"{least}{w.percent.value:.2f} {_range(w.percent)}",
+                *(_times(w.compute), size),
+                "" if w.told_apart else "within noise",
+            ]
+        )
+    names = " and ".join(axis.replace("_", " ") for axis in found.axes)
+    note = (
+        f"<p class=note>Tuned: the lowest point of the curve through the {names} tried at a size. Default: "
+        f"{escape(default)}. Compute: how many times more of it the default needs to reach the tuned loss along the "
+        "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95 % intervals.</p>"
+    )
+    head = ["N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
+    told = [w for w in found.worths if w.told_apart]
+    answer = f"<p>{escape(_capital(str(max(told, key=lambda w: w.percent.value))))}.</p>" if told else ""
+    return title + answer + note + page.table(head, rows) + _verdicts(found.verdicts)
+
+
+def _times(estimate: Estimate) -> str:
+    return f"{page.number(estimate.value, 3)} {_range(estimate)}" if np.isfinite(estimate.value) else page.DASH
+
+
+def _range(estimate: Estimate) -> str:
+    return f"<span class=range>{page.interval(estimate.interval)}</span>"
+
+
+# --- the audit ---------------------------------------------------------------------------------------------------
+
+
+def audit_section(found: Audit) -> str:
+    """Where the cells stand, what that costs, the exponents before and after, and what is to be kept in mind."""
+    title = "<h3>Was every cell tuned alike?</h3>"
+    rate = found.references.get("learning_rate")
+    known = np.isfinite(found.cells["penalty"])
+    if rate is None or not known.any():
+        lead = "<p>Not known: the best learning rate was measured for none of these runs.</p>"
+    else:
+        off = len(found.mistuned)
+        lead = (
+            f"<p>Held against the optimum measured by {escape(rate.source)}, <b>{off} of {int(known.sum())}</b> runs "
+            f"lose more than {found.floor:.1%} of their loss for certain by their learning rate; the mean estimated "
+            f"loss is {found.cells['penalty'].mean():.2%}.</p>"
+        )
+    return title + lead + _changes(found) + _cells(found) + _verdicts(found.verdicts)
+
+
+def _changes(found: Audit) -> str:
+    rows = []
+    for c in found.changes:
+        if not c.after:
+            continue
+        for name in c.before:
+            moved = c.difference.get(name, Estimate())
+            cells = [_number(e) for e in (c.before[name], c.after[name], moved)]
+            said = ("yes" if c.beyond_noise else "no") if name == "N_exponent" else ""
+            rows.append([escape(f"{c.law}: {name.replace('_', ' ')}"), *cells, said])
+    if not rows:
+        return ""
+    head = ["", "as trained", "without the penalties", "difference", "beyond noise"]
+    return page.table(head, rows)
+
+
+def _number(e: Estimate) -> str:
+    return f"{page.number(e.value, 3)} {_range(e)}" if np.isfinite(e.value) else page.DASH
+
+
+def _cells(found: Audit) -> str:
+    """One line for each size, token count and setting; columns of which nothing is known are left out."""
+    keys = ["N", "D", "learning_rate", "batch_tokens"]
+    places = found.table().drop_duplicates(keys)
+    columns: dict[str, tuple[str, Any]] = {
+        "N": ("N", human),
+        "D": ("D", human),
+        "learning_rate": ("learning rate", lambda v: page.number(v, 3)),
+        "best_learning_rate": ("best", lambda v: page.number(v, 3)),
+        "ratio": ("ratio", lambda v: page.number(v, 2)),
+        "penalty": ("penalty", "{:.2%}".format),
+        "batch_ratio": ("batch / best", lambda v: page.number(v, 2)),
+        "warmup_share": ("warm-up share", "{:.1%}".format),
+        "warmup_per_parameter": ("warm-up / N", lambda v: page.number(v, 2)),
+        "timescale": ("AdamW timescale", lambda v: page.number(v, 2)),
+        "timescale_ratio": ("to Power Lines", lambda v: page.number(v, 2)),
+        "rule_ratio": ("rate to Step Law", lambda v: page.number(v, 2)),
+    }
+    shown = {k: v for k, v in columns.items() if np.isfinite(places[k].astype(float)).any()}
+    rows = []
+    for place in places.head(MAX_PLACES).to_dict("records"):
+        cells = {k: page.plain(place[k], form) for k, (_, form) in shown.items()}
+        if "penalty" in cells and np.isfinite(place["penalty"]):
+            least = "at least " if place["at_least"] else ""
+            low, high = place["penalty_low"], place["penalty_high"]
+            cells["penalty"] = f"{least}{cells['penalty']} <span class=range>{low:.2%} to {high:.2%}</span>"
+        rows.append(list(cells.values()))
+    more = f"<p class=note>The first {MAX_PLACES} of {len(places)} settings.</p>" if len(places) > MAX_PLACES else ""
+    note = (
+        "<p class=note>Ratios are to the measured optimum, except where a published rule is named: such a rule was "
+        "fitted on other text, sizes and batches, and judges nothing here.</p>"
+    )
+    return note + page.table([head for head, _ in shown.values()], rows) + more
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    """What is said, the gravest first, each once."""
+    order = {"refuse": 0, "caution": 1, "info": 2}
+    seen = {(v.severity, v.message): v for v in sorted(verdicts, key=lambda v: order[v.severity])}
+    items = [
+        f"<li><span class={v.severity}>{v.severity}</span> {escape(_capital(v.message))} "
+        f"<span class=code>{escape(v.code)}</span></li>"
+        for v in seen.values()
+    ]
+    return f"<ul class=verdicts>{''.join(items)}</ul>" if items else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,345 @@
+"""The confound audit: is a scaling law of these runs a law of size and tokens, or of how well each cell was tuned?
+
+Half of the published disagreement about scaling laws is untuned hyperparameters (Porian et al. 2024, arXiv 2406.19146,
+took the exponent of the best size from .84 to .50 by mending them one by one). A rate that is right for small models
+and wrong for large ones bends the law exactly as scale would. So each cell's settings are held against the measured
+optimum, the loss that being off it costs is estimated, and the exponents are fitted again without that cost.
+
+    penalty in ln loss = 1/2 curvature (ln rate / best rate)^2, within the range where the loss was measured
+
+Beyond that range a penalty is a lower bound and is called one. Where nothing was measured the audit says so, and names
+the study that would measure it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.corrections import Change, audited_laws, change_of, judge_change
+from analysis.references import (
+    POWER_LINES,
+    POWER_LINES_N,
+    STEP_LAW,
+    STEP_LAW_RANGE,
+    Reference,
+    from_sweep,
+    power_lines_timescale,
+    step_law_batch,
+    step_law_rate,
+)
+from analysis.selection import select
+from analysis.sensitivities import Sensitivity, sensitivity
+from analysis.uncertainty import interval
+from analysis.verdicts import NAN, Verdict, clean, plural
+from sweeps.errors import InputError
+from sweeps.units import human
+
+LEAST = 0.001
+"""Penalties (ln loss) below a tenth of a percent are nobody's finding, however well they are known."""
+ONE_RATE_SPAN = 8.0
+"""Sizes so many times apart at one learning rate are a finding: the best rate falls with size under most recipes."""
+WARMUP_SHARE, WARMUP_SHORT = 0.2, 0.1
+"""Share of a run that is too much warm-up in any case, and from which warm-up beyond N tokens is."""
+COPIES = 200
+"""Noisy copies of the penalties."""
+
+
+def audit(
+    runs: pd.DataFrame,
+    optimum: Sensitivity | Mapping[str, Reference] | None = None,
+    *,
+    laws: Sequence[str] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> "Audit":
+    """Hold the tuning of every cell of one family against the optimum, and fit the laws without what it cost.
+
+    runs: a run table; the audit is of the rows that a law's fit would use. optimum: what was measured, by
+    `sensitivity`, or `references` by hyperparameter; by default the study's own sweep.
+    laws: whose exponents are told before and after, where any optimum is known: by default "isoflop" where the runs
+    have budgets, and "chinchilla". level, seed: of the intervals.
+
+    Raises InputError for a missing column, or runs of several parametrisations.
+    """
+    chosen = select(runs)
+    rows = chosen.rows
+    family = str(rows["family"].iloc[0]) if "family" in rows.columns and len(rows) else None
+    kinds = set(rows["parametrisation"].dropna()) if "parametrisation" in rows.columns else set()
+    if len(kinds) > 1:
+        raise InputError(
+            f"the runs are of several parametrisations ({', '.join(sorted(map(str, kinds)))}), whose learning rates do "
+            "not compare; audit them apart."
+        )
+    references = _references(optimum, runs, family, next(iter(kinds), None), level, seed)
+    rate = references.get("learning_rate")
+    verdicts: list[Verdict] = []
+
+    # 1. where every cell stands
+    cells = _stand(rows, references)
+    noise = chosen.noise.sd if chosen.noise is not None else rate.noise if rate is not None else NAN
+    penalties = _penalties(cells, rate, seed)
+    cells["penalty"] = penalties[0]
+    bounds = [interval(p, level) for p in penalties[1:].T]
+    cells["penalty_low"], cells["penalty_high"] = ([b[i] for b in bounds] for i in (0, 1))
+    floor = max(LEAST, noise) if np.isfinite(noise) else LEAST
+    cells["mistuned"] = cells["penalty_low"] > floor
+    verdicts += _judge_rate(cells, rate)
+    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(rows, cells, rate)]
+
+    # 2. the laws before and after; where nothing is known of any cell there is no after
+    names = tuple(laws) if laws is not None else audited_laws(rows)
+    names = names if np.isfinite(penalties[0]).any() else ()
+    changes = tuple(change_of(rows, chosen.loss, name, penalties, level, seed) for name in names)
+    verdicts += [v for change in changes for v in judge_change(change)]
+    return Audit(
+        family=family,
+        cells=cells,
+        changes=changes,
+        references=references,
+        verdicts=tuple(verdicts),
+        floor=floor,
+        level=level,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Where each cell of a study stands against the best hyperparameters, and what that does to its laws.
+
+    cells: one row a run that a fit uses: cell, N, D, learning_rate, best_learning_rate (NaN where nothing is known),
+    ratio of the two, `measured` (at this very place), `outside` (of the law's optima), penalty in ln loss with its
+    interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`); batch_tokens and batch_ratio;
+    warmup_share, warmup_per_parameter; timescale (AdamW's, as a fraction of the run) and timescale_ratio to the
+    published rule; rule_ratio: of the rate to the published rule.
+    """
+
+    family: str | None
+    cells: pd.DataFrame
+    changes: tuple[Change, ...]
+    references: Mapping[str, Reference]
+    verdicts: tuple[Verdict, ...]
+    floor: float
+    level: float
+
+    @property
+    def mistuned(self) -> pd.DataFrame:
+        """The cells that tuning has cost more than noise."""
+        return self.cells[self.cells["mistuned"]]
+
+    def table(self) -> pd.DataFrame:
+        """The cells, the most costly first."""
+        return self.cells.sort_values("penalty", ascending=False, na_position="last", ignore_index=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values: NaN is null."""
+        found: dict[str, Any] = clean(
+            {
+                "family": self.family,
+                "level": self.level,
+                "floor": self.floor,
+                "sources": {axis: r.source for axis, r in self.references.items()},
+                "cells": self.cells.to_dict("records"),
+                "changes": [dict(vars(c)) for c in self.changes],
+                "verdicts": [v.to_json() for v in self.verdicts],
+            }
+        )
+        return found
+
+
+# --- the cells ---------------------------------------------------------------------------------------------------
+
+
+def _references(
+    optimum: Sensitivity | Mapping[str, Reference] | None,
+    runs: pd.DataFrame,
+    family: str | None,
+    kind: str | None,
+    level: float,
+    seed: int,
+) -> Mapping[str, Reference]:
+    """What was measured, by hyperparameter; the study's own sweep where nothing is given."""
+    if isinstance(optimum, Sensitivity):
+        return from_sweep(optimum, family, kind, "the optima given")
+    if optimum is not None:
+        return optimum
+    if "learning_rate" not in runs.columns or not _swept(runs):
+        return {}
+    return from_sweep(sensitivity(runs, level=level, seed=seed), family, kind)
+
+
+def _swept(runs: pd.DataFrame) -> bool:
+    """Whether any (N, D) was run at three learning rates or more, without which no optimum can be inside."""
+    keys = [runs["N"], np.round(np.log(runs["D"].astype(float).clip(lower=1.0)), 1)]
+    return bool((runs.groupby(keys)["learning_rate"].nunique() >= 3).any())
+
+
+def _column(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """A column as floats; NaN where the table lacks it."""
+    return rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), NAN)
+
+
+def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFrame:
+    N, D = _column(rows, "N"), _column(rows, "D")
+    rate, batch, warmup = (_column(rows, c) for c in ("learning_rate", "batch_tokens", "warmup_tokens"))
+    decay = _column(rows, "weight_decay")
+    nothing = np.full(len(rows), NAN)
+    best, batches = references.get("learning_rate"), references.get("batch_tokens")
+    places = pd.DataFrame({"N": N, "D": D, "batch_tokens": batch})
+    best_rate = np.exp(best.best(places)) if best else nothing
+    best_batch = np.exp(batches.best(places)) if batches else nothing
+    body = _column(rows, "N_nonembedding")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        timescale = np.where(rate * decay > 0, batch / (rate * decay * D), NAN)
+        z = np.log(rate / best_rate)
+        return pd.DataFrame(
+            {
+                "cell": rows["cell"].astype(str).to_numpy(),
+                "N": N,
+                "D": D,
+                "learning_rate": rate,
+                "best_learning_rate": best_rate,
+                "ratio": np.exp(z),
+                "measured": best.measured(places) if best else np.zeros(len(rows), dtype=bool),
+                "outside": best.outside(places) if best else np.zeros(len(rows), dtype=bool),
+                "at_least": best.beyond(z) & np.isfinite(z) if best else np.zeros(len(rows), dtype=bool),
+                "batch_tokens": batch,
+                "batch_ratio": batch / best_batch,
+                "warmup_share": warmup / D,
+                "warmup_per_parameter": warmup / N,
+                "timescale": timescale,
+                "timescale_ratio": timescale / power_lines_timescale(D / N),
+                "rule_ratio": rate / step_law_rate(np.where(np.isfinite(body), body, N), D),
+                "rule_batch_ratio": batch / step_law_batch(D),
+            }
+        )
+
+
+def _penalties(cells: pd.DataFrame, rate: Reference | None, seed: int) -> np.ndarray:
+    """What being off the best rate costs each cell, in ln loss: the estimate and its copies, (1 + COPIES, cells)."""
+    n = len(cells)
+    if rate is None or not np.isfinite(rate.curvature[0]):
+        return np.full((1 + COPIES, n), NAN)
+    generator = np.random.default_rng(seed)
+    errors = {name: generator.standard_normal((COPIES, 1)) for name in ("value", "N", "D", "batch_tokens")}
+    errors["place"] = generator.standard_normal((COPIES, n))
+    copies = rate.penalty(np.log(cells["learning_rate"].to_numpy(dtype=float)) - rate.best(cells, errors), cells)
+    copies *= np.exp(rate.curvature[1] * generator.standard_normal((COPIES, 1)))
+    return np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float)), cells), copies])
+
+
+# --- what is said of them ----------------------------------------------------------------------------------------
+
+
+def _judge_rate(cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
+    """Mistuned cells, cells that nothing was measured for, and laws that are asked beyond their optima."""
+    known = np.isfinite(cells["penalty"])
+    verdicts = []
+    if cells.empty:
+        return []
+    if not known.all():
+        lost = cells[~known]
+        low, high = lost["N"].min(), lost["N"].max()
+        fewest, most = lost["D"].min(), lost["D"].max()
+        source = "No sweep measured it" if rate is None else f"Its optimum as measured by {rate.source} does not reach"
+        message = (
+            f"the best learning rate is not known for {len(lost)} of {plural(len(cells), 'run')}, so what being off it "
+            f"costs is not known either. {source}: vary learning_rate {{times: [0.25, 0.5, 1, 2, 4]}} at three sizes "
+            f"from {human(low)} to {human(high)} parameters and at two token counts from {human(fewest)} to "
+            f"{human(most)}, in this study or in one of the same corpus, tokenizer, context and family, and analyse "
+            "it with escala sensitivity."
+        )
+        verdicts.append(Verdict("optimum_unmeasured", "caution", "fit", None, message, {"runs": len(lost)}))
+    if rate is not None and cells["outside"].any():
+        message = (
+            f"{int(cells['outside'].sum())} of {plural(len(cells), 'run')} lie beyond the sizes or tokens at which "
+            f"{rate.source} measured optima; their best rate is extrapolated."
+        )
+        verdicts.append(Verdict("extrapolation", "caution", "fit", None, message))
+    off = cells[cells["mistuned"]].sort_values("penalty", ascending=False)
+    if len(off):
+        places = off.groupby(["N", "D"], sort=False).first().reset_index()
+        named = "; ".join(_words(row) for row in places.head(4).to_dict("records"))
+        more = f"; and {plural(len(places) - 4, 'other place')}" if len(places) > 4 else ""
+        message = (
+            f"{len(off)} of {plural(len(cells), 'run')} trained at a learning rate off the best one "
+            f"({rate.source if rate else ''}) by more than noise: {named}{more}."
+        )
+        evidence = {"cells": off["cell"].tolist(), "penalty": off["penalty"].tolist()}
+        verdicts.append(Verdict("mistuned", "caution", "fit", None, message, evidence))
+    return verdicts
+
+
+def _words(row: Mapping[Any, Any]) -> str:
+    ratio = row["ratio"]
+    off = f"{ratio:.2g} times too high" if ratio > 1 else f"{1 / ratio:.2g} times too low"
+    cost = f"{'at least ' if row['at_least'] else ''}{row['penalty']:.1%} of the loss"
+    return (
+        f"{human(row['N'])} parameters on {human(row['D'])} tokens, {off}, {cost} "
+        f"({row['penalty_low']:.1%} to {row['penalty_high']:.1%})"
+    )
+
+
+def _one_rate(rows: pd.DataFrame, cells: pd.DataFrame) -> list[Verdict]:
+    """One learning rate for sizes far apart, unless the parametrisation is made for that."""
+    kinds = set(rows["parametrisation"].dropna()) if "parametrisation" in rows.columns else set()
+    rates = cells["learning_rate"].dropna()
+    if rates.empty or rates.nunique() > 1 or kinds - {"standard"}:
+        return []
+    span = float(cells["N"].max() / cells["N"].min())
+    if span < ONE_RATE_SPAN:
+        return []
+    judged = np.isfinite(cells["penalty"]).all()
+    message = f"one learning rate, {rates.iloc[0]:g}, for sizes {span:.2g}x apart" + (
+        ": what it costs each is estimated above."
+        if judged
+        else "; the best rate falls with size under most recipes, so the ends of the grid may be tuned unequally."
+    )
+    severity: Any = "info" if judged else "caution"
+    return [Verdict("one_setting", severity, "fit", None, message, {"span": span})]
+
+
+def _warmup(cells: pd.DataFrame) -> list[Verdict]:
+    """Warm-up that is a large part of a run, or longer than N tokens and not a small part (Porian et al. 2024)."""
+    share, length = cells["warmup_share"], cells["warmup_per_parameter"]
+    long = (share > WARMUP_SHARE) | ((length > 1.0) & (share > WARMUP_SHORT))
+    if not long.any():
+        return []
+    worst = cells[long].sort_values("warmup_share").iloc[-1]
+    message = (
+        f"{int(long.sum())} of {plural(len(cells), 'run')} spend much of their tokens on warm-up, up to "
+        f"{worst['warmup_share']:.0%} ({worst['warmup_per_parameter']:.2g} tokens per parameter): short runs lose most "
+        "by it, which tilts the law. Keep it below N tokens and a tenth of the run (Porian et al. 2024)."
+    )
+    return [Verdict("long_warmup", "caution", "fit", None, message, {"cells": cells.loc[long, "cell"].tolist()})]
+
+
+def _published(rows: pd.DataFrame, cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
+    """How the cells stand to published rules: never more than information."""
+    verdicts = []
+    ratios = cells["rule_ratio"].dropna()
+    if len(ratios) and (rate is None or not np.isfinite(cells["penalty"]).any()):
+        near = cells["N"].between(*STEP_LAW_RANGE["N"]) & cells["D"].between(*STEP_LAW_RANGE["D"])
+        message = f"by {STEP_LAW} these rates are {_span(ratios)} times its best ones. " + (
+            "Its own text, batches and schedule differ, so this is no measurement."
+            if near.all()
+            else "That rule was fitted on 0.2 to 1.1 billion parameters and 4 to 100 billion tokens, and says "
+            "nothing certain here."
+        )
+        severity: Any = "info" if near.all() else "caution"
+        verdicts.append(Verdict("extrapolation", severity, "decision", "step-law", message))
+    decays = cells["timescale_ratio"].dropna()
+    if len(decays):
+        inside = bool(cells["N"].between(*POWER_LINES_N).all())
+        message = f"AdamW's timescale is {_span(decays)} times the best one by {POWER_LINES}" + (
+            "." if inside else ", which was fitted on 0.11 to 3.3 billion parameters: outside its range."
+        )
+        verdicts.append(Verdict("extrapolation", "info", "decision", "power-lines", message))
+    return verdicts
+
+
+def _span(values: pd.Series) -> str:
+    low, high = f"{values.min():.2g}", f"{values.max():.2g}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,307 @@
+"""The tuned and the default loss at one place, with noisy copies of both that share the noise of one sweep.
+
+The failure it guards against is the winner's curse: the minimum of k noisy losses, and to a lesser degree the lowest
+point of a curve through them, is too low by luck, and a default judged against it is always worth tuning. Both are
+raised by the luck that noise of this size gives them, as the bootstrap finds it. The default's run is a point of the
+same sweep, so its noise is that of the curve through it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.optima import Optimum
+from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, seed_noise
+from analysis.verdicts import NAN, Estimate
+from sweeps.errors import InputError, nearest
+from sweeps.rules import PowerRule, evaluate
+
+AXES = ("learning_rate", "batch_tokens")
+"""Hyperparameters whose sweeps have curves; of others the best setting stands for the tuned one."""
+WITHIN = 1.5
+"""A run's setting is the default's where it is this near to it, as a factor."""
+SAME_PLACE = 0.02
+"""Two ln D this close are one token count: batch sizes round it."""
+KNOTS = 41
+"""Points along each axis at which a curve without a minimum is searched for its lowest value."""
+
+Default = Mapping[str, float | str | PowerRule | Callable[[Mapping[str, float]], float]]
+
+
+# --- what was run ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The settings tried at one place: `points` holds the axes, `loss` (mean over seeds), `count`, `fitted`."""
+
+    group: Mapping[str, Any]
+    points: pd.DataFrame
+    optimum: Optimum | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A place with both sides known; losses in nats, (1 + copies,), the point estimate first."""
+
+    group: Mapping[str, Any]
+    C: float
+    default: Mapping[str, float | str]
+    tuned: Mapping[str, Estimate]
+    way: str
+    tuned_loss: np.ndarray
+    default_loss: np.ndarray
+    at_least: bool
+
+    @property
+    def N(self) -> float:
+        return float(self.group["N"])
+
+
+def usable(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with a size, tokens and a loss, which is named `loss`; C is 6 N D where the table has none."""
+    name = next((c for c in ("val_loss_final", "loss") if c in runs.columns), None)
+    missing = [c for c in ("N", "D") if c not in runs.columns] + ([] if name else ["loss"])
+    if missing:
+        raise InputError(
+            f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, runs.columns))}. Read a file of your "
+            "own with analysis.read_table, which finds common names."
+        )
+    table = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
+    if "rung" in table.columns:
+        table = table[~(table["rung"].astype(float) < 1.0)]  # an early rung of a search is no run of full length
+    table = table.assign(loss=table[name].astype(float))
+    table = table[(table[["N", "D", "loss"]].astype(float) > 0).all(axis=1) & np.isfinite(table["loss"])]
+    if "C" not in table.columns:
+        table = table.assign(C=6.0 * table["N"] * table["D"])
+    return table.reset_index(drop=True)
+
+
+def _keys(table: pd.DataFrame) -> list[Any]:
+    """What names a place: family, N, and D as far as batch sizes do not round it."""
+    D = np.log(table["D"].to_numpy(dtype=float))
+    order = np.argsort(D, kind="stable")
+    rank = np.empty(len(D), dtype=int)
+    rank[order] = np.concatenate([[0], np.cumsum(np.diff(D[order]) > SAME_PLACE)])[: len(D)]
+    return [*([table["family"]] if "family" in table.columns else []), table["N"], rank]
+
+
+def varied_settings(table: pd.DataFrame) -> list[str]:
+    """The hyperparameters that take several values at one place, in the order of `SETTINGS`.
+
+    Not those that only follow the learning rate or the batch, as warm-up does its D or decay its rate.
+    """
+    leaders = [c for c in AXES if c in table.columns]
+    followed = [*_keys(table), *(table[c] for c in leaders)]
+    return [
+        c
+        for c in SETTINGS
+        if c in table.columns and len(table) and _spread(table, c, _keys(table) if c in AXES else followed)
+    ]
+
+
+def _spread(table: pd.DataFrame, column: str, keys: list[Any]) -> bool:
+    """Whether a column differs within any group, as a number by more than rounding."""
+    groups = table.groupby(keys, dropna=False)[column]
+    if not pd.api.types.is_numeric_dtype(table[column]):
+        return bool((groups.nunique() > 1).any())
+    return bool((groups.max() > groups.min() * (1.0 + SAME_PLACE)).any())
+
+
+def tuned_axes(varied: Sequence[str], default: Default | None, table: pd.DataFrame) -> tuple[str, ...]:
+    """The hyperparameters that are tuned: those that vary and that the default names, in the order of `SETTINGS`."""
+    if default is None:
+        if varied and ("is_default" not in table.columns or not table["is_default"].eq(True).any()):
+            raise InputError(
+                f"{', '.join(varied)} vary, and nothing says which value is the default; name it, such as "
+                f'default={{"{varied[0]}": ...}}.'
+            )
+        return tuple(varied)
+    unknown = [k for k in default if k not in SETTINGS]
+    if unknown:
+        raise InputError(
+            f"a default of {unknown[0]!r} is not known{nearest(unknown[0], SETTINGS)}: {', '.join(SETTINGS)}."
+        )
+    constant = [k for k in default if k not in varied]
+    if constant and varied:
+        raise InputError(f"{', '.join(constant)} does not vary in these runs; {', '.join(varied)} does.")
+    return tuple(c for c in varied if c in default)
+
+
+def settings_swept(table: pd.DataFrame, axes: tuple[str, ...]) -> list[Sweep]:
+    """Sweeps over hyperparameters of which no curve is known: the settings and their mean losses."""
+    keys = _keys(table)
+    sweeps = []
+    for _, group in table.assign(_y=np.log(table["loss"])).groupby(keys, dropna=False):
+        points = group.groupby(list(axes), dropna=False)["_y"].agg(["mean", "count"]).reset_index()
+        points = points.assign(loss=np.exp(points["mean"]), fitted=False)
+        own = {"family": group["family"].iloc[0]} if "family" in group.columns else {}
+        own |= {"N": float(group["N"].iloc[0]), "D": float(group["D"].median())}
+        if len(points) > 1:
+            sweeps.append(Sweep(group=own, points=points))
+    return sweeps
+
+
+def noise_of(known: Mapping[str, Any], given: float | None, runs: pd.DataFrame) -> Noise:
+    if given is not None:
+        return Noise(sd=given, freedom=np.inf, source="given")
+    if not known:
+        return seed_noise(runs, "val_loss_final" if "val_loss_final" in runs.columns else "loss") or UNKNOWN
+    sd, freedom = known.get("sd"), known.get("freedom")
+    source = known.get("source", "unknown")
+    return Noise(sd=NAN if sd is None else float(sd), freedom=np.inf if freedom is None else freedom, source=source)
+
+
+# --- the gain ----------------------------------------------------------------------------------------------------
+
+
+def gain_at(
+    sweep: Sweep,
+    axes: tuple[str, ...],
+    default: Default | None,
+    table: pd.DataFrame,
+    noise: Noise,
+    resamples: int,
+    level: float,
+    generator: np.random.Generator,
+) -> "Place | str":
+    """Both sides at one place, or why not."""
+    near = np.log(table["D"] / sweep.group["D"]).abs() <= SAME_PLACE
+    for name, value in sweep.group.items():
+        if name != "D" and name in table.columns:
+            column = table[name]
+            near &= (column / value - 1).abs() <= SAME_PLACE if is_number(value) and value else column == value
+    rows = table[near]
+    C = float(rows["C"].mean()) if len(rows) else 6.0 * sweep.group["N"] * sweep.group["D"]
+    points = sweep.points.reset_index(drop=True)
+    at = _default_point(points, axes, default, sweep.group, C, rows)
+    if isinstance(at, str):
+        return at
+    kept = np.flatnonzero(np.isfinite(points["loss"].astype(float)) & (points["loss"].astype(float) > 0))
+    if at not in kept:
+        return "the default diverged"
+    if len(kept) < 2:
+        return "one setting only"
+    y = np.log(points["loss"].to_numpy(dtype=float)[kept])
+    count = points["count"].to_numpy(dtype=float)[kept]
+    own = int(np.flatnonzero(kept == at)[0])
+
+    # copies of all points: the default is one of them, so both sides share its noise
+    errors = np.zeros((0, len(y)))
+    if noise.sd > 0:
+        errors = generator.standard_normal((resamples, len(y))) * noise.draw(generator, resamples)[:, None]
+        errors /= np.sqrt(count)
+    optimum = sweep.optimum
+    curve = optimum is not None and not optimum.refused
+    if curve and optimum is not None:
+        fitted = points["fitted"].to_numpy(dtype=bool)[kept]
+        copies = float(np.log(optimum.loss.value)) + _shifts(points.iloc[kept], axes, y, errors, fitted)
+        luck = float(copies[1:].mean() - copies[0]) if len(errors) else 0.0
+        tuned = dict(optimum.best)
+    else:
+        copies = np.concatenate([[y.min()], (y + errors).min(axis=1)])
+        # noise has spread the settings already: its luck is that of settings as near as they would be without it
+        apart = float(np.var(y, ddof=1))
+        true = np.sqrt(max(0.0, 1.0 - float(errors.var(axis=0).mean()) / apart)) if apart > 0 and len(errors) else 1.0
+        shrunk = y.mean() + true * (y - y.mean())
+        luck = float((shrunk + errors).min(axis=1).mean() - shrunk.min()) if len(errors) else 0.0
+        best = points.iloc[kept[int(y.argmin())]]
+        tuned = {axis: Estimate(value=float(best[axis])) for axis in axes if is_number(best[axis])}
+    # the lowest of noisy losses, and the lowest point of a noisy curve, lie too low by what noise lowers them again
+    lowest = copies[0] - luck + np.concatenate([[0.0], copies[1:] - copies[1:].mean() if len(errors) else []])
+    return Place(
+        group=sweep.group,
+        C=C,
+        default={axis: points[axis].iloc[at] for axis in axes},
+        tuned=tuned,
+        way="curve" if curve else "best setting",
+        tuned_loss=np.exp(lowest),
+        default_loss=np.exp(np.concatenate([[y[own]], y[own] + errors[:, own]])),
+        at_least=not curve and optimum is not None and any(v.code == "edge_minimum" for v in optimum.verdicts),
+    )
+
+
+def _default_point(
+    points: pd.DataFrame,
+    axes: tuple[str, ...],
+    default: Default | None,
+    group: Mapping[str, Any],
+    C: float,
+    rows: pd.DataFrame,
+) -> int | str:
+    """The position of the default's setting among the points, or why there is none."""
+    wanted: dict[str, Any] = {}
+    if default is None:
+        own = rows[rows["is_default"].eq(True)]
+        if own.empty:
+            return "the default was not run"
+        wanted = {axis: own[axis].iloc[0] for axis in axes}
+    else:
+        known = {k: float(group[k]) for k in ("N", "D", "batch_tokens") if group.get(k) is not None} | {"C": C}
+        for axis in axes:
+            value = default[axis]
+            if callable(value):
+                wanted[axis] = value(known)
+            else:
+                try:
+                    wanted[axis] = value if isinstance(value, str) else evaluate(value, known)
+                except (KeyError, ValueError) as error:
+                    raise InputError(f"the rule of the default's {axis} cannot be evaluated: {error}.") from None
+    away = np.zeros(len(points))
+    for axis, value in wanted.items():
+        if is_number(value):
+            if not 0 < value < np.inf:
+                raise InputError(f"the default's {axis} is {value!r}; it must be a positive number.")
+            away = np.maximum(away, np.abs(np.log(points[axis].to_numpy(dtype=float) / float(value))))
+        else:
+            away = np.where(points[axis] == value, away, np.inf)
+    best = int(np.argmin(away))
+    if not away[best] <= np.log(WITHIN):
+        return "no run is near the default"
+    return best
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number, and no word such as a schedule's."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _shifts(
+    points: pd.DataFrame, axes: Sequence[str], y: np.ndarray, errors: np.ndarray, fitted: np.ndarray
+) -> np.ndarray:
+    """How far noise moves the lowest point of the quadratic through the fitted points, (1 + copies,), 0 first.
+
+    Coefficients are linear in ln loss, so that adding noise to them is exact. Where a copy has no minimum among the
+    points it is the lowest value of the quadratic over their range.
+    """
+    x = np.log(points.loc[fitted, list(axes)].to_numpy(dtype=float))
+    x = x - x.mean(axis=0)
+    low, high = x.min(axis=0), x.max(axis=0)
+    pairs = list(combinations_with_replacement(range(len(axes)), 2))
+    root = np.sqrt(points.loc[fitted, "count"].to_numpy(dtype=float))
+    values = np.vstack([y[fitted], y[fitted] + errors[:, fitted]])
+    coefficients = values @ (np.linalg.pinv(_design(x, pairs) * root[:, None]) * root).T
+    slope, bend = coefficients[:, 1 : 1 + len(axes)], coefficients[:, 1 + len(axes) :]
+    hessian = np.zeros((len(values), len(axes), len(axes)))
+    for k, (i, j) in enumerate(pairs):
+        hessian[:, i, j] += bend[:, k]
+        hessian[:, j, i] += bend[:, k]
+    convex = np.linalg.eigvalsh(hessian)[:, 0] > 0
+    hessian[~convex] = np.eye(len(axes))
+    at = -np.linalg.solve(hessian, slope[:, :, None])[:, :, 0]
+    lowest = coefficients[:, 0] + 0.5 * (slope * at).sum(axis=1)
+    lost = ~(convex & (at >= low).all(axis=1) & (at <= high).all(axis=1))
+    if lost.any():
+        knots = [np.linspace(a, b, KNOTS) for a, b in zip(low, high)]
+        grid = np.stack([m.ravel() for m in np.meshgrid(*knots)], axis=1)
+        lowest[lost] = (coefficients[lost] @ _design(grid, pairs).T).min(axis=1)
+    return np.asarray(lowest - lowest[0])
+
+
+def _design(x: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Columns 1, x_i and x_i x_j of a quadratic in the columns of x."""
+    return np.column_stack([np.ones(len(x)), x, *(x[:, i] * x[:, j] for i, j in pairs)])

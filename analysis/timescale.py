@@ -1,0 +1,102 @@
+"""The weight decay's timescale: where the loss is lowest in terms of tau = B / (eta lambda D).
+
+AdamW's weights are an average over past updates with the time scale 1 / (eta lambda) steps (Wang & Aitchison 2024); tau
+is that as a fraction of the run. Bergsma et al. 2025 (Power Lines) find the best tau to be a power law of tokens per
+parameter alone, so it is printed beside what a study measures; the failure guarded against is a decay called tuned that
+was tuned at another rate, batch or length.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.swept import merged
+from analysis.uncertainty import interval, seed_noise
+from analysis.verdicts import NOTHING, Estimate, Verdict, clean, refused
+
+
+def published_timescale(tokens_per_parameter: float) -> float:
+    """tau_opt = 1.084 (D / N)^-0.527 (Bergsma et al. 2025), as a fraction of the run."""
+    return 1.084 * tokens_per_parameter**-0.527
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timescale:
+    """The best AdamW timescale of one group {"family", "N", "D"}, as a fraction of the run.
+
+    best: the vertex of a parabola in ln tau through the lowest point and its neighbours, with its interval under seed
+    noise. published: Power Lines' value at the group's tokens per parameter. points: timescale, loss (nats; of the best
+    other settings at it, mean over seeds), count.
+    """
+
+    group: Mapping[str, Any]
+    best: Estimate
+    published: float
+    points: pd.DataFrame
+    verdicts: tuple[Verdict, ...] = ()
+
+    @property
+    def refused(self) -> bool:
+        return refused(self.verdicts)
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("group", "best", "published", "verdicts")}
+        return clean(plain | {"points": self.points.to_dict("records")})
+
+
+def decay_timescales(
+    runs: pd.DataFrame, *, loss: str | None = None, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Timescale, ...]:
+    """The best timescale of every (family, N, D) that varies the weight decay over three values or more."""
+    loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
+    kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
+    kept = kept[np.isfinite(kept[loss].astype(float)) & kept["adamw_timescale"].notna()]
+    kept = kept.assign(N=merged(kept["N"].to_numpy(float)), D=merged(kept["D"].to_numpy(float)))
+    noise, found = seed_noise(kept, loss), []
+    for key, rows in kept.groupby(["family", "N", "D"]):
+        if rows["weight_decay"].nunique() < 3:
+            continue
+        tau = rows["adamw_timescale"].map(lambda value: float(f"{value:.6g}"))
+        settings = [c for c in ("learning_rate", "batch_tokens", "warmup_tokens") if c in rows.columns]
+        means = rows.assign(timescale=tau).groupby(["timescale", *settings])[loss].agg(["mean", "count"])
+        table = means.loc[means.groupby("timescale")["mean"].idxmin()].reset_index()
+        points = table.rename(columns={"mean": "loss"})[["timescale", "loss", "count"]]
+        x, y = np.log(points["timescale"].to_numpy(float)), np.log(points["loss"].to_numpy(float))
+        value, verdicts = _vertex(x, y[None])[0], []
+        best = NOTHING
+        if np.isfinite(value):
+            bounds = (float("nan"), float("nan"))
+            if noise is not None:
+                generator = np.random.default_rng(seed)
+                errors = noise.draw(generator, resamples)[:, None] / np.sqrt(points["count"].to_numpy(float))
+                draws = _vertex(x, y + errors * generator.standard_normal((resamples, len(y))))
+                inside = np.isfinite(draws).mean() >= level
+                bounds = interval(np.exp(draws), level) if inside else bounds
+            best = Estimate(value=float(np.exp(value)), interval=bounds)
+        else:
+            message = (
+                f"the lowest loss lies at an end of the timescales tried ({points['timescale'].min():.3g} to "
+                f"{points['timescale'].max():.3g} of the run). Try weight decays beyond it."
+            )
+            verdicts.append(Verdict("edge_minimum", "refuse", "fit", None, message))
+        group = dict(zip(("family", "N", "D"), key))
+        published = published_timescale(float(rows["D"].iloc[0]) / float(rows["N"].iloc[0]))
+        found.append(Timescale(group=group, best=best, published=published, points=points, verdicts=tuple(verdicts)))
+    return tuple(found)
+
+
+def _vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The vertex of the parabola through the lowest point of each row of y (draws, n) and its two neighbours, (draws,);
+    NaN where that point is an end."""
+    best = y.argmin(axis=1)
+    inner = np.clip(best, 1, len(x) - 2)
+    rows = np.arange(len(y))
+    xl, xm, xr = (x[inner + k] for k in (-1, 0, 1))
+    yl, ym, yr = (y[rows, inner + k] for k in (-1, 0, 1))
+    left, right = (xm - xl) * (ym - yr), (xm - xr) * (ym - yl)
+    top, bottom = (xm - xl) * left - (xm - xr) * right, left - right
+    vertex = xm - 0.5 * top / np.where(bottom == 0, np.nan, bottom)
+    return np.where(best == inner, vertex, np.nan)

@@ -1,0 +1,161 @@
+"""Transfer: whether the best learning rate stays where it is when a model grows wider.
+
+    for one in transfer(analysis.load_runs("mup-transfer")):
+        one.parametrisation, one.slope          d log2(best rate) / d log2(width), with its interval
+
+Under mup the interval should contain 0, under the standard parametrisation it should not (Yang et al. 2022,
+2203.03466). Only widths of one depth, batch and length are compared: neither mup nor this claims anything of the
+others. Guards against a transfer that was not tested: an optimum at the edge of the rates tried counts for nothing, and
+an interval over a narrow span, or one that is so wide that it would hold anything, says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.optima import Optimum, find_optima
+from analysis.optimum_laws import between_groups, weighted
+from analysis.swept import swept_groups
+from analysis.uncertainty import interval
+from analysis.verdicts import NOTHING, Estimate, Verdict, clean, plural, refused
+from sweeps.errors import InputError
+
+LEAST_WIDTHS = 3
+SPAN = 8.0
+"""Largest over smallest width from which on a slope is read without a caution."""
+WIDE = 0.5
+"""Half an interval's width from which on it tells the two parametrisations apart no more: standard's slope is about
+-.5 to -1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """How the best rate of one family and parametrisation moves with width, or the refusal to say.
+
+    group: what is equal in all widths: family, parametrisation, D, depth ... slope: d log2(rate) / d log2(width).
+    optima: width, learning_rate, low, high (its interval), refused; one row per width.
+    """
+
+    group: Mapping[str, Any]
+    optima: pd.DataFrame
+    slope: Estimate = NOTHING
+    verdicts: tuple[Verdict, ...] = field(default=())
+
+    @property
+    def parametrisation(self) -> str:
+        return str(self.group.get("parametrisation", "standard"))
+
+    @property
+    def refused(self) -> bool:
+        return refused(self.verdicts)
+
+    @property
+    def moves(self) -> bool | None:
+        """Whether the interval excludes 0; None where there is no interval."""
+        low, high = self.slope.interval
+        return None if self.refused or not np.isfinite([low, high]).all() else not low <= 0.0 <= high
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; NaN is null."""
+        told = {"group": dict(self.group), "slope": self.slope, "moves": self.moves, "refused": self.refused}
+        told |= {"optima": self.optima.to_dict("records"), "verdicts": list(self.verdicts)}
+        return dict(clean(told))
+
+    def __str__(self) -> str:
+        if self.moves is None:
+            return f"{self.parametrisation}: no answer; {self.verdicts[-1].message}"
+        low, high = self.slope.interval
+        return (
+            f"{self.parametrisation}: the best rate goes as width^{self.slope.value:.2f} ({low:.2f} to {high:.2f}): it "
+            f"{'moves' if self.moves else 'stays'}"
+        )
+
+
+def transfer(
+    runs: pd.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0, noise: float | None = None
+) -> list[Transfer]:
+    """The slope of log2 best rate against log2 width for every family, parametrisation, depth and length of a table.
+
+    runs: of `load_runs`: N, D, width, learning_rate, val_loss_final, and parametrisation, depth where they vary.
+    noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.
+    The vertices are those of `analysis.optima`, the interval holds their noise and what they scatter about a line
+    beyond it. Raises InputError where the table has no widths, or no usable run.
+    """
+    if "width" not in runs.columns or runs["width"].isna().all():
+        raise InputError("the table has no column width, along which a best learning rate could stay. Name one.")
+    swept = swept_groups(runs, ("learning_rate",))
+    found, _, _ = find_optima(swept.groups, swept.axes, resamples=resamples, level=level, seed=seed, noise=noise)
+    kinds: dict[tuple[tuple[str, Any], ...], dict[float, Optimum]] = {}
+    for one in found:
+        shape = _shape(runs, one)
+        kind = {**{k: v for k, v in one.group.items() if k not in ("N", "width")}, **shape}
+        width = kind.pop("width")
+        kinds.setdefault(tuple(kind.items()), {})[width] = one
+    return [_line(dict(kind), dict(sorted(members.items())), level, seed) for kind, members in kinds.items()]
+
+
+def _shape(runs: pd.DataFrame, one: Optimum) -> dict[str, float]:
+    """Width and depth of a group: its own, or those of the runs of its N."""
+    same = runs[np.abs(np.log(runs["N"].astype(float) / one.group["N"])) < 0.02]
+    for name in ("width", "depth"):
+        if name in one.group:
+            same = same[same[name] == one.group[name]]
+    return {name: float(same[name].iloc[0]) for name in ("width", "depth") if name in same.columns}
+
+
+def _line(group: Mapping[str, Any], members: Mapping[float, Optimum], level: float, seed: int) -> Transfer:
+    rows = [_row(width, one) for width, one in members.items()]
+    optima = pd.DataFrame(rows)
+    said = _judge(members)
+    if refused(said):
+        return Transfer(group=group, optima=optima, verdicts=tuple(said))
+    kept = {width: one for width, one in members.items() if not one.refused}
+    x = np.log2(list(kept))
+    x = np.column_stack([np.ones(len(x)), x - x.mean()])
+    y = np.log2([one.best["learning_rate"].value for one in kept.values()])
+    copies = np.stack([one.draws["learning_rate"] for one in kept.values()], axis=1) / np.log(2.0)
+    between, weights, freedom = between_groups(x, y, copies.var(axis=0))
+    generator = np.random.default_rng(seed)
+    scale = np.sqrt(between * freedom / generator.chisquare(freedom, len(copies)))
+    copies = copies + scale[:, None] * generator.standard_normal(copies.shape)
+    slope = float(weighted(x, y[None], weights[None])[0, 1])
+    low, high = interval(weighted(x, copies, np.tile(weights, (len(copies), 1)))[:, 1], level)
+    if high - low > 2.0 * WIDE:
+        message = (
+            f"the interval of the slope is {high - low:.2f} wide: it would hold the slope of either parametrisation. "
+            "Add seeds, or widths."
+        )
+        said.append(Verdict("open_interval", "caution", "fit", None, message, {"width": high - low}))
+    return Transfer(group=group, optima=optima, slope=Estimate(value=slope, interval=(low, high)), verdicts=tuple(said))
+
+
+def _row(width: float, one: Optimum) -> dict[str, Any]:
+    best = one.best.get("learning_rate", NOTHING)
+    row = {"width": int(width), "learning_rate": best.value, "low": best.interval[0], "high": best.interval[1]}
+    return row | {"refused": one.refused}
+
+
+def _judge(members: Mapping[float, Optimum]) -> list[Verdict]:
+    """What the optima of these widths can bear, before a line is laid through them."""
+    kept = [width for width, one in members.items() if not one.refused]
+    said = []
+    for width, one in members.items():
+        why: Sequence[Verdict] = [v for v in one.verdicts if v.severity == "refuse"]
+        said += [
+            Verdict("no_optimum", "caution", "fit", f"{width:g}", f"width {width:g} does not enter: {v.message}")
+            for v in why
+        ]
+    if len(kept) < LEAST_WIDTHS:
+        message = (
+            f"{plural(len(kept), 'width')} of {len(members)} with an optimum inside the rates tried; a slope with an "
+            f"interval needs {LEAST_WIDTHS}. Train more widths, or at other rates."
+        )
+        return [*said, Verdict("too_few_levels", "refuse", "fit", None, message, {"widths": kept})]
+    span = max(kept) / min(kept)
+    if span < SPAN:
+        message = f"the widths span a factor of {span:.3g}: with less than {SPAN:g}, little of a slope shows."
+        said.append(Verdict("narrow_span", "caution", "fit", None, message, {"span": span}))
+    return said

@@ -1,0 +1,87 @@
+"""Transfer: planted slopes of the best rate against width come back in their intervals; edges are refused."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.transfers import Transfer, transfer
+from sweeps.errors import InputError
+
+WIDTHS = (16, 32, 64, 128)
+RATES = tuple(0.001 * 2.0**k for k in range(9))
+
+
+def table(
+    slopes: dict[str, float],
+    *,
+    widths: tuple[int, ...] = WIDTHS,
+    rates: tuple[float, ...] = RATES,
+    noise: float = 0.003,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Three seeds at every rate; the best rate goes as .016 (width / 45) ^ slope."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for parametrisation, slope in slopes.items():
+        for width in widths:
+            best = 0.016 * (width / 45.0) ** slope
+            for rate in rates:
+                for number in range(3):
+                    loss = 2.5 * width**-0.05 * np.exp(0.02 * np.log(rate / best) ** 2 + noise * generator.normal())
+                    row = {"parametrisation": parametrisation, "width": width, "depth": 1, "N": 20.0 * width**2}
+                    rows.append(row | {"D": 6e4, "learning_rate": rate, "seed": number, "loss": loss})
+    return pd.DataFrame(rows)
+
+
+def by_name(found: list[Transfer]) -> dict[str, Transfer]:
+    return {one.parametrisation: one for one in found}
+
+
+def test_a_rate_that_stays_is_told_from_one_that_moves() -> None:
+    found = by_name(transfer(table({"standard": -0.8, "mup": 0.0})))
+    assert found["standard"].moves is True
+    assert found["mup"].moves is False
+    assert found["standard"].slope.value == pytest.approx(-0.8, abs=0.1)
+    assert str(found["mup"]).endswith("it stays")
+    assert list(found["mup"].optima["width"]) == list(WIDTHS)
+
+
+def test_intervals_cover_planted_slopes_as_often_as_they_say() -> None:
+    covered = 0
+    for seed in range(60):
+        (one,) = transfer(table({"standard": -0.5}, seed=seed), resamples=300)
+        low, high = one.slope.interval
+        covered += low <= -0.5 <= high
+    assert covered >= 52, "95 % of 60 is 57; fewer than 52 has a chance below 1 %"
+
+
+def test_optima_at_the_edge_do_not_enter_and_too_few_of_them_give_no_slope() -> None:
+    (one,) = transfer(table({"standard": -1.0}, rates=tuple(rate for rate in RATES if rate < 0.02)))
+    assert one.optima["refused"].tolist()[0]
+    assert any("does not enter" in v.message for v in one.verdicts)
+    (none,) = transfer(table({"standard": 0.0}, rates=tuple(rate for rate in RATES if rate < 0.02)))
+    assert none.refused
+    assert none.moves is None
+    assert np.isnan(none.slope.value)
+    assert none.to_json()["slope"]["value"] is None
+    assert "0 widths of 4" in str(none)
+
+
+def test_a_narrow_span_and_a_wide_interval_are_cautions() -> None:
+    (quiet,) = transfer(table({"mup": 0.0}))
+    assert not quiet.verdicts
+    (noisy,) = transfer(table({"mup": 0.0}, widths=(32, 48, 64), noise=0.03))
+    assert {v.code for v in noisy.verdicts} == {"narrow_span", "open_interval"}
+
+
+def test_depths_and_lengths_are_lines_of_their_own() -> None:
+    one = table({"mup": 0.0})
+    deep = one.assign(depth=4, N=3.7 * one["N"], loss=one["loss"] * 0.98)
+    found = transfer(pd.concat([one, deep, one.assign(D=1.2e5)]))
+    assert sorted((t.group["depth"], t.group["D"]) for t in found) == [(1.0, 6e4), (1.0, 1.2e5), (4.0, 6e4)]
+    assert all(len(t.optima) == len(WIDTHS) for t in found)
+
+
+def test_a_table_without_widths_is_refused() -> None:
+    with pytest.raises(InputError, match="no column width"):
+        transfer(table({"mup": 0.0}).drop(columns="width"))

@@ -1,0 +1,275 @@
+"""What tuning is worth: known gains and multipliers come back, luck is not taken for a gain, and bounds are bounds."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import read_table
+from analysis.allocation import compute_for_loss
+from analysis.laws import CHINCHILLA
+from analysis.multipliers import size_multiplier, tuned_frontier
+from analysis.sensitivities import sensitivity
+from analysis.tuning import tuning_worth
+from sweeps.errors import InputError
+from tests.analysis.sweeps_of_rates import CURVATURE, RATES, best_rate, sweep, tuned_by
+from tests.analysis.synthetic import LAW, codes, published, surface
+
+SIZES = np.geomspace(2e4, 1e6, 5)
+TOKENS = np.geomspace(1e6, 6e7, 4)
+
+
+def off(times: float):
+    """A default at so many times the best rate of each place."""
+    return {"learning_rate": lambda known: times * best_rate(known["N"], known["D"])}
+
+
+@pytest.fixture(scope="module")
+def found():
+    return tuning_worth(sweep(SIZES, TOKENS, seeds=2), default=off(4.0))
+
+
+def test_gain_of_a_known_surface_comes_back_with_its_interval(found) -> None:
+    truth = 100 * (1 - np.exp(-0.5 * CURVATURE * np.log(4.0) ** 2))
+    assert len(found.worths) == len(SIZES) * len(TOKENS)
+    assert all(w.told_apart and w.way == "curve" and not w.at_least for w in found.worths)
+    inside = [w.percent.interval[0] <= truth <= w.percent.interval[1] for w in found.worths]
+    assert np.mean(inside) >= 0.85
+    assert np.mean([w.percent.value for w in found.worths]) == pytest.approx(truth, abs=0.1)
+
+
+def test_compute_multiplier_is_that_of_the_known_frontier(found) -> None:
+    hits = []
+    for w in found.worths:
+        tuned = float(CHINCHILLA({"N": w.group["N"], "D": w.group["D"]}, LAW))
+        default = tuned * np.exp(0.5 * CURVATURE * np.log(4.0) ** 2)
+        truth = float(compute_for_loss(tuned, LAW) / compute_for_loss(default, LAW))
+        assert w.compute.value == pytest.approx(truth, rel=0.1)
+        hits.append(w.compute.interval[0] <= truth <= w.compute.interval[1])
+    assert np.mean(hits) >= 0.85
+
+
+def test_size_multiplier_is_that_of_the_known_law_or_a_true_bound(found) -> None:
+    hits, bounded = [], 0
+    for w in found.worths:
+        tuned = float(CHINCHILLA({"N": w.group["N"], "D": w.group["D"]}, LAW))
+        share = tuned * np.expm1(0.5 * CURVATURE * np.log(4.0) ** 2) * w.group["N"] ** LAW["alpha"] / LAW["A"]
+        truth = (1 - share) ** (-1 / LAW["alpha"]) if share < 1 else np.inf
+        if w.size.bounded:
+            bounded += 1
+            assert truth > w.size.estimate.value
+            assert str(w.size).startswith("> ")
+        else:
+            low, high = w.size.estimate.interval
+            hits.append(low <= truth and (np.isnan(high) or truth <= high))
+    assert bounded, "some gains are beyond half of A / N^alpha"
+    assert len(hits) >= 8, "and some below"
+    assert np.mean(hits) >= 0.85
+
+
+def test_default_at_the_optimum_is_worth_nothing_that_can_be_told() -> None:
+    found = tuning_worth(sweep(SIZES, np.geomspace(1e6, 6e7, 8), noise=0.004, seeds=1), default=off(1.0))
+    assert np.mean([w.told_apart for w in found.worths]) <= 0.1
+    assert abs(np.mean([w.percent.value for w in found.worths])) < 0.1
+    assert "not_told_apart" in codes(found)
+    assert "gains nothing that can be told from noise" in str(found.worths[0]) or found.worths[0].told_apart
+
+
+def test_best_of_many_equal_settings_is_raised_by_its_luck() -> None:
+    """Weight decay without any effect: the lowest of nine lies 1.5 standard deviations too low."""
+    N, D, decay, seeds = (
+        a.ravel()
+        for a in np.meshgrid(SIZES, np.geomspace(1e6, 6e7, 8), np.geomspace(0.01, 1, 9), [0, 1], indexing="ij")
+    )
+    table = surface(N, D, noise=0.01, seed=3).assign(weight_decay=decay, seed=seeds.astype(int), family="llama")
+    found = tuning_worth(table, default={"weight_decay": 0.1})
+    assert {w.way for w in found.worths} == {"best setting"}
+    assert "selected_best" in codes(found, "caution")
+    naive = table.assign(y=np.log(table["loss"])).groupby(["N", "D", "weight_decay"])["y"].mean()
+    default = naive.xs(found.worths[0].default["weight_decay"], level="weight_decay")
+    uncorrected = 100 * float((default - naive.groupby(["N", "D"]).min()).mean())
+    corrected = float(np.mean([w.percent.value for w in found.worths]))
+    assert uncorrected > 0.8
+    assert abs(corrected) < 0.35 * uncorrected
+    assert np.mean([w.told_apart for w in found.worths]) <= 0.1
+
+
+def test_settings_that_are_words_are_held_against_each_other() -> None:
+    N, D, seed = (a.ravel() for a in np.meshgrid(SIZES, TOKENS, [0, 1], indexing="ij"))
+    cosine = surface(N, D, noise=0.001, seed=1).assign(schedule="cosine", seed=seed)
+    linear = surface(N, D, noise=0.001, seed=2).assign(schedule="linear", seed=seed)
+    runs = pd.concat([cosine.assign(loss=1.02 * cosine["loss"]), linear], ignore_index=True)
+    found = tuning_worth(runs, default={"schedule": "cosine"})
+    assert len(found.worths) == len(SIZES) * len(TOKENS)
+    assert np.mean([w.percent.value for w in found.worths]) == pytest.approx(2.0, abs=0.1)
+    assert all(w.default == {"schedule": "cosine"} for w in found.worths)
+
+
+def test_optimum_beyond_the_rates_tried_makes_the_gain_a_lower_bound() -> None:
+    runs = sweep(SIZES, TOKENS, 2.0 ** np.arange(-4, 0))
+    found = tuning_worth(runs, default=off(2.0**-4), noise=0.002)
+    assert all(w.at_least for w in found.worths)
+    truth = 1 - np.exp(-0.5 * CURVATURE * np.log(16.0) ** 2)
+    assert all(w.percent.value < 100 * truth for w in found.worths)
+    assert "at least" in str(found.worths[0])
+    assert "selected_best" in codes(found)
+
+
+def test_one_token_count_gives_size_by_the_law_of_size_alone() -> None:
+    runs = sweep(np.geomspace(2e4, 1e6, 7), [2e7], seeds=2, noise=0.001)
+    found = tuning_worth(runs, default=off(2.0))
+    assert "one_path" in codes(found, "info")
+    w = found.worths[2]
+    tuned = float(CHINCHILLA({"N": w.group["N"], "D": w.group["D"]}, LAW))
+    share = tuned * np.expm1(0.5 * CURVATURE * np.log(2.0) ** 2) * w.group["N"] ** LAW["alpha"] / LAW["A"]
+    assert w.size.estimate.value == pytest.approx((1 - share) ** (-1 / LAW["alpha"]), rel=0.1)
+
+
+def test_sizes_with_their_tokens_give_compute_but_no_size() -> None:
+    parts = [sweep([N], [20 * N], seeds=2, noise=0.001, seed=i) for i, N in enumerate(np.geomspace(2e4, 1e6, 7))]
+    found = tuning_worth(pd.concat(parts, ignore_index=True), default=off(2.0))
+    assert all(np.isfinite(w.compute.value) and w.compute.value > 1 for w in found.worths)
+    assert all(np.isnan(w.size.estimate.value) for w in found.worths)
+    assert "no_power_law" in codes(found, "refuse")
+
+
+def test_too_few_sizes_give_gains_without_multipliers() -> None:
+    found = tuning_worth(sweep([5e4, 2e5], [1e7], seeds=2), default=off(2.0))
+    assert len(found.worths) == 2
+    assert not found.refused
+    assert all(np.isnan(w.compute.value) and w.gain.value > 0 for w in found.worths)
+    assert "no_power_law" in codes(found, "refuse")
+
+
+def test_default_that_nobody_ran_is_a_verdict_with_the_remedy() -> None:
+    found = tuning_worth(sweep(SIZES[:2], TOKENS[:1]), default={"learning_rate": 0.9})
+    assert found.refused
+    assert "default_not_run" in codes(found, "refuse")
+    assert "Not known" in str(found)
+
+
+def test_runs_without_a_sweep_are_a_verdict() -> None:
+    runs = tuned_by(surface(SIZES, 1e7), 1.0).assign(seed=0)
+    found = tuning_worth(runs, default=off(1.0))
+    assert found.refused
+    assert codes(found, "refuse") == {"optimum_unmeasured"}
+
+
+@pytest.mark.parametrize(
+    ("default", "words"),
+    [
+        (None, "nothing says which value is the default"),
+        ({"learning_rat": 0.01}, 'did you mean "learning_rate"'),
+        ({"learning_rate": -0.01}, "must be a positive number"),
+        ({"weight_decay": 0.1, "learning_rate": 0.01}, "weight_decay does not vary"),
+    ],
+)
+def test_bad_defaults_say_what_is_wrong(default, words) -> None:
+    with pytest.raises(InputError, match=words):
+        tuning_worth(sweep(SIZES[:2], TOKENS[:1]), default=default)
+
+
+def test_the_studys_own_default_is_the_setting_at_one_times_its_rule() -> None:
+    runs = sweep(SIZES, TOKENS)
+    times = runs["learning_rate"] / best_rate(runs["N"], runs["D"])
+    own = tuning_worth(runs.assign(is_default=np.isclose(times, 4.0)))
+    named = tuning_worth(runs, default=off(4.0))
+    pd.testing.assert_frame_equal(own.table(), named.table())
+
+
+def test_settings_that_follow_the_rate_are_no_search_of_their_own() -> None:
+    runs = sweep(SIZES[:3], TOKENS[:3])
+    own = np.isclose(runs["learning_rate"] / best_rate(runs["N"], runs["D"]), 4.0)
+    runs = runs.assign(weight_decay=1e-3 / runs["learning_rate"], warmup_tokens=runs["D"] / 20, is_default=own)
+    found = tuning_worth(runs)
+    assert found.axes == ("learning_rate",)
+    assert {w.way for w in found.worths} == {"curve"}
+
+
+def test_early_rungs_of_a_search_are_no_runs() -> None:
+    runs = sweep(SIZES[:3], TOKENS[:3])
+    early = runs.assign(loss=0.5 * runs["loss"], rung=0.25)
+    both = pd.concat([runs.assign(rung=np.nan), early], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        tuning_worth(both, default=off(2.0)).table(), tuning_worth(runs, default=off(2.0)).table()
+    )
+
+
+def test_noise_is_shared_by_default_and_curve_so_that_a_given_noise_scales_the_interval() -> None:
+    runs = sweep(SIZES[:3], TOKENS[:3], noise=1e-6)
+    widths = []
+    for noise in (0.001, 0.004):
+        w = tuning_worth(runs, default=off(4.0), noise=noise).worths[0]
+        widths.append(w.percent.interval[1] - w.percent.interval[0])
+    assert widths[1] == pytest.approx(4 * widths[0], rel=0.25)
+
+
+def test_size_multiplier_grows_with_the_gain_and_is_bounded_from_half_on() -> None:
+    N, D = (a.ravel() for a in np.meshgrid(SIZES, TOKENS))
+    frontier = tuned_frontier(surface(N, D, noise=1e-4))
+    height = LAW["A"] / 1e5 ** LAW["alpha"]
+    values = [size_multiplier(frontier, 1e5, np.full(401, share * height), 0.95) for share in (0.1, 0.3, 0.49, 0.6)]
+    assert [v.bounded for v in values] == [False, False, False, True]
+    assert values[0].estimate.value == pytest.approx(0.9 ** (-1 / LAW["alpha"]), rel=0.02)
+    assert np.all(np.diff([v.estimate.value for v in values[:3]]) > 0)
+    assert values[3].estimate.value == pytest.approx(2 ** (1 / LAW["alpha"]), rel=0.05)
+
+
+def test_each_parametrisation_has_its_own_places_and_law() -> None:
+    runs = sweep(SIZES[:4], TOKENS[:3], seeds=2)
+    other = runs.assign(loss=runs["loss"] * 1.1, parametrisation="mup")
+    found = tuning_worth(pd.concat([runs.assign(parametrisation="standard"), other]), default=off(4.0))
+    assert list(found.laws) == ["llama mup", "llama standard"]
+    table = found.table().set_index(["parametrisation", "N", "D"])
+    ratio = table.loc["mup", "loss_default"] / table.loc["standard", "loss_default"]
+    assert ratio.to_numpy() == pytest.approx(1.1)
+
+
+def test_everything_goes_into_json_and_a_table(found) -> None:
+    record = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert len(record["worths"]) == len(found.worths) == len(found.table())
+    assert {"gain", "compute", "size", "told_apart", "at_least"} <= set(record["worths"][0])
+
+
+def test_optima_found_before_are_used() -> None:
+    runs = sweep(SIZES[:3], TOKENS[:3], RATES)
+    optima = sensitivity(runs).optima[:4]
+    assert len(tuning_worth(runs, default=off(2.0), optima=optima).worths) == 4
+
+
+# --- published runs ----------------------------------------------------------------------------------------------
+
+
+def test_step_law_grid_at_one_common_recipe() -> None:
+    """A rate of 1e-3 and half a million tokens a batch everywhere: right for 1 B, a third of a model short at 0.2 B."""
+    path = published("step-law-dense/dense_lr_bs_loss.csv")
+    runs = read_table(path, {"loss": "smooth loss", "batch_tokens": "2048*bs"})
+    found = tuning_worth(runs, default={"learning_rate": 1e-3, "batch_tokens": 524288})
+    table = found.table()
+    assert len(table) == 17
+    assert set(table["way"]) == {"curve"}
+    small = table[(table["N"] < 2.2e8) & (table["D"] < 5e9)].iloc[0]
+    assert small["told_apart"]
+    assert 1.3 < small["percent"] < 2.2
+    assert 1.15 < small["size_low"] < small["size"] < small["size_high"] < 1.5
+    assert 1.2 < small["compute"] < 1.5
+    large = table[table["N"] > 1e9]
+    assert not large["told_apart"].any()
+    assert (large["percent"] < 0.3).all()
+    # the best runs themselves lie no further from the curve than the gain's interval says
+    best = runs.groupby(["N", "D"])["loss"].min().to_numpy()
+    assert np.abs(table.sort_values(["N", "D"])["loss_tuned"].to_numpy() / best - 1).max() < 0.004
+
+
+def test_misfitting_runs_are_tuned_by_their_best_settings_where_three_rates_show_no_minimum() -> None:
+    runs = read_table(published("misfitting/scaling_results_last_ckpt_only.csv"))
+    runs = runs.drop(columns="excluded", errors="ignore")
+    found = tuning_worth(runs, default={"learning_rate": 1e-3})
+    table = found.table()
+    assert "selected_best" in codes(found)
+    assert table["at_least"].sum() > 20
+    small = table[table["N"] < 1e8]
+    assert small["told_apart"].mean() > 0.7
+    assert small["percent"].median() > 3
+    assert table.loc[table["N"] > 4e8, "told_apart"].mean() < 0.2, "1e-3 is right for the large models"

@@ -1,0 +1,129 @@
+"""`escala sensitivity` on tables and studies: what a user types, what is printed, and exit code 2 with one sentence."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import escala
+from tests.analysis.fans import best_rate, crossed, fan
+from tests.analysis.synthetic import grid, published, write_study
+
+
+@pytest.fixture
+def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """The front door in this process: door(*words) -> code, out, err. A folder with fan.csv and crossed.csv."""
+    monkeypatch.chdir(tmp_path)
+    fan().rename(columns={"learning_rate": "eta", "N": "params", "D": "tokens"}).to_csv("fan.csv", index=False)
+    both = crossed().rename(columns={"learning_rate": "lr"})
+    both.assign(bs=both["batch_tokens"] / 2048).drop(columns="batch_tokens").to_csv("crossed.csv", index=False)
+
+    def call(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["escala", *map(str, words)])
+        try:
+            escala.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        said = capsys.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err)
+
+    return call
+
+
+def test_a_table_with_its_own_names_is_measured(door) -> None:
+    run = door("sensitivity", "fan.csv", "--columns", "lr=eta", "--json")
+    assert run.code == 0, run.err
+    found = json.loads(run.out)
+    assert len(found["optima"]) == 5
+    for each in found["optima"]:
+        assert each["best"]["learning_rate"]["value"] == pytest.approx(best_rate(each["group"]["N"]), rel=0.1)
+    (law,) = found["laws"]
+    assert law["powers"]["N"] == pytest.approx(-0.2, abs=0.02)
+    assert found["source"]["columns"]["learning_rate"] == "eta"
+
+
+def test_batches_in_sequences_are_said_by_arithmetic(door) -> None:
+    run = door("sensitivity", "crossed.csv", "--columns", "N=N,D=D,lr=lr,batch=bs*2048,loss=loss", "--json")
+    assert run.code == 0, run.err
+    found = json.loads(run.out)
+    assert found["optima"][0]["axes"] == ["learning_rate", "batch_tokens"]
+    assert {law["hyperparameter"] for law in found["laws"]} == {"learning_rate", "batch_tokens"}
+
+
+def test_optima_laws_and_what_cannot_be_said_are_printed(door) -> None:
+    run = door("sensitivity", "fan.csv", "--columns", "lr=eta", "--eps", 0.02)
+    assert run.code == 0
+    text = " ".join(run.out.split())
+    for words in ("135 runs in 5 groups", "learning_rate = eta", "within 2 %", "power of N", "not_identifiable"):
+        assert words in text, words
+
+
+def test_rows_axes_and_method_can_be_chosen(door) -> None:
+    words = ("sensitivity", "crossed.csv", "--columns", "batch=bs*2048", "--json")
+    one = json.loads(door(*words, "--where", "N=100000").out)
+    assert {each["group"]["N"] for each in one["optima"]} == {1e5}
+    rates = json.loads(door(*words, "--axis", "learning_rate").out)
+    assert rates["optima"][0]["axes"] == ["learning_rate"]
+    near = json.loads(door(*words, "--method", "near-best").out)
+    assert near["method"] == "near-best"
+
+
+def test_everything_refused_is_exit_code_1_with_the_reasons(door, tmp_path) -> None:
+    table = fan()
+    table[table["learning_rate"] < 0.004].to_csv(tmp_path / "edge.csv", index=False)
+    run = door("sensitivity", "edge.csv")
+    assert run.code == 1
+    assert "edge_minimum" in run.out
+    assert "no power law" in run.out
+    table.assign(learning_rate=0.01).to_csv(tmp_path / "same.csv", index=False)
+    run = door("sensitivity", "same.csv")
+    assert run.code == 1
+    assert "too_few_points" in run.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("fan.csv",), "lacks learning_rate"),
+        (("fan.csv", "--columns", "lr=etta"), 'did you mean "eta"'),
+        (("crossed.csv",), "batch=bs*2048"),
+        (("fan.csv", "--columns", "lr=0*eta"), "not positive"),
+        (("fan.csv", "--columns", "lr=eta", "--eps", 0), "eps"),
+        (("fan.csv", "--columns", "lr=eta", "--method", "near"), "near-best"),
+        (("fan.csv", "--columns", "lr=eta", "--axis", "rate"), "learning_rate"),
+        (("none.csv",), "no such table"),
+    ],
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(door, words, told) -> None:
+    run = door("sensitivity", *words)
+    assert run.code == 2, run.out
+    assert run.err.startswith("error: ")
+    assert told in run.err
+
+
+def test_a_study_keeps_its_optimum_for_rules_but_not_that_of_some_rows(door, tmp_path) -> None:
+    root = write_study(tmp_path / "store", grid(seeds=2))
+    kept = root / "studies" / "demo" / "fits" / "optimum.json"
+    run = door("sensitivity", "demo", "--store", root, "--where", "seed=0")
+    assert run.code == 1
+    assert not kept.exists()
+    run = door("sensitivity", "demo", "--store", root)
+    assert run.code == 1  # a study at one rate: every group says so
+    assert "too_few_points" in run.out
+    assert json.loads(kept.read_text())["laws"][0]["refused"] is True
+    assert door("sensitivity", "demo", "--store", root, "--columns", "lr=x").code == 2
+
+
+def test_step_laws_table_is_measured_as_it_is(door) -> None:
+    path = published("step-law-dense/dense_lr_bs_loss.csv")
+    run = door("sensitivity", path, "--columns", "lr=lr,batch=bs*2048,loss=`smooth loss`", "--json")
+    found = json.loads(run.out)
+    assert run.code == 0
+    assert (found["runs"], found["diverged"], len(found["optima"])) == (1911, 181, 17)
+    assert np.isfinite(found["laws"][0]["value"])
