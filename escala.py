@@ -81,10 +81,12 @@ def plan(
     from cluster.estimate import estimate
     from cluster.ledger import compare, plan_rows, sharing, sharing_words
     from cluster.planning import read_study
+    from sweeps.summary import planned_summary, summary_lines
 
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known, refit=refit)
     rows = plan_rows(place, planned)
+    searched = planned_summary(place, planned, rows)
     totals, shared = _totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
     missing = {row["id"] for row in rows if row["state"] not in ENDED}
@@ -97,6 +99,7 @@ def plan(
             "cells": rows,
             "totals": totals,
             "shared": shared,
+            "search": searched,
             "warnings": planned.warnings,
         }
         print(json.dumps(printed | {"estimate": timed.to_json() if timed else None}))
@@ -111,6 +114,8 @@ def plan(
     )
     if shared:
         console.print(f"{sharing_words(shared)}.")
+    for line in (line for one in searched for line in summary_lines(one)):
+        console.print(line)
     if timed is None:
         console.print(f"How long this takes is not known: escala calibrate {study} times a few shapes here.")
     for line in estimate_lines(timed) if timed and missing else ():
@@ -174,13 +179,17 @@ def run(
     from cluster.driver import run_study
     from cluster.ledger import compare
     from cluster.planning import read_study
+    from sweeps.trials import with_trials
 
     place, planned, path = read_study(study, store, allow_code, accept_corpus, refit=refit)
     change = compare(place, planned)
     if not as_json:
         console.print(f"[bold]{planned.study.name}[/]: {change}.")
         _warn(planned.warnings)
-    with _terminable(), LiveProgress(quiet=as_json or change.done == len(planned.cells)) as display:
+    with (
+        _terminable(),
+        LiveProgress(quiet=as_json or (change.done == len(planned.cells) and not planned.places)) as display,
+    ):
         tally = run_study(
             place,
             planned,
@@ -196,7 +205,7 @@ def run(
     if as_json:
         print(json.dumps(vars(tally)))
     else:
-        _summary(place, planned, tally)
+        _summary(place, with_trials(place, planned), tally)
     if tally.failed or tally.stopped:
         raise typer.Exit(1)
 
@@ -542,7 +551,8 @@ def _warn(warnings: tuple[str, ...]) -> None:
 
 def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
     from cluster.display import console
-    from cluster.ledger import plan_rows, sharing, sharing_words
+    from cluster.ledger import ledger_rows, plan_rows, sharing, sharing_words
+    from sweeps.summary import search_summary, summary_lines
     from sweeps.units import duration
 
     study = planned.study.name
@@ -556,10 +566,16 @@ def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
         )
     if planned.branches and (shared := sharing(plan_rows(place, planned))):
         console.print(f"{sharing_words(shared)}.")
+    for line in (
+        line for one in search_summary(place, study, ledger_rows(place, study)) for line in summary_lines(one)
+    ):
+        console.print(line)
     for cell_id, reason in tally.failed.items():
         console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
     if tally.failed:
         console.print(f"failed cells are not tried again by themselves: escala retry --failed {study}, then run again.")
+    for note in tally.notes:
+        console.print(f"note: {note}", highlight=False)
     if tally.stopped:
         console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.", highlight=False)
     if tally.mirror_fault:

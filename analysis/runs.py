@@ -47,7 +47,7 @@ COLUMNS = (
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
-    "is_default",
+    *("trial", "rung", "is_default"),
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
@@ -70,8 +70,9 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None.
     `validation_tokens` is how many the final loss is taken over, 0 for the whole stream. `seconds` is the wall-clock
     time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
-    said of it, NaN where the plan could not say.
-    "is_default",
+    said of it, NaN where the plan could not say. `trial` is the number of the search's trial that asked for the cell
+    (the first of them, where two share it), `rung` its share of the full length; NaN where nothing was searched.
+    `is_default` says whether every hyperparameter varied in multiples is at 1 times, None without such.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -212,6 +213,8 @@ def _row(
         "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),
         "attempts": attempts,
+        "trial": labels.get("trial"),
+        "rung": labels.get("rung"),
         "is_default": _is_default(labels),
     }
     row["excluded"] = _excluded(row)
@@ -231,6 +234,8 @@ def _excluded(row: Mapping[str, Any]) -> str | None:
         return f"{state}{because}"
     if state != "finished":
         return f"not finished ({state}{because})"
+    if row["rung"] is not None and row["rung"] < 1:
+        return "an early rung of a search"
     if row["val_loss_final"] is None:
         return "finished without a final loss"
     if (row["epochs"] or 0.0) > MAX_EPOCHS:

@@ -22,7 +22,7 @@ from cluster.placement import choose_slots
 from sweeps.accounting import parameters
 from sweeps.cell import Cell, cell_from_identity
 from sweeps.errors import InputError, nearest
-from sweeps.grids import Plan
+from sweeps.grids import Plan, examples
 from sweeps.records import read_json, timestamp, write_json
 from sweeps.store import Store
 from sweeps.timing import Costs, Timed, costs_from_json, fit_costs, pick_cells, timed_from_json
@@ -64,7 +64,7 @@ def calibrate(
     the same kind and versions have timed of other shapes is kept. Raises InputError where nothing can be timed, Ray
     cannot be reached or a worker dies.
     """
-    cells = pick_cells(one.cell for one in plan.cells)
+    cells = pick_cells(one.cell for one in (*plan.cells, *examples(plan)))
     if not cells:
         raise InputError("all cells of this study have a trainer of their own: there is nothing that can be timed.")
     ray = start_ray(address, workers)

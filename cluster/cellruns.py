@@ -33,6 +33,7 @@ def run_name(record: Json, labels: Mapping[str, Any]) -> str:
     identity = described(record)["identity"]
     name = f"{identity['family']} N={human(record['counts']['N'])} D={human(identity['tokens'])}"
     name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
+    name += f" trial {labels['trial']}" if "trial" in labels else ""
     return name + (f" seed {identity['seed']}" if identity["seed"] and not is_foreign(record) else "")
 
 
@@ -75,6 +76,8 @@ def state_tags(store: Store, study: str, entry: Json, state: CellState, record: 
     if "trunk" in entry or (state.result or {}).get("trunk"):
         trunk = trunk_of(entry, state.result) or {}  # empty: it was to branch off, and had to train all of it
         tags |= {"escala.trunk": trunk.get("cell", ""), "escala.trunk_tokens": str(trunk.get("tokens", ""))}
+    labels = entry.get("labels", {})
+    tags |= {f"escala.{name}": str(labels[name]) for name in ("search", "trial", "rung") if name in labels}
     owner = _owner(store, cell_id, state, record)
     return tags | ({"escala.reused": owner} if owner not in (None, study) else {})
 

@@ -39,6 +39,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     those go that follow from others."""
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
+    varied += [key for key in ("trial", "rung") if any(key in row["labels"] for row in rows)]
     origin = ["spent", "from"] if any(row["trunk"] for row in rows) else []
     batch = ["batch"] if len({row["batch_tokens"] for row in rows}) > 1 else []
     decay = ["wd"] if len({row["weight_decay"] for row in rows}) > 1 else []

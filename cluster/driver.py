@@ -8,7 +8,6 @@ another took over.
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from cluster.ledger import register
 from cluster.leftovers import descendants, end_processes, settle
 from cluster.mirror import Mirror
 from cluster.placement import cells_together, choose_slots, threads_for
-from cluster.progress import Progress, Running, Tail
+from cluster.progress import Progress, Running, Tail, Tally
 from cluster.queue import Queue
+from cluster.searching import Searching
 from sweeps.errors import InputError
 from sweeps.grids import Plan, PlannedCell
 from sweeps.memory import demand
@@ -40,24 +40,6 @@ LARGE_STEP_FLOPS = 1e10
 """From so many a step on, several threads are faster than one."""
 GRACE_SECONDS = 20.0
 """How long running cells get to keep a checkpoint at Ctrl-C."""
-
-
-@dataclass
-class Tally:
-    """What one run of the driver did."""
-
-    finished: int = 0
-    diverged: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    """Cell id -> reason."""
-    skipped: int = 0
-    """Cells that had ended before, or that another study trained meanwhile."""
-    planned: int = 0
-    """Cells that are still to do."""
-    stopped: str | None = None
-    """Why the run ended before its cells: interrupted, cancelled, given up, taken over."""
-    seconds: float = 0.0
-    mirror_fault: str | None = None
 
 
 def run_study(
@@ -86,6 +68,9 @@ def run_study(
         wish = read_wish(store, study)
         if wish is not None and wish.wish == "pause":
             raise InputError(f"study {study} is {wish}. Lift it first: escala resume {study}.")
+        search = Searching(store, plan)
+        search.grow(0)  # what a killed driver did not tell
+        plan = search.plan
         register(store, plan, text)
         states = {one.cell.id: cell_state(store, one.cell.id) for one in plan.cells}
         missing = [one for one in plan.cells if states[one.cell.id].state in ("planned", "running")]
@@ -95,14 +80,14 @@ def run_study(
             cell_id: state.reason or "unknown" for cell_id, state in states.items() if state.state == "failed"
         }
         mirror = Mirror(store, study, tracking_uri, claim.holds)
-        if not missing and mirror.is_complete():
+        if not missing and not search.goes_on() and mirror.is_complete():
             return tally
         with _Connected(mirror):
-            if missing:
-                pool = _Pool(store, plan, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
+            if missing or search.goes_on():
+                pool = _Pool(store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
                 pool.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 pool.run(tally, address, workers)
-        tally.mirror_fault = mirror.fault
+        tally.mirror_fault, tally.notes = mirror.fault, search.said
         tally.seconds = time.monotonic() - began
         return tally
 
@@ -133,7 +118,7 @@ class _Pool:
     def __init__(
         self,
         store: Store,
-        plan: Plan,
+        search: Searching,
         missing: list[PlannedCell],
         mirror: Mirror,
         claim: Claim,
@@ -142,10 +127,11 @@ class _Pool:
         checkpoint_seconds: float,
         give_up_after: int,
     ) -> None:
-        self.store, self.plan, self.mirror, self.claim, self.watch = store, plan, mirror, claim, watch
+        self.store, self.mirror, self.claim, self.watch = store, mirror, claim, watch
+        self.search, self.plan = search, search.plan
         self.base_dir = str(base_dir) if base_dir else None
         self.checkpoint_seconds, self.give_up_after = checkpoint_seconds, give_up_after
-        self.queue = Queue(store, plan)
+        self.queue = Queue(store, self.plan)
         self.missing = missing
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
@@ -168,12 +154,13 @@ class _Pool:
     def run(self, tally: Tally, address: str, limit: int | None) -> None:
         self.began = time.monotonic()
         self._settle(tally, self.missing)
+        self._grow(tally, 1)
         ray = start_ray(address, limit)
         if address == "local":
             self.family = descendants()
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
-            resources, left = ray.cluster_resources(), len(self.queue) + len(self.elsewhere)
+            resources, left = ray.cluster_resources(), self._left()
             together = self._together(ray) if resources.get("GPU") else 1
             self.slots = choose_slots(resources, left, limit, together)
             self.cores = int(resources.get("CPU", 1))
@@ -191,7 +178,8 @@ class _Pool:
 
     def _together(self, ray: Any) -> int:
         """How many of the cells that are left a GPU holds side by side."""
-        cells = {(one.cell.shape, one.cell.sequences, one.cell.precision) for one in self.queue.cells()}
+        waiting = [*self.queue.cells(), *self.search.examples()]
+        cells = {(one.cell.shape, one.cell.sequences, one.cell.precision) for one in waiting}
         needs = [demand(*shape, device="cuda") for shape in cells]
         try:
             return cells_together(needs, gpu_bytes(ray))
@@ -200,7 +188,7 @@ class _Pool:
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0
-        while self.queue or self.tasks or self.elsewhere:
+        while self.queue or self.tasks or self.elsewhere or self.search.goes_on():
             if not self.claim.holds():
                 tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
                 return
@@ -212,6 +200,7 @@ class _Pool:
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
+            self._grow(tally, len(self.idle) - len(self.queue) if self.wish is None else 0)
             while self.idle and self.wish is None and (unit := self.queue.take(len(self.idle), self.slots.device)):
                 self._start(unit)
             if self.tasks:
@@ -226,6 +215,17 @@ class _Pool:
                 if (fate := task.fate()) is not None:
                     task.kill(ray, fate)
             self.watch(self._progress(tally))
+
+    def _grow(self, tally: Tally, idle: int) -> None:
+        """Take in the cells of a search's next trials, where workers have nothing else to do."""
+        if new := self.search.grow(max(0, idle)):
+            self.plan = self.search.plan
+            self.queue.extend(self.plan, len(self.plan.cells) - len(new))
+            self._settle(tally, new)
+
+    def _left(self) -> int:
+        """Cells that no worker has, those of a search's trials to come among them."""
+        return len(self.queue) + len(self.elsewhere) + self.search.to_come()[0]
 
     def _in_hands(self) -> list[Hand]:
         return [hand for task in self.tasks.values() for hand in task.hands]
@@ -247,7 +247,7 @@ class _Pool:
         """One thread a worker, but for the last cells of a run, if they are large enough to share the idle cores."""
         if sum(one.cell.batch_tokens * one.counts["flops_per_token"] for one in unit) < LARGE_STEP_FLOPS:
             return 1
-        left = len(self.queue) + len(self.elsewhere) + len(self._in_hands()) + len(unit)
+        left = self._left() + len(self._in_hands()) + len(unit)
         return threads_for(left, self.slots.count, self.cores)
 
     def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
@@ -397,7 +397,8 @@ class _Pool:
         )
         done = self.flops_done + under_way
         waiting = [*self.queue.cells(), *self.elsewhere.values(), *(hand.one for hand in hands)]
-        left = sum(self._to_spend(one) for one in waiting) - under_way
+        more, flops = self.search.to_come()
+        left = sum(self._to_spend(one) for one in waiting) - under_way + flops
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": tally.finished + tally.skipped,
@@ -407,6 +408,5 @@ class _Pool:
             "planned": len(self.queue) + len(self.elsewhere),
         }
         eta = elapsed * left / done if done else None
-        ended, self.ended = tuple(self.ended), []
-        fault = self.mirror.fault
-        return Progress(counts, len(self.plan.cells), tuple(running), eta, self.slots.count, fault, ended, self.wish)
+        ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
+        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish)

@@ -1,6 +1,8 @@
 """The ledger: a study's plan on record, and the state of each of its cells, read from files alone."""
 
+import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,27 +61,41 @@ def compare(store: Store, plan: Plan) -> Change:
 
 def register(store: Store, plan: Plan, text: bytes) -> None:
     """Put a plan on record: each cell's cell.json, then the study's plan.json and the text of its file."""
-    for one in plan.cells:
+    _note_cells(store, plan.cells)
+    seconds = predicted_seconds(store, plan)
+    fault("plan.before_write")
+    write_bytes(store.study(plan.study.name) / "study.yaml", text)
+    _write_plan(store, plan, seconds)
+
+
+def register_growth(store: Store, plan: Plan, known: int) -> None:
+    """Put on record the cells that a plan has won since it had `known`: those of a search's new trials."""
+    _note_cells(store, plan.cells[known:])
+    fault("plan.before_write")
+    _write_plan(store, plan, {})
+
+
+def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
+    for one in cells:
         path = store.cell(one.cell.id) / "cell.json"
         if not path.exists():
             record = {"format": FORMAT, "id": one.cell.id, "identity": one.cell.identity, "counts": dict(one.counts)}
             write_json(path, record, sync=False)
         note_lineage(store, one.cell)
-    folder = store.study(plan.study.name)
-    seconds = predicted_seconds(store, plan)
-    fault("plan.before_write")
-    write_bytes(folder / "study.yaml", text)
-    write_json(
-        folder / "plan.json",
-        {
-            "format": FORMAT,
-            "planned": timestamp(),
-            "study": plan.study.model_dump(mode="json", by_alias=True),
-            "corpus": asdict(plan.corpus),
-            "cells": [_entry(plan, one) | seconds.get(one.cell.id, {}) for one in plan.cells],
-        }
-        | ({"fitted": {name: fit.to_json() for name, fit in plan.fits.items()}} if plan.fits else {}),
-    )
+
+
+def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, Mapping[str, float]]) -> None:
+    record = {
+        "format": FORMAT,
+        "planned": timestamp(),
+        "study": plan.study.model_dump(mode="json", by_alias=True),
+        "corpus": asdict(plan.corpus),
+        "cells": [_entry(plan, one) | dict(seconds.get(one.cell.id, {})) for one in plan.cells],
+    }
+    record |= {"fitted": {name: fit.to_json() for name, fit in plan.fits.items()}} if plan.fits else {}
+    indent = None if plan.places else 1  # that of a search is written for each trial; indenting takes ten times as long
+    content = json.dumps(record, indent=indent, allow_nan=False).encode() + b"\n"
+    write_bytes(store.study(plan.study.name) / "plan.json", content)
 
 
 def _entry(plan: Plan, one: PlannedCell) -> dict[str, Any]:

@@ -67,11 +67,12 @@ class Mirror:
         self.fault: str | None = None
         """What did not get through in the last pass, for people to see."""
         self._path = store.study(study) / "mirror.json"
-        self._entries: dict[str, Json] = {entry["id"]: entry for entry in read_plan(store, study)["cells"]}
+        self._entries: dict[str, Json] = {}
+        self._planned: int | None = None
+        self._open: set[str] = set()
         self._state = self._read_state()
         self._changed = False
         self._replan()
-        self._open = {cell_id for cell_id in self._entries if not self._cells.get(cell_id, {}).get("closed")}
         self._rows = Rows(store)
         self._rests: dict[str, _Rest] = {}
         self._found: dict[str, list[Run]] | None = None
@@ -129,6 +130,7 @@ class Mirror:
         """
         look = final or time.monotonic() - self._looked >= LOOK_SECONDS
         faults: list[str] = []
+        self._attempt("plan.json", self._replan, faults)
         if answers := self._holds(faults):
             if look:
                 self._attempt("quarantine", self.merge_quarantine, faults)
@@ -391,11 +393,19 @@ class Mirror:
         return self._new_state() | (state if same else {})
 
     def _replan(self) -> None:
-        """Say anew what a plan that has grown changes of cells that are in MLflow: whose trunk they share."""
+        """Where the plan on record has changed, as that of a search does, know its cells; and say anew what that
+        changes of cells that are in MLflow: whose trunk they share."""
+        path = self.store.study(self.study) / "plan.json"
+        stamp = path.stat().st_mtime_ns if path.exists() else None
+        if self._planned is not None and stamp == self._planned:
+            return
+        self._entries = {entry["id"]: entry for entry in read_plan(self.store, self.study)["cells"]}
+        self._planned = stamp
         for cell_id, kept in self._cells.items():
             if cell_id in self._entries and kept.get("trunk") != self._entries[cell_id].get("trunk"):
                 kept |= {"closed": False, "state": None}
                 self._changed = True
+        self._open = {cell_id for cell_id in self._entries if not self._cells.get(cell_id, {}).get("closed")}
 
     def _new_state(self) -> Json:
         empty: Json = {"cells": {}, "quarantine": {}, "parent": {}, "doubtful": {}}

@@ -15,15 +15,20 @@ from cluster.display import cell_table, console
 from cluster.ledger import count_states, sharing, sharing_words
 from cluster.watching import status_rows
 from sweeps.store import Store
+from sweeps.summary import search_summary, summary_lines
 from sweeps.units import duration, human
 
 WATCH_SECONDS = 2.0
 
 
 def study_picture(
-    rows: list[dict[str, Any]], name: str, everything: list[dict[str, Any]] | None = None
+    rows: list[dict[str, Any]],
+    name: str,
+    everything: list[dict[str, Any]] | None = None,
+    searched: Sequence[Mapping[str, Any]] = (),
 ) -> RenderableType:
-    """The cells, then those that run with how far they are, then the counts. everything: where `rows` are a part."""
+    """The cells, then those that run with how far they are, then the counts. everything: where `rows` are a part.
+    searched: the summary of a search (sweeps/summary.py)."""
     parts: list[RenderableType] = [cell_table(rows, title=name, width=console.width)]
     if running := [row for row in rows if row["progress"]]:
         parts += [Text(), running_table(running)]
@@ -33,6 +38,7 @@ def study_picture(
     parts.append(Text(counts + (f"   (attempts that failed: {told})" if told else "")))
     if shared := sharing(everything or rows):
         parts.append(Text(f"{sharing_words(shared)}."))
+    parts += [Text(line) for one in searched for line in summary_lines(one)]
     parts += [Text(f"{row['id'][:8]} other numerics since {row['numerics']}") for row in rows if row["numerics"]]
     return Group(*parts)
 
@@ -66,28 +72,30 @@ def watch_study(store: Store, name: str) -> None:
         try:
             while True:
                 rows = status_rows(store, name)
+                searched = search_summary(store, name, rows)
                 drivers = [holder for study, holder in living_drivers(store) if study == name]
                 by = f"driver {drivers[0]['pid']} on {drivers[0]['host']}" if drivers else "no driver runs"
                 wish = read_wish(store, name)
                 by += f", {wish}" if wish is not None and (wish.wish == "pause" or drivers) else ""
                 dim = Text(f"{time.strftime('%H:%M:%S')}, {by}; Ctrl-C ends this view, not the study", style="dim")
-                live.update(Group(_newest(rows, name), dim), refresh=True)
-                if not {"planned", "running"} & {row["state"] for row in rows}:
+                live.update(Group(_newest(rows, name, searched), dim), refresh=True)
+                left = any(one["to_come"] for one in searched) and drivers
+                if not left and not {"planned", "running"} & {row["state"] for row in rows}:
                     return
                 time.sleep(WATCH_SECONDS)
         except KeyboardInterrupt:
             return
 
 
-def _newest(rows: list[dict[str, Any]], name: str) -> RenderableType:
+def _newest(rows: list[dict[str, Any]], name: str, searched: Sequence[Mapping[str, Any]]) -> RenderableType:
     """What fits the screen: the cells that run or wait come first where there are too many."""
     room = max(5, console.height - 8 - sum(row["state"] == "running" for row in rows))
     if len(rows) <= room or not console.is_terminal:
-        return study_picture(rows, name)
+        return study_picture(rows, name, searched=searched)
     order = {"running": 0, "failed": 1, "diverged": 2, "planned": 3}
     shown = sorted(rows, key=lambda row: order.get(row["state"], 4))[:room]
     counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
-    return Group(study_picture(shown, name, rows), Text(f"of all {len(rows):,} cells: {counts}"))
+    return Group(study_picture(shown, name, rows, searched), Text(f"of all {len(rows):,} cells: {counts}"))
 
 
 def _sum_of(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from sweeps.fitted import Fit, changed_laws, fit_from_json, fitted_studies, read
 from sweeps.grids import Plan, plan_study
 from sweeps.store import Store, open_store, read_plan, study_names
 from sweeps.studyfile import find_study_file, load_study
+from sweeps.trials import with_trials
 
 
 def read_study(
@@ -55,6 +56,7 @@ def read_study(
         )
     try:
         planned = plan_study(declared, corpus, allow_code=allow_code, base_dir=base_dir, fits=fits)
+        planned = with_trials(place, planned)
     except InputError as error:
         newer = [name for name in fits if name in pinned_fits and _newer(place, fits[name])]
         hint = f"\n  The fit of {' and of '.join(newer)} has changed since this study was planned: --refit takes it."

@@ -1,9 +1,29 @@
-"""How a run stands at a moment, for displays: read from the logs of the cells that run."""
+"""How a run stands at a moment, for displays: read from the logs of the cells that run; and what it did, at its end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sweeps.records import read_rows
 from sweeps.store import Store, attempt_epochs
+
+
+@dataclass
+class Tally:
+    """What one run of the driver did."""
+
+    finished: int = 0
+    diverged: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    """Cell id -> reason."""
+    skipped: int = 0
+    """Cells that had ended before, or that another study trained meanwhile."""
+    planned: int = 0
+    """Cells that are still to do."""
+    stopped: str | None = None
+    """Why the run ended before its cells: interrupted, cancelled, given up, taken over."""
+    notes: tuple[str, ...] = ()
+    """What people should know of a search, in sentences."""
+    seconds: float = 0.0
+    mirror_fault: str | None = None
 
 
 @dataclass(frozen=True)

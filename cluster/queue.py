@@ -17,9 +17,9 @@ class Queue:
     """The cells that no worker has."""
 
     def __init__(self, store: Store, plan: Plan) -> None:
-        self._store, self._stacking, self._branches = store, plan.study.stack, plan.branches
-        cells = plan.cells if self._stacking != "off" else ()
-        self._keys = {one.cell.id: stack_key(one.cell) for one in cells}
+        self._store, self._stacking = store, plan.study.stack
+        self._keys: dict[str, str | None] = {}
+        self.extend(plan)
         self._ready: deque[PlannedCell] = deque()
         self._alike: Counter[str | None] = Counter()
         """Ready cells by stack key."""
@@ -28,6 +28,12 @@ class Queue:
 
     def __len__(self) -> int:
         return len(self._ready) + sum(map(len, self._waiting.values()))
+
+    def extend(self, plan: Plan, known: int = 0) -> None:
+        """Know the cells of a plan that has grown since it had `known`, before any of them is put."""
+        self._branches = plan.branches
+        for one in plan.cells[known:] if self._stacking != "off" else ():
+            self._keys[one.cell.id] = stack_key(one.cell)
 
     def cells(self) -> list[PlannedCell]:
         """All that wait, those that could begin first."""

@@ -43,6 +43,7 @@ def status(
     from cluster.ledger import count_states, sharing
     from cluster.watching import status_rows
     from sweeps.errors import InputError
+    from sweeps.summary import search_summary
 
     if watch and as_json:
         raise InputError("--watch draws for people; for JSON ask again and again without it.")
@@ -54,16 +55,17 @@ def status(
         watch_study(place, name)
         return
     rows = status_rows(place, name)
+    searched = search_summary(place, name, rows)
     wish = read_wish(place, name)
     paused = str(wish) if wish is not None and wish.wish == "pause" else None
     if as_json:
-        told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows), "cells": rows}
-        print(json.dumps(told))
+        told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows)}
+        print(json.dumps(told | {"search": searched, "cells": rows}))
         return
     from cluster.display import console
     from cluster.overview import study_picture
 
-    console.print(study_picture(rows, name))
+    console.print(study_picture(rows, name, searched=searched))
     if paused:
         console.print(f"{paused}; go on with: escala resume {name}", highlight=False)
 

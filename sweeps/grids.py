@@ -7,7 +7,7 @@ cell. Equal cells are planned once. Every fault is collected, so that all are re
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -62,6 +62,32 @@ class PlannedCell:
 
 
 @dataclass(frozen=True)
+class Place:
+    """One place of a grid with its seed: where any setting of the searched hyperparameters makes a cell."""
+
+    study: Study
+    corpus: CorpusInfo
+    family: Family
+    options: Mapping[str, Any]
+    point: "_Point"
+    variation: Mapping[str, tuple[str, Any]]
+    seed: int
+    trainer: str
+    fits: Mapping[str, Fit]
+
+    def plan(self, setting: Mapping[str, Any] | None = None, share: float = 1.0) -> PlannedCell:
+        """The cell of a setting {hyperparameter: value}, of a share of the place's length. ValueError where none is."""
+        point, chosen = self.point, {name: ("value", value) for name, value in (setting or {}).items()}
+        if share != 1.0:
+            lengths = ("tokens", "flops", "tokens_per_parameter")
+            point = replace(point, **{n: share * v for n in lengths if (v := getattr(point, n)) is not None})
+        variation = {**self.variation, **chosen}
+        return _plan_cell(
+            self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer, self.fits
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """All cells of a study, each once, with what the researcher should know before they run."""
 
@@ -73,6 +99,8 @@ class Plan:
     warnings: tuple[str, ...]
     fits: Mapping[str, Fit]
     """The fits of other studies that the cells' hyperparameters come from, by study."""
+    places: tuple[Place, ...] = ()
+    """Of a study that searches: where its trials train. Its cells are those of the trials asked so far."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +136,7 @@ def plan_study(
     faults: dict[str, None] = {}
     trainer = trainer_identity(study.trainer, base_dir if allow_code else None) if study.trainer else ""
     declared = 0
+    places: list[Place] = []
     for name, given in study.families.items():
         try:
             family = find_family(name, allow_code=allow_code, base_dir=base_dir)
@@ -120,12 +149,15 @@ def plan_study(
             declared += 1
             if declared > MAX_CELLS:
                 raise InputError(f"the study declares more than {MAX_CELLS:,} cells. Split it, or vary less.")
-            try:
-                one = _plan_cell(study, corpus, family, options, point, variation, seed, trainer, fits)
-            except ValueError as error:
-                faults[str(error)] = None
-            else:
-                planned.setdefault(one.cell.id, one)
+            place = Place(study, corpus, family, options, point, variation, seed, trainer, fits)
+            places.append(place)
+            for setting in corners(study):
+                try:
+                    one = place.plan(setting)
+                except ValueError as error:
+                    faults[str(error)] = None
+                else:
+                    planned.setdefault(one.cell.id, one)
     faults |= dict.fromkeys(_epoch_faults(study, corpus, planned.values()))
     faults |= dict.fromkeys(_stack_faults(study, [one.cell for one in planned.values()]))
     if faults:
@@ -133,8 +165,24 @@ def plan_study(
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(f"the study cannot be planned:\n{shown}{more}")
     cells = tuple(planned.values())
+    warnings = tuple(_warnings(study, cells))
+    if study.search is not None:  # its cells come from its trials (sweeps/search.py)
+        return Plan(study, corpus, (), {}, warnings, dict(fits), tuple(places))
     branches = plan_branches(one.cell for one in cells)
-    return Plan(study, corpus, cells, branches, tuple(_warnings(study, cells)), dict(fits))
+    return Plan(study, corpus, cells, branches, warnings, dict(fits))
+
+
+def examples(plan: Plan) -> list[PlannedCell]:
+    """What the trials of a search will train: the cells of both ends of its space. Empty where nothing is searched."""
+    return [place.plan(setting) for place in plan.places for setting in corners(plan.study)]
+
+
+def corners(study: Study) -> list[dict[str, Any]]:
+    """The settings at which a place is planned to see whether it can be: both ends of what is searched, if anything."""
+    if study.search is None:
+        return [{}]
+    space = study.search.space
+    return [{name: axis.ends()[side] for name, axis in space.items()} for side in (0, 1)]
 
 
 # --- points ------------------------------------------------------------------------------------------------------

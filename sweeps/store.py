@@ -15,6 +15,7 @@
     cells/<id>/result.json                       the end of the cell, written once
     lineages/<lineage>/<id>                      cells that share a past (sweeps/lineage.py)
     studies/<name>/{study.yaml, plan.json, quarantine.json, fits/<law>.json, report.html}
+    studies/<name>/search/journal.log            the trials of a search, in Optuna's own format (sweeps/trials.py)
     studies/<name>/driver-<k>.json               who drives it (cluster/claims.py)
     studies/<name>/control.json                  what people wish: pause, drain, cancel (cluster/control.py)
     studies/<name>/mirror.json                   what MLflow has acknowledged (cluster/mirror.py)

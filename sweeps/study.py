@@ -23,6 +23,7 @@ from sweeps.families import find_family, resolve_options
 from sweeps.fitted import GIVES, FittedRule, fitted_studies
 from sweeps.published import PublishedRule, check_gives
 from sweeps.rules import Count, Number, Positive, PowerRule, Whole
+from sweeps.space import Search
 from sweeps.store import STUDY_NAME
 
 
@@ -423,6 +424,8 @@ class Study(Declared):
     a number, always, that many together at most."""
     vary: dict[str, Variation] = {}
     """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
+    search: Search | None = None
+    """Hyperparameters that a sampler chooses trial by trial (sweeps/space.py): the study's cells are its trials'."""
 
     @field_validator("name")
     @classmethod
@@ -497,3 +500,18 @@ class Study(Declared):
         if str(info.data.get("name")) in fitted_studies(plain):
             raise ValueError("a study cannot take a hyperparameter from its own runs; name another under `fitted`")
         return value
+
+    @model_validator(mode="after")
+    def _searched_once(self) -> "Study":
+        if self.search is None:
+            return self
+        for name, axis in self.search.space.items():
+            check_hyperparameter(name, *(axis.categorical or axis.bounds()))
+            if name in self.vary:
+                raise ValueError(f"search: {name} stands in vary too; it is varied or searched")
+            if isinstance(self.grid, PointsGrid) and any(name in point.training for point in self.grid.points):
+                raise ValueError(f"search: {name} is set at a point of the grid too; take it out there, or here")
+        for setting in self.search.start:
+            for name, value in setting.items():
+                check_hyperparameter(name, value)
+        return self

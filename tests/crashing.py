@@ -89,6 +89,19 @@ def register(root: str, study: str, corpus: str) -> Any:
         return claim.number
 
 
+def search(root: str, study: str, corpus: str) -> Any:
+    """Search a study, its cells ended by the writing of their results."""
+    from searched import drive
+
+    from sweeps.corpora import read_meta
+    from sweeps.grids import plan_study
+    from sweeps.store import open_store
+    from sweeps.studyfile import load_study
+
+    plan = plan_study(load_study(Path(study)), read_meta(Path(corpus))[0])
+    return [one.cell.id for one in drive(open_store(root), plan)]
+
+
 def settle(root: str, cell: str, driver: int) -> Any:
     from cluster import leftovers
     from sweeps.store import Store

@@ -22,6 +22,7 @@ import eager
 import fits
 import mirror
 import overhead
+import searching
 import sensitivity
 import stalls
 import step
@@ -52,6 +53,7 @@ BENCHMARKS = {
     "transfer": transfer.transfer,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
+    "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,
 }

@@ -139,7 +139,7 @@ def passed(bench: Bench) -> dict[str, int]:
     return found
 
 
-ATTEMPT = [name for name in POINTS if name.partition(".")[0] not in ("plan", "claim", "leftovers", "mirror")]
+ATTEMPT = [name for name in POINTS if name.partition(".")[0] not in ("plan", "claim", "leftovers", "mirror", "search")]
 WRITES = [name for name in ATTEMPT if name.endswith((".before_write", ".before_rename", ".before_link"))]
 FAILS = "log.before_write:enospc@4,"
 """Makes an attempt fail, so that it has an error to record."""

@@ -1,0 +1,95 @@
+"""A search in figures: how many trials of each group are asked, told and to come, the best of them, what rungs tell.
+
+Read from Optuna's journal and the plan on record, so that whoever looks needs no driver and no study file.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sweeps.grids import Plan
+from sweeps.records import Json
+from sweeps.rungs import Correlation, correlation, pairs_of
+from sweeps.samplers import grid_size
+from sweeps.space import Search
+from sweeps.store import Store, read_plan, study_names
+from sweeps.trials import Trial, expected_cost, groups, journal_path, open_journal, read_group
+from sweeps.units import flops
+
+STATES = {"RUNNING": "running", "COMPLETE": "told", "PRUNED": "ended at a rung", "FAIL": "failed"}
+
+
+def search_summary(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """One entry per group of a study on record, in the order of its plan; empty where the study searches nothing.
+
+    rows: the study's ledger rows. {"group", "planned": trials, "asked", "to_come", "running", "told", "ended at a
+    rung", "failed", "diverged", "best": {"trial", "loss" (nats), "setting"} or None, "rungs": [rank correlations],
+    "C_spent": FLOPs of all that are asked, "C_to_come": about what the others will cost; None where none has run}.
+    """
+    declared = read_plan(store, name)["study"].get("search") if name in study_names(store) else None
+    if not declared:
+        return []
+    names = dict.fromkeys(row["labels"]["search"] for row in rows if "search" in row["labels"])
+    return _summarise(store, name, Search.model_validate(declared), names, rows)
+
+
+def planned_summary(store: Store, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
+    """The same for a plan as its file declares it now; rows: the plan's. Knows what trials cost before one has run."""
+    search = plan.study.search
+    if search is None:
+        return []
+    costs = {group.name: expected_cost(group, search) for group in groups(plan)}
+    return _summarise(store, plan.study.name, search, costs, rows)
+
+
+def _summarise(
+    store: Store, name: str, search: Search, costs: Mapping[str, float | None], rows: Sequence[Mapping[str, Any]]
+) -> list[Json]:
+    """costs: group -> FLOPs of a trial to come, None where they are to be taken from those that have run."""
+    path = journal_path(store, name)
+    storage = open_journal(path) if path.exists() else None
+    found = []
+    for group, cost in costs.items():
+        trials = read_group(storage, group, search) if storage else []
+        its = [row for row in rows if row["labels"].get("search") == group]
+        found.append(_of_group(group, search, trials, its, cost))
+    return found
+
+
+def summary_lines(one: Mapping[str, Any]) -> Iterator[str]:
+    """A group's entry in words: `llama N=9.7k D=40k: 12 of 30 trials asked (9 told, 3 running); best 2.345 ...`."""
+    told = [f"{one[word]} {word}" for word in (*STATES.values(), "diverged") if one[word]]
+    line = f"{one['group'].rpartition(' ')[0]}: {one['asked']} of {one['planned']} trials asked"
+    line += f" ({', '.join(told)})" if told else ""
+    if one["to_come"] and one["C_to_come"]:
+        line += f", about {flops(one['C_to_come'])} FLOPs to come"
+    if best := one["best"]:
+        setting = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["setting"].items())
+        line += f"; best loss {best['loss']:.4f} at {setting} (trial {best['trial']})"
+    yield line
+    yield from (f"  {Correlation.from_json(rung)}" for rung in one["rungs"])
+
+
+def _of_group(
+    group: str, search: Search, trials: Sequence[Trial], rows: Sequence[Mapping[str, Any]], cost: float | None
+) -> Json:
+    spent = sum(row["C_spent"] for row in rows)
+    ended = [(one.value, one) for one in trials if one.state == "COMPLETE" and one.value is not None]
+    loss, best = min(ended, key=lambda pair: pair[0], default=(None, None))
+    states = Counter(STATES[one.state] for one in trials)
+    planned = min(search.trials, grid_size(search)) if search.sampler == "grid" else search.trials
+    asked = sum(one.counts for one in trials)
+    to_come = max(0, planned - asked)
+    cost = spent / asked if cost is None and asked else cost
+    return {
+        "group": group,
+        "planned": planned,
+        "asked": asked,
+        "to_come": to_come,
+        **{word: states.get(word, 0) for word in STATES.values()},
+        "diverged": sum(row["state"] == "diverged" for row in rows),
+        "best": best and {"trial": best.number, "loss": loss, "setting": dict(best.setting)},
+        "rungs": [correlation(share, pairs_of(trials, search.seed, group, share)).to_json() for share in search.rungs],
+        "C_spent": spent,
+        "C_to_come": to_come * cost if cost is not None else None,
+    }
