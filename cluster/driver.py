@@ -25,8 +25,9 @@ from cluster.progress import Progress, Running, Tail, Tally
 from cluster.queue import Queue
 from cluster.searching import Searching
 from sweeps.errors import InputError
-from sweeps.grids import Plan, PlannedCell
+from sweeps.grids import Plan
 from sweeps.memory import demand
+from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE
 from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, cell_state, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS

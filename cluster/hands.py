@@ -6,7 +6,7 @@ from typing import Any
 from cluster.leftovers import kill_worker
 from cluster.progress import Tail
 from cluster.pulse import Pulse
-from sweeps.grids import PlannedCell
+from sweeps.planned import PlannedCell
 from sweeps.store import Attempt, Store, ask_to_stop, attempt_epochs, cell_state
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from cluster.estimate import predicted_seconds
 from sweeps.faults import fault
 from sweeps.foreign import described
-from sweeps.grids import Plan, PlannedCell
+from sweeps.grids import Plan
 from sweeps.lineage import note_lineage
+from sweeps.planned import PlannedCell
 from sweeps.records import timestamp, write_bytes, write_json
 from sweeps.rules import adamw_timescale
 from sweeps.store import (

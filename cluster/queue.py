@@ -8,7 +8,8 @@ import itertools
 from collections import Counter, deque
 from typing import Literal
 
-from sweeps.grids import Plan, PlannedCell
+from sweeps.grids import Plan
+from sweeps.planned import PlannedCell
 from sweeps.stacks import LEAST_GAIN, known_gain, stack_key, stack_size
 from sweeps.store import Store, attempt_epochs, cell_state
 

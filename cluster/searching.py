@@ -5,7 +5,8 @@ these before a worker has them. What a driver leaves between two of these steps 
 """
 
 from cluster.ledger import register_growth
-from sweeps.grids import Plan, PlannedCell, examples
+from sweeps.grids import Plan, examples
+from sweeps.planned import PlannedCell
 from sweeps.search import Searcher
 from sweeps.store import Store
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.faults import fault
-from sweeps.grids import Plan, PlannedCell
+from sweeps.grids import Plan
+from sweeps.planned import PlannedCell
 from sweeps.rungs import Correlation, correlation, is_control, is_promising, pairs_of
 from sweeps.samplers import distributions, grid_order, grid_size, make_sampler
 from sweeps.schedules import stable_steps

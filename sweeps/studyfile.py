@@ -15,8 +15,9 @@ from pydantic import BaseModel, ValidationError
 from sweeps.errors import InputError, nearest, plain_fault
 from sweeps.fitted import FittedRule
 from sweeps.published import PublishedRule
+from sweeps.recipe import NamedSchedule
 from sweeps.rules import PowerRule
-from sweeps.study import Factors, LogRange, LogVary, NamedSchedule, Study
+from sweeps.study import Factors, LogRange, LogVary, Study
 
 MAX_FILE_BYTES = 1_000_000
 SHIPPED = Path(__file__).parent / "studies"

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.errors import InputError
-from sweeps.grids import Place, Plan, PlannedCell, corners
+from sweeps.grids import Place, Plan, corners
 from sweeps.lineage import Branch, lineage, what_prevents
+from sweeps.planned import PlannedCell
 from sweeps.records import disk_error
 from sweeps.samplers import check_installed, distributions
 from sweeps.schedules import stable_steps

@@ -3,7 +3,8 @@
 from typing import Any
 
 from sweeps.corpora import CorpusInfo
-from sweeps.grids import Plan, PlannedCell, plan_study
+from sweeps.grids import Plan, plan_study
+from sweeps.planned import PlannedCell
 from sweeps.study import Study
 
 CONTEXT = 64

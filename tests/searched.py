@@ -5,7 +5,8 @@ from typing import Any
 
 from cluster.ledger import register
 from cluster.searching import Searching
-from sweeps.grids import Plan, PlannedCell
+from sweeps.grids import Plan
+from sweeps.planned import PlannedCell
 from sweeps.store import Store, begin_attempt, cell_state, commit_result, record_error
 
 

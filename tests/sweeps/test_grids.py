@@ -13,7 +13,7 @@ from sweeps.accounting import flops_per_token, parameters
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES
-from sweeps.grids import PlannedCell
+from sweeps.planned import PlannedCell
 from sweeps.sizes import LATTICE, lattice_index, lattice_position
 from sweeps.study import Study
 

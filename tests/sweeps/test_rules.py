@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from plans import CONTEXT, POINT, only, planned, points, study
 
 from sweeps.accounting import Shape, flops_conventions
-from sweeps.grids import Plan, PlannedCell
+from sweeps.grids import Plan
+from sweeps.planned import PlannedCell
 from sweeps.published import PUBLISHED, PublishedRule, published_law
 from sweeps.rules import adamw_timescale, evaluate
 

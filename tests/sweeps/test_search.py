@@ -20,7 +20,8 @@ from cluster.searching import Searching
 from sweeps.corpora import CorpusInfo, make_source, prepare
 from sweeps.errors import InputError
 from sweeps.faults import POINTS
-from sweeps.grids import Plan, PlannedCell, plan_study
+from sweeps.grids import Plan, plan_study
+from sweeps.planned import PlannedCell
 from sweeps.rungs import ENOUGH_PAIRS, correlation, is_control, is_promising
 from sweeps.samplers import make_sampler
 from sweeps.search import Searcher
