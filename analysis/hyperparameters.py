@@ -146,9 +146,9 @@ def _sweep_pictures(found: Sensitivity) -> Iterator[Picture]:
         yield Picture(
             name=f"best-{axis.replace('_', '-')}",
             figure=sweep_plots.optimum_moves(found, axis),
-            caption=f"The best {sweep_page.WORDS[axis]} against size and against tokens, with 95 % intervals; dashed "
-            "lines are the fitted power law at the lowest, a middle and the highest value of the other variable, with "
-            "the middle one's 95 % band.",
+            caption=f"The best {sweep_page.WORDS[axis]} against size, tokens and, where it varies, the batch, with "
+            "95 % intervals. The dashed line is the fitted power law with its 95 % band, the other variables at a "
+            "middle value of theirs.",
         )
 
 

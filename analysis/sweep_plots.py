@@ -36,6 +36,7 @@ from analysis.style import (
 from sweeps.units import human
 
 AXES = {"learning_rate": "learning rate", "batch_tokens": "batch (tokens)", "weight_decay": "weight decay"}
+BATCH = "batch_tokens"
 HIGH = 0.35
 """Losses so much above the lowest of a panel, in ln, are off the picture: what matters is the bottom of the fan."""
 MOST = 8
@@ -111,28 +112,30 @@ def heat_map(optimum: Optimum) -> Figure:
 
 
 def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
-    """The optimum against N and against D, with its 95 % intervals, and the fitted power law with its band."""
+    """The optimum against N, D and, where it varies, the batch, with its 95 % intervals; and the fitted power law with
+    its 95 % band, the other variables at a middle value of theirs."""
     known = [one for one in found.optima if not one.refused and axis in one.best]
+    levels = {name: sorted({one.group[name] for one in known if name in one.group}) for name in ("N", "D", BATCH)}
+    names = [name for name, values in levels.items() if len(values) > 1] or ["N"]
+    laws = [law for law in found.laws.values() if law.hyperparameter == axis and not law.refused]
     picture = Figure(figsize=(WIDTH, 3.6))
     picture.set_layout_engine("constrained", wspace=0.06)
-    for axes, (name, other) in zip(picture.subplots(1, 2), (("N", "D"), ("D", "N"))):
+    for axes, name in zip(np.atleast_1d(picture.subplots(1, len(names), sharey=True)), names):
         dress(axes)
-        levels = sorted({one.group[other] for one in known})
-        norm = log_norm(levels or [1.0])
-        laws = [law for law in found.laws.values() if law.hyperparameter == axis and not law.refused]
-        middle = levels[len(levels) // 2] if levels else 1.0
-        for level in levels:
+        other = next((other for other in names if other != name), "D" if name == "N" else "N")
+        norm = log_norm(levels[other] or [1.0])
+        for level in levels[other]:
             group = sorted((one for one in known if one.group[other] == level), key=lambda one: one.group[name])
             _moves(axes, group, name, axis, COLOURS(norm(level)), f"{other} = {human(level)}")
         for law in laws:
-            for level in sorted({levels[0], middle, levels[-1]}):
-                _line(axes, law, name, other, level, COLOURS(norm(level)), band=level == middle)
-        axes.set(xscale="log", yscale="log", xlabel=NAMES[name], ylabel=f"best {AXES[axis]}")
+            _line(axes, law, name, {v: values[len(values) // 2] for v, values in levels.items() if values})
+        axes.set(xscale="log", yscale="log", xlabel=NAMES.get(name, AXES.get(name, name)))
         axes.margins(0.08)
         human_ticks(axes)
-        log_ticks(axes, "y", human if axis == "batch_tokens" else lambda v: f"{v:g}", 6)
-        if 1 < len(levels) <= 6:
-            axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        log_ticks(axes, "y", human if axis == BATCH else lambda v: f"{v:g}", 6)
+        if 1 < len(levels[other]) <= 6:
+            axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    picture.axes[0].set_ylabel(f"best {AXES[axis]}")
     return picture
 
 
@@ -239,17 +242,15 @@ def _moves(axes: Axes, group: Sequence[Optimum], name: str, axis: str, colour: o
         )
 
 
-def _line(axes: Axes, law: OptimumLaw, name: str, other: str, level: float, colour: object, *, band: bool) -> None:
-    """The law along one variable, the other held; over the range that it was fitted in, with its 95 % band."""
+def _line(axes: Axes, law: OptimumLaw, name: str, held: dict[str, float]) -> None:
+    """The law along one variable, the others held, over the range that it was fitted in, with its 95 % band."""
     if name not in law.powers:
         return
     grid = np.geomspace(*law.range[name], 50)
-    steps = {name: np.log(grid / law.at[name])}
-    if other in law.powers:
-        steps[other] = np.full(len(grid), np.log(level / law.at[other]))
-    values = law.value.value * np.exp(sum(law.powers[v].value * step for v, step in steps.items()))
-    axes.plot(grid, values, "--", color=colour, lw=1.0)
-    if band and law.draws:
-        paths = law.draws["ln value"][:, None] + sum(law.draws[v][:, None] * step for v, step in steps.items())
+    steps = {v: np.full(len(grid), np.log(held[v] / law.at[v])) for v in law.powers if v != name}
+    steps[name] = np.log(grid / law.at[name])
+    axes.plot(grid, law.value.value * np.exp(sum(law.powers[v].value * s for v, s in steps.items())), "--", color=INK)
+    if law.draws:
+        paths = law.draws["ln value"][:, None] + sum(law.draws[v][:, None] * s for v, s in steps.items())
         low, high = np.nanquantile(paths, [0.025, 0.975], axis=0)
         axes.fill_between(grid, np.exp(low), np.exp(high), color=BAND, alpha=0.15, lw=0)

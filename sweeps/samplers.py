@@ -11,27 +11,13 @@ import math
 import random
 import warnings
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
-from sweeps.errors import InputError
 from sweeps.evolution import evolution_sampler
 from sweeps.space import Axis, Search
 
-NEEDS = {"cmaes": "cmaes", "gp": "torch"}
-"""Packages that a sampler needs beside Optuna."""
 STARTUP_TRIALS = 10
 """tpe and gp begin with so many random trials."""
-
-
-def check_installed(sampler: str) -> None:
-    """InputError where a sampler's package is not there."""
-    package = NEEDS.get(sampler)
-    if package is not None and find_spec(package) is None:
-        raise InputError(
-            f"search: sampler {sampler} needs the package {package}, which is not installed: pip install {package}, or "
-            "take tpe."
-        )
 
 
 def distributions(space: Mapping[str, Axis]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from sweeps.grids import Place, Plan, corners
 from sweeps.lineage import Branch, lineage, what_prevents
 from sweeps.planned import PlannedCell
 from sweeps.records import disk_error
-from sweeps.samplers import check_installed, distributions
+from sweeps.samplers import distributions
 from sweeps.schedules import stable_steps
 from sweeps.space import Search
 from sweeps.store import Store
@@ -49,7 +49,6 @@ def groups(plan: Plan) -> tuple[Group, ...]:
     """The groups of a study that searches. InputError where a start setting or the rungs do not fit the recipe."""
     search = plan.study.search
     assert search is not None
-    check_installed(search.sampler)
     found: dict[str, list[Place]] = {}
     for place in plan.places:
         key = repr((place.family.name, place.options, place.point, place.variation))  # all but the seed

@@ -71,12 +71,10 @@ def test_the_law_is_drawn_over_what_it_was_fitted_on(sweep: pd.DataFrame) -> Non
     found = sensitivity(sweep, resamples=100)
     picture = optimum_moves(found)
     picture.canvas.draw()
-    for axes, name in zip(picture.axes, ("N", "D")):
-        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
-        assert len(dashed) == (2 if name == "N" else 3)
-        for line in dashed:
-            x = np.asarray(line.get_xdata(), dtype=float)
-            assert (x.min(), x.max()) == pytest.approx((sweep[name].min(), sweep[name].max()))
+    for axes, name in zip(picture.axes, ("N", "D"), strict=True):
+        (dashed,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+        x = np.asarray(dashed.get_xdata(), dtype=float)
+        assert (x.min(), x.max()) == pytest.approx((sweep[name].min(), sweep[name].max()))
     refused = replace(found, laws={})
     assert not [line for axes in optimum_moves(refused).axes for line in axes.lines if line.get_linestyle() == "--"]
 

@@ -298,7 +298,6 @@ def test_samplers_take_mixed_spaces_and_ask_anew_what_they_asked(
 
 
 def test_cmaes_asks_in_ranges(store: Store, make_plan: Callable[..., Plan]) -> None:
-    pytest.importorskip("cmaes")
     space = {name: SPACE[name] for name in ("learning_rate", "weight_decay")}
     plan = make_plan(space=space, sampler="cmaes", trials=30)
     drive(store, plan)
