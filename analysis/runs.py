@@ -69,10 +69,11 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     that shares with none is its own. C is what a cell is worth, the law's C; `C_spent` what it cost, or will cost:
     without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None.
     `validation_tokens` is how many the final loss is taken over, 0 for the whole stream. `seconds` is the wall-clock
-    time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan
-    said of it, NaN where the plan could not say. `trial` is the number of the search's trial that asked for the cell
+    time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan said of it, NaN
+    where the plan could not say. `trial` is the number of the search's trial that asked for the cell
     (the first of them, where two share it), `rung` its share of the full length; NaN where nothing was searched.
-    `is_default` says whether every hyperparameter varied in multiples is at 1 times, None without such.
+    `is_default` says whether every hyperparameter varied in multiples is at 1 times, or every searched one at the
+    recipe's own value, None without such.
 
     store: path or Store; by default $ESCALA_STORE, else ./escala-store. Where that store is not visible, or does not
     hold the study, the frame is read from the MLflow server `tracking_uri`.
@@ -222,7 +223,10 @@ def _row(
 
 
 def _is_default(labels: Mapping[str, Any]) -> bool | None:
-    """Whether every hyperparameter that the study varies in multiples of its rule is at 1 times; None without such."""
+    """Whether every hyperparameter that the study varies in multiples of its rule is at 1 times, or all that it
+    searches have the recipe's values; None without such."""
+    if "default" in labels:
+        return bool(labels["default"])
     times = [factor for name, factor in labels.items() if name.endswith("_times")]
     return all(factor == 1 for factor in times) if times else None
 

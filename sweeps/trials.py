@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ class Group:
     name: str
     """Words and a hash of all that defines the losses: an edited recipe or space begins a search of its own."""
     places: tuple[Place, ...]
+
+    @cached_property
+    def recipe_cells(self) -> frozenset[str]:
+        """The ids of the cells of the recipe's own setting, at full length."""
+        return frozenset(place.plan().cell.id for place in self.places)
 
 
 def groups(plan: Plan) -> tuple[Group, ...]:
@@ -188,7 +194,9 @@ def trial_cells(group: Group, trial: Trial, share: float) -> list[PlannedCell]:
     """A trial's cells of a share of the length, place by place. ValueError where its setting makes none."""
     labels = {"search": group.name, "trial": trial.number, "rung": share}
     planned = [place.plan(trial.setting, share) for place in group.places]
-    return [replace(one, labels={**one.labels, **labels}) for one in planned]
+    return [
+        replace(one, labels={**one.labels, **labels, "default": one.cell.id in group.recipe_cells}) for one in planned
+    ]
 
 
 def makes_cells(group: Group, trial: Trial) -> bool:

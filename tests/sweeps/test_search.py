@@ -309,12 +309,6 @@ def test_cmaes_asks_in_ranges(store: Store, make_plan: Callable[..., Plan]) -> N
     assert [one.setting for one in trials(other, plan)] == [one.setting for one in trials(store, plan)]
 
 
-def test_a_sampler_without_its_package_says_which(make_plan: Callable[..., Plan], monkeypatch: Any) -> None:
-    monkeypatch.setattr("sweeps.samplers.find_spec", lambda _: None)
-    with pytest.raises(InputError, match="needs the package cmaes, which is not installed: pip install cmaes"):
-        groups(make_plan(space={n: SPACE[n] for n in ("learning_rate", "weight_decay")}, sampler="cmaes"))
-
-
 def test_a_grid_asks_every_setting_once(store: Store, make_plan: Callable[..., Plan]) -> None:
     space = {name: SPACE[name] for name in ("batch_tokens", "schedule")}
     plan = make_plan(space=space, sampler="grid", trials=100)
