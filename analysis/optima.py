@@ -357,6 +357,7 @@ def _within(bounds: Interval, low: float, high: float) -> Interval:
 
 
 _WORDS = {"learning_rate": "rate", "batch_tokens": "batch"}
+_MANY = {"learning_rate": "rates", "batch_tokens": "batches"}
 
 
 def _cannot(group: Group, axes: tuple[str, ...]) -> Verdict:
@@ -418,7 +419,7 @@ def _judge(
         reach = edge * (2.0 if at_high else 0.5)
         message = (
             f"{name}: the loss falls towards the {side} {word} tried ({edge:.4g}), so its lowest point is not inside "
-            f"the grid. Train at {further} {word}s, such as {reach:.3g}."
+            f"the grid. Train at {further} {_MANY[axis]}, such as {reach:.3g}."
         )
         said.append(Verdict("edge_minimum", "refuse", "fit", name, message, {"axis": axis, "edge": edge}))
         return said

@@ -9,15 +9,24 @@ import pytest
 from commandline import ROOT, Finished
 from nbclient import NotebookClient
 
+from tests.analysis.sweeps import write_sweeps
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DATA = Path(os.environ.get("ESCALA_DATA", ROOT.parent / "shared" / "data")).resolve()
 """Published tables, which are not part of the project."""
 
 
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweeps(tmp_path_factory.mktemp("sweeps") / "store")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path: Path, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs_from_top_to_bottom(
+    path: Path, finished: Finished, sweeps: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ESCALA_STUDY", "tiny")
-    monkeypatch.setenv("ESCALA_STORE", str(finished.store))
+    monkeypatch.setenv("ESCALA_STORE", str(sweeps if "sensitivity" in path.stem else finished.store))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("ESCALA_DATA", str(DATA))
     notebook = nbformat.read(path, as_version=4)

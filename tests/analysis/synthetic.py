@@ -48,6 +48,7 @@ class Run:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the identity (or of its optimizer) that differ from the usual."""
     loss: float | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
 
 
 def grid(
@@ -128,7 +129,7 @@ def write_study(
         cell = record(run)
         generator = np.random.default_rng([order, run.seed])
         write_json(store.cell(cell["id"]) / "cell.json", cell, sync=False)
-        labels = {"budget": run.budget, "size": float(cell["counts"]["N"])}
+        labels = {"budget": run.budget, "size": float(cell["counts"]["N"]), **run.labels}
         entries.append({"id": cell["id"], "labels": {k: v for k, v in labels.items() if v is not None}})
         ids.append(cell["id"])
         if run.state == "planned":
