@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import audit_page, page, sweep_page, sweep_plots
+from analysis import audit_page, page, search_page, sweep_page, sweep_plots
 from analysis.audits import Audit
 from analysis.batches import CriticalBatches, critical_batches
 from analysis.importance import Importance, importances
@@ -33,6 +33,9 @@ BATCHES = 3
 class Hyperparameters:
     """worth and its default in words, audits by parametrisation ("" for all), the rest as their rooms find them."""
 
+    runs: pd.DataFrame
+    searched: tuple[str, ...]
+    """Hyperparameters that trials of a search chose."""
     sweep: Sensitivity | None
     worth: tuple[TuningWorth, str] | None
     own_default: bool
@@ -59,13 +62,17 @@ def find_hyperparameters(
     """Look at one family's runs, finished or not."""
     usable = runs[runs["excluded"].isna()]
     kinds = sorted(usable["parametrisation"].dropna().unique())
-    sweep = sweep_page.find_sweep(runs)
+    searched = search_page.searched(plan)
+    sweep = None if searched else sweep_page.find_sweep(runs)  # settings of a search are not crossed
+    own_default = bool(runs["is_default"].eq(True).any())
     same = [usable["N"], usable["D"].round(-2)]
     crossed = len(usable) and bool((usable.groupby(same)["batch_tokens"].nunique() >= BATCHES).any())
     return Hyperparameters(
+        runs=runs,
+        searched=searched,
         sweep=sweep,
-        own_default=bool(runs["is_default"].eq(True).any()),
-        worth=audit_page.find_worth(runs) if sweep is not None and len(usable) else None,
+        own_default=own_default,
+        worth=audit_page.find_worth(runs) if (sweep or own_default) and len(usable) else None,
         transfers=tuple(transfer(runs)) if sweep is not None and len(kinds) > 1 else (),
         batches=critical_batches(runs, curves) if crossed else None,
         noise=noise_scales(runs, curves) if len(usable) else (),
@@ -84,11 +91,13 @@ def answers(found: Hyperparameters) -> Iterator[str]:
         yield sweep_page.answer(found.sweep)
     if found.batches is not None and (words := _batch_words(found.batches)):
         yield words
+    if found.searched and (words := search_page.importance_words(found.importances)):
+        yield words
 
 
 def sections(found: Hyperparameters, study: str) -> str:
     """Everything but the pictures, as HTML."""
-    parts = []
+    parts = [search_page.section(found.runs, found.searched)] if found.searched else []
     if found.transfers:
         parts.append(_transfer_section(found.transfers))
     if found.sweep is not None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis import audit, fit, read_table
-from analysis.audit_page import references, tuning_section
+from analysis.audit_page import find_worth, references, worth_section
 from analysis.audits import Audit
 from analysis.references import from_store, from_sweep, power_lines_timescale, step_law_batch, step_law_rate
 from analysis.sensitivities import sensitivity
@@ -291,7 +291,9 @@ def test_sweep_of_the_same_rates_everywhere_is_held_against_the_one_that_is_best
     table = surface(N, D).assign(seed=0)
     runs = tuned_by(table, rate / best_rate(N, D)).assign(excluded=None, is_default=None)
     runs = runs.rename(columns={"loss": "val_loss_final"})
-    text = tuning_section(runs)
+    found = find_worth(runs)
+    assert found is not None
+    text = worth_section(*found)
     assert re.search(r"the one learning rate, 0\.01, that does best over all sizes", text)
     assert text.count("<tr>") == 1 + 12
 
@@ -300,7 +302,7 @@ def test_references_of_a_study_without_a_sweep_come_from_the_store(good_store) -
     from analysis import load_runs
 
     runs, plan = load_runs("demo", good_store), {"study": {"name": "demo"}, "corpus": CORPUS}
-    assert references(runs, plan, open_store(good_store), swept=False) == {}
+    assert references(runs, plan, open_store(good_store), None) == {}
 
 
 # --- published runs ----------------------------------------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""The report's part on searches: the best settings that trials found, beside the recipe's own.
+
+The best of many noisy trials looks better than it is; what tuning is worth without that luck stands in its own section.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import page
+from analysis.importance import Importance
+from sweeps.units import human
+
+SHOWN = 3
+"""Trials of each size and length that the table shows, the best first."""
+
+
+def searched(plan: Mapping[str, Any]) -> tuple[str, ...]:
+    """The hyperparameters that a study searches; empty where it searches none."""
+    return tuple((plan["study"].get("search") or {}).get("space", ()))
+
+
+def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
+    """A table of the best trials of one family's runs at each size and length, and the recipe's own setting."""
+    known = [name for name in names if name in runs.columns]
+    rows = []
+    for _, group in _full(runs).groupby(["N", "D"]):
+        best = group.nsmallest(SHOWN, "val_loss_final")
+        own = group[group["is_default"].eq(True) & ~group["cell"].isin(best["cell"])]
+        for row in pd.concat([best, own]).to_dict("records"):
+            setting = [page.number(row[name], 3) if _is_number(row[name]) else escape(str(row[name])) for name in known]
+            trial = f"{row['trial']:.0f}{' (the recipe)' if row['is_default'] is True else ''}"
+            rows.append([human(row["N"]), human(row["D"]), trial, *setting, f"{row['val_loss_final']:.4f}"])
+    if not rows:
+        return ""
+    trials = runs[runs["trial"].notna()]
+    lost = int(trials["state"].eq("diverged").sum())
+    note = (
+        f"<p class=note>The best {SHOWN} of {trials['trial'].nunique()} trials a search; {lost} cells diverged. The "
+        "best of many noisy runs is in part luck.</p>"
+    )
+    head = ["N", "D", "trial", *(name.replace("_", " ") for name in known), "final loss"]
+    return "<h3>The best settings found</h3>" + note + page.table(head, rows)
+
+
+def importance_words(found: Sequence[Importance]) -> str:
+    """Which hyperparameter matters most at each size and length, by the first evaluator; empty where none is told."""
+    parts = []
+    for one in found:
+        first = next(iter(one.evaluations), None)
+        shares = {} if first is None else {k: v for k, v in first.shares.items() if np.isfinite(v.value)}
+        if first is None or not shares:
+            continue
+        name, share = max(shares.items(), key=lambda item: item[1].value)
+        place = f"{human(one.group['N'])} parameters on {human(one.group['D'])} tokens"
+        bounds = f" ({share.interval[0]:.0%} to {share.interval[1]:.0%})" if np.isfinite(share.interval).all() else ""
+        parts.append(f"at {place} {name.replace('_', ' ')}, {share.value:.0%}{bounds}")
+    if not parts:
+        return ""
+    evaluator = escape(found[0].evaluations[0].evaluator)
+    return f"What matters most, as a share of the loss's variance ({evaluator}): {'; '.join(parts)}."
+
+
+def _full(runs: pd.DataFrame) -> pd.DataFrame:
+    """Trials of full length that a fit may use."""
+    return runs[runs["excluded"].isna() & runs["trial"].notna() & (runs["rung"] == 1)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and np.isfinite(value)
