@@ -76,8 +76,11 @@ def test_the_study_has_a_run_of_its_own_with_plan_and_report(
     assert client.get_run(parent).info.status == "FINISHED"
     assert {one.path for one in client.list_artifacts(parent)} == {"plan.json", "study.yaml", "environment.json"}
     (store.study(name) / "report.html").write_text("<html>")
+    (store.study(name) / "pictures").mkdir()
+    (store.study(name) / "pictures" / "audit.png").write_bytes(b"a picture")
     assert sync_study(store, name, mlflow_server.uri) is None
     assert "report.html" in {one.path for one in client.list_artifacts(parent)}
+    assert [one.path for one in client.list_artifacts(parent, "pictures")] == ["pictures/audit.png"]
     text = Path(client.download_artifacts(parent, "environment.json")).read_text()
     found = json.loads(text)
     assert {"python", "platform", "host", "versions"} <= set(found)
