@@ -329,17 +329,17 @@ class Study(Declared):
             raise ValueError("a study cannot take a hyperparameter from its own runs; name another under `fitted`")
         return value
 
-    @model_validator(mode="after")
-    def _searched_once(self) -> "Study":
-        if self.search is None:
-            return self
-        for name, axis in self.search.space.items():
+    @field_validator("search", mode="after")
+    @classmethod
+    def _searched_once(cls, value: Search | None, info: ValidationInfo) -> Search | None:
+        grid, vary = info.data.get("grid"), info.data.get("vary", {})
+        for name, axis in value.space.items() if value else ():
             check_hyperparameter(name, *(axis.categorical or axis.bounds()))
-            if name in self.vary:
-                raise ValueError(f"search: {name} stands in vary too; it is varied or searched")
-            if isinstance(self.grid, PointsGrid) and any(name in point.training for point in self.grid.points):
-                raise ValueError(f"search: {name} is set at a point of the grid too; take it out there, or here")
-        for setting in self.search.start:
-            for name, value in setting.items():
-                check_hyperparameter(name, value)
-        return self
+            if name in vary:
+                raise ValueError(f"{name} stands in vary too; it is varied or searched")
+            if isinstance(grid, PointsGrid) and any(name in point.training for point in grid.points):
+                raise ValueError(f"{name} is set at a point of the grid too; take it out there, or here")
+        for setting in value.start if value else ():
+            for name, given in setting.items():
+                check_hyperparameter(name, given)
+        return value
