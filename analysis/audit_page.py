@@ -99,6 +99,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
     title = "<h3>What is tuning worth?</h3>"
     if not found.worths:
         return title + _verdicts(found.verdicts)
+    labels = ["parametrisation"] if len({w.group.get("parametrisation") for w in found.worths}) > 1 else []
     rows = []
     for w in found.worths:
         best = ", ".join(page.number(e.value, 3) for e in w.tuned.values())
@@ -106,6 +107,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
         size = f"&gt; {page.number(w.size.estimate.value, 3)}" if w.size.bounded else _times(w.size.estimate)
         rows.append(
             [
+                *(escape(str(w.group.get(label))) for label in labels),
                 *(human(float(w.group["N"])), human(float(w.group["D"]))),
                 ", ".join(page.number(v, 3) if is_number(v) else escape(str(v)) for v in w.default.values()),
                 best,
@@ -121,7 +123,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
         f"{escape(default)}. Compute: how many times more of it the default needs to reach the tuned loss along the "
         "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95 % intervals.</p>"
     )
-    head = ["N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
+    head = [*labels, "N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
     return title + f"<p>{best_worth(found)}</p>" + note + page.table(head, rows) + _verdicts(found.verdicts)
 
 

@@ -132,7 +132,7 @@ def pictures(found: Hyperparameters) -> list[Picture]:
                 "Each run's learning rate against the measured best, and what being off it is estimated to cost. On "
                 "the line nothing is lost."
             )
-            name = f"audit-{kind}" if kind else "audit"
+            name, caption = (f"audit-{kind}", f"{kind}: {caption}") if kind else ("audit", caption)
             every.append(Picture(name=name, figure=sweep_plots.audit_plot(audit), caption=caption))
     return every
 

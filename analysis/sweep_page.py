@@ -52,12 +52,13 @@ def answer(found: Sensitivity) -> str:
         return f"These runs settle no best learning rate: {escape(_first(found))}"
     parts = []
     for axis in known[0].axes:
-        moves = [_moves(law) for law in found.laws.values() if law.hyperparameter == axis and not law.refused]
-        low, high = (min if end == 0 else max for end in (0, 1))
+        laws = [law for law in found.laws.values() if law.hyperparameter == axis and not law.refused]
+        kinds = [f" under {escape(law.parametrisation)}" if law.parametrisation else "" for law in laws]
+        moves = [_moves(law) + (kind if len(laws) > 1 else "") for law, kind in zip(laws, kinds)]
         values = [one.best[axis].value for one in known]
-        span = f"{page.number(low(values), 3)} to {page.number(high(values), 3)}"
+        span = f"{page.number(min(values), 3)} to {page.number(max(values), 3)}"
         text = f"The best {WORDS[axis]} is {span} over {_places(known)}"
-        parts.append(f"{text}{'; it ' + moves[0] if moves else ', and how it moves is not settled by them'}.")
+        parts.append(f"{text}{'; it ' + ', and '.join(moves) if moves else '; how it moves is not settled by them'}.")
     wide = [_factor(one) for one in known if np.isfinite(_factor(one))]
     if wide:
         parts.append(
