@@ -72,7 +72,8 @@ def find_worth(runs: pd.DataFrame) -> tuple[TuningWorth, str] | None:
     """The worth of tuning over the study's default, with its words; where the study has none, over the one learning
     rate that is best for all sizes. runs: of one family."""
     if runs["is_default"].eq(True).any():
-        return tuning_worth(runs), "the study's own setting (1 times its rule)"
+        searched = "search" in runs.columns and runs["search"].notna().any()
+        return tuning_worth(runs), f"the study's own setting{'' if searched else ' (1 times its rule)'}"
     rate = _one_for_all(runs)
     if rate is None:
         return None
@@ -118,8 +119,10 @@ def worth_section(found: TuningWorth, default: str) -> str:
             ]
         )
     names = " and ".join(axis.replace("_", " ") for axis in found.axes)
+    curve = any(w.way == "curve" for w in found.worths)
+    tuned = "lowest point of the curve through" if curve else "best setting, less the luck of the draw, of"
     note = (
-        f"<p class=note>Tuned: the lowest point of the curve through the {names} tried at a size. Default: "
+        f"<p class=note>Tuned: the {tuned} the {names} tried at a size. Default: "
         f"{escape(default)}. Compute: how many times more of it the default needs to reach the tuned loss along the "
         "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95 % intervals.</p>"
     )

@@ -93,9 +93,11 @@ def _keys(table: pd.DataFrame) -> list[Any]:
 def varied_settings(table: pd.DataFrame) -> list[str]:
     """The hyperparameters that take several values at one place, in the order of `SETTINGS`.
 
-    Not those that only follow the learning rate or the batch, as warm-up does its D or decay its rate.
+    Not those that only follow the learning rate or the batch, as warm-up does its D or decay its rate; in a search,
+    where no two settings share a rate, that cannot be seen.
     """
-    leaders = [c for c in AXES if c in table.columns]
+    searched = "search" in table.columns and table["search"].notna().any()
+    leaders = [] if searched else [c for c in AXES if c in table.columns]
     followed = [*_keys(table), *(table[c] for c in leaders)]
     return [
         c

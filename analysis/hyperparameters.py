@@ -60,13 +60,15 @@ def find_hyperparameters(
     runs: pd.DataFrame, curves: pd.DataFrame, plan: Mapping[str, Any], store: Store
 ) -> Hyperparameters:
     """Look at one family's runs, finished or not."""
+    if runs["search"].notna().any():  # its batches differ, and with them its lengths by a few tokens
+        runs = runs.assign(D=runs.groupby(["search", "rung"])["D"].transform("median").fillna(runs["D"]))
     usable = runs[runs["excluded"].isna()]
     kinds = sorted(usable["parametrisation"].dropna().unique())
     searched = search_page.searched(plan)
     sweep = None if searched else sweep_page.find_sweep(runs)  # settings of a search are not crossed
     own_default = bool(runs["is_default"].eq(True).any())
     same = [usable["N"], usable["D"].round(-2)]
-    crossed = len(usable) and bool((usable.groupby(same)["batch_tokens"].nunique() >= BATCHES).any())
+    crossed = not searched and len(usable) and bool((usable.groupby(same)["batch_tokens"].nunique() >= BATCHES).any())
     return Hyperparameters(
         runs=runs,
         searched=searched,

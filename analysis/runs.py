@@ -32,7 +32,7 @@ MAX_EPOCHS = 1.5
 _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
     *("schedule", "cooldown_shape", "parametrisation", "corpus", "tokenizer", "precision"),
-    "is_default",
+    *("search", "is_default"),
 )
 _WHOLE = (
     *("seed", "data_seed", "steps", "width", "depth", "heads", "mlp_width", "context"),
@@ -47,7 +47,7 @@ COLUMNS = (
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
-    *("trial", "rung", "is_default"),
+    *("search", "trial", "rung", "is_default"),
 )
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
@@ -70,8 +70,9 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     without what its trunk trained for it. The fields of a cooldown are those of schedule wsd, else None.
     `validation_tokens` is how many the final loss is taken over, 0 for the whole stream. `seconds` is the wall-clock
     time of the attempt that ended the cell (its share, in a stack), `seconds_predicted` what its plan said of it, NaN
-    where the plan could not say. `trial` is the number of the search's trial that asked for the cell
-    (the first of them, where two share it), `rung` its share of the full length; NaN where nothing was searched.
+    where the plan could not say. `search` names what a search chose settings for: equal in its cells, whose lengths
+    differ by whole batches; `trial` is the number of the trial that asked for the cell (the first of them, where two
+    share it), `rung` its share of the full length; None and NaN where nothing was searched.
     `is_default` says whether every hyperparameter varied in multiples is at 1 times, or every searched one at the
     recipe's own value, None without such.
 
@@ -214,6 +215,7 @@ def _row(
         "seconds_predicted": entry.get("seconds_predicted"),
         "tokens_per_second": end.get("tokens_per_second"),
         "attempts": attempts,
+        "search": labels.get("search"),
         "trial": labels.get("trial"),
         "rung": labels.get("rung"),
         "is_default": _is_default(labels),

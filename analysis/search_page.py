@@ -27,7 +27,7 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
     """A table of the best trials of one family's runs at each size and length, and the recipe's own setting."""
     known = [name for name in names if name in runs.columns]
     rows = []
-    for _, group in _full(runs).groupby(["N", "D"]):
+    for _, group in _full(runs).groupby("search"):
         best = group.nsmallest(SHOWN, "val_loss_final")
         own = group[group["is_default"].eq(True) & ~group["cell"].isin(best["cell"])]
         for row in pd.concat([best, own]).to_dict("records"):
@@ -39,7 +39,7 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
     trials = runs[runs["trial"].notna()]
     lost = int(trials["state"].eq("diverged").sum())
     note = (
-        f"<p class=note>The best {SHOWN} of {trials['trial'].nunique()} trials a search; {lost} cells diverged. The "
+        f"<p class=note>The best {SHOWN} of up to {trials['trial'].nunique()} trials; {lost} cells diverged. The "
         "best of many noisy runs is in part luck.</p>"
     )
     head = ["N", "D", "trial", *(name.replace("_", " ") for name in known), "final loss"]

@@ -28,7 +28,7 @@ WORDS = {"learning_rate": "learning rate", "batch_tokens": "batch", "N": "N", "D
 def find_sweep(runs: pd.DataFrame) -> Sensitivity | None:
     """The sensitivity analysis of one family's runs; None where no group of them has three learning rates.
 
-    Where batches were crossed with rates and no size has a best batch inside the grid, it is of the rate at each batch,
+    Where batches were crossed with rates and most sizes have no best batch inside the grid, it is of the rate at each,
     and what keeps the batches from an optimum stays with it.
     """
     try:
@@ -38,7 +38,8 @@ def find_sweep(runs: pd.DataFrame) -> Sensitivity | None:
     if not any(group.points["learning_rate"].nunique() >= LEAST_RATES for group in groups):
         return None
     found = sensitivity(runs)
-    if not found.refused or "batch_tokens" not in found.optima[0].axes:
+    settled = sum(not one.refused for one in found.optima)
+    if 2 * settled > len(found.optima) or "batch_tokens" not in found.optima[0].axes:
         return found
     rates = sensitivity(runs, axes=["learning_rate"])
     lost = [replace(v, severity="caution") for one in found.optima for v in one.verdicts if v.severity == "refuse"]

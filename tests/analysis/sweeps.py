@@ -14,7 +14,7 @@ RATES = tuple(float(f"{0.0005 * 2**i:.6g}") for i in range(9))
 def loss(N: float, D: float, rate: float, *, seed: int = 0, batch: float = 256.0, power: float = -0.5) -> float:
     """A valley in ln rate, whose lowest point falls with N and rises with the batch; small batches are best."""
     best = 0.005 * (N / 4e4) ** power * (D / 1e5) ** -0.1 * (batch / 256) ** 0.3
-    lowest = (1.0 + 31.5 * N**-0.4 + 151.0 * D**-0.4) * (1.0 + batch / 2e4)
+    lowest = (1.0 + 31.5 * N**-0.4 + 151.0 * D**-0.4) * (1.0 + batch / 4e3)
     noise = np.random.default_rng([seed, round(1e7 * rate), round(N), round(D), round(batch)]).standard_normal()
     return float(lowest * np.exp(0.04 * np.log(rate / best) ** 2 + 0.003 * noise))
 

@@ -1,0 +1,86 @@
+"""Reports of studies of hyperparameters answer what the study asks, and keep their pictures and the law for others."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import write_report
+from tests.analysis.sweeps import loss, size, write_sweeps
+from tests.analysis.synthetic import Run, write_study
+
+
+@pytest.fixture(scope="module")
+def sweeps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sweeps(tmp_path_factory.mktemp("sweeps") / "store")
+
+
+def answers(root: Path, study: str) -> list[str]:
+    """The sentences at the head of a study's report, without markup."""
+    html = write_report(study, root).read_text()
+    return [unescape(re.sub("<[^>]+>", "", text)) for text in re.findall(r"<p class=answer>(.*?)</p>", html)]
+
+
+def test_a_sweep_of_rates_says_where_the_best_lies_and_keeps_law_and_pictures(sweeps: Path) -> None:
+    (text,) = answers(sweeps, "lr-sensitivity")
+    powers = [float(x) for x in re.findall(r"[ND](-?\d\.\d+) \(", text)]
+    assert powers == pytest.approx([-0.5, -0.1], abs=0.04)
+    folder = sweeps / "studies" / "lr-sensitivity"
+    assert {path.name for path in (folder / "pictures").iterdir()} == {
+        "audit.png",
+        "best-learning-rate.png",
+        "learning-rates.png",
+    }
+    (law,) = json.loads((folder / "fits" / "optimum.json").read_text())["laws"]
+    assert law["powers"]["N"] == pytest.approx(-0.5, abs=0.04)
+
+
+def test_parametrisations_are_held_against_each_other(sweeps: Path) -> None:
+    transfer, rates = answers(sweeps, "mup-transfer")
+    assert re.search(r"learning rate of mup stays: .* learning rate of standard moves: ", transfer)
+    assert re.search(r"it moves as N.* under mup, and moves as N.* under standard\.", rates)
+
+
+def test_where_the_smallest_batch_is_best_the_rate_at_each_batch_is_told(sweeps: Path) -> None:
+    told = answers(sweeps, "batch-size")
+    power = re.search(r"batch_tokens(\d\.\d+) \(", told[0])
+    assert power is not None
+    assert float(power[1]) == pytest.approx(0.3, abs=0.04)
+    html = (sweeps / "studies" / "batch-size" / "report.html").read_text()
+    assert "the loss falls towards the smallest batch tried (128)" in html
+    assert "The critical batch" in html
+    assert "exact fANOVA" in html
+
+
+def test_a_study_with_a_default_says_first_what_tuning_is_worth(sweeps: Path) -> None:
+    worth, _ = answers(sweeps, "tuned-small-against-untuned-large")
+    assert re.match(r"Tuning at .* parameters on .* tokens is worth \d+\.\d+ % of the loss, .* larger model", worth)
+
+
+def test_a_search_shows_its_best_trials_and_what_they_gain(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    runs = []
+    for trial in range(24):
+        rate = 0.003 if trial == 0 else float(10 ** draw.uniform(-3.3, -1.3))
+        decay, batch = (0.1, 512) if trial == 0 else (float(draw.uniform(0, 0.5)), int(128 * draw.integers(1, 9)))
+        tokens = round(163_840 / batch) * batch
+        for seed in (0, 1):
+            found = loss(size(24), tokens, rate, seed=seed, batch=batch) * (1 + 0.1 * (decay - 0.3) ** 2)
+            labels = {"search": "llama", "trial": trial, "rung": 1.0, "default": trial == 0}
+            changes = {"learning_rate": rate, "weight_decay": decay, "batch_tokens": batch}
+            runs.append(Run(width=24, tokens=tokens, seed=seed, loss=found, changes=changes, labels=labels))
+    root = write_study(tmp_path / "store", runs, name="search")
+    path = root / "studies" / "search" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["study"]["search"] = {"space": {key: {} for key in ("learning_rate", "weight_decay", "batch_tokens")}}
+    path.write_text(json.dumps(plan))
+    worth, matters = answers(root, "search")
+    assert worth.startswith("Tuning at 20k parameters on 164k tokens is worth")
+    assert "What matters most" in matters
+    html = (root / "studies" / "search" / "report.html").read_text()
+    assert "The best settings found" in html
+    assert html.count("0 (the recipe)") >= 1
+    assert "best setting, less the luck of the draw" in html
