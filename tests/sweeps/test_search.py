@@ -157,6 +157,8 @@ def test_a_search_trains_its_trials_and_tells_them(store: Store, make_plan: Call
     told = trials(store, plan)
     assert [one.state for one in told] == ["COMPLETE"] * 6
     assert told[0].setting == {"learning_rate": 0.001}, "the recipe's own value comes first"
+    default = [one.labels["trial"] for one in with_trials(store, plan).cells if one.labels["default"]]
+    assert default == [0]
     assert [one.value for one in told] == pytest.approx([loss_of(one) for one in trained])
     labels = [entry["labels"] for entry in read_plan(store, "s")["cells"]]
     assert [(one["trial"], one["rung"]) for one in labels] == [(number, 1.0) for number in range(6)]
