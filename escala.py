@@ -331,7 +331,6 @@ def sensitivity(
     """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them."""
     import analysis
     from analysis.expressions import split_definitions
-    from analysis.sensitivities import sensitivity as measure
     from cluster.display import patience
     from sweeps.errors import InputError
 
@@ -347,7 +346,7 @@ def sensitivity(
         name = study_name(study, place)
         runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
     with patience("measuring sensitivity"):
-        found = measure(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
+        found = analysis.sensitivity(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
     if place is not None and not conditions:
         try:
             analysis.write_optimum(found, runs, name, place)
