@@ -131,7 +131,7 @@ def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
             _line(axes, law, name, {v: values[len(values) // 2] for v, values in levels.items() if values})
         axes.set(xscale="log", yscale="log", xlabel=NAMES.get(name, AXES.get(name, name)))
         axes.margins(0.08)
-        human_ticks(axes)
+        log_ticks(axes, "x", human, 8 if len(names) < 3 else 4)
         log_ticks(axes, "y", human if axis == BATCH else lambda v: f"{v:g}", 6)
         if 1 < len(levels[other]) <= 6:
             axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
