@@ -28,19 +28,22 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
     known = [name for name in names if name in runs.columns]
     rows = []
     for _, group in _full(runs).groupby("search"):
-        best = group.nsmallest(SHOWN, "val_loss_final")
-        own = group[group["is_default"].eq(True) & ~group["cell"].isin(best["cell"])]
-        for row in pd.concat([best, own]).to_dict("records"):
+        logs = group.assign(y=np.log(group["val_loss_final"].astype(float)))
+        losses = logs.groupby("trial")["y"].mean().sort_values()
+        trials = group.drop_duplicates("trial").set_index("trial")
+        own = [trial for trial in losses.index[SHOWN:] if trials["is_default"][trial] is True]
+        for trial in [*losses.index[:SHOWN], *own]:
+            row = trials.loc[trial]
             setting = [page.number(row[name], 3) if _is_number(row[name]) else escape(str(row[name])) for name in known]
-            trial = f"{row['trial']:.0f}{' (the recipe)' if row['is_default'] is True else ''}"
-            rows.append([human(row["N"]), human(row["D"]), trial, *setting, f"{row['val_loss_final']:.4f}"])
+            label = f"{trial:.0f}{' (the recipe)' if row['is_default'] is True else ''}"
+            rows.append([human(row["N"]), human(row["D"]), label, *setting, f"{np.exp(losses[trial]):.4f}"])
     if not rows:
         return ""
-    trials = runs[runs["trial"].notna()]
-    lost = int(trials["state"].eq("diverged").sum())
+    asked = runs[runs["trial"].notna()]
+    lost = int(asked["state"].eq("diverged").sum())
     note = (
-        f"<p class=note>The best {SHOWN} of up to {trials['trial'].nunique()} trials; {lost} cells diverged. The "
-        "best of many noisy runs is in part luck.</p>"
+        f"<p class=note>The best {SHOWN} of up to {asked['trial'].nunique()} trials, over their seeds; {lost} cells "
+        "diverged. The best of many noisy runs is in part luck.</p>"
     )
     head = ["N", "D", "trial", *(name.replace("_", " ") for name in known), "final loss"]
     return "<h3>The best settings found</h3>" + note + page.table(head, rows)
