@@ -165,7 +165,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_tried_again(escala: Escala, tm
 def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
     escala: Escala, tmp_path: Path, number: signal.Signals
 ) -> None:
-    study, store = escala.study(long_study(4)), tmp_path / "store"
+    study, store = escala.study(long_study(16)), tmp_path / "store"  # on a busy machine too it outlives the second run
     process = escala.start("run", study, "--store", store, "--workers", 2)
     wait_for(lambda: bool(list(store.glob("cells/*/attempts/0/log.jsonl"))), process)
     family = psutil.Process(process.pid).children(recursive=True)

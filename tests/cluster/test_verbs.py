@@ -123,9 +123,12 @@ def test_following_ends_at_once_where_nothing_more_can_come_and_at_ctrl_c(place:
     finished, failed, planned = (ids(store)[i] for i in (0, 4, 5))
     assert escala("logs", finished, "-f", "--store", store.root).stdout.count("val_loss_final") == 1
     assert "it broke" in escala("logs", failed, "--follow", "--store", store.root).stdout
-    begin_attempt(store, planned, {"numerics": {}})
-    follow = escala.start("logs", planned, "-f", "--store", store.root)
-    time.sleep(2)
+    attempt = begin_attempt(store, planned, {"numerics": {}})
+    with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
+        append_rows(stream, [row(100, train_loss=4.0)])
+    follow = escala.start("logs", planned, "-f", "--json", "--store", store.root)
+    assert follow.stdout is not None
+    assert json.loads(follow.stdout.readline())["tokens"] == 100
     assert follow.poll() is None
     follow.send_signal(signal.SIGINT)
     _, errors = follow.communicate(timeout=20)
