@@ -62,7 +62,7 @@ def references(
     if plan.get("foreign") or len(contexts) != 1:
         return {}
     name = str(plan["study"].get("name", ""))
-    return from_store(store, name, family, next(iter(kinds), None), text | {"context": int(contexts[0])})
+    return from_store(store, name, family, next(iter(kinds), None), text | {"context": int(contexts[0])}, runs)
 
 
 # --- what tuning is worth ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ Beyond that range a penalty is a lower bound and is called one. Where nothing wa
 the study that would measure it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,7 @@ def audit(
     cells["penalty_low"], cells["penalty_high"] = ([b[i] for b in bounds] for i in (0, 1))
     floor = max(LEAST, noise) if np.isfinite(noise) else LEAST
     cells["mistuned"] = cells["penalty_low"] > floor
-    verdicts += _judge_rate(cells, rate)
+    verdicts += _judge_rate(cells, rate, rate.apart(rows) if rate else ())
     verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(rows, cells, rate)]
 
     # 2. the laws before and after; where nothing is known of any cell there is no after
@@ -189,6 +189,8 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
     best, batches = references.get("learning_rate"), references.get("batch_tokens")
     places = pd.DataFrame({"N": N, "D": D, "batch_tokens": batch})
     best_rate = np.exp(best.best(places)) if best else nothing
+    for other in best.apart(rows).values() if best else ():
+        best_rate = np.where(other, NAN, best_rate)
     best_batch = np.exp(batches.best(places)) if batches else nothing
     body = _column(rows, "N_nonembedding")
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -227,13 +229,14 @@ def _penalties(cells: pd.DataFrame, rate: Reference | None, seed: int) -> np.nda
     errors["place"] = generator.standard_normal((COPIES, n))
     copies = rate.penalty(np.log(cells["learning_rate"].to_numpy(dtype=float)) - rate.best(cells, errors), cells)
     copies *= np.exp(rate.curvature[1] * generator.standard_normal((COPIES, 1)))
-    return np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float)), cells), copies])
+    found = np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float)), cells), copies])
+    return np.where(np.isfinite(cells["ratio"].to_numpy(dtype=float)), found, NAN)
 
 
 # --- what is said of them ----------------------------------------------------------------------------------------
 
 
-def _judge_rate(cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
+def _judge_rate(cells: pd.DataFrame, rate: Reference | None, apart: Iterable[str]) -> list[Verdict]:
     """Mistuned cells, cells that nothing was measured for, and laws that are asked beyond their optima."""
     known = np.isfinite(cells["penalty"])
     verdicts = []
@@ -244,17 +247,20 @@ def _judge_rate(cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
         low, high = lost["N"].min(), lost["N"].max()
         fewest, most = lost["D"].min(), lost["D"].max()
         source = "No sweep measured it" if rate is None else f"Its optimum as measured by {rate.source} does not reach"
+        if rate is not None and (other := " and ".join(apart)):
+            source = f"What {rate.source} measured is for {other}, and these runs were trained otherwise"
         message = (
             f"the best learning rate is not known for {len(lost)} of {plural(len(cells), 'run')}, so what being off it "
             f"costs is not known either. {source}: vary learning_rate {{times: [0.25, 0.5, 1, 2, 4]}} at three sizes "
             f"from {human(low)} to {human(high)} parameters and at two token counts from {human(fewest)} to "
-            f"{human(most)}, in this study or in one of the same corpus, tokenizer, context and family, and analyse "
-            "it with escala sensitivity."
+            f"{human(most)}, in this study or in one of the same corpus, tokenizer, context, family and recipe, and "
+            "analyse it with escala sensitivity."
         )
         verdicts.append(Verdict("optimum_unmeasured", "caution", "fit", None, message, {"runs": len(lost)}))
-    if rate is not None and cells["outside"].any():
+    outside = cells["outside"] & np.isfinite(cells["penalty"])
+    if rate is not None and outside.any():
         message = (
-            f"{int(cells['outside'].sum())} of {plural(len(cells), 'run')} lie beyond the sizes or tokens at which "
+            f"{int(outside.sum())} of {plural(len(cells), 'run')} lie beyond the sizes or tokens at which "
             f"{rate.source} measured optima; their best rate is extrapolated."
         )
         verdicts.append(Verdict("extrapolation", "caution", "fit", None, message))

@@ -3,12 +3,12 @@
 In this order: the study's own sweeps; the newest optima that another study of the same store wrote for the same
 corpus, tokenizer, context, family and parametrisation; else nothing. A published rule is shown beside them and judges
 nothing: it was fitted on other text, batches and schedules. The failure it guards against: a rule of billions of
-parameters taken for the truth about models of a million.
+parameters taken for the truth about models of a million, or the optimum of one batch and schedule for that of another.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ BEYOND = 1.5
 """The same from which it extrapolates, which is said."""
 SLACK = 0.1
 """ln (value / best) by which the measured range may be overstepped before a penalty is called a lower bound."""
+APART = 1.5
+"""Factor between batches from which the best rate of one says nothing of the other, where no power of it is known."""
 BIN = 0.35
 """Width in ln (value / best) over which places are pooled: half a step of a factor-2 grid."""
 UNSURE = 0.35
@@ -67,6 +69,22 @@ class Reference:
     flanks: tuple[tuple[float, float], ...] = ()
     noise: float = NAN
     """Standard deviation of ln loss between equal runs where the optima were measured."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """What was constant there: schedule, optimizer, batch_tokens ...; empty for a study's own sweep."""
+
+    def apart(self, rows: pd.DataFrame) -> dict[str, np.ndarray]:
+        """Which rows were trained by another recipe than the optima: what differs, in words -> (n,)."""
+        found: dict[str, np.ndarray] = {}
+        for name in ("schedule", "optimizer"):
+            if self.recipe.get(name) is not None and name in rows.columns:
+                found[f"{name} {self.recipe[name]}"] = (
+                    rows[name].notna() & (rows[name] != self.recipe[name])
+                ).to_numpy()
+        batch = self.recipe.get("batch_tokens")
+        if batch is not None and "batch_tokens" in rows.columns and "batch_tokens" not in self.powers:
+            away = np.abs(np.log(rows["batch_tokens"].to_numpy(dtype=float) / float(batch)))
+            found[f"a batch of {batch:,.0f} tokens"] = away > math.log(APART)
+        return {words: rows for words, rows in found.items() if rows.any()}
 
     def penalty(self, z: np.ndarray, cells: pd.DataFrame) -> np.ndarray:
         """ln loss lost at z = ln (value / best) of each cell, (..., n).
@@ -173,14 +191,20 @@ def from_sweep(
 
 
 def from_store(
-    store: Store, study: str, family: str, parametrisation: str | None, text: Mapping[str, Any]
+    store: Store,
+    study: str,
+    family: str,
+    parametrisation: str | None,
+    text: Mapping[str, Any],
+    runs: pd.DataFrame | None = None,
 ) -> dict[str, Reference]:
-    """References that other studies of the store wrote into fits/optimum.json; the newest that fits counts.
+    """References that other studies of the store wrote into fits/optimum.json: the one whose recipe most of the runs
+    were trained by, of several the newest.
 
-    text: the `corpus` (fingerprint), `tokenizer` and `context` that must agree. A file that cannot be read raises
-    InputError, which names it.
+    text: the `corpus` (fingerprint), `tokenizer` and `context` that must agree. runs: what is held against them. A
+    file that cannot be read raises InputError, which names it.
     """
-    found: dict[str, tuple[str, Reference]] = {}
+    found: dict[str, tuple[tuple[int, str], Reference]] = {}
     for name in study_names(store):
         path = store.study(name) / "fits" / "optimum.json"
         if name == study or not path.exists():
@@ -194,15 +218,19 @@ def from_store(
                 parametrisation or "standard"
             )
             axis = str(law.get("hyperparameter"))
-            if law.get("refused") or not same or (axis in found and found[axis][0] >= written):
+            if law.get("refused") or not same:
                 continue
             try:
-                found[axis] = written, _from_record(law, record.get("optima", []), name, record.get("noise") or {})
+                one = _from_record(law, record.get("optima", []), name, record.get("noise") or {})
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(
                     f"{path} is not the record of fitted optima that it should be ({error!r}): run escala "
                     f"sensitivity {name} to write it again."
                 ) from error
+            apart = one.apart(runs).values() if runs is not None else ()
+            rank = (-int(np.any(list(apart), axis=0).sum()) if apart else 0, written)
+            if axis not in found or rank > found[axis][0]:
+                found[axis] = rank, one
     return {axis: reference for axis, (_, reference) in found.items()}
 
 
@@ -240,6 +268,7 @@ def _from_record(
         fitted=fitted,
         flanks=flanks,
         noise=_number(noise.get("sd")),
+        recipe=dict(law.get("recipe") or {}),
     )
 
 

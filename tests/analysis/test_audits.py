@@ -237,6 +237,24 @@ def test_only_optima_of_the_same_text_and_family_count_and_the_newest_of_them(tm
     assert from_store(store, "demo", "gpt2", "standard", text) == {}
 
 
+def test_optima_of_another_batch_or_schedule_judge_nothing(tmp_path, measured) -> None:
+    root = a_study(tmp_path / "store", 4.0)
+    record = measured.to_json()
+
+    def laws(**recipe: Any) -> list[dict[str, Any]]:
+        return [law | {"recipe": recipe} for law in record["laws"]]
+
+    write_fit(root, "lr-sensitivity", measured, laws=laws(schedule="wsd", batch_tokens=256))
+    page: Page = page_of(root)
+    assert "the best learning rate was measured for none of these runs" in page.text
+    assert "is for schedule wsd and a batch of 256 tokens, and these runs were trained otherwise" in page.text
+    assert "times too high" not in page.text
+    write_fit(root, "older", measured, laws=laws(schedule="cosine", batch_tokens=512), written="2025-01-01T00:00:00Z")
+    again: Page = page_of(root)
+    assert "optimum measured by study older" in again.text, "the recipe goes before the date"
+    assert "times too high" in again.text
+
+
 def test_optima_from_a_file_are_those_of_the_analysis(tmp_path, measured) -> None:
     root = a_study(tmp_path / "store", 1.0)
     write_fit(root, "old", measured)
