@@ -454,7 +454,8 @@ def ui(
     place = existing_store(store)
     known = study_names(place)
     name = study_name(study, place) if study else known[0] if len(known) == 1 else None
-    serve(place, name, port, open_browser)
+    with _terminable():
+        serve(place, name, port, open_browser)
 
 
 @app.command(rich_help_panel=LOOK)

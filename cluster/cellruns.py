@@ -28,12 +28,21 @@ STATUS = {
 """Of a run, by the state of its cell. Any other state is of a cell that is not at work now: KILLED."""
 
 
-def run_name(record: Json, labels: Mapping[str, Any]) -> str:
-    """What the cell is, in a few words."""
+_SHORT = {"learning_rate": "lr", "weight_decay": "wd", "batch_tokens": "batch"}
+
+
+def run_name(record: Json, labels: Mapping[str, Any], varied: Iterable[str] = ()) -> str:
+    """What the cell is, in a few words; with its values of the hyperparameters that the study varies."""
     identity = described(record)["identity"]
     name = f"{identity['family']} N={human(record['counts']['N'])} D={human(identity['tokens'])}"
     name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
     name += f" trial {labels['trial']}" if "trial" in labels else ""
+    parts = (identity, identity["optimizer"], identity["schedule"])
+    for key in varied:
+        value = next((part[key] for part in parts if key in part), "standard" if key == "parametrisation" else None)
+        value = value.get("kind", value.get("name")) if isinstance(value, Mapping) else value
+        if value is not None:
+            name += f" {value}" if isinstance(value, str) else f" {_SHORT.get(key, key)}={value:.4g}"
     return name + (f" seed {identity['seed']}" if identity["seed"] and not is_foreign(record) else "")
 
 

@@ -337,7 +337,7 @@ class Mirror:
                 **marked,
                 **peoples_tags(self._replaced.get(cell_id, [])),
             }
-            name = run_name(read_cell(self.store, cell_id), self._entries[cell_id]["labels"])
+            name = run_name(read_cell(self.store, cell_id), self._entries[cell_id]["labels"], self._varied)
             fault("mirror.before_create_run")
             run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
             fault("mirror.after_create_run")
@@ -399,7 +399,9 @@ class Mirror:
         stamp = path.stat().st_mtime_ns if path.exists() else None
         if self._planned is not None and stamp == self._planned:
             return
-        self._entries = {entry["id"]: entry for entry in read_plan(self.store, self.study)["cells"]}
+        plan = read_plan(self.store, self.study)
+        self._entries = {entry["id"]: entry for entry in plan["cells"]}
+        self._varied = tuple(plan["study"].get("vary", ()))
         self._planned = stamp
         for cell_id, kept in self._cells.items():
             if cell_id in self._entries and kept.get("trunk") != self._entries[cell_id].get("trunk"):

@@ -19,9 +19,11 @@ from mirroring import (
 )
 
 from analysis import load_curves, load_runs
+from cluster.cellruns import run_name
 from cluster.sync import sync_study
 from sweeps.records import append_rows, read_json, write_json
 from sweeps.store import Store, begin_attempt, commit_result
+from tests.analysis.synthetic import Run, record
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -90,6 +92,16 @@ def test_the_study_has_a_run_of_its_own_with_plan_and_report(
 
 
 @pytest.mark.slow
+def test_a_runs_name_tells_what_the_study_varies() -> None:
+    made = record(Run(width=24, tokens=51_200, seed=2, changes={"learning_rate": 0.004}))
+    plain = run_name(made, {})
+    assert run_name(made, {}, ["learning_rate", "parametrisation", "schedule"]) == plain.replace(
+        " seed 2", " lr=0.004 standard cosine seed 2"
+    )
+    made["identity"]["parametrisation"] = {"kind": "mup", "base_width": 16}
+    assert run_name(made, {"trial": 7}, ["parametrisation"]) == plain.replace(" seed 2", " trial 7 mup seed 2")
+
+
 def test_a_server_without_artifacts_costs_the_files_and_nothing_else(study: tuple[Store, str], tmp_path: Path) -> None:
     store, name = study
     server, process = start_server(tmp_path, "--no-serve-artifacts")
