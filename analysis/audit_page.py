@@ -193,6 +193,7 @@ def _cells(found: Audit) -> str:
         "ratio": ("ratio", lambda v: page.number(v, 2)),
         "penalty": ("penalty", "{:.2%}".format),
         "batch_ratio": ("batch / best", lambda v: page.number(v, 2)),
+        "batch_penalty": ("its penalty", "{:.2%}".format),
         "warmup_share": ("warm-up share", "{:.1%}".format),
         "warmup_per_parameter": ("warm-up / N", lambda v: page.number(v, 2)),
         "timescale": ("AdamW timescale", lambda v: page.number(v, 2)),
@@ -207,6 +208,9 @@ def _cells(found: Audit) -> str:
             least = "at least " if place["at_least"] else ""
             low, high = place["penalty_low"], place["penalty_high"]
             cells["penalty"] = f"{least}{cells['penalty']} <span class=range>{low:.2%} to {high:.2%}</span>"
+        if "batch_penalty" in cells and np.isfinite(place["batch_penalty"]):
+            low, high = place["batch_penalty_low"], place["batch_penalty_high"]
+            cells["batch_penalty"] += f" <span class=range>{low:.2%} to {high:.2%}</span>"
         rows.append(list(cells.values()))
     more = f"<p class=note>The first {MAX_PLACES} of {len(places)} settings.</p>" if len(places) > MAX_PLACES else ""
     note = (

@@ -80,10 +80,12 @@ def audit(
     # 1. where every cell stands
     cells = _stand(rows, references)
     noise = chosen.noise.sd if chosen.noise is not None else rate.noise if rate is not None else NAN
-    penalties = _penalties(cells, rate, seed)
-    cells["penalty"] = penalties[0]
-    bounds = [interval(p, level) for p in penalties[1:].T]
-    cells["penalty_low"], cells["penalty_high"] = ([b[i] for b in bounds] for i in (0, 1))
+    penalties = _penalties(cells, rate, "learning_rate", "ratio", seed)
+    of_batch = _penalties(cells, references.get("batch_tokens"), "batch_tokens", "batch_ratio", seed + 1)
+    for name, found in (("penalty", penalties), ("batch_penalty", of_batch)):
+        bounds = [interval(p, level) for p in found[1:].T]
+        cells[name] = found[0]
+        cells[f"{name}_low"], cells[f"{name}_high"] = ([b[i] for b in bounds] for i in (0, 1))
     floor = max(LEAST, noise) if np.isfinite(noise) else LEAST
     cells["mistuned"] = cells["penalty_low"] > floor
     verdicts += _judge_rate(cells, rate, rate.apart(rows) if rate else ())
@@ -91,8 +93,9 @@ def audit(
 
     # 2. the laws before and after; where nothing is known of any cell there is no after
     names = tuple(laws) if laws is not None else audited_laws(rows)
-    names = names if np.isfinite(penalties[0]).any() else ()
-    changes = tuple(change_of(rows, chosen.loss, name, penalties, level, seed) for name in names)
+    total = np.where(np.isnan(penalties) & np.isnan(of_batch), NAN, np.nan_to_num(penalties) + np.nan_to_num(of_batch))
+    names = names if np.isfinite(total[0]).any() else ()
+    changes = tuple(change_of(rows, chosen.loss, name, total, level, seed) for name in names)
     verdicts += [v for change in changes for v in judge_change(change)]
     return Audit(
         family=family,
@@ -111,7 +114,8 @@ class Audit:
 
     cells: one row a run that a fit uses: cell, N, D, learning_rate, best_learning_rate (NaN where nothing is known),
     ratio of the two, `measured` (at this very place), `outside` (of the law's optima), penalty in ln loss with its
-    interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`); batch_tokens and batch_ratio;
+    interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`); batch_tokens, batch_ratio
+    and batch_penalty with its interval;
     warmup_share, warmup_per_parameter; timescale (AdamW's, as a fraction of the run) and timescale_ratio to the
     published rule; rule_ratio: of the rate to the published rule.
     """
@@ -192,6 +196,8 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
     for other in best.apart(rows).values() if best else ():
         best_rate = np.where(other, NAN, best_rate)
     best_batch = np.exp(batches.best(places)) if batches else nothing
+    for other in batches.apart(rows).values() if batches else ():
+        best_batch = np.where(other, NAN, best_batch)
     body = _column(rows, "N_nonembedding")
     with np.errstate(divide="ignore", invalid="ignore"):
         timescale = np.where(rate * decay > 0, batch / (rate * decay * D), NAN)
@@ -219,18 +225,19 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
         )
 
 
-def _penalties(cells: pd.DataFrame, rate: Reference | None, seed: int) -> np.ndarray:
-    """What being off the best rate costs each cell, in ln loss: the estimate and its copies, (1 + COPIES, cells)."""
+def _penalties(cells: pd.DataFrame, reference: Reference | None, value: str, ratio: str, seed: int) -> np.ndarray:
+    """What being off the best value costs each cell, in ln loss: the estimate and its copies, (1 + COPIES, cells)."""
     n = len(cells)
-    if rate is None or not np.isfinite(rate.curvature[0]):
+    if reference is None or not np.isfinite(reference.curvature[0]):
         return np.full((1 + COPIES, n), NAN)
     generator = np.random.default_rng(seed)
     errors = {name: generator.standard_normal((COPIES, 1)) for name in ("value", "N", "D", "batch_tokens")}
     errors["place"] = generator.standard_normal((COPIES, n))
-    copies = rate.penalty(np.log(cells["learning_rate"].to_numpy(dtype=float)) - rate.best(cells, errors), cells)
-    copies *= np.exp(rate.curvature[1] * generator.standard_normal((COPIES, 1)))
-    found = np.vstack([rate.penalty(np.log(cells["ratio"].to_numpy(dtype=float)), cells), copies])
-    return np.where(np.isfinite(cells["ratio"].to_numpy(dtype=float)), found, NAN)
+    away = np.log(cells[value].to_numpy(dtype=float)) - reference.best(cells, errors)
+    copies = reference.penalty(away, cells) * np.exp(reference.curvature[1] * generator.standard_normal((COPIES, 1)))
+    off = np.log(cells[ratio].to_numpy(dtype=float))
+    found = np.vstack([reference.penalty(off, cells), copies])
+    return np.where(np.isfinite(off), found, NAN)
 
 
 # --- what is said of them ----------------------------------------------------------------------------------------

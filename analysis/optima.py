@@ -63,6 +63,13 @@ class Optimum:
         """Whether there is no optimum to name; then best, plateau and curvature are NaN."""
         return refused(self.verdicts)
 
+    def bend(self, axis: str) -> float:
+        """d^2 ln loss / d ln(axis)^2 with the other axis at its best for each value; NaN where there is no optimum."""
+        if self.hessian is None:
+            return NAN
+        j = self.axes.index(axis)
+        return float(1.0 / np.linalg.inv(self.hessian)[j, j])
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values; NaN is null."""
         return dict(
@@ -76,6 +83,7 @@ class Optimum:
                     "loss": self.loss,
                     "plateau": {k: list(v) for k, v in self.plateau.items()},
                     "curvature": self.curvature,
+                    "bends": {axis: self.bend(axis) for axis in self.axes},
                     "sensitivity": self.sensitivity,
                     "points": self.points.to_dict("records"),
                     "verdicts": list(self.verdicts),

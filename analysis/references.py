@@ -100,7 +100,8 @@ class Reference:
         if not self.flanks:
             return np.asarray(inner)
         low, high = self.fitted
-        x, y = np.array(self.flanks).T
+        # nothing on top at the ends of what was fitted: else a value just beyond one took what lies half a step further
+        x, y = np.array(sorted([*self.flanks, (low, 0.0), (high, 0.0)])).T
         return np.where((z < low) | (z > high), np.maximum(inner, np.interp(z, x, y)), inner)
 
     def beyond(self, z: np.ndarray) -> np.ndarray:
@@ -170,7 +171,7 @@ def from_sweep(
         places = []
         for o in sorted(own, key=lambda o: -o.loss.value):  # of several at one place, the best comes last and counts
             N, D, batch = (float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens"))
-            bend = math.log(o.curvature) if o.curvature > 0 else NAN
+            bend = math.log(_bend(o, axis)) if _bend(o, axis) > 0 else NAN
             places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis]), bend))
         references[axis] = Reference(
             hyperparameter=axis,
@@ -182,7 +183,7 @@ def from_sweep(
             at=dict(law.at) if law else {},
             powers={k: _plain(v) for k, v in law.powers.items()} if law else {},
             range={k: (float(v[0]), float(v[1])) for k, v in law.range.items()} if law else {},
-            curvature=_curvature([o.curvature for o in own]) if axis == "learning_rate" else (NAN, NAN),
+            curvature=_curvature([_bend(o, axis) for o in own]),
             fitted=fitted,
             flanks=flanks,
             noise=_number(found.noise.get("sd")),
@@ -244,8 +245,9 @@ def _from_record(
     kind = law.get("parametrisation") or "standard"
     own = [o for o in own if (o.get("group", {}).get("parametrisation") or "standard") == kind]
     intervals = law.get("intervals", {})
-    curvatures = [float(o["curvature"]) for o in own if o.get("curvature") is not None]
-    if not curvatures and law.get("curvature") is not None:
+    bends = [o.get("curvature") if axis == "learning_rate" else o.get("bends", {}).get(axis) for o in own]
+    curvatures = [float(bend) for bend in bends if bend is not None]
+    if not curvatures and axis == "learning_rate" and law.get("curvature") is not None:
         curvatures = [float(law["curvature"])]
     points = [
         (pd.DataFrame(o["points"]), math.log(o["best"][axis]["value"]), math.log(o["loss"]["value"]))
@@ -264,12 +266,17 @@ def _from_record(
             k: _plain(Estimate(value=float(v), interval=_pair(intervals.get(k)))) for k, v in law["powers"].items()
         },
         range={k: _pair(v) for k, v in law["range"].items()},
-        curvature=_curvature(curvatures) if axis == "learning_rate" else (NAN, NAN),
+        curvature=_curvature(curvatures),
         fitted=fitted,
         flanks=flanks,
         noise=_number(noise.get("sd")),
         recipe=dict(law.get("recipe") or {}),
     )
+
+
+def _bend(one: Optimum, axis: str) -> float:
+    """How the loss rises off the best value: of the rate at its batch, of the batch with the rate that suits it."""
+    return one.curvature if axis == "learning_rate" else one.bend(axis)
 
 
 def _number(value: Any) -> float:

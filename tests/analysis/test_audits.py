@@ -17,6 +17,7 @@ from analysis.tuning import tuning_worth
 from sweeps.errors import InputError
 from sweeps.records import write_json
 from sweeps.store import open_store
+from tests.analysis.fans import SIZES, crossed
 from tests.analysis.sweeps_of_rates import CURVATURE, RATES, best_rate, sweep, tuned_by
 from tests.analysis.synthetic import CORPUS, Run, budgets_table, codes, grid, published, surface, write_study
 from tests.analysis.test_report import Page, page_of
@@ -253,6 +254,18 @@ def test_optima_of_another_batch_or_schedule_judge_nothing(tmp_path, measured) -
     again: Page = page_of(root)
     assert "optimum measured by study older" in again.text, "the recipe goes before the date"
     assert "times too high" in again.text
+
+
+def test_a_batch_off_the_best_one_is_charged_too() -> None:
+    table = crossed(SIZES[:3]).assign(family="llama", C=lambda t: 6 * t["N"] * t["D"])
+    large = table[np.isclose(table["batch_tokens"], 4e5) & np.isclose(table["D"], 1e8)]
+    best = large.loc[large.groupby("N")["loss"].idxmin()]
+    found = audit(best, sensitivity(table), laws=())
+    true = 0.5 * (0.06 - 0.02**2 / 0.06) * np.log(4.0) ** 2  # of ln loss, with the rate that suits the batch
+    assert found.cells["batch_ratio"].to_numpy() == pytest.approx(4.0, rel=0.1)
+    assert found.cells["batch_penalty"].to_numpy() == pytest.approx(true, rel=0.15)
+    assert (found.cells["batch_penalty_low"] < true).all()
+    assert (true < found.cells["batch_penalty_high"]).all()
 
 
 def test_optima_from_a_file_are_those_of_the_analysis(tmp_path, measured) -> None:
