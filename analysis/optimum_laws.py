@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.optima import Optimum
 from analysis.swept import AXES, Swept
-from analysis.uncertainty import interval
+from analysis.uncertainty import SETTINGS, interval
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
 
 LEAST = 3
@@ -26,10 +26,7 @@ TIED = 0.99
 NEAR_BEST = 0.0025
 """Runs this close to the lowest loss of their (N, D) stand for the optimum in the rule of Step Law and DeepSeek."""
 _SHAPE = ("N", "D", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", *AXES)
-_RECIPE = (
-    *("parametrisation", "batch_tokens", "weight_decay", "beta2", "warmup_tokens", "optimizer", "precision"),
-    *("schedule", "cooldown_fraction", "cooldown_shape"),
-)
+_RECIPE = tuple(c for c in SETTINGS if c != "learning_rate")
 
 
 @dataclass(frozen=True, kw_only=True)

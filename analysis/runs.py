@@ -31,7 +31,7 @@ MAX_EPOCHS = 1.5
 
 _TEXT = (
     *("cell", "study", "family", "state", "reason", "excluded", "trunk"),
-    *("schedule", "cooldown_shape", "parametrisation", "corpus", "tokenizer", "precision"),
+    *("schedule", "cooldown_shape", "parametrisation", "optimizer", "corpus", "tokenizer", "precision"),
     *("search", "is_default"),
 )
 _WHOLE = (
@@ -43,7 +43,8 @@ COLUMNS = (
     *("N", "N_nonembedding", "N_nonembedding_head", "N_total", "D", "C", "C_6nd", "C_spent"),
     *("C_assumed", "flops_per_token", "tokens_per_parameter", "budget", "size", "seed", "data_seed"),
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "adamw_timescale"),
-    *("schedule", "cooldown_fraction", "cooldown_shape", "parametrisation"),
+    *("schedule", "cooldown_fraction", "cooldown_shape", "final_fraction", "parametrisation"),
+    *("optimizer", "init_std", "beta1", "eps", "clip_norm"),
     *("steps", "epochs", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", "precision"),
     *("validation_tokens", "val_loss_final", "val_bpb_final", "loss_at_start"),
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
@@ -197,13 +198,16 @@ def _row(
         "data_seed": identity["data_seed"],
         "learning_rate": rate,
         "weight_decay": decay,
-        "beta2": optimizer.get("beta2"),
+        **{name: optimizer.get(name) for name in ("beta1", "beta2", "eps", "clip_norm")},
+        "optimizer": optimizer.get("name"),
+        "init_std": identity.get("init_std"),
         "batch_tokens": batch,
         "warmup_tokens": schedule.get("warmup_tokens"),
         "adamw_timescale": batch / (rate * decay * tokens) if rate and decay else None,
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
+        "final_fraction": schedule.get("final_fraction"),
         "parametrisation": scaled["kind"],
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},

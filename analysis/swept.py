@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.selection import PENDING
+from analysis.uncertainty import SETTINGS
 from analysis.verdicts import NAN, Verdict, plural
 from sweeps.errors import InputError, nearest
 
@@ -26,10 +27,7 @@ BLOWN_UP = 1.5
 for diverged. Of the 1911 runs of Step Law (Li et al. 2025) it takes those that went above 4 nats: the worst of the
 others stands at 1.20 times the lowest, the best of them at 1.70."""
 _ALWAYS = ("family", "parametrisation", "corpus", "tokenizer", "context")
-_OTHERS = (
-    *("precision", "weight_decay", "beta2", "warmup_tokens", "schedule", "cooldown_fraction", "cooldown_shape"),
-    *("width", "depth", "heads", "mlp_width"),
-)
+_OTHERS = (*(c for c in SETTINGS if c not in (*AXES, *_ALWAYS)), "width", "depth", "heads", "mlp_width")
 """Settings that divide groups where they were crossed with the axes."""
 _BATCHES = ("bs", "batch", "batch_size", "batchsize", "global_batch_size", "train_batch_size", "gbs")
 

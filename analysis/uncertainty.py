@@ -24,8 +24,9 @@ SEEDS = ("seed", "data_seed")
 SETTINGS = (
     *("learning_rate", "weight_decay", "beta2", "batch_tokens", "warmup_tokens", "precision"),
     *("schedule", "cooldown_fraction", "cooldown_shape", "parametrisation"),
+    *("optimizer", "init_std", "beta1", "eps", "clip_norm", "final_fraction"),
 )
-"""Hyperparameters that a study may vary at fixed N and D."""
+"""Hyperparameters that a study may vary at fixed N and D: all that a recipe has, else one would pass for a seed."""
 _DESIGN = (
     *("family", "N", "D", "C", *SETTINGS, "steps", "width", "depth", "heads", "mlp_width"),
     *("corpus", "tokenizer", "context"),

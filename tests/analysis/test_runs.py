@@ -9,7 +9,9 @@ import pytest
 
 from analysis import fit, load_curves, load_documents, load_runs
 from analysis.runs import COLUMNS, METRICS
+from analysis.uncertainty import SETTINGS, seed_noise
 from sweeps.errors import InputError
+from sweeps.recipe import Training
 from sweeps.store import Store, iterate_cells, open_store, read_metrics
 from tests.analysis.synthetic import Run, grid, write_study
 
@@ -185,3 +187,22 @@ def test_fit_of_a_store_names_what_it_left_out(mixed) -> None:
 
 def test_grid_of_the_tests_is_a_real_isoflop_grid() -> None:
     assert len({run.width for run in grid(budgets=(1.2e11,))}) == 5
+
+
+def test_every_hyperparameter_of_a_recipe_is_a_column_or_a_variation_would_pass_for_a_seed() -> None:
+    held = {"parametrisation", "gradient_noise"}  # a column of its own, and what moves no loss
+    assert {*Training.model_fields} - held <= {*SETTINGS}
+    assert {*SETTINGS} <= {*COLUMNS}
+
+
+def test_runs_of_two_optimizers_are_no_replicates(tmp_path: Path) -> None:
+    runs = [
+        Run(width=24, budget=1.2e11, seed=seed, loss=loss, changes={"name": name})
+        for name, loss in (("adamw", 3.0), ("muon", 2.5))
+        for seed in (0, 1)
+    ]
+    frame = load_runs("demo", write_study(tmp_path / "store", runs))
+    assert sorted(frame["optimizer"]) == ["adamw", "adamw", "muon", "muon"]
+    noise = seed_noise(frame)
+    assert noise is not None
+    assert (noise.freedom, noise.sd) == (2, pytest.approx(0.0, abs=1e-12))
