@@ -40,8 +40,10 @@ def grid_points(study: Study, family: Family, vocab_size: int, options: Mapping[
             yield GridPoint(shape=shape, tokens=grid.tokens, tokens_per_parameter=grid.tokens_per_parameter)
     elif isinstance(grid, LadderGrid):
         for size in dict.fromkeys(LATTICE[lattice_index(size)] for size in listed(grid.sizes)):
-            for ratio in listed(grid.tokens_per_parameter):
+            for ratio in listed(grid.tokens_per_parameter or []):
                 yield GridPoint(size, tokens_per_parameter=ratio, labels=(("size", size),))
+            for tokens in listed(grid.tokens or []):
+                yield GridPoint(size, tokens=tokens, labels=(("size", size),))
     else:
         for point in grid.points:
             size = LATTICE[lattice_index(point.size)]

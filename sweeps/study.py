@@ -120,12 +120,20 @@ class IsoflopGrid(Declared):
 
 
 class LadderGrid(Declared):
-    """Every size at every number of tokens per parameter."""
+    """Every size at every length."""
 
     type: Literal["ladder"]
     sizes: Positives
     """Target sizes N; each is snapped to the lattice."""
-    tokens_per_parameter: Positives
+    tokens_per_parameter: Positives | None = None
+    tokens: Positives | None = None
+    """Lengths D, the same for all sizes."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_length(self) -> "LadderGrid":
+        if (self.tokens is None) == (self.tokens_per_parameter is None):
+            raise ValueError("give exactly one of tokens, tokens_per_parameter")
+        return self
 
 
 class Point(Declared):

@@ -109,6 +109,16 @@ def test_a_ladder_is_every_size_at_every_number_of_tokens_per_parameter() -> Non
     assert dict(cells[0].cell.options)["tied"] is True
 
 
+def test_a_ladder_may_name_its_lengths_in_tokens() -> None:
+    cells = planned(study({"type": "ladder", "sizes": [2e4, 4e4], "tokens": [64_000, 128_000]})).cells
+    assert sorted((one.labels["size"], one.cell.tokens) for one in cells) == [
+        (size, tokens) for size in (2e4, 4e4) for tokens in (64_000, 128_000)
+    ]
+    assert {one.cell.id for one in cells} == ids(
+        points(*({"size": size, "tokens": tokens} for size in (2e4, 4e4) for tokens in (64_000, 128_000)))
+    ), "the same cells as by hand"
+
+
 def test_the_optimizer_is_varied_like_any_hyperparameter_and_the_default_keeps_its_cells() -> None:
     cells = planned(points(POINT, vary={"optimizer": ["adamw", "muon"]})).cells
     assert [one.cell.optimizer.name for one in cells] == ["adamw", "muon"]

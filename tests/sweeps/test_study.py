@@ -85,6 +85,7 @@ seeds: []
         ("grid: {type: points, points: [{size: 1e4, tokens: 1, flops: 2}]}", "exactly one of tokens, flops"),
         ("grid: {type: points, points: [{size: 1e4, tokens: 9, training: {lr: 1}}]}", "unknown hyperparameter 'lr'"),
         ("grid: {type: ladder, sizes: {from: 1e4, to: 1e5}, tokens_per_parameter: [20]}", "points: missing"),
+        ("grid: {type: ladder, sizes: [1e4]}", "exactly one of tokens, tokens_per_parameter"),
         ("vary: {learning_rat: [1]}", 'did you mean "learning_rate"'),
         ("vary: {beta1: [2]}", "beta1: found 2"),
         ("vary: {learning_rate: {times: []}}", "at least 1 item"),
