@@ -1,8 +1,9 @@
 """Placement: what a unit of work asks of a cluster, and which room its nodes have left, GPU by GPU.
 
-Pure arithmetic over plain data, the same for Ray's nodes and for simulated ones. Amounts are counted as Ray counts them,
-in whole ten-thousandths, so that three thirds of a GPU are never more than it. The failures this guards against: a share
-that is spread over two GPUs, a gang over two nodes, and a worker that waits inside Ray for room which is not there.
+Pure arithmetic over plain data, the same for Ray's nodes and for simulated ones. Amounts are counted as Ray counts
+them, in whole ten-thousandths, so that three thirds of a GPU are never more than it. The failures this guards against:
+a share that is spread over two GPUs, a gang over two nodes, and a worker that waits inside Ray for room which is not
+there.
 """
 
 import itertools

@@ -13,7 +13,7 @@ The driver and the simulation (cluster/simulation.py) ask the same code, so that
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.placement import Demand, Fleet, Hold, Place
@@ -154,6 +154,28 @@ class Schedule:
                 return start
         return None
 
+    def room(self, demand: Demand, most: int) -> int:
+        """How many units of a demand could start now beside those that run, counted up to `most`."""
+        if self.bounds.units is not None:
+            most = min(most, self.bounds.units - len(self.running))
+        if self.bounds.cells is not None:
+            most = min(most, self.bounds.cells - self._cells)
+        if self.bounds.gpus is not None and demand.gpus:
+            most = min(most, int((self.bounds.gpus - self._gpus + 1e-9) / demand.all_gpus))
+        return self.fleet.count(demand, most)
+
+    def admits(self, start: Start, job_ids: Sequence[str], now: float) -> int:
+        """How many of these waiting jobs, the first ones, limits and budgets leave room for in a unit that started."""
+        room = len(job_ids) if self.bounds.cells is None else self.bounds.cells - self._cells
+        flops = self._flops
+        for count, job_id in enumerate(job_ids[:room]):
+            if not self._within_budgets(self._jobs[job_id], now):
+                self._flops = flops
+                return count
+            self._flops += self._jobs[job_id].flops
+        self._flops = flops
+        return min(room, len(job_ids))
+
     def join(self, start: Start, job_ids: Iterable[str]) -> None:
         """Jobs of the same demand that wait train with a unit that was started, as one program."""
         for job_id in job_ids:
@@ -161,11 +183,6 @@ class Schedule:
             start.jobs.append(job)
             self._cells += 1
             self._flops += job.flops
-
-    def admits(self, start: Start, job: Job, now: float) -> bool:
-        """Whether limits and budgets leave room for one more cell in a unit."""
-        cells = self.bounds.cells is None or self._cells < self.bounds.cells
-        return cells and self._within_budgets(job, now)
 
     def end(self, start: Start, now: float = 0.0) -> None:
         """A unit has ended, well or not: its room is free, its GPU time is spent. FLOPs are spent by `spend`."""

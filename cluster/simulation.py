@@ -169,6 +169,9 @@ class _Run:
                     "often than nodes fail (--checkpoint-seconds), or expect fewer failures."
                 )
             self._happen(now, what, about)
+            while self._events and self._events[0][0] == now:  # all that happens at once, before anything starts
+                _, _, what, about = heapq.heappop(self._events)
+                self._happen(now, what, about)
 
     def _happen(self, now: float, what: str, about: object) -> None:
         if isinstance(about, Start):
