@@ -28,6 +28,7 @@ from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
 from cluster.usage import note_usage, used_gpu_seconds
+from cluster.workload import study_workers
 from sweeps.errors import InputError
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
@@ -207,7 +208,8 @@ class _Run:
         self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
 
     def _demand(self, one: PlannedCell) -> Demand:
-        return demand_of(one, device=self.device, gpu_bytes=self.gpu_bytes, crowd=self.crowd)
+        workers = study_workers(self.plan)
+        return demand_of(one, device=self.device, workers=workers, gpu_bytes=self.gpu_bytes, crowd=self.crowd)
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0

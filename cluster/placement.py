@@ -116,7 +116,7 @@ def gpu_share(together: int) -> float:
 
 def memory_share(gpus: float) -> float:
     """The share of its GPU's memory that a worker may hold: for set_per_process_memory_fraction."""
-    return (1 - KEPT_FREE) * (gpus if 0 < gpus < 1 else 1.0)
+    return (1 - KEPT_FREE) / (int(1 / gpus) if 0 < gpus < 1 else 1)
 
 
 def threads_for(cells_left: int, slots: int, cores: int) -> int:

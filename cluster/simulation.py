@@ -8,8 +8,9 @@ thousand GPUs whose idle time, tail and lost work are found out on the bill.
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from cluster.placement import Fleet, Node, check_holds
 from cluster.scheduling import HOUR, Bounds, Job, Schedule, Start, chains
@@ -72,12 +73,42 @@ class Simulated:
     work_hours: float
     """GPU-hours, or CPU-hours, of work."""
     recomputed_hours: float
-    """Of them, those that a failure made necessary once more come on top: done, lost and done again."""
+    """Work that failures destroyed, and that was done once more: it comes on top."""
     failures: int
     preemptions: int
     stopped: str | None
     """Why not all was trained: a budget."""
     turns: tuple[Turn, ...]
+
+    @property
+    def recomputed_share(self) -> float:
+        """Of all that was computed."""
+        return self.recomputed_hours / (self.work_hours + self.recomputed_hours) if self.recomputed_hours else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "turns"}
+        return plain | {"recomputed_share": self.recomputed_share}
+
+
+def simulation_lines(found: Simulated) -> Iterator[str]:
+    """What a simulated run took, in sentences."""
+    over = found.makespan_seconds / found.lower_bound_seconds if found.lower_bound_seconds else 1.0
+    yield (
+        f"It takes {_time(found.makespan_seconds)}, {over:.3f} times the lower bound of "
+        f"{_time(found.lower_bound_seconds)}, with {found.utilisation:.1%} of the GPUs at work that is kept: "
+        f"{found.work_hours:.4g} GPU-hours."
+    )
+    if found.failures or found.preemptions:
+        yield (
+            f"{found.failures:,} failures and {found.preemptions:,} preemptions of nodes; recomputed are "
+            f"{found.recomputed_hours:.3g} GPU-hours ({found.recomputed_share:.2%})."
+        )
+    if found.stopped is not None:
+        yield f"It ends early, {found.stopped}."
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
 
 
 def simulate(
