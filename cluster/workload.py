@@ -145,10 +145,8 @@ def _seconds(
     device, mfu = device or DEVICE, mfu or MFU
     peak = PEAK_BFLOAT16_FLOPS.get(device)
     if peak is None:
-        there = ", ".join(PEAK_BFLOAT16_FLOPS)
-        raise InputError(
-            f"--device: the peak speed of {device!r} is not known{nearest(device, PEAK_BFLOAT16_FLOPS)}; known: {there}."
-        )
+        there, near = ", ".join(PEAK_BFLOAT16_FLOPS), nearest(device, PEAK_BFLOAT16_FLOPS)
+        raise InputError(f"--device: the peak speed of {device!r} is not known{near}; known are {there}.")
     own = own_flops(plan)
     pace = peak * mfu
     assumed = (
