@@ -21,7 +21,7 @@ from cluster.hands import Hand, Task, take_up
 from cluster.ledger import register
 from cluster.leftovers import descendants, end_processes, runs, settle
 from cluster.mirror import Mirror
-from cluster.placement import Demand, Fleet, check_holds, threads_for
+from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
 from cluster.progress import Progress, Tail, Tally, ended_words
 from cluster.queue import Queue, Unit
@@ -188,7 +188,7 @@ class _Run:
         self.pool = Pool(ray, self.fleet, len(self.missing) + self.search.to_come()[0], study_workers(self.plan))
         cells = [*self.missing, *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
-        check_holds(self.fleet, demands)
+        self.schedule.check(demands)
         self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
 
     def _work(self, ray: Any, tally: Tally) -> None:
@@ -205,6 +205,7 @@ class _Run:
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
+            self.queue.look(hand.one.cell.id for hand in self._in_hands())
             self._grow(tally)
             while self.wish is None and (unit := self.queue.take(time.monotonic(), self.pool.device)):
                 self._start(unit)
@@ -281,6 +282,7 @@ class _Run:
                 self._record_death(hand, kind, hand.pulse.killed or f"the worker died ({str(error).splitlines()[0]})")
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
             self._settle_state(hand.one, tally, hand.tail, note=index == 0)
+        self.queue.look([hand.one.cell.id for hand in task.hands])
 
     def _record_death(self, hand: Hand, kind: str, message: str) -> None:
         try:

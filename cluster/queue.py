@@ -5,7 +5,7 @@ one shape that a probe found to be faster together go together. Which cell is ne
 says.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -100,10 +100,10 @@ class Queue:
         """What of a cell its trunk trains."""
         return float(one.counts["C"]) - self._own[one.cell.id]
 
-    def look(self) -> None:
-        """Let go the branches whose trunks have come so far."""
-        for trunk, branches in list(self._held.items()):
-            self._held[trunk] = []
+    def look(self, trunks: Iterable[str] | None = None) -> None:
+        """Let go the branches of these trunks, or of all, whose trunks have come so far."""
+        for trunk in list(self._held) if trunks is None else [one for one in trunks if one in self._held]:
+            branches, self._held[trunk] = self._held[trunk], []
             for one in branches:
                 if self._may_begin(one):
                     self.schedule.release(one.cell.id)
@@ -125,7 +125,7 @@ class Queue:
         if alike > 1:
             workers = 1 + self.schedule.room(start.place.demand, alike)
             size = stack_size(alike, workers, self._stacking, device, one.cell)
-            others = self._like(key, size - 1, start, now) if size > 1 else []
+            others = self._like(key, size - 1, now) if size > 1 else []
             if others and self._stacking == "auto":
                 gain = known_gain(self._store, one.cell, 1 + len(others), device)
                 others = [] if gain is not None and gain < LEAST_GAIN else others
@@ -133,7 +133,7 @@ class Queue:
             cells += [self._pop(other.cell.id) for other in others]
         return Unit(cells, start)
 
-    def _like(self, key: str | None, most: int, start: Start, now: float) -> list[PlannedCell]:
+    def _like(self, key: str | None, most: int, now: float) -> list[PlannedCell]:
         """The first ready cells of a stack key, at most so many, that have not proved too large for a stack."""
         found: list[PlannedCell] = []
         for one in self._alike.get(key or "", {}).values():
@@ -141,7 +141,7 @@ class Queue:
                 break
             if not self._was_too_large(one):
                 found.append(one)
-        return found[: self.schedule.admits(start, [one.cell.id for one in found], now)]
+        return found[: self.schedule.admits([one.cell.id for one in found], now)]
 
     def _make_ready(self, one: PlannedCell) -> None:
         if (key := self._keys.get(one.cell.id)) is not None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from cluster.placement import Fleet, Node, check_holds
+from cluster.placement import Fleet, Node
 from cluster.scheduling import HOUR, Bounds, Job, Schedule, Start, chains
 from sweeps.errors import InputError
 from sweeps.units import duration
@@ -130,7 +130,7 @@ def simulate(
     run = _Run(list(nodes), edges, bounds, faults)
     if not run.nodes:
         raise InputError("there is no node to run anything on. Name one at least.")
-    check_holds(run.schedule.fleet, {job.demand: f"job {job.id}" for job in jobs})
+    run.schedule.check({job.demand: f"job {job.id}" for job in jobs})
     bound = lower_bound(jobs, run.nodes, longest)
     for job in jobs:
         run.schedule.put(replace(job, chain=longest[job.id]), held=job.id in edges)
@@ -178,7 +178,9 @@ class _Run:
         self._done: dict[str, float] = {}
         """Seconds of a job that its checkpoints hold."""
         self._random = random.Random(faults.seed)
-        self._events: list[tuple[float, int, str, object]] = []
+        self._events: list[tuple[float, int, str, Node | Start]] = []
+        """When, in which order, what, to whom: back, failure or preemption of a node; "end" of a unit, or the id of a
+        branch that may leave it."""
         self._count = 0
 
     def go(self, bound: float) -> None:
@@ -204,18 +206,18 @@ class _Run:
                 _, _, what, about = heapq.heappop(self._events)
                 self._happen(now, what, about)
 
-    def _happen(self, now: float, what: str, about: object) -> None:
-        if isinstance(about, Start):
-            if what == "end" and about.place.number in self.schedule.running:
-                self._finish(about, now)
-        elif isinstance(about, str):
-            self.schedule.release(about)
-        elif isinstance(about, Node):
+    def _happen(self, now: float, what: str, about: Node | Start) -> None:
+        if isinstance(about, Node):
             if what == "back":
                 self.schedule.fleet.add(about)
                 self._expect(about, now)
             else:
                 self._lose(about, now, announced=what == "preemption")
+        elif about.place.number in self.schedule.running:  # else its node was lost before
+            if what == "end":
+                self._finish(about, now)
+            else:
+                self.schedule.release(what)
 
     def _begin(self, start: Start, now: float) -> None:
         (job,) = start.jobs
@@ -224,7 +226,7 @@ class _Run:
         done = self._done.get(job.id, 0.0)
         for child, after in self._children.get(job.id, ()):
             if after is not None and done <= after < done + (job.seconds or 0.0):
-                self._at(now + after - done, "release", child)
+                self._at(now + after - done, child, start)
 
     def _finish(self, start: Start, now: float) -> None:
         (job,) = start.jobs
@@ -276,7 +278,7 @@ class _Run:
         place = start.place
         self.turns.append(Turn(start.jobs[0].id, place.node, place.gpus, start.began, now, before, after))
 
-    def _at(self, time: float, what: str, about: object) -> None:
+    def _at(self, time: float, what: str, about: Node | Start) -> None:
         self._count += 1
         heapq.heappush(self._events, (time, self._count, what, about))
 

@@ -237,7 +237,7 @@ def test_a_stack_counts_each_of_its_cells() -> None:
         made.put(job(str(i), seconds=10.0, flops=10.0))
     start = made.take()
     assert start is not None
-    assert made.admits(start, ["1", "2", "3", "4"], 0.0) == 2
+    assert made.admits(["1", "2", "3", "4"], 0.0) == 2
     made.join(start, ["1", "2"])
     assert fill(made) == []
     made.end(start, 10.0)

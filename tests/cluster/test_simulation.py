@@ -178,6 +178,16 @@ def test_a_branch_goes_on_from_a_trunk_that_was_lost_after_it_left() -> None:
     assert 30.0 in {turn.done_after for turn in trunk}, "the checkpoint that its branch leaves from is kept"
 
 
+def test_a_branch_does_not_leave_a_trunk_that_was_lost_before_it_came_so_far() -> None:
+    jobs, edges = [job("trunk", 1000.0, ONE), job("branch", 10.0, ONE)], {"branch": Edge(parent="trunk", after=900.0)}
+    faults = Faults(mtbf_seconds=900.0, checkpoint_seconds=1e6, repair_seconds=1.0, seed=2)
+    found = simulate(jobs, [Node("a", 2, 2)], edges=edges, faults=faults)
+    first = next(turn for turn in found.turns if turn.id == "trunk")
+    assert first.end < 900.0, "the seed was chosen so"
+    (branch,) = [turn for turn in found.turns if turn.id == "branch" and turn.done_before == 0.0][:1]
+    assert branch.start >= first.end + 900.0
+
+
 def test_a_budget_ends_a_simulated_run_as_it_ends_a_real_one() -> None:
     jobs = [job(str(i), 10.0, ONE) for i in range(9)]
     found = simulate(jobs, [Node("a", 2, 2)], bounds=Bounds(flops=45.0))
@@ -189,6 +199,8 @@ def test_a_budget_ends_a_simulated_run_as_it_ends_a_real_one() -> None:
 def test_what_can_never_run_is_refused() -> None:
     with pytest.raises(InputError, match="job gang asks for 8 workers"):
         simulate([job("gang", 1.0, EIGHT)], [Node("a", 8, 4), Node("b", 8, 4)])
+    with pytest.raises(InputError, match=r"limits\.gpus: 4 are allowed at once, and job gang asks for 8 workers"):
+        simulate([job("gang", 1.0, EIGHT)], [Node("a", 8, 8)], bounds=Bounds(gpus=4))
     with pytest.raises(InputError, match="no node to run anything on"):
         simulate([], [])
     edges = {"a": Edge(parent="b"), "b": Edge(parent="a")}
