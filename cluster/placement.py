@@ -188,13 +188,15 @@ class Fleet:
     def gpus(self) -> int:
         return sum(len(room.gpus) for room in self._rooms.values())
 
-    def add(self, node: Node) -> None:
-        """A node joins, or comes back empty."""
+    def add(self, node: Node, places: Iterable[Place] = ()) -> None:
+        """A node joins, or comes back: empty, but for the places on it that are still in use."""
         self.remove(node.id)
         room = self._rooms[node.id] = _Room(node)
         while len(self._by_empty) <= len(room.gpus):
             self._by_empty.append({})
         self._by_empty[room.empty][node.id] = room
+        for place in places:
+            self._change(room, place, taken=True)
 
     def remove(self, node_id: str) -> list[Place]:
         """A node is gone, and all that was placed on it, which is returned. Nothing happens where it is not known."""

@@ -33,12 +33,12 @@ class Pool:
             fleet.add(node)
         self.cores = int(sum(node.cpus for node in nodes))
         self.device: Literal["cpu", "cuda"] = "cuda" if fleet.gpus else "cpu"
-        self._gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
+        self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
         self._crowd = -(-cells // max(1, fleet.gpus))
 
     def demand(self, one: PlannedCell) -> Demand:
         """What a cell asks for: a GPU, or a share of one where it fits and cells are many, if there are any."""
-        return demand_of(one, device=self.device, workers=self._workers, gpu_bytes=self._gpu_bytes, crowd=self._crowd)
+        return demand_of(one, device=self.device, workers=self._workers, gpu_bytes=self.gpu_bytes, crowd=self._crowd)
 
     def worker(self, place: Place) -> Any:
         """A worker in this place: the warm one that is there, or a new one. Idle ones in its way are given back."""

@@ -79,9 +79,9 @@ def test_capacity_is_never_exceeded_under_random_arrivals_ends_and_losses(
                 fleet.free(place)  # whoever had it says so too
         elif what == "return":
             node = data.draw(st.sampled_from(sorted(nodes)))
-            if node not in there:
-                fleet.add(nodes[node])
-                there[node] = nodes[node]
+            kept = [place for place in places if place.node == node]
+            fleet.add(nodes[node], kept)  # whether it was gone or not
+            there[node] = nodes[node]
         assert_within(there, places)
     for place in places:
         fleet.free(place)
