@@ -121,7 +121,7 @@ seeds: []
         ("limits: {flops: 0}", "limits.flops: found 0; "),
         ("limits: {gpu_hours: 0.0}", "limits.gpu_hours: found 0.0; "),
         ("limits: {cells: 1.5}", "limits.cells: found 1.5; "),
-        ("limits: {gpu_hour: 5}", 'limits.gpu_hour: unknown key, did you mean "gpu_hours"'),
+        ("limits: {gpu_hour: 5}", 'limits.gpu_hour: unknown key (did you mean "gpu_hours"?)'),
     ],
 )
 def test_a_fault_says_what_was_found_and_what_is_allowed(tmp_path: Path, change: str, words: str) -> None:
