@@ -216,6 +216,8 @@ class _Run:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
                 if done and not self.claim.holds():  # it may have slept in the wait
                     continue
+                if done:  # others that have ended too: a turn costs more than they do
+                    done, _ = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
                 for task in done:
                     self._finish(ray, task, tally)
             else:
