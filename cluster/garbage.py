@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.claims import living_drivers
 from sweeps.errors import InputError, nearest
+from sweeps.paths import inside
 from sweeps.store import (
     Store,
     attempt_epochs,
@@ -83,6 +84,9 @@ def remove(store: Store, items: Sequence[Item]) -> int:
     freed = 0
     for item in items:
         refuse_while_running(store, attempts=False)
+        # The folders of the store may be links to another disk; one below them may lead anywhere.
+        first, *rest = item.path.relative_to(store.root).parts
+        inside(store.root / first if rest else store.root, item.path.parent, "gc")
         try:
             if item.path.is_dir() and not item.path.is_symlink():
                 shutil.rmtree(item.path)

@@ -9,6 +9,7 @@ import urllib.request
 import webbrowser
 
 from cluster.charts import SHARE_KEY
+from cluster.terminal import say
 from sweeps.errors import InputError
 from sweeps.store import Store
 
@@ -47,12 +48,12 @@ def serve(store: Store, study: str | None, port: int, open_browser: bool) -> Non
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_up(port, server)
-        print(f"MLflow UI: {url}   (Ctrl-C ends it)", flush=True)
+        say(f"MLflow UI: {url}   (Ctrl-C ends it)")
         if open_browser:
             webbrowser.open(url)
         server.wait()
     except KeyboardInterrupt:
-        print()
+        say()
     finally:
         server.terminate()
         server.wait(10)

@@ -20,6 +20,7 @@ from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.heartbeat import Heartbeat, terminable
 from sweeps.records import read_json, timestamp, write_bytes
+from sweeps.redaction import redact
 from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, commit_result, read_cell, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, Trainer, TrainerIO
 from sweeps.usercode import load_function
@@ -152,7 +153,7 @@ class _Try:
             if state != "superseded":
                 record_error(self.attempt, state, reason)
         except Exception as error:
-            state, reason = _kind_of(error), f"{type(error).__name__}: {error}"
+            state, reason = _kind_of(error), redact(f"{type(error).__name__}: {error}")
             record_error(self.attempt, state, reason, traceback.format_exc())
         self.ended = Ended(self.attempt.cell_id, self.attempt.epoch, state, reason)
 
@@ -208,7 +209,7 @@ def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, st
     seconds = {name: round(value, 3) for name, value in (outcome.seconds or {}).items()}
     result = {
         "state": outcome.state,
-        "reason": outcome.reason,
+        "reason": outcome.reason and redact(outcome.reason),
         "val_loss_final": outcome.val_loss_final,
         "val_bpb_final": outcome.val_bpb_final,
         "loss_at_start": outcome.loss_at_start,

@@ -17,7 +17,7 @@ ANALYSIS_MAY_USE = {
     "sweeps.foreign",
     "sweeps.errors",
 }
-ANALYSIS_MAY_USE |= {"sweeps.units", "sweeps.records"}
+ANALYSIS_MAY_USE |= {"sweeps.units", "sweeps.redaction"}
 
 
 def imports(path: Path) -> Iterator[str]:
