@@ -145,6 +145,7 @@ class _Try:
                 end = Outcome(state="diverged", reason=str(end))
             if isinstance(end, Outcome):
                 assert self.io is not None
+                end = replace(end, reason=end.reason and redact(end.reason))
                 state, reason = _commit(self, self.io, _finite(end))
             else:
                 raise end
@@ -209,7 +210,7 @@ def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, st
     seconds = {name: round(value, 3) for name, value in (outcome.seconds or {}).items()}
     result = {
         "state": outcome.state,
-        "reason": outcome.reason and redact(outcome.reason),
+        "reason": outcome.reason,
         "val_loss_final": outcome.val_loss_final,
         "val_bpb_final": outcome.val_bpb_final,
         "loss_at_start": outcome.loss_at_start,
