@@ -80,13 +80,14 @@ def collectable(store: Store, kinds: Sequence[str] = BY_DEFAULT) -> list[Item]:
 
 
 def remove(store: Store, items: Sequence[Item]) -> int:
-    """Take these away; returns the bytes freed. Asks again before each that nobody works on the store."""
+    """Take these away; returns the bytes freed. Asks again before each that nobody works on the store. InputError, and
+    nothing goes, where a link leads out of the store."""
+    for item in items:  # the folders of a store may be links to another disk; one below them may lead anywhere
+        first, *rest = item.path.relative_to(store.root).parts
+        inside(store.root / first if rest else store.root, item.path.parent, "gc")
     freed = 0
     for item in items:
         refuse_while_running(store, attempts=False)
-        # The folders of the store may be links to another disk; one below them may lead anywhere.
-        first, *rest = item.path.relative_to(store.root).parts
-        inside(store.root / first if rest else store.root, item.path.parent, "gc")
         try:
             if item.path.is_dir() and not item.path.is_symlink():
                 shutil.rmtree(item.path)

@@ -13,7 +13,7 @@ from cluster.terminal import say
 from sweeps.errors import InputError
 from sweeps.store import Store
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 def experiment_url(store: Store, study: str | None, port: int) -> str:

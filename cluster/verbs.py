@@ -98,7 +98,8 @@ def logs(
     if as_json:
         print(json.dumps(rows))
         return
-    say("\n".join(map(_log_line, rows)))
+    if rows:
+        say("\n".join(map(_log_line, rows)))
     for epoch in attempt_epochs(place, cell_id):
         error = place.attempt(cell_id, epoch) / "error.txt"
         if error.exists():
@@ -126,7 +127,10 @@ def why(
     place = existing_store(store)
     if other is None:
         told = explain(place, find_cell(cell, place))
-        print(json.dumps(told) if as_json else "\n".join(explain_lines(told)))
+        if as_json:
+            print(json.dumps(told))
+        else:
+            say("\n".join(explain_lines(told)))
         return
     one, two = (read_cell(place, find_cell(name, place))["identity"] for name in (cell, other))
     found = list(differences(one, two))

@@ -1,4 +1,4 @@
-"""What a stranger's study, corpus, dataset, tokenizer, checkpoint or store cannot do: run code, reach what lies outside.
+"""What a stranger's study, corpus, dataset, tokenizer or checkpoint cannot do: run code, reach what lies outside.
 
 Every hostile file here is real; where it would run code, a test first shows that it does when it is opened carelessly.
 """
