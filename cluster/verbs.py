@@ -287,10 +287,12 @@ def sync(
 
     place = existing_store(store)
     with Waiting() as waiting:
-        fault = sync_study(place, study_name(study, place), tracking_uri, rebuild=rebuild, progress=waiting.update)
+        name = study_name(study, place)
+        fault = sync_study(place, name, tracking_uri, rebuild=rebuild, progress=waiting.update)
     if fault:
         say(f"not all of it got through: {fault}. Nothing is lost: sync again.", file=sys.stderr)
         raise typer.Exit(1)
+    say(f"{name}: MLflow is up to date.")
 
 
 @app.command(rich_help_panel=STEER)

@@ -53,7 +53,9 @@ def test_no_escape_sequence_or_markup_of_others_acts_on_the_terminal(tmp_path: P
         record = read_json(path)
         write_json(path, record | {"identity": record["identity"] | {"family": f"{path.parent.name}{ESCAPE}"}})
     table = tmp_path / "table.csv"
-    table.write_text(f"N,D,loss,{ESCAPE[:-1]!r}\n" + "".join(f"{n}e6,{1 + n % 3}e8,{3 - n / 10},{ESCAPE}\n" for n in range(1, 9)))
+    table.write_text(
+        f"N,D,loss,{ESCAPE[:-1]!r}\n" + "".join(f"{n}e6,{1 + n % 3}e8,{3 - n / 10},{ESCAPE}\n" for n in range(1, 9))
+    )
     study = escala.study(f'name: x\n"{ESCAPE.encode("unicode_escape").decode()}": 1\n'.replace("\\x9b", "\\x9B"))
     at = ["--store", store.root]
     for command, code in (
@@ -198,3 +200,15 @@ def test_the_ui_listens_on_loopback_alone(finished: Finished) -> None:
     finally:
         ui.terminate()
         ui.communicate(timeout=60)
+
+
+def test_a_token_that_others_could_read_is_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.connection import _protect_token
+
+    token = tmp_path / "token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    _protect_token()  # there is none
+    token.write_text("0123456789abcdef")
+    token.chmod(0o644)
+    _protect_token()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
