@@ -47,7 +47,8 @@ def read_wish(store: Store, study: str) -> Wish | None:
 
 
 def pause(store: Store, study: str) -> Wish:
-    """Stop the study's cells, with a checkpoint, until `resume`. InputError where it is paused already, or trains nothing."""
+    """Stop the study's cells, with a checkpoint, until `resume`. InputError where it is paused already
+    or trains nothing."""
     if study in study_names(store) and read_plan(store, study).get("foreign"):
         raise InputError(f"study {study} holds imported runs and trains nothing: there is nothing to pause.")
     stands = read_wish(store, study)
