@@ -20,10 +20,21 @@ StoreOption = Annotated[
     Path, typer.Option("--store", envvar="ESCALA_STORE", help="The folder that holds corpora, cells and studies.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _tracking_uri(uri: str | None) -> str | None:
+    from cluster.credentials import check_uri
+
+    return None if uri is None else check_uri(uri)
+
+
 TrackingOption = Annotated[
     str | None,
     typer.Option(
-        "--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server. Default: a database in the store."
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        callback=_tracking_uri,
+        help="MLflow server. Default: a database in the store.",
     ),
 ]
 

@@ -18,7 +18,7 @@ from sweeps.records import read_json
 from sweeps.store import Store, attempt_epochs, open_store, read_end, read_metrics
 
 SCRIPT = ROOT / "cluster" / "deploy" / "slurm" / "escala.sbatch"
-WAIT_SECONDS = 240.0
+WAIT_SECONDS = 900.0
 
 # Escala's own trainer; where HOLD is set, each cell's first attempt waits half-way until it is asked to stop.
 TRAINER = """
