@@ -56,7 +56,9 @@ def refusal(error: Exception, uri: str) -> str | None:
             f"MLflow at {uri} does not serve under that name ({host} is not among its allowed hosts). Start it with "
             f"--allowed-hosts {host}, or use a name that it allows."
         )
-    if code == "UNAUTHENTICATED" or "error code 401" in said:
+    # MLflow 3.17 with accounts and their cache on breaks over a token, which is not what it asks for.
+    broken = _sent().endswith(TOKEN) and "too many 500 error responses" in said
+    if broken or code == "UNAUTHENTICATED" or "error code 401" in said:
         return (
             f"MLflow at {uri} does not accept the account: {_sent()}. Set {USER} and {PASSWORD}, or {TOKEN}, to an "
             "account of that server; its administrator makes accounts and changes passwords."

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commandline import ROOT
 from faultproxy import START_SECONDS, Server, free_port, wait_until_up
 
 USER, PASSWORD = "admin", "correct-horse-battery"
-HOSTS = ("127.0.0.1:*", "localhost:*")
+SCRIPT = ROOT / "cluster" / "deploy" / "mlflow" / "serve.sh"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,12 @@ def postgres() -> Iterator[Postgres]:
         command = [programs / "initdb", "-D", folder / "data", "-U", "escala", "-A", "scram-sha-256"]
         command += [f"--pwfile={folder / 'password'}", "--no-sync", "-E", "UTF8", "--locale=C"]
         subprocess.run(command, check=True, capture_output=True, cwd=folder, **user)
-        settings = {"listen_addresses": "127.0.0.1", "port": made.port, "unix_socket_directories": folder}
+        settings = {
+            "listen_addresses": "127.0.0.1",
+            "port": made.port,
+            "unix_socket_directories": folder,
+            "fsync": "off",
+        }
         options = [f"-c{key}={value}" for key, value in settings.items()]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -133,22 +139,22 @@ def _make_database(made: Postgres, process: "subprocess.Popen[bytes]", log: Path
 
 
 @contextmanager
-def mlflow_on(database: Postgres, folder: Path) -> Iterator[PostgresServer]:
-    """An MLflow server on a database as cluster/deploy/mlflow starts it: with accounts, and artifacts through it."""
+def mlflow_on(database: Postgres, folder: Path, workers: int = 1) -> Iterator[PostgresServer]:
+    """An MLflow server on a database, by the script of cluster/deploy/mlflow: with accounts, artifacts through it."""
     server = PostgresServer(free_port(), folder, database)
-    accounts = f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {database.uri}\nadmin_username = {USER}\n"
-    (folder / "basic_auth.ini").write_text(accounts)
     environment = os.environ | {
         "MLFLOW_BACKEND_STORE_URI": database.uri,
-        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "basic_auth.ini"),
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-the-tests-alone",
+        "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts"),
+        "ESCALA_MLFLOW_NAME": "mlflow.example.org",
+        "ESCALA_MLFLOW_LISTEN": f"127.0.0.1:{server.port}",
+        "ESCALA_MLFLOW_WORKERS": str(workers),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TMPDIR": str(folder),
     }
-    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth", "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(server.port), "--serve-artifacts"]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--allowed-hosts", ",".join(HOSTS)]
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(["bash", str(SCRIPT)], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         wait_until_up(server, process)
         yield server

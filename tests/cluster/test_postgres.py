@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from commandline import Escala, ids
 from faultproxy import FaultProxy
 from mirroring import active_runs, assert_exact, client_of, connected, finish, log, tags_of, until_through
@@ -138,14 +139,13 @@ def test_a_wrong_account_is_refused_before_anything_trains(
 def test_an_account_without_the_permission_is_told_which_one_it_needs(
     study: tuple[Store, str], shared: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlflow.server.auth.client import AuthServiceClient
-
     store, name = study
     assert sync_study(store, name, shared.uri) is None
-    accounts = AuthServiceClient(shared.uri)
-    accounts.create_user("reader", "reads-and-reads-and-reads")
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "reader")
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "reads-and-reads-and-reads")
+    reader = {"username": "reader", "password": "reads-and-reads-and-reads"}
+    made = requests.post(f"{shared.uri}/api/2.0/mlflow/users/create", json=reader, auth=(USER, PASSWORD), timeout=60)
+    made.raise_for_status()
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", reader["username"])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", reader["password"])
     client_of(shared).get_experiment_by_name(name)  # may look
     (store.study(name) / "mirror.json").unlink()
     fault = sync_study(store, name, shared.uri)
