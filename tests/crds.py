@@ -9,7 +9,8 @@ import yaml
 
 def crd_schema(path: Path, version: str = "v1") -> dict[str, Any]:
     """The schema of one version of a custom resource definition."""
-    definition = yaml.safe_load(path.read_text())
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # many thousand lines
+    definition = yaml.load(path.read_text(), Loader=loader)
     (found,) = [one for one in definition["spec"]["versions"] if one["name"] == version]
     schema = strict(found["schema"]["openAPIV3Schema"])
     assert isinstance(schema, dict)

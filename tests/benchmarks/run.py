@@ -22,6 +22,7 @@ import eager
 import fits
 import mirror
 import overhead
+import postgres
 import searching
 import sensitivity
 import stalls
@@ -52,6 +53,7 @@ BENCHMARKS = {
     "compare": compare.run,
     "transfer": transfer.transfer,
     "mirror": mirror.mirror,
+    "postgres": postgres.shared,
     "overhead": overhead.overhead,
     "search": searching.search,
     "logging": stalls.logging,

@@ -9,7 +9,7 @@ import requests
 from commandline import Escala, ids
 from faultproxy import FaultProxy
 from mirroring import active_runs, assert_exact, client_of, connected, finish, log, tags_of, until_through
-from postgres import PASSWORD, USER, PostgresServer, mlflow_on, postgres, why_not
+from sharedmlflow import PASSWORD, USER, PostgresServer, mlflow_on, postgres, why_not
 
 from analysis import load_runs
 from cluster.credentials import check_file, check_uri

@@ -86,8 +86,9 @@ def _programs() -> Path | None:
 
 
 @contextmanager
-def postgres() -> Iterator[Postgres]:
-    """A fresh Postgres on a free port of 127.0.0.1, gone at the end. Root's runs as the user postgres."""
+def postgres(*, durable: bool = False) -> Iterator[Postgres]:
+    """A fresh Postgres on a free port of 127.0.0.1, gone at the end. Root's runs as the user postgres. What is
+    committed is on the disk only where it is `durable`."""
     programs = _programs()
     assert programs is not None
     made = Postgres(free_port(), "a-password-of-the-database")
@@ -101,12 +102,8 @@ def postgres() -> Iterator[Postgres]:
         command = [programs / "initdb", "-D", folder / "data", "-U", "escala", "-A", "scram-sha-256"]
         command += [f"--pwfile={folder / 'password'}", "--no-sync", "-E", "UTF8", "--locale=C"]
         subprocess.run(command, check=True, capture_output=True, cwd=folder, **user)
-        settings = {
-            "listen_addresses": "127.0.0.1",
-            "port": made.port,
-            "unix_socket_directories": folder,
-            "fsync": "off",
-        }
+        settings = {"listen_addresses": "127.0.0.1", "port": made.port, "unix_socket_directories": folder}
+        settings["fsync"] = "on" if durable else "off"
         options = [f"-c{key}={value}" for key, value in settings.items()]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
