@@ -38,6 +38,7 @@ admin_username = admin
 auth_cache_ttl_seconds = 60
 EOF
 trap 'rm -rf "$folder"' EXIT
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false # eight processes, for judging of texts
 
 mlflow server --app-name basic-auth --host "${listen%:*}" --port "${listen##*:}" --workers "${ESCALA_MLFLOW_WORKERS:-4}" \
   --serve-artifacts --artifacts-destination "$MLFLOW_ARTIFACTS_DESTINATION" \
