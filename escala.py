@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster import verbs
+from cluster import remote, verbs
 from cluster.arguments import (
     DEFAULT_STORE,
+    AcceptOption,
+    CodeOption,
     JsonOption,
+    RefitOption,
     StoreOption,
     StudyArgument,
     TrackingOption,
@@ -35,15 +38,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study run Python files beside it.")]
-AcceptOption = Annotated[
-    bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
-]
-RefitOption = Annotated[
-    bool,
-    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
-]
 
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
@@ -210,6 +204,7 @@ def run(
         raise typer.Exit(1)
 
 
+app.registered_commands += remote.app.registered_commands
 app.registered_commands += verbs.app.registered_commands
 
 

@@ -27,6 +27,15 @@ TrackingOption = Annotated[
     ),
 ]
 
+CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study run Python files beside it.")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
+]
+RefitOption = Annotated[
+    bool,
+    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
+]
+
 
 def existing_store(store: Path) -> "Store":
     """The store at a path. InputError where there is none: a command that only looks makes no new one."""

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from cluster.claims import Claim
-from cluster.connection import gpu_bytes, make_worker, start_ray
+from cluster.connection import driver_cpus, gpu_bytes, make_worker, start_ray
 from cluster.control import read_wish
 from cluster.hands import Hand, Task, take_up
 from cluster.ledger import register
@@ -162,6 +162,7 @@ class _Pool:
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
             resources, left = ray.cluster_resources(), self._left()
+            resources["CPU"] = resources.get("CPU", 0.0) - driver_cpus(ray)
             together = self._together(ray) if resources.get("GPU") else 1
             self.slots = choose_slots(resources, left, limit, together)
             self.cores = int(resources.get("CPU", 1))
@@ -410,4 +411,5 @@ class _Pool:
         }
         eta = elapsed * left / done if done else None
         ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
-        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish)
+        link = self.mirror.link
+        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish, link)
