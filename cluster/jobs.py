@@ -7,6 +7,7 @@ it shows to everyone who may ask; so no secret ever goes into a job.
 """
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -112,12 +113,13 @@ def connect(address: str) -> Dashboard:
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, which reads it once
         found = _ask(address, _token_header(address))
     if found is None:
-        raise InputError(
-            f"{address} does not see the token that was sent: a proxy before it drops the header, perhaps."
-        )
+        raise InputError(f"{address} does not see the token that was sent: does a proxy drop its header?")
     _check_version(address, found)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray lets this variable overrule what its client is told
     from ray.job_submission import JobSubmissionClient
+
+    for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):
         """Ray's, which waits for ever for a dashboard that does not answer."""
@@ -137,7 +139,8 @@ def _ask(address: str, headers: dict[str, str]) -> str | None:
         reply = requests.get(f"{address}/api/version", headers=headers, timeout=PROBE_SECONDS, allow_redirects=False)
     except requests.exceptions.SSLError as error:
         raise InputError(
-            f"{address}: {_reason(error)}. Is it http://, or a certificate of your own authority?"
+            f"no https with {address} ({_reason(error)}): the dashboard speaks http, or has a certificate of your own "
+            "authority, whose file REQUESTS_CA_BUNDLE names."
         ) from None
     except requests.exceptions.Timeout:
         raise InputError(
@@ -214,7 +217,8 @@ def answering(address: str) -> Iterator[None]:
         yield
     except (requests.exceptions.RequestException, ConnectionError) as error:
         raise InputError(
-            f"the dashboard at {address} no longer answers ({_reason(error)}). Look with: escala jobs --address {address}"
+            f"the dashboard at {address} no longer answers ({_reason(error)}). Look again with: escala jobs --address "
+            f"{address}"
         ) from None
     except RuntimeError as error:  # also its AuthenticationError
         raise InputError(f"the dashboard at {address} refuses: {_reason(error)}.") from None
@@ -297,10 +301,12 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
     while True:
         try:
             job = next((one for one in list_jobs(dashboard) if one.id == job_id), None)
-            if job is not None and job.status != "PENDING":
+            if job is not None and not job.lives:
+                with answering(dashboard.address):
+                    write(dashboard.client.get_job_logs(job_id)[written:])  # what a broken connection may have lost
+                return job
+            if job is not None and job.status == "RUNNING":
                 written = asyncio.run(_tail(dashboard.client, job_id, written, write))
-                if not job.lives:  # asked before the log was read to its end, so nothing can come after it
-                    return job
             gone = None
         except (InputError, RuntimeError, OSError, aiohttp.ClientError) as error:
             gone = gone or time.monotonic()

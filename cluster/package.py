@@ -91,9 +91,9 @@ def _named(path: Path, study: Study) -> dict[PurePosixPath, Path]:
     """The files of a corpus and a tokenizer that the study names by a relative path."""
     files: dict[PurePosixPath, Path] = {}
     folder = path.parent
-    if study.corpus.path and (source := folder / Path(study.corpus.path).expanduser()).exists():
-        if not Path(study.corpus.path).expanduser().is_absolute():
-            files |= {BESIDE / _inside(one, folder, "corpus.path"): one for one in _below(source)}
+    source = folder / Path(study.corpus.path or folder).expanduser()
+    if study.corpus.path and source.exists() and not Path(study.corpus.path).expanduser().is_absolute():
+        files |= {BESIDE / _inside(one, folder, "corpus.path"): one for one in _below(source, whole=True)}
     tokenizer = tokenizer_file(study.tokenizer)  # relative to where the command is given, not to the file
     if tokenizer.is_file() and not tokenizer.is_absolute():
         beside = [tokenizer.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
@@ -113,18 +113,21 @@ def _inside(path: Path, folder: Path, field: str) -> str:
     return PurePosixPath(*Path(found).parts).as_posix()
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """The files below a folder, or the file itself, without what is never packed; no more than are allowed."""
+def _below(folder: Path, *, whole: bool = False) -> Iterator[Path]:
+    """The files below a folder, or the file itself, and no more than may be sent: all that are not hidden, or without
+    what is seldom meant."""
     if folder.is_file():
         yield folder
         return
     count = 0
     for root, names, files in os.walk(folder):
         here = Path(root)
-        names[:] = sorted(name for name in names if not _is_left_out(here / name))
+        names[:] = sorted(
+            name for name in names if not (name.startswith(".") or (not whole and _is_left_out(here / name)))
+        )
         for name in sorted(files):
             path = here / name
-            if name.startswith(".") or name.endswith(SUFFIXES_LEFT_OUT) or not path.is_file():
+            if name.startswith(".") or (not whole and name.endswith(SUFFIXES_LEFT_OUT)) or not path.is_file():
                 continue
             yield path
             count += 1
@@ -134,7 +137,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _is_left_out(folder: Path) -> bool:
     name = folder.name
-    if name.startswith(".") or name in LEFT_OUT or name.endswith(".egg-info"):
+    if name in LEFT_OUT or name.endswith(".egg-info"):
         return True
     if (folder / "store.json").exists() or (folder / "pyvenv.cfg").exists():
         return True
@@ -145,9 +148,7 @@ def _too_large(package: Package, total: int, folder: Path | None) -> str:
     largest = ", ".join(f"{place} ({size / 1e6:,.1f} MB)" for place, size in list(package.sizes.items())[:5])
     remedy = "Keep data on storage that the cluster's nodes share, and name it in the study by its absolute path there."
     if folder is not None:
-        remedy = (
-            f"With --allow-code all of {folder} goes: put the study and its code in a folder of their own. {remedy}"
-        )
+        remedy = f"With --allow-code all of {folder} goes: put the study and its code into a folder alone. {remedy}"
     return (
         f"what would go to the cluster has {total / 1e6:,.0f} MB in {len(package.files):,} files; at most "
         f"{LARGEST_BYTES / 1e6:.0f} MB and {MOST_FILES:,} files are sent. The largest: {largest}. {remedy}"

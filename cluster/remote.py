@@ -61,8 +61,8 @@ def submit(
 ) -> None:
     """Run a study as a Ray job on a cluster, and follow its log. Submit it again to go on after whatever happened.
 
-    The cluster's nodes need Escala's requirements and a folder that they share; the code goes with the job. Ctrl-C stops
-    following, not the job. Exit code: the job's.
+    The cluster's nodes need Escala's requirements and a folder that they share; the code goes with the job. Ctrl-C
+    stops following, not the job. Exit code: the job's.
     """
     from cluster.jobs import check_address, connect, follow
     from cluster.submit import prepare, send

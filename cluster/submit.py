@@ -106,8 +106,8 @@ def _check_tracking(tracking_uri: str | None) -> None:
     parts = urlsplit(tracking_uri or "")
     if parts.password or parts.username:
         raise InputError(
-            "--tracking-uri: found a password in it, and everyone who sees the cluster's jobs sees their commands. Leave "
-            "it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes."
+            "--tracking-uri: found a password in it, and whoever sees the cluster's jobs sees their commands. Leave it "
+            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes."
         )
 
 
@@ -143,7 +143,7 @@ def _plan_here(
     visible = (store / "store.json").is_file()
     if visible and (touch or declared.name in study_names(_opened(store))):
         return read_study(study, store, allow_code, accept_corpus, create=False, refit=refit)[1], ""
-    if fitted_studies(declared.model_dump()):
+    if any(fitted_studies(declared.model_dump())):
         return None, "it takes values from fits, which are in the cluster's store"
     source = sources.make_source(
         declared.corpus.source, declared.corpus.path, declared.corpus.options, base_dir=path.resolve().parent
@@ -189,7 +189,8 @@ def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
             jobs = list_jobs(dashboard)
             if lives := [job for job in jobs if job.lives and _same(job, submission)]:
                 return lives[-1], False
-            job_id = f"escala-{submission.study}-{1 + max((_number(job) for job in jobs if job.study == submission.study), default=0)}"
+            numbers = [_number(job) for job in jobs if job.study == submission.study]
+            job_id = f"escala-{submission.study}-{1 + max(numbers, default=0)}"
             try:
                 with answering(dashboard.address):
                     dashboard.client.submit_job(
