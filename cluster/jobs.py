@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,10 +31,9 @@ POLL_SECONDS = 0.25
 WAITING_SECONDS = 15.0
 """After so many without a start it is said what a job waits for."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-TOKEN_HELP = (
-    "`ray get-auth-token` prints it on the head. Give it as RAY_AUTH_TOKEN, as a file that RAY_AUTH_TOKEN_PATH names, "
-    "or in ~/.ray/auth_token"
-)
+TOKEN_PLACES = "RAY_AUTH_TOKEN, a file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+TOKEN_HELP = f"`ray get-auth-token` prints it on the head; it is read from {TOKEN_PLACES}"
+UNREACHED = {"refused": "connection refused", "resolve": "no such host", "unreachable": "no way to that host"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def check_address(address: str) -> str:
         raise InputError(f"--address: found {parts.scheme}://; a dashboard speaks http or https: {example}.{hint}")
     if parts.username or parts.password:
         raise InputError(
-            f"--address: found a password in it, which would be printed and kept. Leave it out; {TOKEN_HELP}."
+            "--address: found a password in it, which would be printed and kept. Leave it out; a token is read from "
+            f"{TOKEN_PLACES}."
         )
     try:
         whole = bool(parts.hostname) and (parts.port is None or parts.port > 0)
@@ -148,9 +148,9 @@ def _ask(address: str, headers: dict[str, str]) -> str | None:
             "a cluster the dashboard is reached through a tunnel, such as ssh -L 8265:localhost:8265 HEAD."
         ) from None
     except requests.exceptions.ConnectionError as error:
-        if "refused" in str(error) or "resolve" in str(error) or "unreachable" in str(error):
+        if reason := next((reason for word, reason in UNREACHED.items() if word in str(error)), None):
             raise InputError(
-                f"nothing answers at {address} ({_reason(error)}). Start the cluster, or correct --address (or "
+                f"nothing answers at {address} ({reason}). Start the cluster, or correct --address (or "
                 "RAY_API_SERVER_ADDRESS): the dashboard's port is 8265 unless the head was started with another."
             ) from None
         raise InputError(
@@ -183,10 +183,13 @@ def _token_header(address: str) -> dict[str, str]:
     if not _token_source():
         raise InputError(f"{wanted} there is none here. {TOKEN_HELP}.")
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray.exceptions import RayError
 
-    headers: dict[str, str] = get_auth_headers_if_auth_enabled({})
+    headers: dict[str, str] = {}
+    with suppress(RayError):  # a file that is not there
+        headers = get_auth_headers_if_auth_enabled({})
     if not headers:
-        raise InputError(f"{wanted} that of {_token_source()} is empty. {TOKEN_HELP}.")
+        raise InputError(f"{wanted} {_token_source()} holds none. {TOKEN_HELP}.")
     return headers
 
 
@@ -212,6 +215,7 @@ def _check_version(address: str, found: str) -> None:
 def answering(address: str) -> Iterator[None]:
     """Whatever Ray's client raises, in a sentence."""
     import requests
+    from ray.exceptions import RayError
 
     try:
         yield
@@ -220,14 +224,14 @@ def answering(address: str) -> Iterator[None]:
             f"the dashboard at {address} no longer answers ({_reason(error)}). Look again with: escala jobs --address "
             f"{address}"
         ) from None
-    except RuntimeError as error:  # also its AuthenticationError
+    except (RuntimeError, RayError) as error:
         raise InputError(f"the dashboard at {address} refuses: {_reason(error)}.") from None
 
 
 def _reason(error: Exception) -> str:
     """The last words of an error: those before are about libraries."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return lines[-1].rpartition(": ")[2].strip("'\")(. ")[:200]
+    return lines[-1].rpartition(": ")[2].strip("'\")([]. ")[:200]
 
 
 # --- what there is -------------------------------------------------------------------------------------------------
