@@ -26,6 +26,7 @@ import searching
 import sensitivity
 import stalls
 import step
+import submit
 import together
 import transfer
 from measuring import Place, Row
@@ -56,6 +57,7 @@ BENCHMARKS = {
     "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,
+    "submit": submit.submit,
 }
 
 
