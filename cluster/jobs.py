@@ -302,15 +302,21 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
 
     written, gone = 0, None
     began, told = time.monotonic(), False
+
+    def put(text: str) -> None:
+        nonlocal written
+        write(text)
+        written += len(text)
+
     while True:
         try:
             job = next((one for one in list_jobs(dashboard) if one.id == job_id), None)
             if job is not None and not job.lives:
-                with answering(dashboard.address):
-                    write(dashboard.client.get_job_logs(job_id)[written:])  # what a broken connection may have lost
+                with suppress(InputError), answering(dashboard.address):  # a job that never started may have no log
+                    put(dashboard.client.get_job_logs(job_id)[written:])  # what a broken connection has lost
                 return job
             if job is not None and job.status == "RUNNING":
-                written = asyncio.run(_tail(dashboard.client, job_id, written, write))
+                asyncio.run(_tail(dashboard.client, job_id, written, put))
             gone = None
         except (InputError, RuntimeError, OSError, aiohttp.ClientError) as error:
             gone = gone or time.monotonic()
@@ -331,11 +337,10 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
         time.sleep(POLL_SECONDS)
 
 
-async def _tail(client: Any, job_id: str, skip: int, write: Callable[[str], None]) -> int:
-    """Write a log but for its first `skip` characters; how many it has now."""
+async def _tail(client: Any, job_id: str, skip: int, write: Callable[[str], None]) -> None:
+    """Write a log but for its first `skip` characters, as it grows."""
     seen = 0
     async for text in client.tail_job_logs(job_id):
         if fresh := text[max(0, skip - seen) :]:
             write(fresh)
         seen += len(text)
-    return max(seen, skip)
