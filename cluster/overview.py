@@ -13,6 +13,7 @@ from cluster.claims import living_drivers
 from cluster.control import read_wish
 from cluster.display import cell_table, console, plain_table
 from cluster.ledger import count_states, sharing, sharing_words
+from cluster.terminal import visible
 from cluster.watching import status_rows
 from sweeps.store import Store
 from sweeps.summary import search_summary, summary_lines
@@ -131,5 +132,6 @@ def job_table(jobs: Sequence[Any]) -> Table:
         state = job.status.lower() + (f" ({job.exit_code})" if job.exit_code else "")
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
         took = duration((job.ended or time.time()) - job.started)
-        table.add_row(job.id, job.study, state, since, took, job.person, job.store)
+        told = (job.id, job.study, state, since, took, job.person, job.store)  # in part the words of others
+        table.add_row(*(Text(visible(one)) for one in told))
     return table

@@ -20,6 +20,8 @@ from cluster.arguments import (
     StudyArgument,
     TrackingOption,
 )
+from cluster.terminal import say, visible
+from sweeps.redaction import redact
 
 if TYPE_CHECKING:
     from cluster.jobs import Dashboard, Job
@@ -89,30 +91,30 @@ def submit(
         else:
             _print_submission(submission)
         return
-    say = _say_aside if as_json else _say
+    tell = _aside if as_json else say
     for line in _introduction(submission):
-        say(line)
+        tell(line)
     dashboard = connect(address)
     job, new = send(dashboard, submission)
     if new:
-        say(f"sent as {job.id} to {dashboard.address}")
+        tell(f"sent as {job.id} to {dashboard.address}")
     else:
-        _say_running(job, submission, detach, say)
+        _say_running(job, submission, detach, tell)
     if detach:
         if as_json:
             print(json.dumps(vars(job)))
         else:
-            _say(_how_to(dashboard, job))
+            say(_how_to(dashboard, job))
         return
     try:
-        job = follow(dashboard, job.id, _write_aside if as_json else _write, say)
+        job = follow(dashboard, job.id, _write_aside if as_json else _write, tell)
     except KeyboardInterrupt:
-        say(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
+        tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(vars(job)))
     elif job.status == "SUCCEEDED":
-        _say(f"{job.id} has ended well.")
+        say(f"{job.id} has ended well.")
     _raise_fate(job)
 
 
@@ -134,17 +136,17 @@ def _introduction(submission: "Submission") -> list[str]:
 
 def _print_submission(submission: "Submission") -> None:
     for line in _introduction(submission):
-        _say(line)
-    _say(f"entrypoint: {submission.entrypoint}")
+        say(line)
+    say(f"entrypoint: {submission.entrypoint}")
     told = submission.to_json()
-    _say(f"resources: {', '.join(f'{count} {name}' for name, count in told['resources'].items())} for the driver")
-    _say(f"environment: {', '.join(told['environment']) or 'nothing of yours'}")
+    say(f"resources: {', '.join(f'{count} {name}' for name, count in told['resources'].items())} for the driver")
+    say(f"environment: {', '.join(told['environment']) or 'nothing of yours'}")
     for place, size in told["files"].items():
-        _say(f"{size:>12,}  {place}")
-    _say("nothing was sent.")
+        say(f"{size:>12,}  {place}")
+    say("nothing was sent.")
 
 
-def _say_running(job: "Job", submission: "Submission", detach: bool, say: Any) -> None:
+def _say_running(job: "Job", submission: "Submission", detach: bool, tell: Any) -> None:
     """That a job of the study lives, instead of a second one that the study's claim would refuse."""
     from sweeps.errors import InputError
 
@@ -153,7 +155,7 @@ def _say_running(job: "Job", submission: "Submission", detach: bool, say: Any) -
         found += "; its study or code is another than this. Submit again when it has ended, and what is new trains"
     if detach:
         raise InputError(f"{found}. Nothing was sent; without --detach its log is followed.")
-    say(f"{found}. Nothing was sent; its log:")
+    tell(f"{found}. Nothing was sent; its log:")
 
 
 def _how_to(dashboard: "Dashboard", job: "Job") -> str:
@@ -167,13 +169,13 @@ def _how_to(dashboard: "Dashboard", job: "Job") -> str:
 def _raise_fate(job: "Job") -> None:
     """End with the job's exit code, and say of a job that has none why."""
     if job.status == "STOPPED":
-        print(f"{job.id} was stopped. What was done is kept; submit the study again to go on.", file=sys.stderr)
+        _aside(f"{job.id} was stopped. What was done is kept; submit the study again to go on.")
         raise typer.Exit(1)
     if job.status == "FAILED":
         if job.exit_code is None:
-            print(f"{job.id} failed: {job.message.strip() or 'Ray does not say why'}", file=sys.stderr)
+            _aside(f"{job.id} failed: {job.message.strip() or 'Ray does not say why'}")
         else:
-            print(f"{job.id} ended with exit code {job.exit_code}.", file=sys.stderr)
+            _aside(f"{job.id} ended with exit code {job.exit_code}.")
         raise typer.Exit(job.exit_code or 1)
 
 
@@ -191,11 +193,11 @@ def jobs(
 
     dashboard = connect(address)
     if stop is not None:
-        job = stop_job(dashboard, stop, _say_aside)
+        job = stop_job(dashboard, stop, _aside)
         if as_json:
             print(json.dumps(vars(job)))
         else:
-            _say(f"{job.id}: {job.status.lower()}. Submit the study again to go on.")
+            say(f"{job.id}: {job.status.lower()}. Submit the study again to go on.")
         return
     found = list_jobs(dashboard)
     if as_json:
@@ -205,25 +207,21 @@ def jobs(
     from cluster.overview import job_table
 
     if not found:
-        _say(f"no jobs of Escala at {dashboard.address}.")
+        say(f"no jobs of Escala at {dashboard.address}.")
         return
     console.print(job_table(found))
-    _say(f"a log: ray job logs JOB --address {dashboard.address}")
+    say(f"a log: ray job logs JOB --address {dashboard.address}")
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _say_aside(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _aside(line: str) -> None:
+    say(line, sys.stderr)
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(visible(redact(text)))
     sys.stdout.flush()
 
 
 def _write_aside(text: str) -> None:
-    sys.stderr.write(text)
+    sys.stderr.write(visible(redact(text)))
     sys.stderr.flush()

@@ -23,6 +23,7 @@ from sweeps import sources
 from sweeps.errors import InputError
 from sweeps.fitted import fitted_studies
 from sweeps.grids import Plan
+from sweeps.redaction import SECRET_NAMES
 from sweeps.store import study_names
 from sweeps.study import Study
 from sweeps.studyfile import find_study_file, load_study
@@ -32,7 +33,6 @@ DRIVER_CPUS = 1
 PLANNED_HERE_BYTES = 100 * 1000**2
 """A larger corpus is tokenised on the cluster alone, and the cells are planned there."""
 NAMES_TRIED = 5
-SECRET = re.compile(r"TOKEN|PASSW|SECRET|KEY|CREDENTIAL|_PW\b", re.IGNORECASE)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -116,7 +116,7 @@ def _passed(variables: Sequence[str], environment: dict[str, str]) -> dict[str, 
     for name in variables:
         if not VARIABLE.fullmatch(name):
             raise InputError(f"--env: found {name!r}; give the name of a variable alone, its value is taken from here.")
-        if SECRET.search(name):
+        if SECRET_NAMES.search(name.upper()):
             raise InputError(
                 f"--env: {name} is named like a secret, and the Jobs API shows a job's variables to everyone who may "
                 "ask. Set it on the cluster's nodes instead (a Kubernetes secret, a file that only they read)."
