@@ -322,7 +322,7 @@ def test_sweep_of_the_same_rates_everywhere_is_held_against_the_one_that_is_best
     table = surface(N, D).assign(seed=0)
     runs = tuned_by(table, rate / best_rate(N, D)).assign(excluded=None, is_default=None)
     runs = runs.rename(columns={"loss": "val_loss_final"})
-    found = find_worth(runs)
+    found = find_worth(runs, None)
     assert found is not None
     text = worth_section(*found)
     assert re.search(r"the one learning rate, 0\.01, that does best over all sizes", text)
