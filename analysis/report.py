@@ -51,8 +51,8 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
     for family, group in runs.groupby("family", sort=True):
         own = curves[curves["cell"].isin(group["cell"])]
         findings.append(_find(family, group, pairs, find_hyperparameters(group, own, plan, place)))
-    own = findings[0].hyperparameters.sweep if len(findings) == 1 else None
-    if (sweep := own or find_sweep(runs)) is not None:
+    found = findings[0].hyperparameters.sweep if len(findings) == 1 else None
+    if (sweep := found or find_sweep(runs)) is not None:
         write_optimum(sweep, runs, study, place)
     body = [
         _head(plan, runs, findings),

@@ -238,10 +238,12 @@ def test_a_sweep_found_before_is_used_with_its_noise_where_it_is_over_the_tuned_
     known = sensitivity(runs)
     some = replace(known, optima=known.optima[:4], noise=dict(known.noise, sd=0.5))
     found = tuning_worth(runs, default=off(2.0), sweep=some)
-    assert len(found.worths) == 4 and found.noise["sd"] == 0.5
+    assert len(found.worths) == 4
+    assert found.noise["sd"] == 0.5
     other = replace(some, optima=tuple(replace(one, axes=("batch_tokens",)) for one in some.optima))
     anew = tuning_worth(runs, default=off(2.0), sweep=other)
-    assert len(anew.worths) == 9 and anew.noise["sd"] == pytest.approx(known.noise["sd"])
+    assert len(anew.worths) == 9
+    assert anew.noise["sd"] == pytest.approx(known.noise["sd"])
 
 
 # --- published runs ----------------------------------------------------------------------------------------------
