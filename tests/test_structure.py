@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ANALYSIS_MAY_USE = {
     "sweeps.accounting",
+    "sweeps.published",
     "sweeps.rules",
     "sweeps.store",
     "sweeps.records",
