@@ -329,24 +329,21 @@ def _published(rows: pd.DataFrame, cells: pd.DataFrame, rate: Reference | None) 
     ratios = cells["rule_ratio"].dropna()
     if len(ratios) and (rate is None or not np.isfinite(cells["penalty"]).any()):
         near = within_range("step-law", N_nonembedding=cells["N"], D=cells["D"])
-        message = (
-            f"by Step Law ({PUBLISHED['step-law'].paper}) these rates are {_span(ratios)} times its best ones. "
-            + (
-                "Its own text, batches and schedule differ, so this is no measurement."
-                if near
-                else "That rule was fitted on 0.2 to 1.1 billion parameters and 4 to 100 billion tokens, and says "
-                "nothing certain here."
-            )
+        told = f"by Step Law ({PUBLISHED['step-law'].paper}) these rates are {_span(ratios)} times its best ones."
+        why = (
+            "Its own text, batches and schedule differ, so this is no measurement."
+            if near
+            else "That rule was fitted on 0.2 to 1.1 billion parameters and 4 to 100 billion tokens, and says "
+            "nothing certain here."
         )
         severity: Any = "info" if near else "caution"
-        verdicts.append(Verdict("extrapolation", severity, "decision", "step-law", message))
+        verdicts.append(Verdict("extrapolation", severity, "decision", "step-law", f"{told} {why}"))
     decays = cells["timescale_ratio"].dropna()
     if len(decays):
         inside = within_range("power-lines", N=cells["N"])
-        message = (
-            f"AdamW's timescale is {_span(decays)} times the best one by Power Lines ({PUBLISHED['power-lines'].paper})"
-            + ("." if inside else ", which was fitted on 0.11 to 3.3 billion parameters: outside its range.")
-        )
+        message = f"AdamW's timescale is {_span(decays)} times the best one by Power Lines "
+        message += f"({PUBLISHED['power-lines'].paper})"
+        message += "." if inside else ", which was fitted on 0.11 to 3.3 billion parameters: outside its range."
         verdicts.append(Verdict("extrapolation", "info", "decision", "power-lines", message))
     return verdicts
 

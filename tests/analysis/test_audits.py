@@ -161,9 +161,8 @@ def test_decay_and_published_rules_are_shown_and_judge_nothing() -> None:
 
 
 def test_published_rules_as_printed() -> None:
-    assert published_value("step-law", "learning_rate", N_nonembedding=1e9, D=1e11) == pytest.approx(
-        1.632499e-3, rel=1e-5
-    )
+    rate = published_value("step-law", "learning_rate", N_nonembedding=1e9, D=1e11)
+    assert rate == pytest.approx(1.632499e-3, rel=1e-5)
     assert published_value("step-law", "batch_tokens", D=1e11) == pytest.approx(1107714.9, rel=1e-5)
     assert published_timescale(np.array([1.0, 20.0, 200.0])) == pytest.approx([1.084, 0.223556, 0.066433], rel=1e-4)
 
