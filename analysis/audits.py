@@ -81,7 +81,7 @@ def audit(
     floor = max(LEAST, noise) if np.isfinite(noise) else LEAST
     cells["mistuned"] = cells["penalty_low"] > floor
     verdicts += _judge_rate(cells, rate, rate.apart(rows) if rate else ())
-    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(rows, cells, rate)]
+    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(cells, rate)]
 
     # 2. the laws before and after; where nothing is known of any cell there is no after
     names = tuple(laws) if laws is not None else audited_laws(rows)
@@ -323,7 +323,7 @@ def _warmup(cells: pd.DataFrame) -> list[Verdict]:
     return [Verdict("long_warmup", "caution", "fit", None, message, {"cells": cells.loc[long, "cell"].tolist()})]
 
 
-def _published(rows: pd.DataFrame, cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
+def _published(cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
     """How the cells stand to published rules: never more than information."""
     verdicts = []
     ratios = cells["rule_ratio"].dropna()

@@ -168,7 +168,6 @@ def gain_at(
     table: pd.DataFrame,
     noise: Noise,
     resamples: int,
-    level: float,
     generator: np.random.Generator,
 ) -> "Place | str":
     """Both sides at one place, or why not."""

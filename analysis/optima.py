@@ -159,12 +159,11 @@ def _optimum(
     vertex, hessian, lowest, convex = lowest_point(surface.curve, len(axes))
     drawn, _, lows, rises = lowest_point(copies, len(axes))
     low, high = surface.x.min(axis=0), surface.x.max(axis=0)
-    seen = surface.x[surface.used].min(axis=0), surface.x[surface.used].max(axis=0)
     # a copy that is no valley is lowest at an end of the grid: at that to which it falls
     fall = np.where(copies[:, 1 : 1 + len(axes)] < 0, np.inf, -np.inf)
     drawn = np.clip(np.where(rises[:, None], drawn + surface.center, fall), 2 * low - high, 2 * high - low)
     inside = ((drawn >= low) & (drawn <= high)).all(axis=1)
-    verdicts = _judge(group, axes, surface, vertex + surface.center, bool(convex), seen, inside)
+    verdicts = _judge(group, axes, surface, vertex + surface.center, bool(convex), inside)
     if refused(verdicts):
         return Optimum(group=group.key, name=group.name, axes=axes, points=points, verdicts=tuple(verdicts))
     best = vertex + surface.center
@@ -233,7 +232,6 @@ def _judge(
     surface: Surface,
     vertex: np.ndarray,
     convex: bool,
-    seen: tuple[np.ndarray, np.ndarray],
     inside: np.ndarray,
 ) -> list[Verdict]:
     """What the quadratic of one group can bear."""

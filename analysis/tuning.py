@@ -82,7 +82,7 @@ def tuning_worth(
     generator = np.random.default_rng(seed)
     places, lost = [], []
     for one in sweeps:
-        place = gain_at(one, axes, default, table, spread, resamples, level, generator)
+        place = gain_at(one, axes, default, table, spread, resamples, generator)
         places.append(place) if isinstance(place, Place) else lost.append(place)
     verdicts += _said(places, lost, axes)
     if not places:
