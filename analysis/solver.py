@@ -1,9 +1,9 @@
 """The engine that fits every law: many starts and many resamples of one table, solved as one batch.
 
-`descend` is Levenberg-Marquardt with robust weights. The curvature of the robust loss is
-taken between two bounds: reweighted least squares, which always goes down but crawls where most residuals lie beyond
-the threshold, and Newton's, which counts only the residuals within it and then converges quadratically; a batch
-member moves towards Newton's as long as its steps gain.
+`descend` is Levenberg-Marquardt with robust weights. The curvature of the robust loss is taken between two bounds:
+reweighted least squares, which always goes down but crawls where most residuals lie beyond the threshold, and Newton's,
+which counts only the residuals within it and then converges quadratically; a batch member moves towards Newton's as
+long as its steps gain.
 
 The objective is a plain weighted sum. Steps are judged by relative gains, so its scale cannot matter: with absolute
 tolerances it does, and that is what went wrong in the original Chinchilla fit (Besiroglu et al. 2024).

@@ -1,7 +1,7 @@
 """What the commands share: their common options, and how a store, a study and a cell are named on the command line.
 
 Every command of `escala.py` and `cluster/verbs.py` reads its words here, so that a wrong name is refused in the same
-way everywhere. Imports are inside the functions: `escala --help` loads this file.
+way everywhere; so do the many options of a fit. Imports are inside the functions: `escala --help` loads this file.
 """
 
 from pathlib import Path
