@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.text import Text
+
 from cluster.display import console
 from cluster.ledger import ledger_rows, plan_rows, sharing, sharing_words
 from cluster.progress import Tally
@@ -31,7 +33,7 @@ def plan_totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def print_warnings(warnings: Iterable[str]) -> None:
     """What is doubtful about a plan, a line each."""
     for warning in warnings:
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+        console.print(Text.assemble(("note:", "yellow"), f" {warning}"))
 
 
 def print_run(place: Store, planned: Plan, tally: Tally) -> None:
@@ -52,15 +54,14 @@ def print_run(place: Store, planned: Plan, tally: Tally) -> None:
     ):
         console.print(line)
     for cell_id, reason in tally.failed.items():
-        console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
+        console.print(Text.assemble(("failed", "red"), f" {cell_id}: {reason}  (escala logs {cell_id})"))
     if tally.failed:
         console.print(f"failed cells are not tried again by themselves: escala retry --failed {study}, then run again.")
     for note in tally.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
     if tally.stopped:
-        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.", highlight=False)
+        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.")
     if tally.mirror_fault:
-        console.print(
-            f"[yellow]MLflow is behind:[/] {tally.mirror_fault}. `escala sync {study}` sends what is missing."
-        )
+        told = f" {tally.mirror_fault}. `escala sync {study}` sends what is missing."
+        console.print(Text.assemble(("MLflow is behind:", "yellow"), told))
     console.print(f"look: escala fit {study} | escala report {study} | escala ui {study}   (store: {place.root})")
