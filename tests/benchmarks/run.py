@@ -27,6 +27,7 @@ import searching
 import sensitivity
 import stalls
 import step
+import submit
 import together
 import transfer
 from measuring import Place, Row
@@ -58,6 +59,7 @@ BENCHMARKS = {
     "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,
+    "submit": submit.submit,
 }
 
 
