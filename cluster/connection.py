@@ -1,5 +1,6 @@
 """The connection to Ray: an embedded one on this machine, or a cluster's; and the workers that it gives."""
 
+import json
 import os
 import secrets
 import signal
@@ -92,6 +93,17 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
     ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
 
 
+def driver_cpus(ray: Any) -> float:
+    """CPUs of the cluster that the job of this process holds for it, so that no worker waits for them for ever."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job_id = told.get("metadata", {}).get("job_submission_id")
+    if job_id is None:  # not submitted
+        return 0.0
+    # Ray's own record of the job: nothing that it shows to others tells the job's resources.
+    record = ray.experimental.internal_kv._internal_kv_get(f"_ray_internal_job_info_{job_id}", namespace="job")
+    return float(json.loads(record or "{}").get("entrypoint_num_cpus") or 0.0)
+
+
 def make_worker(ray: Any, place: Place) -> Any:
     """A new worker in a place, unnamed: a name that a dead one had may be taken for a while."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -112,14 +124,16 @@ def cluster_nodes(ray: Any, *, memory_too: bool = False) -> list[Node]:
     """The living nodes with what Ray may give of them; the memory of their GPUs, if asked, is looked up once a kind."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     memory: dict[str, int] = {}
+    here, held = ray.get_runtime_context().get_node_id(), driver_cpus(ray)
     found = []
     for node in alive:
         resources = node["Resources"]
+        cpus = resources.get("CPU", 0.0) - (held if node["NodeID"] == here else 0.0)
         kind = next((name for name in resources if name.startswith("accelerator_type:")), "")
         gpus = resources.get("GPU", 0.0)
         if memory_too and gpus and kind not in memory:
             memory[kind] = gpu_bytes(ray, node["NodeID"])
-        found.append(Node(node["NodeID"], resources.get("CPU", 0.0), gpus, memory.get(kind, 0) if gpus else 0))
+        found.append(Node(node["NodeID"], max(0.0, cpus), gpus, memory.get(kind, 0) if gpus else 0))
     return found
 
 

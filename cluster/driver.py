@@ -6,8 +6,7 @@ another took over.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def run_study(
         mirror = Mirror(store, study, tracking_uri, claim.holds)
         if not missing and not search.goes_on() and mirror.is_complete():
             return tally
-        with _connected(mirror):
+        try:
             if missing or search.goes_on():
                 run = _Run(
                     store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after, workers
@@ -99,20 +98,14 @@ def run_study(
                         run.spend(one, result)
                 run.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 run.run(tally, address)
+            else:
+                mirror.connect()
+                mirror.start()
+        finally:
+            mirror.stop()
         tally.mirror_fault, tally.notes = mirror.fault, search.said
         tally.seconds = time.monotonic() - began
         return tally
-
-
-@contextmanager
-def _connected(mirror: Mirror) -> Iterator[None]:
-    """The mirror's thread around a block: reached first, so that an unreachable server is known before training."""
-    mirror.connect()
-    mirror.start()
-    try:
-        yield
-    finally:
-        mirror.stop()
 
 
 class _Run:
@@ -170,6 +163,9 @@ class _Run:
             self._settle_anew(tally)
             self._grow(tally)
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
+            self.pool.warm(self.schedule.first(self.slots))
+            self.mirror.connect()  # while they load torch; and before any trains, for a server that is not there
+            self.mirror.start()
             self._work(ray, tally)
         except KeyboardInterrupt:
             tally.stopped = "interrupted"
@@ -422,4 +418,5 @@ class _Run:
         }
         eta = elapsed * left / done if done else None
         ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
-        return Progress(counts, total, running, eta, self.slots, fault, ended, self.wish)
+        link = self.mirror.link
+        return Progress(counts, total, running, eta, self.slots, fault, ended, self.wish, link)

@@ -6,6 +6,7 @@ given that room, idle workers there go first. So a cluster is never full of work
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,14 @@ class Pool:
         kept = _Kept(make_worker(self._ray, place), place)
         self._kept.append(kept)
         return kept.worker
+
+    def warm(self, demands: Iterable[Demand]) -> None:
+        """Start the workers that these demands get first, in this order, before there is anything for them to do."""
+        places = [place for demand in demands if (place := self._fleet.place(demand)) is not None]
+        for worker in [self.worker(place) for place in places]:
+            self.keep(worker)
+        for place in places:
+            self._fleet.free(place)
 
     def keep(self, worker: Any) -> None:
         """A worker has nothing to do."""

@@ -53,6 +53,8 @@ class Progress:
     """The cells that ended since the last moment, in words."""
     wish: str | None = None
     """pause, drain or cancel, where a person wishes so."""
+    link: str | None = None
+    """The study's experiment in MLflow, where that is a server."""
 
 
 def ended_words(one: PlannedCell, state: CellState, loss: float | None) -> str:

@@ -12,6 +12,7 @@ The driver and the simulation (cluster/simulation.py) ask the same code, so that
 """
 
 import bisect
+import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,11 @@ class Schedule:
     def ready(self) -> int:
         """How many may start as soon as there is room."""
         return len(self._ranks)
+
+    def first(self, most: int) -> list[Demand]:
+        """What those that are ready ask for, in their order, of so many at most."""
+        ranks = heapq.nlargest(most, self._ranks.values())
+        return [self._jobs[rank[3]].demand for rank in ranks]
 
     # --- what starts -------------------------------------------------------------------------------------------------
 

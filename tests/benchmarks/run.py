@@ -22,11 +22,13 @@ import eager
 import fits
 import mirror
 import overhead
+import postgres
 import scheduling
 import searching
 import sensitivity
 import stalls
 import step
+import submit
 import together
 import transfer
 from measuring import Place, Row
@@ -53,12 +55,14 @@ BENCHMARKS = {
     "compare": compare.run,
     "transfer": transfer.transfer,
     "mirror": mirror.mirror,
+    "postgres": postgres.shared,
     "overhead": overhead.overhead,
     "simulate": scheduling.simulate,
     "latency": scheduling.latency,
     "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,
+    "submit": submit.submit,
 }
 
 
