@@ -39,7 +39,7 @@ def start_ray(address: str, workers: int | None = None) -> Any:
             _join(ray, address, quiet)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise InputError(
-            f"Ray is not reachable at {address!r}: {str(error).splitlines()[0]}. Start the cluster, correct --address "
+            f"Ray is not reachable at {address!r}: {_plainly(error)}. Start the cluster, correct --address "
             "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."
         ) from None
     # Ray puts a handler of its own in the driver, which kills Ray under it; whoever set one before keeps it.
@@ -49,12 +49,30 @@ def start_ray(address: str, workers: int | None = None) -> Any:
 
 
 def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
-    """Join a cluster. Ray retries an address that does not answer for a long time; ask the port first."""
+    """Join a cluster. Ray retries an address that does not answer, or that asks for a token, for a long time."""
+    if "://" in address:
+        raise ValueError("that is an address for `escala submit`, or for Ray's client, which hides the nodes")
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "://" not in address:
+    if host and port.isdecimal():
         with socket.create_connection((host, int(port)), timeout=10):
             pass
+        try:
+            ray._raylet.GcsClient(address=address)
+        except ray.exceptions.AuthenticationError:
+            raise InputError(
+                f"the Ray cluster at {address} asks for a token, and takes "
+                f"{'not the one' if os.environ.get('RAY_AUTH_MODE') == 'token' else 'none'} of this process. Set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token that its nodes have."
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(_plainly(error)) from None
     ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
+
+
+def _plainly(error: Exception) -> str:
+    """The first line of what Ray says; of a mismatch of versions, all of it."""
+    lines = str(error).split("\n")
+    return " ".join(str(error).split()) if lines[0].startswith("Version mismatch") else lines[0].rstrip(".")
 
 
 def make_worker(ray: Any, slots: Slots) -> Any:

@@ -28,10 +28,10 @@ class Hand:
         epochs = attempt_epochs(self.store, self.one.cell.id)
         return Attempt(self.store, self.one.cell.id, epochs[-1]) if len(epochs) > self.attempts_before else None
 
-    def ask_to_stop(self, why: str) -> None:
+    def ask_to_stop(self, why: str, kind: str = "stopped") -> None:
         """Once, and when it has begun."""
         if self.stopping is None and (attempt := self.attempt()) is not None:
-            ask_to_stop(attempt, "stopped", why)
+            ask_to_stop(attempt, kind, why)
             self.stopping = why
 
 
