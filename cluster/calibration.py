@@ -15,10 +15,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.connection import start_ray
+from cluster.connection import cluster_nodes, start_ray
 from cluster.hardware import kind_of, local_kind, processor
 from cluster.leftovers import descendants, end_processes
-from cluster.placement import choose_slots
+from cluster.placement import Demand, Fleet
 from sweeps.accounting import parameters
 from sweeps.cell import Cell, cell_from_identity
 from sweeps.errors import InputError, nearest
@@ -70,8 +70,12 @@ def calibrate(
     ray = start_ray(address, workers)
     family = descendants() if address == "local" else set()
     try:
-        slots = choose_slots(ray.cluster_resources(), 1_000_000, workers)
-        watches = [ray.remote(**slots.options)(Stopwatch).remote() for _ in range(slots.count)]
+        fleet = Fleet(cluster_nodes(ray))
+        demand = Demand(gpus=1.0 if fleet.gpus else 0.0)
+        count = fleet.count(demand, workers or 1_000_000)
+        if not count:
+            raise InputError(f"no node of the cluster has room for {demand}: there is nothing to time on.")
+        watches = [ray.remote(**demand.options())(Stopwatch).remote() for _ in range(count)]
         answers = _time_all(ray, watches, str(store.root), cells, str(base_dir) if base_dir else None, progress)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause

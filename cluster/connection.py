@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from cluster.placement import Slots, memory_share
+from cluster.placement import Node, Place, memory_share
 from sweeps.errors import InputError
 
 OBJECT_STORE_BYTES = 80 * 1024**2
@@ -75,19 +75,46 @@ def _plainly(error: Exception) -> str:
     return " ".join(str(error).split()) if lines[0].startswith("Version mismatch") else lines[0].rstrip(".")
 
 
-def make_worker(ray: Any, slots: Slots) -> Any:
-    """A new worker, unnamed: a name that a dead one had may be taken for a while."""
+def make_worker(ray: Any, place: Place) -> Any:
+    """A new worker in a place, unnamed: a name that a dead one had may be taken for a while."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    demand = place.demand
+    if demand.workers > 1:
+        from cluster.gang import make_gang
+
+        return make_gang(ray, demand)
     from cluster.worker import Worker
 
-    return ray.remote(**slots.options)(Worker).remote(memory_share(slots.together))
+    there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)
+    actor = ray.remote(**demand.options(), scheduling_strategy=there)(Worker)
+    return actor.remote(memory_share(demand.gpus))
 
 
-def gpu_bytes(ray: Any) -> int:
-    """The memory of a GPU of the cluster, as a process on it sees it."""
+def cluster_nodes(ray: Any, *, memory_too: bool = False) -> list[Node]:
+    """The living nodes with what Ray may give of them; the memory of their GPUs, if asked, is looked up once a kind."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    memory: dict[str, int] = {}
+    found = []
+    for node in alive:
+        resources = node["Resources"]
+        kind = next((name for name in resources if name.startswith("accelerator_type:")), "")
+        gpus = resources.get("GPU", 0.0)
+        if memory_too and gpus and kind not in memory:
+            memory[kind] = gpu_bytes(ray, node["NodeID"])
+        found.append(Node(node["NodeID"], resources.get("CPU", 0.0), gpus, memory.get(kind, 0) if gpus else 0))
+    return found
+
+
+def gpu_bytes(ray: Any, node_id: str) -> int:
+    """The memory of a GPU of a node, as a process on it sees it; 0 where none is seen: Ray was only told of GPUs."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def look() -> int:
         import torch
 
-        return int(torch.cuda.get_device_properties(0).total_memory)
+        return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
-    return int(ray.get(ray.remote(num_gpus=0.01, num_cpus=1, max_retries=0)(look).remote()))
+    there = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    task = ray.remote(num_gpus=0.01, num_cpus=1, max_retries=0, scheduling_strategy=there)(look)
+    return int(ray.get(task.remote()))

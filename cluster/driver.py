@@ -6,27 +6,30 @@ another took over.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 from cluster.claims import Claim
-from cluster.connection import gpu_bytes, make_worker, start_ray
+from cluster.connection import cluster_nodes, start_ray
 from cluster.control import read_wish
+from cluster.estimate import predicted_seconds
 from cluster.hands import Hand, Task, take_up
 from cluster.ledger import register
 from cluster.leftovers import descendants, end_processes, settle
 from cluster.mirror import Mirror
-from cluster.placement import cells_together, choose_slots, threads_for
+from cluster.placement import Demand, Fleet, check_holds, demand_of, threads_for
+from cluster.pool import Pool
 from cluster.progress import Progress, Running, Tail, Tally
-from cluster.queue import Queue
+from cluster.queue import Queue, Unit
+from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
+from cluster.usage import note_usage, used_gpu_seconds
 from sweeps.errors import InputError
 from sweeps.grids import Plan
-from sweeps.memory import demand
 from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE
 from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, cell_state, read_end, record_error
@@ -39,6 +42,8 @@ LOOK_SECONDS = 2.0
 """Between looks at what changes seldom: wishes, cells trained elsewhere, forgiven failures."""
 LARGE_STEP_FLOPS = 1e10
 """From so many a step on, several threads are faster than one."""
+STARTING_SECONDS = 60.0
+"""A worker that has begun nothing after so long may wait for room that idle ones have."""
 GRACE_SECONDS = 20.0
 """How long running cells get to keep a checkpoint at Ctrl-C."""
 
@@ -85,9 +90,14 @@ def run_study(
             return tally
         with _Connected(mirror):
             if missing or search.goes_on():
-                pool = _Pool(store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
-                pool.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
-                pool.run(tally, address, workers)
+                run = _Run(
+                    store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after, workers
+                )
+                for one in plan.cells:
+                    if (result := states[one.cell.id].result) is not None:
+                        run.spend(one, result)
+                run.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
+                run.run(tally, address)
         tally.mirror_fault, tally.notes = mirror.fault, search.said
         tally.seconds = time.monotonic() - began
         return tally
@@ -113,8 +123,8 @@ class _Connected:
         self.mirror.stop()
 
 
-class _Pool:
-    """The workers of one run and the queue before them."""
+class _Run:
+    """The cells of one run: the queue before the workers, and what these have in hands."""
 
     def __init__(
         self,
@@ -127,19 +137,24 @@ class _Pool:
         base_dir: Path | None,
         checkpoint_seconds: float,
         give_up_after: int,
+        workers: int | None,
     ) -> None:
         self.store, self.mirror, self.claim, self.watch = store, mirror, claim, watch
         self.search, self.plan = search, search.plan
         self.base_dir = str(base_dir) if base_dir else None
-        self.checkpoint_seconds, self.give_up_after = checkpoint_seconds, give_up_after
-        self.queue = Queue(store, self.plan)
+        self.checkpoint_seconds, self.give_up_after, self.limit = checkpoint_seconds, give_up_after, workers
+        self.fleet = Fleet()
+        self.schedule = Schedule(self.fleet, Bounds(units=workers, **dict(self.plan.study.limits)))
+        seconds = {one: float(told["seconds_predicted"]) for one, told in predicted_seconds(store, self.plan).items()}
+        self.queue = Queue(store, self.plan, self.schedule, self._demand, seconds)
+        self.used_before = used_gpu_seconds(store, self.plan.study.name)
+        self.schedule.spent_gpu_seconds = self.used_before
         self.missing = missing
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
         self.failed: dict[str, PlannedCell] = {}
         """Looked at now and then: a person may forgive them."""
         self.tasks: dict[Any, Task] = {}
-        self.idle: list[Any] = []
         self.ended: list[str] = []
         self.flops_done = 0.0
         self.first_failures: list[str] | None = []
@@ -152,20 +167,18 @@ class _Pool:
         self.halt: str | None = None
         """Why nothing more is to be tried, if so."""
 
-    def run(self, tally: Tally, address: str, limit: int | None) -> None:
+    def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
-        self._settle(tally, self.missing)
-        self._grow(tally, 1)
-        ray = start_ray(address, limit)
+        tally.planned = len(self.missing)
+        ray = start_ray(address, self.limit)
         if address == "local":
             self.family = descendants()
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
-            resources, left = ray.cluster_resources(), self._left()
-            together = self._together(ray) if resources.get("GPU") else 1
-            self.slots = choose_slots(resources, left, limit, together)
-            self.cores = int(resources.get("CPU", 1))
-            self.idle = [make_worker(ray, self.slots) for _ in range(self.slots.count)]
+            self._meet_cluster(ray)
+            self._settle(tally, self.missing)
+            self._grow(tally)
+            self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
             self._work(ray, tally)
         except KeyboardInterrupt:
             tally.stopped = "interrupted"
@@ -174,18 +187,27 @@ class _Pool:
             tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
             tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
+            self._note_usage()
             ray.shutdown()
             end_processes(self.family)
 
-    def _together(self, ray: Any) -> int:
-        """How many of the cells that are left a GPU holds side by side."""
-        waiting = [*self.queue.cells(), *self.search.examples()]
-        cells = {(one.cell.shape, one.cell.sequences, one.cell.precision) for one in waiting}
-        needs = [demand(*shape, device="cuda") for shape in cells]
-        try:
-            return cells_together(needs, gpu_bytes(ray))
-        except InputError:  # the largest has to be cut into micro-batches, and wants a GPU for itself
-            return 1
+    def _meet_cluster(self, ray: Any) -> None:
+        """What the cluster has, and so what cells ask of it: a GPU, or a share of one, where there are any."""
+        nodes = cluster_nodes(ray, memory_too=True)
+        for node in nodes:
+            self.fleet.add(node)
+        self.pool = Pool(ray, self.fleet)
+        self.cores = int(sum(node.cpus for node in nodes))
+        self.device: Literal["cpu", "cuda"] = "cuda" if self.fleet.gpus else "cpu"
+        self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
+        cells = len(self.missing) + self.search.to_come()[0]
+        self.crowd = -(-cells // max(1, self.fleet.gpus))
+        demands = {self._demand(one): f"cell {one.cell.id[:8]}" for one in [*self.missing, *self.search.examples()]}
+        check_holds(self.fleet, demands)
+        self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
+
+    def _demand(self, one: PlannedCell) -> Demand:
+        return demand_of(one, device=self.device, gpu_bytes=self.gpu_bytes, crowd=self.crowd)
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0
@@ -201,9 +223,12 @@ class _Pool:
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
-            self._grow(tally, len(self.idle) - len(self.queue) if self.wish is None else 0)
-            while self.idle and self.wish is None and (unit := self.queue.take(len(self.idle), self.slots.device)):
+            self._grow(tally)
+            while self.wish is None and (unit := self.queue.take(time.monotonic(), self.device)):
                 self._start(unit)
+            if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
+                tally.stopped = why
+                return
             if self.tasks:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
                 if done and not self.claim.holds():  # it may have slept in the wait
@@ -217,8 +242,11 @@ class _Pool:
                     task.kill(ray, fate)
             self.watch(self._progress(tally))
 
-    def _grow(self, tally: Tally, idle: int) -> None:
+    def _grow(self, tally: Tally) -> None:
         """Take in the cells of a search's next trials, where workers have nothing else to do."""
+        idle = 0
+        if self.search.goes_on() and self.wish is None:
+            idle = self.schedule.room(self.demand, self.search.to_come()[0]) - len(self.queue)
         if new := self.search.grow(max(0, idle)):
             self.plan = self.search.plan
             self.queue.extend(self.plan, len(self.plan.cells) - len(new))
@@ -231,38 +259,40 @@ class _Pool:
     def _in_hands(self) -> list[Hand]:
         return [hand for task in self.tasks.values() for hand in task.hands]
 
-    def _start(self, unit: list[PlannedCell]) -> None:
-        hands, others = take_up(self.store, unit)
+    def _start(self, unit: Unit) -> None:
+        hands, others = take_up(self.store, unit.cells)
         self.elsewhere |= {one.cell.id: one for one in others}
         if not hands:
+            self.schedule.end(unit.start, unit.start.began)
             return
-        worker, probe = self.idle.pop(), self.plan.study.stack == "auto"
+        worker, probe = self.pool.worker(unit.start.place), self.plan.study.stack == "auto"
         ids, study, root = [hand.one.cell.id for hand in hands], self.plan.study.name, str(self.store.root)
-        threads = self._threads(unit)
+        threads = self._threads(unit.cells)
         task = worker.run.remote(
             root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe, threads
         )
-        self.tasks[task] = Task(worker, hands)
+        self.tasks[task] = Task(worker, hands, unit.start)
 
     def _threads(self, unit: list[PlannedCell]) -> int:
         """One thread a worker, but for the last cells of a run, if they are large enough to share the idle cores."""
         if sum(one.cell.batch_tokens * one.counts["flops_per_token"] for one in unit) < LARGE_STEP_FLOPS:
             return 1
         left = self._left() + len(self._in_hands()) + len(unit)
-        return threads_for(left, self.slots.count, self.cores)
+        return threads_for(left, self.slots, self.cores)
 
     def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
         """A worker is done. What it says is only a hint: the files tell how each cell stands."""
         task = self.tasks.pop(handle)
+        self.schedule.end(task.start, time.monotonic())
         try:
             ray.get(handle)
-            self.idle.append(task.worker)
+            self.pool.keep(task.worker)
         except ray.exceptions.RayTaskError as error:  # before the attempt could record its own error: a bug or the disk
-            self.idle.append(task.worker)
+            self.pool.keep(task.worker)
             for hand in task.hands:
                 self._record_death(hand, "infrastructure", str(error.cause).splitlines()[0])
         except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
-            self.idle.append(make_worker(ray, self.slots))
+            self.pool.lose(task.worker)
             kind = "out_of_memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "infrastructure"
             kind = "preemption" if getattr(error, "preempted", False) else kind
             for hand in task.hands:
@@ -311,7 +341,9 @@ class _Pool:
         else:
             tally.finished += 1
             self.first_failures = None
-        self.flops_done += self._to_spend(one) if state.result is not None else 0.0
+        if state.result is not None:
+            self.flops_done += self.queue.own_flops(one)
+            self.spend(one, state.result)
         loss = tail.final_loss()
         words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
         words += f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""
@@ -348,14 +380,31 @@ class _Pool:
             self.elsewhere.clear()
             self._settle(tally, others)
         self.queue.look()
+        for task in self.tasks.values():
+            late = time.monotonic() - task.start.began > STARTING_SECONDS
+            if late and all(hand.attempt() is None for hand in task.hands):
+                self.pool.give_back(node=task.start.place.node)
+        self._note_usage()
+
+    def _note_usage(self) -> None:
+        """What this driver has used of GPUs, that of workers which are busy included."""
+        now = time.monotonic()
+        busy = sum(one.place.demand.all_gpus * (now - one.began) for one in self.schedule.running.values())
+        if used := self.schedule.spent_gpu_seconds - self.used_before + busy:
+            note_usage(self.store, self.plan.study.name, self.claim.number, used)
+
+    def spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
+        """A result is there: its FLOPs are spent, whoever trained it."""
+        self.schedule.spend(float(result.get("flops_spent") or self.queue.own_flops(one)))
 
     def _settle(self, tally: Tally, waiting: list[PlannedCell]) -> None:
         """Sort cells by what others have left: ended meanwhile, in other hands, or free to be queued."""
         for one in waiting:
             if settle(self.store, one.cell.id, self.plan.study.name, self.claim.number):
-                if cell_state(self.store, one.cell.id).result is not None:
+                if (result := cell_state(self.store, one.cell.id).result) is not None:
+                    self.spend(one, result)
                     tally.skipped += 1
-                    self.flops_done += self._to_spend(one)
+                    self.flops_done += self.queue.own_flops(one)
                 else:
                     self.queue.put(one)
             else:
@@ -379,10 +428,6 @@ class _Pool:
         except KeyboardInterrupt:
             pass
 
-    def _to_spend(self, one: PlannedCell) -> float:
-        """The FLOPs of a cell that no trunk trains for it."""
-        return float(one.counts["C"]) - self.queue.shared_flops(one)
-
     def _progress(self, tally: Tally) -> Progress:
         running = []
         hands = self._in_hands()
@@ -399,7 +444,7 @@ class _Pool:
         done = self.flops_done + under_way
         waiting = [*self.queue.cells(), *self.elsewhere.values(), *(hand.one for hand in hands)]
         more, flops = self.search.to_come()
-        left = sum(self._to_spend(one) for one in waiting) - under_way + flops
+        left = sum(self.queue.own_flops(one) for one in waiting) - under_way + flops
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": tally.finished + tally.skipped,
@@ -410,4 +455,4 @@ class _Pool:
         }
         eta = elapsed * left / done if done else None
         ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
-        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish)
+        return Progress(counts, total, tuple(running), eta, self.slots, fault, ended, self.wish)

@@ -5,13 +5,15 @@ and no total is made of the rest.
 """
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.calibration import Calibration, core_share, find_calibration
 from cluster.hardware import Amount, energy, local_gpus, money
-from cluster.placement import Job, longest_first, makespan, simulate
+from cluster.placement import Demand, Node
+from cluster.scheduling import Job
+from cluster.simulation import Edge, simulate
 from sweeps.grids import Plan
 from sweeps.store import Store
 from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
@@ -95,7 +97,8 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     total = sum(value for _, value in known) if len(known) == len(todo) else None
     span = None
     if total is not None:
-        span = makespan(simulate(longest_first(_jobs(plan, calibration, known)), count))
+        jobs = [Job(id=cell_id, demand=Demand(), seconds=value) for cell_id, value in known]
+        span = simulate(jobs, [Node("all workers", count)], edges=edges(plan, calibration)).makespan_seconds
     unknown = Amount(None, "not every cell's time is known")
     used = energy(calibration.device, total) if total is not None else unknown
     paid = money(calibration.device, total) if total is not None else unknown
@@ -113,16 +116,13 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
     )
 
 
-def _jobs(plan: Plan, calibration: Calibration, known: Iterable[tuple[str, float]]) -> list[Job]:
-    """The queue: a branch may start when its trunk has taken the steps that they share."""
+def edges(plan: Plan, calibration: Calibration) -> dict[str, Edge]:
+    """What branches wait for: a branch may start when its trunk has taken the steps that they share."""
     cells = {one.cell.id: one.cell for one in plan.cells}
-    branches, jobs = plan.branches, []
-    for cell_id, value in known:
-        branch = branches.get(cell_id)
-        if branch is None:
-            jobs.append(Job(cell_id, value))
-        else:
-            trunk = cells[branch.parent]
-            after = seconds_until(calibration.costs[kind_of_work(trunk)], trunk, branch.steps)
-            jobs.append(Job(cell_id, value, parent=branch.parent, after=after))
-    return jobs
+    found = {}
+    for cell_id, branch in plan.branches.items():
+        trunk = cells[branch.parent]
+        costs = calibration.costs.get(kind_of_work(trunk))
+        after = seconds_until(costs, trunk, branch.steps) if costs is not None and not trunk.trainer else None
+        found[cell_id] = Edge(parent=branch.parent, after=after)
+    return found

@@ -6,6 +6,7 @@ from typing import Any
 from cluster.leftovers import kill_worker
 from cluster.progress import Tail
 from cluster.pulse import Pulse
+from cluster.scheduling import Start
 from sweeps.planned import PlannedCell
 from sweeps.store import Attempt, Store, ask_to_stop, attempt_epochs, cell_state
 
@@ -41,6 +42,8 @@ class Task:
 
     worker: Any
     hands: list[Hand]
+    start: Start
+    """Its room, as the scheduling code gave it."""
 
     def fate(self) -> str | None:
         """Why the worker must be killed, if it must."""

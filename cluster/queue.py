@@ -1,60 +1,94 @@
-"""The queue of a run: which cells a free worker takes next, alone or as a stack.
+"""The queue of a run: a study's cells before the scheduling code, with what only the store's files tell.
 
-Cells come in the order in which they were put, but a branch waits until its trunk has left the checkpoint from which it
-goes on, or will never leave one, and cells of one shape that a probe found to be faster together go together.
+A branch is held until its trunk has left the checkpoint from which it goes on, or will never leave one, and cells of
+one shape that a probe found to be faster together go together. Which cell is next, and where, cluster/scheduling.py
+says.
 """
 
-import itertools
-from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
+from cluster.placement import Demand
+from cluster.scheduling import Job, Schedule, Start, chains
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.stacks import LEAST_GAIN, known_gain, stack_key, stack_size
 from sweeps.store import Store, attempt_epochs, cell_state
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Cells that a worker tries as one program, and the room for it."""
+
+    cells: list[PlannedCell]
+    start: Start
+
+
 class Queue:
     """The cells that no worker has."""
 
-    def __init__(self, store: Store, plan: Plan) -> None:
-        self._store, self._stacking = store, plan.study.stack
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        schedule: Schedule,
+        demand: Callable[[PlannedCell], Demand],
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """`demand` says what a cell asks for; `seconds`, by id, how long cells are estimated to take."""
+        self.schedule = schedule
+        self._store, self._stacking, self._demand = store, plan.study.stack, demand
+        self._seconds = seconds or {}
         self._keys: dict[str, str | None] = {}
-        self.extend(plan)
-        self._ready: deque[PlannedCell] = deque()
-        self._alike: Counter[str | None] = Counter()
-        """Ready cells by stack key."""
-        self._waiting: dict[str, list[PlannedCell]] = {}
+        self._cells: dict[str, PlannedCell] = {}
+        """Those that wait, by id."""
+        self._held: dict[str, list[PlannedCell]] = {}
         """Branches by the trunk that they wait for."""
+        self._alike: dict[str, dict[str, PlannedCell]] = {}
+        """Ready cells by stack key."""
+        self.extend(plan)
 
     def __len__(self) -> int:
-        return len(self._ready) + sum(map(len, self._waiting.values()))
+        return len(self.schedule)
 
     def extend(self, plan: Plan, known: int = 0) -> None:
         """Know the cells of a plan that has grown since it had `known`, before any of them is put."""
         self._branches = plan.branches
+        self._chains = self._lengths(plan)
         for one in plan.cells[known:] if self._stacking != "off" else ():
             self._keys[one.cell.id] = stack_key(one.cell)
 
-    def cells(self) -> list[PlannedCell]:
-        """All that wait, those that could begin first."""
-        return [*self._ready, *(one for those in self._waiting.values() for one in those)]
+    def cells(self) -> Iterator[PlannedCell]:
+        """All that wait, those that could begin before those that are held."""
+        return (self._cells[job.id] for job in self.schedule.waiting())
 
     def put(self, one: PlannedCell, *, first: bool = False) -> None:
-        """Add a cell, at the end or as the `first` to be taken."""
-        branch = self._branches.get(one.cell.id)
-        if branch is not None and not self._may_begin(one):
-            self._waiting.setdefault(branch.parent, []).append(one)
-            return
-        (self._ready.appendleft if first else self._ready.append)(one)
-        self._alike[self._keys.get(one.cell.id)] += 1
+        """Add a cell, in its order or as the `first` to be taken."""
+        cell_id = one.cell.id
+        held = cell_id in self._branches and not self._may_begin(one)
+        job = Job(
+            id=cell_id,
+            demand=self._demand(one),
+            chain=self._chains[cell_id],
+            seconds=self._seconds.get(cell_id),
+            flops=self.own_flops(one),
+        )
+        self._cells[cell_id] = one
+        self.schedule.put(job, first=first, held=held)
+        if held:
+            self._held.setdefault(self._branches[cell_id].parent, []).append(one)
+        else:
+            self._make_ready(one)
 
     def drain(self) -> list[PlannedCell]:
         """Take all out."""
-        found = self.cells()
-        self._ready.clear()
+        found = list(self.cells())
+        for one in found:
+            self.schedule.remove(one.cell.id)
+        self._cells.clear()
+        self._held.clear()
         self._alike.clear()
-        self._waiting.clear()
         return found
 
     def shared_flops(self, one: PlannedCell) -> float:
@@ -62,34 +96,74 @@ class Queue:
         branch = self._branches.get(one.cell.id)
         return float(branch.steps * one.cell.batch_tokens * one.counts["flops_per_token"]) if branch else 0.0
 
+    def own_flops(self, one: PlannedCell) -> float:
+        """The FLOPs of a cell that no trunk trains for it."""
+        return float(one.counts["C"]) - self.shared_flops(one)
+
     def look(self) -> None:
         """Let go the branches whose trunks have come so far."""
-        for trunk in list(self._waiting):
-            for one in self._waiting.pop(trunk):
-                self.put(one)
+        for trunk, branches in list(self._held.items()):
+            self._held[trunk] = []
+            for one in branches:
+                if self._may_begin(one):
+                    self.schedule.release(one.cell.id)
+                    self._make_ready(one)
+                else:
+                    self._held[trunk].append(one)
+            if not self._held[trunk]:
+                del self._held[trunk]
 
-    def take(self, workers: int, device: Literal["cpu", "cuda"]) -> list[PlannedCell]:
-        """The next cell that can begin with those that train together with it; none where all wait."""
-        if not self._ready:
-            return []
-        one = self._ready.popleft()
+    def take(self, now: float, device: Literal["cpu", "cuda"]) -> Unit | None:
+        """The next cell that can begin with those that train together with it; None where there is none, or no room."""
+        start = self.schedule.take(now)
+        if start is None:
+            return None
+        one = self._pop(start.jobs[0].id)
         key = self._keys.get(one.cell.id)
-        alike = self._alike[key] if key is not None and not self._was_too_large(one) else 1
-        self._alike[key] -= 1
-        size = stack_size(alike, workers, self._stacking, device, one.cell) if alike > 1 else 1
-        others = self._like(key, size - 1) if size > 1 else []
-        if others and self._stacking == "auto":
-            gain = known_gain(self._store, one.cell, 1 + len(others), device)
-            others = [] if gain is not None and gain < LEAST_GAIN else others
-        for other in others:
-            self._ready.remove(other)
-            self._alike[key] -= 1
-        return [one, *others]
+        alike = len(self._alike.get(key, ())) + 1 if key is not None and not self._was_too_large(one) else 1
+        cells = [one]
+        if alike > 1:
+            workers = 1 + self.schedule.room(start.place.demand, alike)
+            size = stack_size(alike, workers, self._stacking, device, one.cell)
+            others = self._like(key, size - 1, start, now) if size > 1 else []
+            if others and self._stacking == "auto":
+                gain = known_gain(self._store, one.cell, 1 + len(others), device)
+                others = [] if gain is not None and gain < LEAST_GAIN else others
+            self.schedule.join(start, [other.cell.id for other in others])
+            cells += [self._pop(other.cell.id) for other in others]
+        return Unit(cells, start)
 
-    def _like(self, key: str | None, most: int) -> list[PlannedCell]:
+    def _like(self, key: str | None, most: int, start: Start, now: float) -> list[PlannedCell]:
         """The first ready cells of a stack key, at most so many, that have not proved too large for a stack."""
-        alike = (one for one in self._ready if self._keys[one.cell.id] == key and not self._was_too_large(one))
-        return list(itertools.islice(alike, most))
+        found: list[PlannedCell] = []
+        for one in self._alike.get(key or "", {}).values():
+            if len(found) == most:
+                break
+            if not self._was_too_large(one):
+                found.append(one)
+        return found[: self.schedule.admits(start, [one.cell.id for one in found], now)]
+
+    def _make_ready(self, one: PlannedCell) -> None:
+        if (key := self._keys.get(one.cell.id)) is not None:
+            self._alike.setdefault(key, {})[one.cell.id] = one
+
+    def _pop(self, cell_id: str) -> PlannedCell:
+        self._alike.get(self._keys.get(cell_id) or "", {}).pop(cell_id, None)
+        return self._cells.pop(cell_id)
+
+    def _lengths(self, plan: Plan) -> dict[str, float]:
+        """The longest chain that each cell begins: in seconds where all are known, else in FLOPs."""
+        cells = {one.cell.id: one for one in plan.cells}
+        flops = {cell_id: self.own_flops(one) for cell_id, one in cells.items()}
+        pace = dict.fromkeys(cells, 1.0)
+        if all(cell_id in self._seconds for cell_id in cells):
+            pace = {cell_id: self._seconds[cell_id] / flops[cell_id] for cell_id in cells}
+        before = {}
+        for cell_id, branch in plan.branches.items():
+            trunk = cells[branch.parent]
+            until = branch.steps * trunk.cell.batch_tokens * trunk.counts["flops_per_token"] - self.shared_flops(trunk)
+            before[cell_id] = (branch.parent, max(0.0, until) * pace[branch.parent])
+        return chains({cell_id: flops[cell_id] * pace[cell_id] for cell_id in cells}, before)
 
     def _may_begin(self, one: PlannedCell) -> bool:
         branch = self._branches[one.cell.id]

@@ -229,6 +229,21 @@ Stacking = Annotated[
     Discriminator(_stack_form),
 ]
 
+
+class Limits(Declared):
+    """What a study may take of a cluster. Changes no number of a cell."""
+
+    cells: Count | None = None
+    """In training at once."""
+    gpus: Positive | None = None
+    """In use at once."""
+    flops: Positive | None = None
+    """Training FLOPs of its cells in all, whoever trained them; a cell with which they would be more is not begun."""
+    gpu_hours: Positive | None = None
+    """GPU-hours of its runs in all. No cell is begun once they are used up, or whose predicted time is more than is
+    left; those that train then go on to their ends."""
+
+
 _FAMILY_FILE = re.compile(r".+\.py:\w+")
 
 
@@ -258,6 +273,8 @@ class Study(Declared):
     stack: Stacking = "auto"
     """Cells of equal shape, batch and tokens train as one program: auto, where a probe says that it is faster; off; or
     a number, always, that many together at most."""
+    limits: Limits = Limits()
+    """What a run of it may take of a cluster, at once and in all."""
     vary: dict[str, Variation] = {}
     """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
     search: Search | None = None

@@ -10,8 +10,10 @@ import pytest
 
 from cluster import driver
 from cluster.driver import run_study
+from cluster.placement import Demand, Fleet, Node
 from cluster.progress import Progress
-from cluster.queue import Queue
+from cluster.queue import Queue, Unit
+from cluster.scheduling import Schedule
 from sweeps.corpora import make_source, prepare
 from sweeps.grids import Plan, plan_study
 from sweeps.records import read_json
@@ -46,12 +48,20 @@ def make_plan(store: Store) -> Callable[..., Plan]:
     return make
 
 
-def lengths(unit: list[Any]) -> list[int]:
-    return [one.cell.steps for one in unit]
+def take(queue: Queue) -> Unit | None:
+    """The next unit, which ends at once: all workers are free again."""
+    unit = queue.take(0.0, "cpu")
+    if unit is not None:
+        queue.schedule.end(unit.start)
+    return unit
 
 
-def queue_of(store: Store, plan: Plan) -> Queue:
-    queue = Queue(store, plan)
+def lengths(unit: Unit | None) -> list[int]:
+    return [one.cell.steps for one in unit.cells] if unit is not None else []
+
+
+def queue_of(store: Store, plan: Plan, cpus: int) -> Queue:
+    queue = Queue(store, plan, Schedule(Fleet([Node("here", cpus)])), lambda _: Demand())
     for one in sorted(plan.cells, key=lambda one: -one.cell.tokens):
         queue.put(one)
     return queue
@@ -59,50 +69,51 @@ def queue_of(store: Store, plan: Plan) -> Queue:
 
 def test_a_branch_waits_for_its_trunks_checkpoint(store: Store, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(seeds=[0], stack="off")
-    queue = queue_of(store, plan)
-    assert lengths(queue.take(2, "cpu")) == [60]
+    queue = queue_of(store, plan, 2)
+    assert lengths(take(queue)) == [60]
     queue.look()
-    assert queue.take(2, "cpu") == []
+    assert take(queue) is None
     assert len(queue) == 1
     trunk = max(plan.cells, key=lambda one: one.cell.tokens).cell
     begin_attempt(store, trunk.id, {})
     (store.checkpoints(trunk.id, 0) / str(16 * 256)).mkdir(parents=True)
     queue.look()
-    assert lengths(queue.take(2, "cpu")) == [20]
+    assert lengths(take(queue)) == [20]
 
 
 def test_a_branch_whose_trunk_has_failed_trains_by_itself(store: Store, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(seeds=[0], stack="off")
-    queue = queue_of(store, plan)
-    (trunk,) = queue.take(2, "cpu")
+    queue = queue_of(store, plan, 2)
+    trunk = max(plan.cells, key=lambda one: one.cell.tokens)
+    assert lengths(take(queue)) == [60]
     record_error(begin_attempt(store, trunk.cell.id, {}), "code", "broken")
     assert cell_state(store, trunk.cell.id).state == "failed"
     queue.look()
-    assert lengths(queue.take(2, "cpu")) == [20]
+    assert lengths(take(queue)) == [20]
 
 
 def test_equal_shaped_cells_are_taken_together_as_many_as_asked(store: Store, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(stack=2, training={"batch_tokens": 256, "schedule": "cosine"})
-    queue = queue_of(store, plan)
-    assert [lengths(queue.take(1, "cpu")) for _ in range(4)] == [[60, 60], [60], [20, 20], [20]]
-    assert queue.take(1, "cpu") == []
+    queue = queue_of(store, plan, 1)
+    assert [lengths(take(queue)) for _ in range(4)] == [[60, 60], [60], [20, 20], [20]]
+    assert take(queue) is None
 
 
 def test_what_a_probe_found_not_to_pay_is_not_stacked(store: Store, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(training={"batch_tokens": 256, "schedule": "cosine"})
-    queue = queue_of(store, plan)
+    queue = queue_of(store, plan, 1)
     note_gain(store, plan.cells[0].cell, 3, "cpu", 0.9)
-    assert lengths(queue.take(1, "cpu")) == [60]
-    assert lengths(queue.take(1, "cpu")) == [60, 60], "two may pay where three did not"
+    assert lengths(take(queue)) == [60]
+    assert lengths(take(queue)) == [60, 60], "two may pay where three did not"
 
 
 def test_a_cell_that_ran_out_of_memory_trains_alone(store: Store, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(stack=3, training={"batch_tokens": 256, "schedule": "cosine"})
     large = plan.cells[0].cell
     record_error(begin_attempt(store, large.id, {}), "out_of_memory", "too much")
-    queue = queue_of(store, plan)
-    units = [queue.take(1, "cpu") for _ in range(3)]
-    assert [large.id] in [[one.cell.id for one in unit] for unit in units]
+    queue = queue_of(store, plan, 1)
+    units = [take(queue) for _ in range(3)]
+    assert [large.id] in [[one.cell.id for one in unit.cells] for unit in units if unit is not None]
 
 
 def test_a_stack_that_is_smaller_for_one_too_large_is_looked_up_as_it_is(
@@ -112,8 +123,8 @@ def test_a_stack_that_is_smaller_for_one_too_large_is_looked_up_as_it_is(
     large, other = [one.cell for one in plan.cells if one.cell.steps == 60][:2]
     record_error(begin_attempt(store, large.id, {}), "out_of_memory", "too much")
     note_gain(store, other, 2, "cpu", 0.9)
-    queue = queue_of(store, plan)
-    assert [lengths(queue.take(1, "cpu")) for _ in range(3)] == [[60], [60], [60]]
+    queue = queue_of(store, plan, 1)
+    assert [lengths(take(queue)) for _ in range(3)] == [[60], [60], [60]]
 
 
 def test_stacks_of_trunks_and_branches_survive_a_killed_worker(

@@ -1,0 +1,81 @@
+"""The pool: the warm workers of a run, each in the room that the scheduling code gave it.
+
+A worker that has nothing to do keeps its room in Ray, for the next unit of its kind; where a unit of another kind was
+given that room, idle workers there go first. So a cluster is never full of workers that nobody needs.
+"""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.connection import make_worker
+from cluster.placement import WHOLE, Fleet, Place
+
+
+@dataclass(eq=False)
+class _Kept:
+    worker: Any
+    place: Place
+    idle_since: float | None = None
+
+
+class Pool:
+    """The workers of one run, by the node on which they are."""
+
+    def __init__(self, ray: Any, fleet: Fleet) -> None:
+        self._ray, self._fleet = ray, fleet
+        self._kept: list[_Kept] = []
+
+    def worker(self, place: Place) -> Any:
+        """A worker in this place: the warm one that is there, or a new one. Idle ones in its way are given back."""
+        there = [one for one in self._kept if one.place.node == place.node]
+        wanted = {gpu for gpu, _ in place.gpus}
+        idle = [one for one in there if one.idle_since is not None]
+        idle.sort(key=lambda one: (wanted.isdisjoint(gpu for gpu, _ in one.place.gpus), one.idle_since))
+        for one in idle:
+            if (one.place.demand, one.place.gpus) == (place.demand, place.gpus):
+                one.place, one.idle_since = place, None
+                return one.worker
+        for one in idle:  # those on its GPUs first
+            if not self._has_room([place, *(other.place for other in there)]):
+                self._give_back(one)
+                there.remove(one)
+        kept = _Kept(make_worker(self._ray, place), place)
+        self._kept.append(kept)
+        return kept.worker
+
+    def keep(self, worker: Any) -> None:
+        """A worker has nothing to do."""
+        for one in self._kept:
+            if one.worker is worker:
+                one.idle_since = time.monotonic()
+
+    def lose(self, worker: Any) -> None:
+        """A worker is dead."""
+        self._kept = [one for one in self._kept if one.worker is not worker]
+
+    def give_back(self, *, node: str | None = None, idle_seconds: float = 0.0) -> int:
+        """End the workers that have been idle for so long, on a node or everywhere; how many."""
+        now = time.monotonic()
+        old = [
+            one
+            for one in self._kept
+            if one.idle_since is not None and now - one.idle_since >= idle_seconds and node in (None, one.place.node)
+        ]
+        for one in old:
+            self._give_back(one)
+        return len(old)
+
+    def _give_back(self, one: _Kept) -> None:
+        self._ray.kill(one.worker)
+        self._kept.remove(one)
+
+    def _has_room(self, places: list[Place]) -> bool:
+        """Whether Ray has room for workers in all these places of one node."""
+        node = next((node for node in self._fleet.nodes() if node.id == places[0].node), None)
+        used: Counter[int] = Counter()
+        for place in places:
+            used.update(dict(place.gpus))
+        cpus = sum(place.demand.workers * place.demand.cpus for place in places)
+        return node is None or (cpus <= node.cpus + 1e-6 and all(amount <= WHOLE for amount in used.values()))
