@@ -9,6 +9,7 @@ from cluster.pulse import Pulse
 from cluster.scheduling import Start
 from sweeps.planned import PlannedCell
 from sweeps.store import Attempt, Store, ask_to_stop, attempt_epochs, cell_state
+from sweeps.units import human
 
 
 @dataclass
@@ -56,6 +57,14 @@ class Task:
             hand.pulse.killed = fate
         if (attempt := self.hands[0].attempt()) is not None:  # all are of one process
             kill_worker(attempt)
+
+
+def display_name(unit: list[PlannedCell]) -> str:
+    """What Ray's dashboard and `ps` show of a worker at a unit: its first cell, and how many train with it. A display
+    name: an actor of that name would bar the next attempt until Ray has forgotten it."""
+    one, others = unit[0], len(unit) - 1
+    more = f" and {others} more" if others else ""
+    return f"{one.cell.family} N={human(one.counts['N'])} D={human(one.cell.tokens)} {one.cell.id[:8]}{more}"
 
 
 def take_up(store: Store, unit: list[PlannedCell]) -> tuple[list[Hand], list[PlannedCell]]:

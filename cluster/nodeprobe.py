@@ -104,7 +104,7 @@ def make_probe() -> type:
 
             if not os.path.isdir(root):
                 return "missing"
-            deadline = time.monotonic() + 10  # a network file system shows a new file after a moment
+            deadline = time.monotonic() + 5  # a network file system shows a new file after a moment
             while not os.path.exists(question):
                 if time.monotonic() > deadline:
                     return "other"

@@ -11,18 +11,21 @@ old one is told that it is superseded, what it still logs does not count, and it
 """
 
 import json
-import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
+
+from cluster.placement import Demand, Fleet, Node
+from cluster.scheduling import Schedule
 
 IDLE_SECONDS = 60.0
 """A worker that had no cell for so long is given back, so that its node can be scaled down."""
 GONE_SECONDS = 20.0
-"""A head that refuses connections for so long is gone. Ray kills a driver that lost it after 60 s, without a word."""
-ANSWER_SECONDS = 2.0
-"""How long the head may take to accept a connection."""
+"""A head that did not answer for so long is gone. Ray kills a driver that lost it after 60 s, without a word."""
+ANSWER_SECONDS = 5.0
+"""How long the head may take to answer."""
 ASK_AGAIN_SECONDS = 30.0
 """Of drivers on one cluster, the one that asked the autoscaler last is heard: each asks again."""
 MOST_ASKED = 1000
@@ -49,18 +52,21 @@ class LivingNode:
 
 def living_nodes(ray: Any) -> list[LivingNode]:
     """The nodes that live, those among them that are drained: Ray's autoscaler, a cloud's notice of preemption, SIGTERM
-    to `ray start --block` with RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or `ray drain-node` announce their end so."""
-    drained: Mapping[str, int] = ray._private.state.state.get_draining_nodes()  # no public call tells it
+    to `ray start --block` with RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, or `ray drain-node` announce their end so.
+
+    Raises RayError where the head does not answer in time. (ray.nodes() would wait until Ray ends this process.)
+    """
+    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+    client = ray._private.worker.global_worker.gcs_client
+    drained: dict[str, int] = client.get_draining_nodes(timeout=ANSWER_SECONDS)
     found = []
-    for node in ray.nodes():
-        if node["Alive"]:
-            has = node["Resources"]
-            leaving = _notice(drained[node["NodeID"]]) if node["NodeID"] in drained else None
-            found.append(
-                LivingNode(
-                    node["NodeID"], node["NodeManagerAddress"], has.get("CPU", 0.0), has.get("GPU", 0.0), leaving
-                )
-            )
+    for told in client.get_all_node_info(timeout=ANSWER_SECONDS).values():
+        if told.state == GcsNodeInfo.ALIVE:
+            node, has = told.node_id.hex(), told.resources_total
+            leaving = _notice(drained[node]) if node in drained else None
+            address = told.node_manager_address
+            found.append(LivingNode(node, address, has.get("CPU", 0.0), has.get("GPU", 0.0), leaving))
     return sorted(found, key=lambda node: node.id)
 
 
@@ -69,31 +75,29 @@ def _notice(deadline_ms: int) -> str:
     return f"its node is drained and ends in {left:.0f} s" if left > 0 else "its node is drained"
 
 
-def death(ray: Any, error: Exception, node: str | None = None) -> tuple[str, str]:
-    """(kind of end, what happened) of the death of a worker, which was placed on `node`, or of one that never started.
+def death(ray: Any, error: Exception, node: str) -> tuple[str, str]:
+    """(kind of end, what happened) of the death of a worker that was placed on a node; `error` is that of its call.
 
-    "preemption", where its node died or is taken away, or Ray ended the workers of a driver that it took for dead;
-    "out_of_memory", where Ray killed it for want of memory; else "infrastructure". `error` is that of its call.
+    "preemption", where its node, or the one to which this driver is connected, died or is taken away, or the head does
+    not answer: Ray ends the workers of a driver that it takes for dead. "out_of_memory", where Ray killed it for want
+    of memory; else "infrastructure". A machine that goes down may end its worker a moment before Ray's own process
+    there: such a death is charged, to a budget of three.
     """
-    said = f"the worker died ({_first_line(error)})"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "out_of_memory", said
+        return "out_of_memory", f"the worker died ({_first_line(error)})"
     if getattr(error, "preempted", False):
         return "preemption", "its node was preempted"
-    if not answers(ray.get_runtime_context().gcs_address):  # a call would wait for it until Ray ends this process
+    try:
+        living = {one.id: one for one in living_nodes(ray)}
+    except ray.exceptions.RayError:
         return "preemption", "the head of the cluster does not answer"
-    actor = getattr(error, "actor_id", None)
-    table = ray._private.state.state.actor_table(actor) if actor else None
-    cause = table["DeathCause"].actor_died_error_context if table else None
-    if cause is not None and cause.reason == cause.NODE_DIED:
-        return "preemption", f"its node died ({cause.node_death_info.reason_message or 'Ray does not say why'})"
-    if cause is not None and cause.reason == cause.OWNER_DIED:
-        return "preemption", "Ray took its driver for dead"
-    if node is not None:  # a machine that goes down may end its worker a moment before Ray's own process there
-        left = {one.id: one.leaving for one in living_nodes(ray)}
-        if node not in left or left[node]:
-            return "preemption", left.get(node) or "its node died"
-    return "infrastructure", said
+    if node not in living:
+        return "preemption", f"its node died ({_first_line(error)})"
+    if (leaving := living[node].leaving) is not None:
+        return "preemption", leaving
+    if ray.get_runtime_context().get_node_id() not in living:
+        return "preemption", "the node to which its driver was connected died"
+    return "infrastructure", f"the worker died ({_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:
@@ -129,8 +133,30 @@ def ask_autoscaler(bundles: Sequence[Bundle]) -> None:
     request_resources(bundles=[dict(bundle) for bundle in bundles[:MOST_ASKED]])
 
 
+def wanted(schedule: Schedule, *, more: bool = True) -> list[Bundle]:
+    """What runs and, if there is to be `more`, what could begin: one bundle a unit, since a gang is packed on one node;
+    no more than the limits on what runs at once allow."""
+    bounds, gpus = schedule.bounds, 0.0
+    demands = [one.place.demand for one in schedule.running.values()]
+    if more:
+        demands += [job.demand for job in islice(schedule.waiting(), min(schedule.ready(), MOST_ASKED))]
+    most = min(one for one in (bounds.units, bounds.cells, MOST_ASKED) if one is not None)
+    found = []
+    for demand in demands[:most]:
+        gpus += demand.all_gpus
+        if bounds.gpus is None or gpus <= bounds.gpus + 1e-9:
+            found.append(bundle(demand))
+    return found
+
+
+def bundle(demand: Demand) -> Bundle:
+    """A demand as one bundle of a node."""
+    asked = {"CPU": demand.workers * demand.cpus, "GPU": demand.all_gpus}
+    return {name: amount for name, amount in asked.items() if amount}
+
+
 class Members:
-    """A joined cluster as one driver follows it from look to look. Calls Ray only while the head answers."""
+    """A joined cluster as one driver follows it from look to look; `lost` is the look."""
 
     def __init__(self, ray: Any) -> None:
         self.ray = ray
@@ -141,25 +167,41 @@ class Members:
         self.autoscaled = has_autoscaler(ray)
         self.barred: dict[str, str] = {}
         """Nodes on which no worker may start, and why."""
+        self._nodes = living_nodes(ray)
         self._answered = time.monotonic()
         self._asked: tuple[float, list[Bundle]] = (0.0, [])
 
     def lost(self) -> str | None:
-        """Why this driver can no longer reach the cluster, if so. Waits a moment for a head that is silent."""
-        gone = f"its head at {self.head} does not answer"
-        while not answers(self.head):
-            if time.monotonic() - self._answered > GONE_SECONDS:
-                return gone
-            time.sleep(0.5)  # no call of Ray returns meanwhile
+        """Why this driver can no longer reach the cluster, if so. Waits for a head that is silent."""
+        while True:
+            try:
+                self._nodes = living_nodes(self.ray)
+                break
+            except self.ray.exceptions.RayError:
+                if time.monotonic() - self._answered > GONE_SECONDS:
+                    return f"its head at {self.head} does not answer"
+            time.sleep(0.5)
         self._answered = time.monotonic()
-        if all(node.id != self.here for node in living_nodes(self.ray)):
+        if all(node.id != self.here for node in self._nodes):
             return "the node to which this driver was connected died"
         return None
 
     def living(self) -> list[LivingNode]:
-        """The nodes that live; one that is barred says why it takes no work."""
-        nodes = living_nodes(self.ray)
-        return [replace(node, leaving=node.leaving or self.barred.get(node.id)) for node in nodes]
+        """The nodes that lived at the last look; one that is barred says why it takes no work."""
+        return [replace(node, leaving=node.leaving or self.barred.get(node.id)) for node in self._nodes]
+
+    def follow(self, fleet: Fleet, gpu_bytes: int = 0) -> dict[str, str]:
+        """Make a fleet's nodes those that take new work, each GPU of a new one with so many bytes. Why the other living
+        ones take none, by node id."""
+        living = {node.id: node for node in self.living()}
+        for known in fleet.nodes():
+            if known.id not in living or living[known.id].leaving is not None:
+                fleet.remove(known.id)
+        left = {node.id for node in fleet.nodes()}
+        for node in living.values():
+            if node.leaving is None and node.id not in left:
+                fleet.add(Node(node.id, node.cpus, node.gpus, gpu_bytes if node.gpus else 0))
+        return {node.id: node.leaving for node in living.values() if node.leaving is not None}
 
     def ask(self, bundles: list[Bundle]) -> None:
         """Tell an autoscaler what is wished for now, where there is one: at changes, and now and then."""
@@ -170,16 +212,6 @@ class Members:
             self._asked = (time.monotonic(), bundles)
 
     def close(self) -> None:
-        """Take back what was asked for."""
-        if self._asked[1] and answers(self.head):
+        """Take back what was asked for, of a head that answers."""
+        if self._asked[1] and self.lost() is None:
             self.ask([])
-
-
-def answers(address: str) -> bool:
-    """Whether something listens at host:port."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS):
-            return True
-    except OSError:
-        return False
