@@ -40,7 +40,7 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
             probes.begin(nodes)
             reports = probes.reports()
         for report in reports:
-            findings += _node(report, here, root)
+            findings += examine(report, here, root)
     finally:
         ray.shutdown()
     return [*findings, _auth(address), _mlflow(store, tracking_uri)]
@@ -64,12 +64,19 @@ def _driver_store(store: Path) -> Iterator[Finding]:
 
 
 def _scaling(ray: Any) -> Finding:
-    if has_autoscaler(ray):
+    found = has_autoscaler(ray)
+    if found:
         return Finding("autoscaler", True, "present: it is told what waits, and idle workers are given back")
-    return Finding("autoscaler", True, "none: the nodes that there are, and those that join")
+    words = "not known: its monitor has not reported" if found is None else "none"
+    return Finding("autoscaler", True, f"{words}; the nodes that there are take cells, and those that join")
 
 
-def _node(report: Report, here: dict[str, Any], root: Path | None) -> Iterator[Finding]:
+def examine(report: Report, here: dict[str, Any], root: Path | None) -> list[Finding]:
+    """What a node's report says, held against this process (`here`)."""
+    return list(_examine(report, here, root))
+
+
+def _examine(report: Report, here: dict[str, Any], root: Path | None) -> Iterator[Finding]:
     what = f"node {report.node}"
     if wrong := fault(report, here, root):
         yield Finding(what, False, "may not train", wrong)

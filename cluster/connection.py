@@ -4,7 +4,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +60,8 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
         with socket.create_connection((host, int(port)), timeout=10):
             pass
         try:
-            ray._raylet.GcsClient(address=address)
+            with _hushed():
+                ray._raylet.GcsClient(address=address)
         except ray.exceptions.AuthenticationError:
             raise InputError(
                 f"the Ray cluster at {address} asks for a token, and takes "
@@ -67,6 +71,20 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
         except ray.exceptions.RayError as error:
             raise ConnectionError(_plainly(error)) from None
     ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what native code writes to stderr: what it says is raised as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _plainly(error: Exception) -> str:

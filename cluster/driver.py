@@ -22,7 +22,7 @@ from cluster.ledger import register
 from cluster.leftovers import descendants, end_processes, settle
 from cluster.mirror import Mirror
 from cluster.nodeprobe import Gate
-from cluster.nodes import IDLE_SECONDS, Members, bundle, death, wanted
+from cluster.nodes import IDLE_SECONDS, REPORT_SECONDS, Members, bundle, death, wanted
 from cluster.placement import Demand, Fleet, check_holds, demand_of, threads_for
 from cluster.pool import Pool
 from cluster.progress import Progress, Running, Tail, Tally
@@ -171,6 +171,7 @@ class _Run:
         self.members: Members | None = None
         """The nodes of a cluster that was joined, and what lets them in."""
         self.gate: Gate | None = None
+        self.deserted = False
 
     def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
@@ -213,14 +214,12 @@ class _Run:
         cells = len(self.missing) + self.search.to_come()[0]
         self.crowd = -(-cells // max(1, self.fleet.gpus))
         demands = {self._demand(one): f"cell {one.cell.id[:8]}" for one in [*self.missing, *self.search.examples()]}
-        if self.members is not None and self.members.autoscaled:
-            self.ended += [
-                f"note: no node holds {demand} as {whose} asks; the autoscaler is asked for one that does"
-                for demand, whose in demands.items()
-                if not self.fleet.holds_ever(demand)
-            ]
+        beyond = {demand: whose for demand, whose in demands.items() if not self.fleet.holds_ever(demand)}
+        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):
+            words = "no node holds {} as {} asks: the autoscaler is asked for one that does"
+            self.ended += [f"note: {words.format(demand, whose)}" for demand, whose in beyond.items()]
         else:
-            check_holds(self.fleet, demands)
+            check_holds(self.fleet, beyond)
         self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
 
     def _demand(self, one: PlannedCell) -> Demand:
@@ -405,6 +404,10 @@ class _Run:
         if more and not asked and self.search.goes_on():  # it tells its next trials when there is room for one
             asked = [bundle(self.demand)]
         self.members.ask(asked)
+        deserted = bool(asked) and not self.tasks and not self.fleet.holds_ever(self.demand)
+        if deserted and not self.deserted:
+            self.ended.append("note: no node could take a cell now; waiting for one to join (Ctrl-C ends the run)")
+        self.deserted = deserted
 
     def _let_go(self, why: str) -> None:
         """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""

@@ -28,6 +28,8 @@ ANSWER_SECONDS = 5.0
 """How long the head may take to answer."""
 ASK_AGAIN_SECONDS = 30.0
 """Of drivers on one cluster, the one that asked the autoscaler last is heard: each asks again."""
+REPORT_SECONDS = 15.0
+"""The monitor of a cluster that was just started reports within so long."""
 MOST_ASKED = 1000
 """Bundles that the autoscaler is asked for at most: it weighs every one of them each few seconds."""
 
@@ -107,22 +109,24 @@ def _first_line(error: Exception) -> str:
 # --- the autoscaler ----------------------------------------------------------------------------------------------
 
 
-def has_autoscaler(ray: Any) -> bool:
-    """Whether the cluster starts and ends nodes by itself.
+def has_autoscaler(ray: Any) -> bool | None:
+    """Whether the cluster starts and ends nodes by itself; None while its monitor has not reported.
 
-    A monitor runs beside every head and reports in either case; where it only looks on, it names each node's type after
-    the node (version 1 of Ray's autoscaler) or not at all (version 2).
+    A monitor runs beside every head; where it only looks on, it names each node's type after the node (version 1 of
+    Ray's autoscaler) or not at all (version 2).
     """
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
     from ray.experimental.internal_kv import _internal_kv_get
 
     told = json.loads(_internal_kv_get("__autoscaling_status") or "{}").get("autoscaler_report") or {}
-    if any(not kind.startswith("node_") for kind in told.get("active_nodes") or ()):
+    kinds = told.get("active_nodes") or {}
+    if any(not kind.startswith("node_") for kind in kinds):
         return True
-    client = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    reply = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=10))
-    reports = reply.autoscaling_state.autoscaler_state_version > 0
-    return reports and any(node.ray_node_type_name for node in reply.cluster_resource_state.node_states)
+    client = ray._private.worker.global_worker.gcs_client
+    reply = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=ANSWER_SECONDS))
+    if reply.autoscaling_state.autoscaler_state_version > 0:
+        return any(node.ray_node_type_name for node in reply.cluster_resource_state.node_states)
+    return False if kinds else None
 
 
 def ask_autoscaler(bundles: Sequence[Bundle]) -> None:
@@ -164,7 +168,7 @@ class Members:
         self.head: str = context.gcs_address
         self.here: str = context.get_node_id()
         """The node to which this driver is connected."""
-        self.autoscaled = has_autoscaler(ray)
+        self._scales: bool | None = None
         self.barred: dict[str, str] = {}
         """Nodes on which no worker may start, and why."""
         self._nodes = living_nodes(ray)
@@ -203,11 +207,21 @@ class Members:
                 fleet.add(Node(node.id, node.cpus, node.gpus, gpu_bytes if node.gpus else 0))
         return {node.id: node.leaving for node in living.values() if node.leaving is not None}
 
+    def scales(self, seconds: float = 0.0) -> bool:
+        """Whether the cluster has an autoscaler; waits so long for one that may only have been started."""
+        deadline = time.monotonic() + seconds
+        while self._scales is None:
+            self._scales = has_autoscaler(self.ray)
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.5)
+        return bool(self._scales)
+
     def ask(self, bundles: list[Bundle]) -> None:
         """Tell an autoscaler what is wished for now, where there is one: at changes, and now and then."""
         when, before = self._asked
         stale = bool(bundles) and time.monotonic() - when > ASK_AGAIN_SECONDS
-        if self.autoscaled and (bundles != before or stale):
+        if (bundles != before or stale) and self.scales():
             ask_autoscaler(bundles)
             self._asked = (time.monotonic(), bundles)
 

@@ -1,18 +1,18 @@
 """Nodes die, are taken away, join and do not see the store: cells go elsewhere and lose nothing but time."""
 
+import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from commandline import ROOT
+from raynodes import free_port, over, ray_node, wait_for
 
 from cluster import driver, nodes
 from cluster.driver import Tally, run_study
@@ -31,7 +31,8 @@ def train(cell, io):
     here = pathlib.Path(__file__).parent
     state = io.restore() or {"step": 0, "x": 1.0 + cell.seed}
     for step in range(state["step"] + 1, cell.steps + 1):
-        while step == 25 and (here / "hold").exists() and not io.should_stop():
+        held = [here / "hold", here / f"hold-{cell.seed}"]
+        while step == 25 and any(path.exists() for path in held) and not io.should_stop():
             time.sleep(0.01)
             io.checkpoint((step - 1) * cell.batch_tokens, lambda: state)
         state = {"step": step, "x": state["x"] * 0.9}
@@ -136,7 +137,7 @@ class Watch:
     """Does one thing after the other, each at the first moment at which its condition holds. Gives up after minutes."""
 
     def __init__(self, *steps: tuple[Callable[[Progress], bool], Callable[[], object]]) -> None:
-        self.steps, self.deadline, self.said = list(steps), time.monotonic() + 150, []
+        self.steps, self.deadline, self.said = list(steps), time.monotonic() + 300, []
 
     def __call__(self, now: Progress) -> None:
         self.said += now.ended
@@ -155,6 +156,12 @@ def node_of(ray: Any, store: Store, cell_id: str) -> str:
     pid = read_json(store.attempt(cell_id, attempt_epochs(store, cell_id)[-1]) / "attempt.json")["pid"]
     actors = ray._private.state.state.actor_table(None, None, "ALIVE").values()
     return str(next(actor["Address"]["NodeID"] for actor in actors if actor["Pid"] == pid))
+
+
+def names(store: Store, plan: Plan) -> list[str]:
+    """What `ps` shows of the workers at the plan's cells, as Ray's dashboard does."""
+    attempts = [store.attempt(one.cell.id, attempt_epochs(store, one.cell.id)[-1]) for one in plan.cells]
+    return [psutil.Process(read_json(one / "attempt.json")["pid"]).cmdline()[0] for one in attempts]
 
 
 def assert_whole(store: Store, plan: Plan) -> None:
@@ -231,8 +238,11 @@ def test_a_node_that_joins_gets_work_and_one_that_is_drained_is_left_with_a_chec
         reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
         assert client.drain_node(first.node_id, reason, "the spot market", int(time.time() * 1000) + 600_000)[0]
 
+    def shown(now: Progress) -> bool:
+        return at_work(2)(now) and all(name.startswith("ray::llama N=") for name in names(store, plan))
+
     left = (lambda now: any(kind == "preemption" for kind, _ in ends(store, plan)), hold.unlink)
-    tally = drive(plan, cluster.address, Watch((at_work(1), add_node), (at_work(2), drain), left))
+    tally = drive(plan, cluster.address, Watch((at_work(1), add_node), (shown, drain), left))
     assert (tally.finished, tally.failed, tally.stopped) == (2, {}, None)
     ((kind, why),) = ends(store, plan)
     assert (kind, "its node is drained" in why) == ("preemption", True), why
@@ -248,45 +258,30 @@ def test_what_no_node_can_ever_hold_is_refused_and_the_largest_node_is_named(
     assert attempt_epochs(store, plan.cells[0].cell.id) == []
 
 
-@pytest.fixture
-def blind_node(cluster: Any, store: Store) -> Iterator[str]:
-    """A node that has another folder in the store's place, in a mount namespace of its own. Its log's path."""
-    log = store.root.parent / "node.log"
-    mount = f"mount -t tmpfs none {store.root}"
-    if os.geteuid() != 0 or not shutil.which("unshare"):
-        pytest.skip("a mount namespace of one's own needs root and unshare")
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode != 0:
-        pytest.skip("mount namespaces are not permitted on this machine")
-    ray_command = f"{Path(sys.executable).parent / 'ray'} start --address {cluster.address} --num-cpus 1"
-    ray_command += " --object-store-memory 83886080 --block --disable-usage-stats"
-    with log.open("wb") as stream:
-        env = dict(os.environ, PYTHONPATH=str(ROOT), RAY_AUTH_MODE="disabled")
-        started = subprocess.Popen(
-            ["unshare", "-m", "sh", "-c", f"{mount} && exec {ray_command}"], env=env, stdout=stream, stderr=stream
-        )
-    yield str(log)
-    family = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, 30)
-
-
-def test_a_run_is_refused_where_a_node_has_another_folder_in_the_stores_place(
-    cluster: Any, blind_node: str, make_plan: Callable[[int], Plan], drive: Callable[..., Tally], store: Store
+def test_where_a_node_has_another_folder_in_the_stores_place_no_cell_goes_there_and_no_run_begins(
+    cluster: Any,
+    add_node: Callable[[], Any],
+    make_plan: Callable[[int], Plan],
+    drive: Callable[..., Tally],
+    store: Store,
+    hold: Path,
+    tmp_path: Path,
 ) -> None:
-    plan = make_plan(1)
-    wait_for(lambda: cpus(cluster.address) == 1, blind_node)
-    with pytest.raises(InputError, match=r"is another folder than the store here.* Mount the shared file system"):
-        drive(plan, cluster.address)
-    assert attempt_epochs(store, plan.cells[0].cell.id) == []
+    add_node()
+    plan, log, later = make_plan(2), tmp_path / "node.log", make_plan(3)
+    mount = over(store.root)
+    with ExitStack() as stack:
+        joins = ray_node(log, "--address", cluster.address, "--num-cpus", 1, before=mount, ESCALA_BEAT_SECONDS="0.25")
+        watch = Watch(
+            (at_work(1), lambda: stack.enter_context(joins)),
+            (lambda now: any("no cell goes there" in said for said in watch.said), hold.unlink),
+        )
+        assert drive(plan, cluster.address, watch).finished == 2
+        assert any("is another folder than the store here" in said for said in watch.said), watch.said
+        with pytest.raises(InputError, match=r"is another folder than the store here.* Mount the shared file system"):
+            drive(later, cluster.address)
+    assert attempt_epochs(store, later.cells[2].cell.id) == []
     assert not list(store.root.glob(".probe-*"))
-
-
-def wait_for(condition: Callable[[], bool], log: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, Path(log).read_text(errors="replace")
-        time.sleep(0.2)
 
 
 def cpus(address: str) -> float:
@@ -296,6 +291,75 @@ def cpus(address: str) -> float:
 
     found = GcsClient(address=address).get_all_node_info().values()
     return sum(one.resources_total.get("CPU", 0.0) for one in found if one.state == GcsNodeInfo.ALIVE)
+
+
+AUTOSCALED = {
+    "cluster_name": "test",
+    "max_workers": 2,
+    "available_node_types": {
+        "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+        "worker": {"resources": {"CPU": 1, "object_store_memory": 80 * 1024**2}, "node_config": {}, "max_workers": 2},
+    },
+    "head_node_type": "head",
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 0.03,
+    "auth": {"ssh_user": "nobody"},
+}
+"""Ray's own provider of nodes that are processes of this machine, none of them at first."""
+
+
+@pytest.fixture
+def autoscaled(tmp_path: Path) -> Iterator[str]:
+    from ray._private.services import get_node_ip_address
+
+    address = f"{get_node_ip_address()}:{free_port()}"
+    provider = {"type": "fake_multinode", "gcs_address": address, "use_node_id_as_ip": True}
+    provider |= {"disable_node_updaters": True, "disable_launch_config_check": True}
+    empty = ("file_mounts", "docker"), ("initialization_commands", "setup_commands", "cluster_synced_files")
+    config = AUTOSCALED | {"provider": provider} | {name: {} for name in empty[0]} | {name: [] for name in empty[1]}
+    config |= {f"{kind}_setup_commands": [] for kind in ("head", "worker")}
+    config |= {f"{kind}_start_ray_commands": [] for kind in ("head", "worker")}
+    (tmp_path / "autoscaler.json").write_text(json.dumps(config))
+    arguments = ["--head", "--port", address.rpartition(":")[2], "--num-cpus", 0, "--include-dashboard", "false"]
+    arguments += [f"--autoscaling-config={tmp_path / 'autoscaler.json'}"]
+    env = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "ESCALA_BEAT_SECONDS": "0.25"}
+    log = tmp_path / "head.log"
+    with ray_node(log, *arguments, **env):
+        wait_for(lambda: "block forever" in log.read_text(errors="replace"), log)
+        yield address
+
+
+def test_an_autoscaler_is_told_what_waits_and_gets_back_what_is_idle(
+    autoscaled: str,
+    make_plan: Callable[[int], Plan],
+    drive: Callable[..., Tally],
+    store: Store,
+    hold: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver, "IDLE_SECONDS", 0.5)
+    from ray._raylet import GcsClient
+
+    plan = make_plan(2)
+    (tmp_path / "hold-1").touch()
+    client = GcsClient(address=autoscaled)
+
+    def asked() -> Any:
+        return json.loads(client.internal_kv_get(b"autoscaler_resource_request", None, timeout=30) or b"null")
+
+    def both() -> None:
+        assert asked() == [{"CPU": 1.0}] * 2
+        hold.unlink()
+
+    def one_node_is_back(now: Progress) -> bool:
+        return now.counts["finished"] == 1 and cpus(autoscaled) == 1
+
+    tally = drive(plan, autoscaled, Watch((at_work(2), both), (one_node_is_back, (tmp_path / "hold-1").unlink)))
+    assert (tally.finished, tally.failed, tally.stopped) == (2, {}, None)
+    assert asked() == [], "what was asked for would hold nodes for ever"
+    assert_whole(store, plan)
+    assert ends(store, plan) == []
 
 
 def test_a_head_that_is_gone_ends_the_run_in_words_and_the_same_command_goes_on_from_the_checkpoints(
