@@ -196,20 +196,26 @@ def test_the_cell_of_a_node_that_dies_goes_on_elsewhere_from_its_checkpoint_and_
     make_plan: Callable[[int], Plan],
     drive: Callable[..., Tally],
     store: Store,
-    hold: Path,
+    tmp_path: Path,
 ) -> None:
     import ray
 
     added = {node.node_id: node for node in (add_node(), add_node())}
     plan, killed = make_plan(2), []
+    first, second = plan.cells
+    for one in plan.cells:
+        (tmp_path / f"hold-{one.cell.seed}").touch()
 
     def kill() -> None:
-        node = node_of(ray, store, plan.cells[0].cell.id)
-        killed.append(node)
-        os.kill(added[node].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        killed.append(node_of(ray, store, first.cell.id))
+        os.kill(added[killed[0]].all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
-    died = (lambda now: bool(ends(store, plan)), hold.unlink)
-    tally = drive(plan, cluster.address, Watch((at_work(2), kill), died))
+    def tried_again(_: Progress) -> bool:  # before that its worker might outlive its node for a moment, and finish it
+        return attempt_epochs(store, first.cell.id) == [0, 1]
+
+    make_room = (lambda now: bool(ends(store, plan)), (tmp_path / f"hold-{second.cell.seed}").unlink)
+    go_on = (tried_again, (tmp_path / f"hold-{first.cell.seed}").unlink)
+    tally = drive(plan, cluster.address, Watch((at_work(2), kill), make_room, go_on))
     assert (tally.finished, tally.failed, tally.stopped) == (2, {}, None)
     assert len(killed) == 1
     ((kind, why),) = ends(store, plan)
