@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster import verbs
+from cluster import remote, verbs
 from cluster.arguments import (
     DEFAULT_STORE,
     JsonOption,
@@ -210,6 +210,7 @@ def run(
         raise typer.Exit(1)
 
 
+app.registered_commands += remote.app.registered_commands
 app.registered_commands += verbs.app.registered_commands
 
 

@@ -101,7 +101,7 @@ def make_worker(ray: Any, place: Place) -> Any:
     if demand.workers > 1:
         from cluster.gang import make_gang
 
-        return make_gang(ray, demand)
+        return make_gang(ray, demand, place.node)
     from cluster.worker import Worker
 
     there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)

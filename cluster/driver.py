@@ -6,35 +6,36 @@ another took over.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
 from cluster.claims import Claim
-from cluster.connection import cluster_nodes, start_ray
+from cluster.connection import start_ray
 from cluster.control import read_wish
 from cluster.estimate import predicted_seconds
 from cluster.hands import Hand, Task, display_name, take_up
 from cluster.ledger import register
-from cluster.leftovers import descendants, end_processes, settle
+from cluster.leftovers import descendants, end_processes, runs, settle
 from cluster.mirror import Mirror
 from cluster.nodeprobe import Gate
 from cluster.nodes import IDLE_SECONDS, REPORT_SECONDS, Members, bundle, death, wanted
-from cluster.placement import Demand, Fleet, check_holds, demand_of, threads_for
+from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
-from cluster.progress import Progress, Running, Tail, Tally
+from cluster.progress import Progress, Tail, Tally, ended_words
 from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
-from cluster.usage import note_usage, used_gpu_seconds
+from cluster.usage import Usage
+from cluster.workload import study_workers
 from sweeps.errors import InputError
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE
-from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, cell_state, read_end, record_error
+from sweeps.store import Store, attempt_epochs, cell_state, read_end
 from sweeps.trainer import CHECKPOINT_SECONDS
 
 GIVE_UP_AFTER = 3
@@ -90,7 +91,7 @@ def run_study(
         mirror = Mirror(store, study, tracking_uri, claim.holds)
         if not missing and not search.goes_on() and mirror.is_complete():
             return tally
-        with _Connected(mirror):
+        with _connected(mirror):
             if missing or search.goes_on():
                 run = _Run(
                     store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after, workers
@@ -105,24 +106,15 @@ def run_study(
         return tally
 
 
-def _runs(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return process.status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-class _Connected:
+@contextmanager
+def _connected(mirror: Mirror) -> Iterator[None]:
     """The mirror's thread around a block: reached first, so that an unreachable server is known before training."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        self.mirror = mirror
-
-    def __enter__(self) -> None:
-        self.mirror.connect()
-        self.mirror.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.mirror.stop()
+    mirror.connect()
+    mirror.start()
+    try:
+        yield
+    finally:
+        mirror.stop()
 
 
 class _Run:
@@ -148,9 +140,9 @@ class _Run:
         self.fleet = Fleet()
         self.schedule = Schedule(self.fleet, Bounds(units=workers, **dict(self.plan.study.limits)))
         seconds = {one: float(told["seconds_predicted"]) for one, told in predicted_seconds(store, self.plan).items()}
-        self.queue = Queue(store, self.plan, self.schedule, self._demand, seconds)
-        self.used_before = used_gpu_seconds(store, self.plan.study.name)
-        self.schedule.spent_gpu_seconds = self.used_before
+        self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one), seconds)
+        self.usage = Usage(store, self.plan.study.name, claim.number)
+        self.schedule.spent_gpu_seconds = self.usage.before
         self.missing = missing
         self.elsewhere: dict[str, PlannedCell] = {}
         """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
@@ -195,35 +187,27 @@ class _Run:
             tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
             tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
-            self._note_usage()
-            if self.gate is not None and self.members is not None:
-                self.gate.close()
-                self.members.close()
+            self.usage.note(self.schedule)
+            with suppress(ray.exceptions.RayError):  # of a cluster that is gone nothing can be taken back
+                if self.gate is not None and self.members is not None:
+                    self.gate.close()
+                    self.members.close()
             ray.shutdown()
             end_processes(self.family)
 
     def _meet_cluster(self, ray: Any) -> None:
-        """What the cluster has, and so what cells ask of it: a GPU, or a share of one, where there are any."""
-        nodes = cluster_nodes(ray, memory_too=True)
-        for node in nodes:
-            self.fleet.add(node)
-        self.pool = Pool(ray, self.fleet)
-        self.cores = int(sum(node.cpus for node in nodes))
-        self.device: Literal["cpu", "cuda"] = "cuda" if self.fleet.gpus else "cpu"
-        self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
-        cells = len(self.missing) + self.search.to_come()[0]
-        self.crowd = -(-cells // max(1, self.fleet.gpus))
-        demands = {self._demand(one): f"cell {one.cell.id[:8]}" for one in [*self.missing, *self.search.examples()]}
-        beyond = {demand: whose for demand, whose in demands.items() if not self.fleet.holds_ever(demand)}
+        """What the cluster has, and so what cells ask of it."""
+        self.pool = Pool(ray, self.fleet, len(self.missing) + self.search.to_come()[0], study_workers(self.plan))
+        cells = [*self.missing, *self.search.examples()]
+        demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
+        beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
         if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):
             words = "no node holds {} as {} asks: the autoscaler is asked for one that does"
-            self.ended += [f"note: {words.format(demand, whose)}" for demand, whose in beyond.items()]
+            self.ended += [f"note: {words.format(demand, demands[demand])}" for demand in beyond]
+            self.schedule.check({demand: whose for demand, whose in demands.items() if demand not in beyond})
         else:
-            check_holds(self.fleet, beyond)
+            self.schedule.check(demands)
         self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
-
-    def _demand(self, one: PlannedCell) -> Demand:
-        return demand_of(one, device=self.device, gpu_bytes=self.gpu_bytes, crowd=self.crowd)
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0
@@ -239,13 +223,14 @@ class _Run:
                     return
                 self._look(tally)
                 self._follow()
-            if dead := [process.name() for process in self.core if not _runs(process)]:
+            if dead := [process.name() for process in self.core if not runs(process)]:
                 tally.stopped = f"Ray is gone (its {dead[0]} died)"  # a call would wait for it for minutes, or for ever
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
+            self.queue.look(hand.one.cell.id for hand in self._in_hands())
             self._grow(tally)
-            while self.wish is None and (unit := self.queue.take(time.monotonic(), self.device)):
+            while self.wish is None and (unit := self.queue.take(time.monotonic(), self.pool.device)):
                 self._start(unit)
             if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
                 tally.stopped = why
@@ -298,7 +283,7 @@ class _Run:
         if sum(one.cell.batch_tokens * one.counts["flops_per_token"] for one in unit) < LARGE_STEP_FLOPS:
             return 1
         left = self._left() + len(self._in_hands()) + len(unit)
-        return threads_for(left, self.slots, self.cores)
+        return threads_for(left, self.slots, self.pool.cores)
 
     def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
         """A worker is done. What it says is only a hint: the files tell how each cell stands."""
@@ -320,18 +305,11 @@ class _Run:
                 self._record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
             self._settle_state(hand.one, tally, hand.tail, note=index == 0)
+        self.queue.look([hand.one.cell.id for hand in task.hands])
 
     def _record_death(self, hand: Hand, kind: str, message: str) -> None:
-        """Charge a death to the cell, where the attempt did not say itself how it ended."""
-        cell_id = hand.one.cell.id
-        epochs = attempt_epochs(self.store, cell_id)
-        attempt = Attempt(self.store, cell_id, epochs[-1]) if epochs else None
         try:
-            if len(epochs) == hand.attempts_before:
-                attempt = begin_attempt(self.store, cell_id, {"study": self.plan.study.name})
-            untold = attempt is not None and read_end(self.store, cell_id, attempt.epoch) is None
-            if attempt is not None and untold and cell_state(self.store, cell_id).result is None:
-                record_error(attempt, kind, message)
+            hand.record_death(self.plan.study.name, kind, message)
         except InputError as error:  # the disk is full: what cannot be recorded must not go on
             self.halt = str(error)
 
@@ -366,8 +344,7 @@ class _Run:
             self.flops_done += self.queue.own_flops(one)
             self.spend(one, state.result)
         loss = tail.final_loss()
-        words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
-        words += f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else ""
+        words = ended_words(one, state, loss)
         if cell_id in self.plan.branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {self.plan.branches[cell_id].parent[:8]} left no checkpoint for it)"
         self.ended.append(words)
@@ -393,7 +370,8 @@ class _Run:
         if self.members is None or self.gate is None:
             return
         self.ended += [f"note: {said}" for said in self.gate.look()]
-        for node, why in self.members.follow(self.fleet, self.gpu_bytes).items():
+        busy = [one.place for one in self.schedule.running.values()]
+        for node, why in self.members.follow(self.fleet, busy, self.pool.gpu_bytes).items():
             self.pool.give_back(node=node)
             for task in self.tasks.values():
                 for hand in task.hands if task.start.place.node == node else ():
@@ -446,14 +424,7 @@ class _Run:
             late = time.monotonic() - task.start.began > STARTING_SECONDS
             if late and all(hand.attempt() is None for hand in task.hands):
                 self.pool.give_back(node=task.start.place.node)
-        self._note_usage()
-
-    def _note_usage(self) -> None:
-        """What this driver has used of GPUs, that of workers which are busy included."""
-        now = time.monotonic()
-        busy = sum(one.place.demand.all_gpus * (now - one.began) for one in self.schedule.running.values())
-        if used := self.schedule.spent_gpu_seconds - self.used_before + busy:
-            note_usage(self.store, self.plan.study.name, self.claim.number, used)
+        self.usage.note(self.schedule)
 
     def spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""
@@ -491,14 +462,8 @@ class _Run:
             pass
 
     def _progress(self, tally: Tally) -> Progress:
-        running = []
         hands = self._in_hands()
-        for hand in hands:
-            hand.tail.read()
-            one, tail = hand.one, hand.tail
-            running.append(
-                Running(one.cell.id, one.counts["N"], tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
-            )
+        running = tuple(hand.running() for hand in hands)
         under_way = sum(
             max(0.0, hand.one.counts["flops_per_token"] * hand.tail.tokens - self.queue.shared_flops(hand.one))
             for hand in hands
@@ -517,4 +482,4 @@ class _Run:
         }
         eta = elapsed * left / done if done else None
         ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
-        return Progress(counts, total, tuple(running), eta, self.slots, fault, ended, self.wish)
+        return Progress(counts, total, running, eta, self.slots, fault, ended, self.wish)

@@ -4,11 +4,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.leftovers import kill_worker
-from cluster.progress import Tail
+from cluster.progress import Running, Tail
 from cluster.pulse import Pulse
 from cluster.scheduling import Start
 from sweeps.planned import PlannedCell
-from sweeps.store import Attempt, Store, ask_to_stop, attempt_epochs, cell_state
+from sweeps.store import (
+    Attempt,
+    Store,
+    ask_to_stop,
+    attempt_epochs,
+    begin_attempt,
+    cell_state,
+    read_end,
+    record_error,
+)
 from sweeps.units import human
 
 
@@ -35,6 +44,23 @@ class Hand:
         if self.stopping is None and (attempt := self.attempt()) is not None:
             ask_to_stop(attempt, kind, why)
             self.stopping = why
+
+    def running(self) -> Running:
+        """How far it is, as its log tells."""
+        self.tail.read()
+        one, tail = self.one, self.tail
+        return Running(one.cell.id, one.counts["N"], tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
+
+    def record_death(self, study: str, kind: str, message: str) -> None:
+        """Charge a death to the cell, where the attempt did not say itself how it ended. InputError at a full disk."""
+        cell_id = self.one.cell.id
+        epochs = attempt_epochs(self.store, cell_id)
+        attempt = Attempt(self.store, cell_id, epochs[-1]) if epochs else None
+        if len(epochs) == self.attempts_before:
+            attempt = begin_attempt(self.store, cell_id, {"study": study})
+        untold = attempt is not None and read_end(self.store, cell_id, attempt.epoch) is None
+        if attempt is not None and untold and cell_state(self.store, cell_id).result is None:
+            record_error(attempt, kind, message)
 
 
 @dataclass

@@ -71,6 +71,13 @@ def descendants() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether a process is there and no zombie."""
+    with suppress(psutil.Error):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 def end_processes(processes: Iterable[psutil.Process]) -> None:
     """Kill those that do not end by themselves. One whose parent died first is told by nobody else."""
     _, alive = psutil.wait_procs(list(processes), timeout=5.0)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from cluster.placement import Demand, Fleet, Node
+from cluster.placement import Demand, Fleet, Node, Place
 from cluster.scheduling import Schedule
 
 IDLE_SECONDS = 60.0
@@ -194,9 +194,9 @@ class Members:
         """The nodes that lived at the last look; one that is barred says why it takes no work."""
         return [replace(node, leaving=node.leaving or self.barred.get(node.id)) for node in self._nodes]
 
-    def follow(self, fleet: Fleet, gpu_bytes: int = 0) -> dict[str, str]:
-        """Make a fleet's nodes those that take new work, each GPU of a new one with so many bytes. Why the other living
-        ones take none, by node id."""
+    def follow(self, fleet: Fleet, busy: Sequence[Place], gpu_bytes: int = 0) -> dict[str, str]:
+        """Make a fleet's nodes those that take new work, each GPU of a new one with so many bytes; `busy` are the
+        places in use. Why the other living ones take none, by node id."""
         living = {node.id: node for node in self.living()}
         for known in fleet.nodes():
             if known.id not in living or living[known.id].leaving is not None:
@@ -204,7 +204,8 @@ class Members:
         left = {node.id for node in fleet.nodes()}
         for node in living.values():
             if node.leaving is None and node.id not in left:
-                fleet.add(Node(node.id, node.cpus, node.gpus, gpu_bytes if node.gpus else 0))
+                there = [place for place in busy if place.node == node.id]
+                fleet.add(Node(node.id, node.cpus, node.gpus, gpu_bytes if node.gpus else 0), there)
         return {node.id: node.leaving for node in living.values() if node.leaving is not None}
 
     def scales(self, seconds: float = 0.0) -> bool:

@@ -116,7 +116,7 @@ def gpu_share(together: int) -> float:
 
 def memory_share(gpus: float) -> float:
     """The share of its GPU's memory that a worker may hold: for set_per_process_memory_fraction."""
-    return (1 - KEPT_FREE) * (gpus if 0 < gpus < 1 else 1.0)
+    return (1 - KEPT_FREE) / (int(1 / gpus) if 0 < gpus < 1 else 1)
 
 
 def threads_for(cells_left: int, slots: int, cores: int) -> int:
@@ -188,13 +188,15 @@ class Fleet:
     def gpus(self) -> int:
         return sum(len(room.gpus) for room in self._rooms.values())
 
-    def add(self, node: Node) -> None:
-        """A node joins, or comes back empty."""
+    def add(self, node: Node, places: Iterable[Place] = ()) -> None:
+        """A node joins, or comes back: empty, but for the places on it that are still in use."""
         self.remove(node.id)
         room = self._rooms[node.id] = _Room(node)
         while len(self._by_empty) <= len(room.gpus):
             self._by_empty.append({})
         self._by_empty[room.empty][node.id] = room
+        for place in places:
+            self._change(room, place, taken=True)
 
     def remove(self, node_id: str) -> list[Place]:
         """A node is gone, and all that was placed on it, which is returned. Nothing happens where it is not known."""

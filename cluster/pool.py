@@ -7,10 +7,11 @@ given that room, idle workers there go first. So a cluster is never full of work
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from cluster.connection import make_worker
-from cluster.placement import WHOLE, Fleet, Place
+from cluster.connection import cluster_nodes, make_worker
+from cluster.placement import WHOLE, Demand, Fleet, Place, demand_of
+from sweeps.planned import PlannedCell
 
 
 @dataclass(eq=False)
@@ -23,9 +24,21 @@ class _Kept:
 class Pool:
     """The workers of one run, by the node on which they are."""
 
-    def __init__(self, ray: Any, fleet: Fleet) -> None:
-        self._ray, self._fleet = ray, fleet
+    def __init__(self, ray: Any, fleet: Fleet, cells: int, workers: int) -> None:
+        """Adds the cluster's nodes to `fleet`. There are so many `cells` to train, each by so many `workers`."""
+        self._ray, self._fleet, self._workers = ray, fleet, workers
         self._kept: list[_Kept] = []
+        nodes = cluster_nodes(ray, memory_too=True)
+        for node in nodes:
+            fleet.add(node)
+        self.cores = int(sum(node.cpus for node in nodes))
+        self.device: Literal["cpu", "cuda"] = "cuda" if fleet.gpus else "cpu"
+        self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
+        self._crowd = -(-cells // max(1, fleet.gpus))
+
+    def demand(self, one: PlannedCell) -> Demand:
+        """What a cell asks for: a GPU, or a share of one where it fits and cells are many, if there are any."""
+        return demand_of(one, device=self.device, workers=self._workers, gpu_bytes=self.gpu_bytes, crowd=self._crowd)
 
     def worker(self, place: Place) -> Any:
         """A worker in this place: the warm one that is there, or a new one. Idle ones in its way are given back."""

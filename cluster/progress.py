@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from sweeps.planned import PlannedCell
 from sweeps.records import read_rows
-from sweeps.store import Store, attempt_epochs
+from sweeps.store import CellState, Store, attempt_epochs
 
 
 @dataclass
@@ -52,6 +53,12 @@ class Progress:
     """The cells that ended since the last moment, in words."""
     wish: str | None = None
     """pause, drain or cancel, where a person wishes so."""
+
+
+def ended_words(one: PlannedCell, state: CellState, loss: float | None) -> str:
+    """How a cell ended, for people."""
+    words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
+    return words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else "")
 
 
 class Tail:

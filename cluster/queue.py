@@ -5,12 +5,13 @@ one shape that a probe found to be faster together go together. Which cell is ne
 says.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.placement import Demand
 from cluster.scheduling import Job, Schedule, Start, chains
+from cluster.workload import own_flops, waits
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.stacks import LEAST_GAIN, known_gain, stack_key, stack_size
@@ -54,7 +55,7 @@ class Queue:
 
     def extend(self, plan: Plan, known: int = 0) -> None:
         """Know the cells of a plan that has grown since it had `known`, before any of them is put."""
-        self._branches = plan.branches
+        self._branches, self._own = plan.branches, own_flops(plan)
         self._chains = self._lengths(plan)
         for one in plan.cells[known:] if self._stacking != "off" else ():
             self._keys[one.cell.id] = stack_key(one.cell)
@@ -91,19 +92,18 @@ class Queue:
         self._alike.clear()
         return found
 
-    def shared_flops(self, one: PlannedCell) -> float:
-        """What of a cell its trunk trains."""
-        branch = self._branches.get(one.cell.id)
-        return float(branch.steps * one.cell.batch_tokens * one.counts["flops_per_token"]) if branch else 0.0
-
     def own_flops(self, one: PlannedCell) -> float:
         """The FLOPs of a cell that no trunk trains for it."""
-        return float(one.counts["C"]) - self.shared_flops(one)
+        return self._own[one.cell.id]
 
-    def look(self) -> None:
-        """Let go the branches whose trunks have come so far."""
-        for trunk, branches in list(self._held.items()):
-            self._held[trunk] = []
+    def shared_flops(self, one: PlannedCell) -> float:
+        """What of a cell its trunk trains."""
+        return float(one.counts["C"]) - self._own[one.cell.id]
+
+    def look(self, trunks: Iterable[str] | None = None) -> None:
+        """Let go the branches of these trunks, or of all, whose trunks have come so far."""
+        for trunk in list(self._held) if trunks is None else [one for one in trunks if one in self._held]:
+            branches, self._held[trunk] = self._held[trunk], []
             for one in branches:
                 if self._may_begin(one):
                     self.schedule.release(one.cell.id)
@@ -125,7 +125,7 @@ class Queue:
         if alike > 1:
             workers = 1 + self.schedule.room(start.place.demand, alike)
             size = stack_size(alike, workers, self._stacking, device, one.cell)
-            others = self._like(key, size - 1, start, now) if size > 1 else []
+            others = self._like(key, size - 1, now) if size > 1 else []
             if others and self._stacking == "auto":
                 gain = known_gain(self._store, one.cell, 1 + len(others), device)
                 others = [] if gain is not None and gain < LEAST_GAIN else others
@@ -133,7 +133,7 @@ class Queue:
             cells += [self._pop(other.cell.id) for other in others]
         return Unit(cells, start)
 
-    def _like(self, key: str | None, most: int, start: Start, now: float) -> list[PlannedCell]:
+    def _like(self, key: str | None, most: int, now: float) -> list[PlannedCell]:
         """The first ready cells of a stack key, at most so many, that have not proved too large for a stack."""
         found: list[PlannedCell] = []
         for one in self._alike.get(key or "", {}).values():
@@ -141,7 +141,7 @@ class Queue:
                 break
             if not self._was_too_large(one):
                 found.append(one)
-        return found[: self.schedule.admits(start, [one.cell.id for one in found], now)]
+        return found[: self.schedule.admits([one.cell.id for one in found], now)]
 
     def _make_ready(self, one: PlannedCell) -> None:
         if (key := self._keys.get(one.cell.id)) is not None:
@@ -153,17 +153,10 @@ class Queue:
 
     def _lengths(self, plan: Plan) -> dict[str, float]:
         """The longest chain that each cell begins: in seconds where all are known, else in FLOPs."""
-        cells = {one.cell.id: one for one in plan.cells}
-        flops = {cell_id: self.own_flops(one) for cell_id, one in cells.items()}
-        pace = dict.fromkeys(cells, 1.0)
-        if all(cell_id in self._seconds for cell_id in cells):
-            pace = {cell_id: self._seconds[cell_id] / flops[cell_id] for cell_id in cells}
-        before = {}
-        for cell_id, branch in plan.branches.items():
-            trunk = cells[branch.parent]
-            until = branch.steps * trunk.cell.batch_tokens * trunk.counts["flops_per_token"] - self.shared_flops(trunk)
-            before[cell_id] = (branch.parent, max(0.0, until) * pace[branch.parent])
-        return chains({cell_id: flops[cell_id] * pace[cell_id] for cell_id in cells}, before)
+        timed = all(cell_id in self._seconds for cell_id in self._own)
+        length = {cell_id: self._seconds[cell_id] if timed else own for cell_id, own in self._own.items()}
+        before = {cell_id: (trunk, share * length[trunk]) for cell_id, (trunk, share) in waits(plan, self._own).items()}
+        return chains(length, before)
 
     def _may_begin(self, one: PlannedCell) -> bool:
         branch = self._branches[one.cell.id]

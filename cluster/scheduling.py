@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.placement import Demand, Fleet, Hold, Place
+from cluster.placement import Demand, Fleet, Hold, Place, check_holds
 from sweeps.errors import InputError
 from sweeps.units import flops as in_words
 
@@ -67,6 +67,23 @@ class Start:
         return self.place.demand.all_gpus * max(estimated, now - self.began)
 
 
+@dataclass(frozen=True)
+class _Left:
+    """What budgets leave."""
+
+    flops: float
+    gpu_seconds: float
+
+    def admits(self, job: Job) -> bool:
+        """Without an estimate, a job on GPUs is begun as long as anything is left."""
+        used = job.demand.all_gpus * (job.seconds or 0.0)
+        return job.flops <= self.flops and (not job.demand.gpus or 0 < self.gpu_seconds >= used)
+
+    def without(self, job: Job) -> "_Left":
+        used = job.demand.all_gpus * (job.seconds or 0.0)
+        return _Left(self.flops - job.flops, self.gpu_seconds - used)
+
+
 Rank = tuple[bool, float, float, str]
 """Goes first, chain, the later the less, id: the greatest is next."""
 
@@ -98,6 +115,16 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self._jobs)
+
+    def check(self, demands: Mapping[Demand, str]) -> None:
+        """Raise InputError that names a demand, and whose it is, for which there will never be room."""
+        check_holds(self.fleet, demands)
+        for demand, whose in demands.items():
+            if self.bounds.gpus is not None and demand.all_gpus > self.bounds.gpus:
+                raise InputError(
+                    f"limits.gpus: {self.bounds.gpus:g} are allowed at once, and {whose} asks for {demand}. Raise the "
+                    "limit in the study file."
+                )
 
     # --- what waits --------------------------------------------------------------------------------------------------
 
@@ -141,16 +168,17 @@ class Schedule:
             return None
         if bounds.cells is not None and self._cells >= bounds.cells:
             return None
+        left = self._left(now)
         groups = sorted((ranks[-1], demand) for demand, ranks in self._groups.items() if ranks)
         for _, demand in reversed(groups):
-            job = self._next(demand, now)
+            job = self._next(demand, left)
             if job is None:  # none of them is within the budgets
                 continue
             if blocked is None:
                 if (start := self._start(job, now)) is not None:
                     return start
                 blocked = job
-            elif (start := self._backfill(blocked, demand, now)) is not None:
+            elif (start := self._backfill(blocked, demand, left, now)) is not None:
                 return start
         return None
 
@@ -164,16 +192,15 @@ class Schedule:
             most = min(most, int((self.bounds.gpus - self._gpus + 1e-9) / demand.all_gpus))
         return self.fleet.count(demand, most)
 
-    def admits(self, start: Start, job_ids: Sequence[str], now: float) -> int:
+    def admits(self, job_ids: Sequence[str], now: float) -> int:
         """How many of these waiting jobs, the first ones, limits and budgets leave room for in a unit that started."""
         room = len(job_ids) if self.bounds.cells is None else self.bounds.cells - self._cells
-        flops = self._flops
+        left = self._left(now)
         for count, job_id in enumerate(job_ids[:room]):
-            if not self._within_budgets(self._jobs[job_id], now):
-                self._flops = flops
+            job = self._jobs[job_id]
+            if not left.admits(job):
                 return count
-            self._flops += self._jobs[job_id].flops
-        self._flops = flops
+            left = left.without(job)
         return min(room, len(job_ids))
 
     def join(self, start: Start, job_ids: Iterable[str]) -> None:
@@ -214,7 +241,7 @@ class Schedule:
 
     # --- backfill ----------------------------------------------------------------------------------------------------
 
-    def _backfill(self, blocked: Job, demand: Demand, now: float) -> Start | None:
+    def _backfill(self, blocked: Job, demand: Demand, left: "_Left", now: float) -> Start | None:
         """Start a job of a demand that does not delay one that goes before it and has no room."""
         if not self.fleet.fits(demand):
             return None
@@ -222,13 +249,13 @@ class Schedule:
             time = self._limit_lifts(blocked.demand)
         else:
             keep = self._reserve(blocked, now)  # None where no node can hold it now: nothing is to be kept
-            job = self._next(demand, now)
+            job = self._next(demand, left)
             if job is not None and (start := self._start(job, now, keep)) is not None:
                 return start
             time = keep.time if keep is not None else -math.inf
         if math.isinf(time):
             return None
-        job = self._next(demand, now, within=time - now)
+        job = self._next(demand, left, within=time - now)
         return self._start(job, now) if job is not None else None
 
     def _reserve(self, job: Job, now: float) -> Hold | None:
@@ -252,37 +279,34 @@ class Schedule:
                 return start.place.until
         return -math.inf
 
-    def _next(self, demand: Demand, now: float, within: float | None = None) -> Job | None:
+    def _next(self, demand: Demand, left: "_Left", within: float | None = None) -> Job | None:
         """The first ready job of a demand that the budgets admit, and that ends `within` so many seconds if asked."""
         ranks = self._groups[demand]
         last = len(ranks) if within is None else bisect.bisect_right(ranks, (False, within, 0.0, ""))
-        for rank in reversed(ranks[:last]) if self._has_budget() else ranks[last - 1 : last] if last else ():
-            job = self._jobs[rank[3]]
+        for index in range(last - 1, -1, -1):
+            job = self._jobs[ranks[index][3]]
             if within is not None and (job.seconds is None or job.seconds > within):
                 return None
-            if self._within_budgets(job, now):
+            if left.admits(job):
                 return job
         return None
 
     # --- budgets -----------------------------------------------------------------------------------------------------
 
-    def _has_budget(self) -> bool:
-        return self.bounds.flops is not None or self.bounds.gpu_hours is not None
-
-    def _within_budgets(self, job: Job, now: float) -> bool:
-        flops, hours = self.bounds.flops, self.bounds.gpu_hours
-        if flops is not None and self.spent_flops + self._flops + job.flops > flops * (1 + 1e-12):
-            return False
-        if hours is None or not job.demand.gpus:
-            return True
-        used = self.spent_gpu_seconds + sum(start.gpu_seconds(now) for start in self.running.values())
-        return used < hours * HOUR and used + job.demand.all_gpus * (job.seconds or 0.0) <= hours * HOUR * (1 + 1e-12)
+    def _left(self, now: float) -> "_Left":
+        """What the budgets leave beside what is spent and what runs."""
+        flops = gpu_seconds = math.inf
+        if self.bounds.flops is not None:
+            flops = self.bounds.flops * (1 + 1e-12) - self.spent_flops - self._flops
+        if self.bounds.gpu_hours is not None:
+            used = self.spent_gpu_seconds + sum(start.gpu_seconds(now) for start in self.running.values())
+            gpu_seconds = self.bounds.gpu_hours * HOUR * (1 + 1e-12) - used
+        return _Left(flops, gpu_seconds)
 
     def out_of_budget(self, now: float = 0.0) -> str | None:
         """Why nothing more will start although jobs are ready, in words; None while something runs or may start."""
-        if self.running or not self._ranks or not self._has_budget():
-            return None
-        if any(self._within_budgets(self._jobs[job_id], now) for job_id in self._ranks):
+        left = self._left(now)
+        if self.running or not self._ranks or any(left.admits(self._jobs[job_id]) for job_id in self._ranks):
             return None
         jobs, said = [self._jobs[job_id] for job_id in self._ranks], []
         if self.bounds.flops is not None:

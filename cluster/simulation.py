@@ -8,10 +8,11 @@ thousand GPUs whose idle time, tail and lost work are found out on the bill.
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from cluster.placement import Fleet, Node, check_holds
+from cluster.placement import Fleet, Node
 from cluster.scheduling import HOUR, Bounds, Job, Schedule, Start, chains
 from sweeps.errors import InputError
 from sweeps.units import duration
@@ -72,12 +73,42 @@ class Simulated:
     work_hours: float
     """GPU-hours, or CPU-hours, of work."""
     recomputed_hours: float
-    """Of them, those that a failure made necessary once more come on top: done, lost and done again."""
+    """Work that failures destroyed, and that was done once more: it comes on top."""
     failures: int
     preemptions: int
     stopped: str | None
     """Why not all was trained: a budget."""
     turns: tuple[Turn, ...]
+
+    @property
+    def recomputed_share(self) -> float:
+        """Of all that was computed."""
+        return self.recomputed_hours / (self.work_hours + self.recomputed_hours) if self.recomputed_hours else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "turns"}
+        return plain | {"recomputed_share": self.recomputed_share}
+
+
+def simulation_lines(found: Simulated) -> Iterator[str]:
+    """What a simulated run took, in sentences."""
+    over = found.makespan_seconds / found.lower_bound_seconds if found.lower_bound_seconds else 1.0
+    yield (
+        f"It takes {_time(found.makespan_seconds)}, {over:.3f} times the lower bound of "
+        f"{_time(found.lower_bound_seconds)}, with {found.utilisation:.1%} of the GPUs at work that is kept: "
+        f"{found.work_hours:.4g} GPU-hours."
+    )
+    if found.failures or found.preemptions:
+        yield (
+            f"{found.failures:,} failures and {found.preemptions:,} preemptions of nodes; recomputed are "
+            f"{found.recomputed_hours:.3g} GPU-hours ({found.recomputed_share:.2%})."
+        )
+    if found.stopped is not None:
+        yield f"It ends early, {found.stopped}."
+
+
+def _time(seconds: float) -> str:
+    return duration(seconds) if seconds >= 60 else f"{seconds:.3g} s"
 
 
 def simulate(
@@ -99,7 +130,7 @@ def simulate(
     run = _Run(list(nodes), edges, bounds, faults)
     if not run.nodes:
         raise InputError("there is no node to run anything on. Name one at least.")
-    check_holds(run.schedule.fleet, {job.demand: f"job {job.id}" for job in jobs})
+    run.schedule.check({job.demand: f"job {job.id}" for job in jobs})
     bound = lower_bound(jobs, run.nodes, longest)
     for job in jobs:
         run.schedule.put(replace(job, chain=longest[job.id]), held=job.id in edges)
@@ -147,7 +178,9 @@ class _Run:
         self._done: dict[str, float] = {}
         """Seconds of a job that its checkpoints hold."""
         self._random = random.Random(faults.seed)
-        self._events: list[tuple[float, int, str, object]] = []
+        self._events: list[tuple[float, int, str, Node | Start]] = []
+        """When, in which order, what, to whom: back, failure or preemption of a node; "end" of a unit, or the id of a
+        branch that may leave it."""
         self._count = 0
 
     def go(self, bound: float) -> None:
@@ -173,18 +206,18 @@ class _Run:
                 _, _, what, about = heapq.heappop(self._events)
                 self._happen(now, what, about)
 
-    def _happen(self, now: float, what: str, about: object) -> None:
-        if isinstance(about, Start):
-            if what == "end" and about.place.number in self.schedule.running:
-                self._finish(about, now)
-        elif isinstance(about, str):
-            self.schedule.release(about)
-        elif isinstance(about, Node):
+    def _happen(self, now: float, what: str, about: Node | Start) -> None:
+        if isinstance(about, Node):
             if what == "back":
                 self.schedule.fleet.add(about)
                 self._expect(about, now)
             else:
                 self._lose(about, now, announced=what == "preemption")
+        elif about.place.number in self.schedule.running:  # else its node was lost before
+            if what == "end":
+                self._finish(about, now)
+            else:
+                self.schedule.release(what)
 
     def _begin(self, start: Start, now: float) -> None:
         (job,) = start.jobs
@@ -193,7 +226,7 @@ class _Run:
         done = self._done.get(job.id, 0.0)
         for child, after in self._children.get(job.id, ()):
             if after is not None and done <= after < done + (job.seconds or 0.0):
-                self._at(now + after - done, "release", child)
+                self._at(now + after - done, child, start)
 
     def _finish(self, start: Start, now: float) -> None:
         (job,) = start.jobs
@@ -245,7 +278,7 @@ class _Run:
         place = start.place
         self.turns.append(Turn(start.jobs[0].id, place.node, place.gpus, start.began, now, before, after))
 
-    def _at(self, time: float, what: str, about: object) -> None:
+    def _at(self, time: float, what: str, about: Node | Start) -> None:
         self._count += 1
         heapq.heappush(self._events, (time, self._count, what, about))
 

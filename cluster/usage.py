@@ -5,16 +5,25 @@
 A driver that is killed has not told of its last seconds; no more than those are lost.
 """
 
+import time
+
+from cluster.scheduling import Schedule
 from sweeps.records import read_json, write_json
 from sweeps.store import Store
 
 
-def note_usage(store: Store, study: str, driver: int, gpu_seconds: float) -> None:
-    """Put on record what a driver has used so far."""
-    path = store.study(study) / "usage" / f"{driver}.json"
-    write_json(path, {"gpu_seconds": round(gpu_seconds, 3)}, sync=False)
+class Usage:
+    """What one driver uses, after what others have used before."""
 
+    def __init__(self, store: Store, study: str, driver: int) -> None:
+        folder = store.study(study) / "usage"
+        self._path = folder / f"{driver}.json"
+        self.before = sum(float(read_json(path)["gpu_seconds"]) for path in folder.glob("*.json"))
+        """GPU-seconds of the drivers before."""
 
-def used_gpu_seconds(store: Store, study: str) -> float:
-    """What all drivers of a study have used so far."""
-    return sum(float(read_json(path)["gpu_seconds"]) for path in (store.study(study) / "usage").glob("*.json"))
+    def note(self, schedule: Schedule) -> None:
+        """Put on record what was used so far, that of units which run included. A run without GPUs leaves nothing."""
+        now = time.monotonic()
+        busy = sum(one.place.demand.all_gpus * (now - one.began) for one in schedule.running.values())
+        if used := schedule.spent_gpu_seconds - self.before + busy:
+            write_json(self._path, {"gpu_seconds": round(used, 3)}, sync=False)

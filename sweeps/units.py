@@ -1,4 +1,8 @@
-"""How numbers are written for people, the same in terminals, run names, pictures and pages."""
+"""How numbers are written for people, the same in terminals, run names, pictures and pages; how people write times."""
+
+import re
+
+from sweeps.errors import InputError
 
 
 def human(number: float) -> str:
@@ -20,3 +24,12 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h {minutes:02}m" if hours else f"{minutes}m {rest:02}s" if minutes else f"{rest}s"
+
+
+def parse_duration(text: str, what: str) -> float:
+    """Seconds of 90s, 30m, 200h or 7d. InputError that begins with `what` for anything else, and for nothing."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise InputError(f"{what}: found {text!r}; a time above 0 with its unit is wanted, such as 90s, 30m, 200h, 7d.")
+    return seconds

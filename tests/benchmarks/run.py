@@ -22,6 +22,7 @@ import eager
 import fits
 import mirror
 import overhead
+import scheduling
 import searching
 import sensitivity
 import stalls
@@ -53,6 +54,8 @@ BENCHMARKS = {
     "transfer": transfer.transfer,
     "mirror": mirror.mirror,
     "overhead": overhead.overhead,
+    "simulate": scheduling.simulate,
+    "latency": scheduling.latency,
     "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,

@@ -23,6 +23,7 @@ from sweeps.store import Store, attempt_epochs, begin_attempt, cell_state, forgi
 
 from sweeps.store import read_metrics, record_error  # isort: skip
 from sweeps.study import Study
+from sweeps.units import flops as in_words
 
 TRAINER = """
 import os, pathlib, time
@@ -72,7 +73,7 @@ def make_plan(store: Store, tmp_path: Path) -> Callable[..., Plan]:
     source = make_source("markov", None, {"vocab_size": 8, "tokens": 60_000})
     corpus = prepare(source, "bytes", store.root)
 
-    def make(cells: int, steps: int, name: str = "s") -> Plan:
+    def make(cells: int, steps: int, name: str = "s", **more: Any) -> Plan:
         declared: dict[str, Any] = {
             "name": name,
             "corpus": {"source": "markov", "options": {"vocab_size": 8, "tokens": 60_000}},
@@ -83,7 +84,7 @@ def make_plan(store: Store, tmp_path: Path) -> Callable[..., Plan]:
             "seeds": list(range(cells)),
             "trainer": "mine.py:train",
         }
-        return plan_study(Study.model_validate(declared), corpus, allow_code=True, base_dir=tmp_path)
+        return plan_study(Study.model_validate(declared | more), corpus, allow_code=True, base_dir=tmp_path)
 
     return make
 
@@ -344,3 +345,32 @@ def test_a_driver_that_was_replaced_ends_without_touching_a_cell(
     assert ends(store, plan) == []
     assert not any((store.cell(one) / "result.json").exists() for one in ids(plan))
     assert all(attempt_epochs(store, one) in ([], [0]) for one in ids(plan)), "no attempt was taken over"
+
+
+def test_a_limit_of_cells_at_once_is_kept(make_plan: Callable[..., Plan], drive: Callable[..., Tally]) -> None:
+    plan = make_plan(3, 40, limits={"cells": 1})
+    most = 0
+
+    def watch(progress: Progress) -> None:
+        nonlocal most
+        most = max(most, progress.counts["running"])
+
+    assert drive(plan, watch).finished == 3
+    assert most == 1
+
+
+def test_a_budget_of_flops_ends_the_run_in_words_and_a_larger_one_goes_on(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(3, 40)
+    each = plan.cells[0].counts["C"]
+    tally = drive(make_plan(3, 40, limits={"flops": 2.5 * each}))
+    assert tally.stopped is not None
+    assert tally.stopped.startswith(
+        f"out of budget: of the budget of {in_words(2.5 * each)} FLOPs {in_words(2 * each)}"
+    )
+    assert (tally.finished, tally.planned, tally.failed) == (2, 1, {})
+    again = drive(make_plan(3, 40, limits={"flops": 2.5 * each}))
+    assert (again.finished, again.skipped, again.stopped) == (0, 2, tally.stopped), "what is spent stays spent"
+    assert drive(make_plan(3, 40, limits={"flops": 3 * each})).finished == 1
+    assert_whole(store, plan, 40)

@@ -1,135 +1,203 @@
-"""The queue: no device holds more than it can, every cell runs once and after its trunk, and no slot idles for long."""
+"""Room: no GPU and no CPU is ever given out twice, a share stays on one GPU, a gang on one node."""
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.placement import (
-    Job,
-    Turn,
+    WHOLE,
+    Demand,
+    Fleet,
+    Hold,
+    Node,
+    Place,
     cells_together,
-    choose_slots,
+    check_holds,
+    demand_of,
     gpu_share,
-    longest_first,
-    makespan,
     memory_share,
-    simulate,
     threads_for,
 )
 from sweeps.errors import InputError
+from tests.plans import POINT, only, points
 
 GIB = 1024**3
-ROOM = 8
+SHARES = [gpu_share(together) for together in (2, 3, 4, 7, 16)]
+DEMANDS = st.one_of(
+    st.builds(Demand, st.just(1), st.sampled_from(SHARES), st.sampled_from([0.5, 1.0])),
+    st.builds(Demand, st.integers(1, 4), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from([0.0, 0.5, 1.0, 3.0])),
+)
+NODES = st.lists(st.tuples(st.integers(0, 16), st.integers(0, 4)), min_size=1, max_size=4)
 
 
-@st.composite
-def queues(draw: st.DrawFn, size: int = ROOM, branches: bool = True) -> list[Job]:
-    jobs: list[Job] = []
-    for number in range(draw(st.integers(0, 30))):
-        trunks = [job.id for job in jobs if job.parent is None]
-        parent = draw(st.none() | st.sampled_from(trunks)) if trunks and branches else None
-        seconds = draw(st.floats(0.01, 1000))
-        after = draw(st.none() | st.floats(0, 2000)) if parent else None
-        jobs.append(Job(str(number), seconds, draw(st.integers(1, size)), parent, after))
-    return draw(st.permutations(jobs))
+def assert_within(nodes: dict[str, Node], places: list[Place]) -> None:
+    """What is placed is never more than there is, GPU by GPU, and each has what it asked for."""
+    gpus: Counter[tuple[str, int]] = Counter()
+    cpus: Counter[str] = Counter()
+    for place in places:
+        demand = place.demand
+        cpus[place.node] += demand.workers * round(demand.cpus * WHOLE)
+        gpus.update({(place.node, gpu): amount for gpu, amount in place.gpus})
+        wanted = (
+            [WHOLE] * int(demand.all_gpus) if demand.gpus >= 1 else [round(demand.gpus * WHOLE)] * (demand.gpus > 0)
+        )
+        assert [amount for _, amount in place.gpus] == wanted
+        assert len({gpu for gpu, _ in place.gpus}) == len(place.gpus)
+        assert all(gpu < nodes[place.node].gpus for gpu, _ in place.gpus)
+    assert all(amount <= WHOLE for amount in gpus.values())
+    assert all(amount <= nodes[node].cpus * WHOLE for node, amount in cpus.items())
 
 
-@given(queues(), st.integers(1, 4))
-def test_no_device_holds_more_than_its_room_and_every_job_runs_once_after_its_parent(
-    jobs: list[Job], devices: int
+@given(NODES, st.data())
+def test_capacity_is_never_exceeded_under_random_arrivals_ends_and_losses(
+    sizes: list[tuple[int, int]], data: st.DataObject
 ) -> None:
-    turns = simulate(longest_first(jobs), devices, ROOM)
-    known = {job.id: job for job in jobs}
-    assert Counter(turn.id for turn in turns) == Counter(list(known))
-    begun = {turn.id: turn for turn in turns}
-    for turn in turns:
-        job = known[turn.id]
-        assert 0 <= turn.device < devices
-        assert turn.end == turn.start + job.seconds
-        assert job.parent is None or turn.start >= may_start(job, begun[job.parent])
-        together = [other for other in turns if other.device == turn.device and other.start <= turn.start < other.end]
-        assert sum(known[other.id].size for other in together) <= ROOM
+    nodes = {str(i): Node(str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(sizes)}
+    fleet, there, places = Fleet(nodes.values()), dict(nodes), list[Place]()
+    for _ in range(data.draw(st.integers(1, 40))):
+        what = data.draw(st.sampled_from(["place", "place", "place", "free", "lose", "return"]))
+        if what == "place":
+            demand = data.draw(DEMANDS)
+            fits = fleet.fits(demand)
+            place = fleet.place(demand)
+            assert fits == (place is not None)
+            if place is not None:
+                assert fleet.holds_ever(demand)
+                places.append(place)
+        elif what == "free" and places:
+            fleet.free(places.pop(data.draw(st.integers(0, len(places) - 1))))
+        elif what == "lose":
+            node = data.draw(st.sampled_from(sorted(nodes)))
+            lost = fleet.remove(node)
+            assert lost == [place for place in places if place.node == node]
+            places = [place for place in places if place.node != node]
+            there.pop(node, None)
+            for place in lost:
+                fleet.free(place)  # whoever had it says so too
+        elif what == "return":
+            node = data.draw(st.sampled_from(sorted(nodes)))
+            kept = [place for place in places if place.node == node]
+            fleet.add(nodes[node], kept)  # whether it was gone or not
+            there[node] = nodes[node]
+        assert_within(there, places)
+    for place in places:
+        fleet.free(place)
+        fleet.free(place)  # twice is once
+    whole = {Demand(1, float(node.gpus), node.cpus) for node in there.values() if node.gpus}
+    assert all(fleet.fits(demand) for demand in whole), "all room is back"
 
 
-def may_start(job: Job, parent: Turn) -> float:
-    return parent.end if job.after is None else min(parent.end, parent.start + job.after)
-
-
-def lower_bound(jobs: list[Job], devices: int) -> float:
-    """No schedule is shorter than the work shared evenly, nor than the longest chain."""
-    known = {job.id: job for job in jobs}
-    before = [may_start(job, Turn("", 0, 0.0, known[job.parent].seconds)) if job.parent else 0.0 for job in jobs]
-    chains = [job.seconds + wait for job, wait in zip(jobs, before, strict=True)]
-    return max(sum(job.seconds for job in jobs) / devices, max(chains, default=0.0))
-
-
-@given(queues(size=1), st.integers(1, 5))
-def test_no_queue_ends_before_its_lower_bound(jobs: list[Job], devices: int) -> None:
-    assert makespan(simulate(longest_first(jobs), devices)) >= lower_bound(jobs, devices) * (1 - 1e-12)
-
-
-@given(queues(size=1, branches=False), st.integers(1, 5))
-def test_longest_first_takes_at_most_a_third_more_than_the_best_and_so_less_than_twice_the_bound(
-    jobs: list[Job], devices: int
+@given(NODES, st.lists(DEMANDS, max_size=20), DEMANDS)
+def test_what_an_empty_fleet_has_room_for_it_can_hold_and_the_other_way_round(
+    sizes: list[tuple[int, int]], before: list[Demand], demand: Demand
 ) -> None:
-    assert makespan(simulate(longest_first(jobs), devices)) <= 2 * lower_bound(jobs, devices) + 1e-9
+    fleet = Fleet(Node(str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(sizes))
+    assert fleet.holds_ever(demand) == fleet.fits(demand)
+    places = [place for one in before if (place := fleet.place(one)) is not None]
+    count = fleet.count(demand, 100)
+    taken = [place for _ in range(100) if (place := fleet.place(demand)) is not None]
+    assert len(taken) == count, "what was counted is there, and counting took nothing"
+    nodes = {node.id: node for node in fleet.nodes()}
+    assert_within(nodes, [*places, *taken])
 
 
-def test_longest_first_of_a_known_queue() -> None:
-    jobs = [Job(name, seconds) for name, seconds in {"a": 2.0, "b": 3.0, "c": 2.0, "d": 3.0, "e": 2.0}.items()]
-    turns = simulate(longest_first(jobs), 2)
-    assert [turn.id for turn in turns] == ["b", "d", "a", "c", "e"]
-    assert makespan(turns) == 7.0, "the best is 6: longest first is a rule, not an optimum"
+@given(NODES, st.lists(st.tuples(DEMANDS, st.floats(0, 100)), max_size=20), DEMANDS)
+def test_what_is_held_for_a_demand_is_free_for_it_when_it_was_said_to_be(
+    sizes: list[tuple[int, int]], before: list[tuple[Demand, float]], demand: Demand
+) -> None:
+    fleet = Fleet(Node(str(i), cpus, gpus) for i, (cpus, gpus) in enumerate(sizes))
+    places = [place for one, until in before if (place := fleet.place(one, until)) is not None]
+    hold = fleet.hold(demand)
+    assert (hold is not None) == fleet.holds_ever(demand)
+    if hold is None:
+        return
+    while (place := fleet.place(Demand(1, SHARES[0], 0.5), keep=hold)) is not None:  # what others take is not of it
+        assert place.node != hold.node or not hold.gpus & {gpu for gpu, _ in place.gpus}
+    for place in places:
+        if place.until <= hold.time:
+            fleet.free(place)
+    assert fleet.fits(demand)
 
 
-def test_a_trunk_goes_before_a_longer_cell_that_nothing_waits_for() -> None:
-    jobs = [Job("alone", 5.0), Job("trunk", 4.0), Job("branch", 3.0, parent="trunk")]
-    assert simulate(longest_first(jobs), 1) == [
-        Turn("trunk", 0, 0.0, 4.0),
-        Turn("alone", 0, 4.0, 9.0),
-        Turn("branch", 0, 9.0, 12.0),
-    ]
-    assert makespan(simulate(longest_first(jobs), 2)) == 7.0
+def test_a_share_goes_where_the_least_is_left_over_and_a_gang_where_all_of_it_fits() -> None:
+    fleet = Fleet([Node("small", 8, 2), Node("large", 32, 8)])
+    third = fleet.place(Demand(1, gpu_share(3)))
+    assert third is not None
+    again = fleet.place(Demand(1, gpu_share(3)))
+    assert again is not None
+    assert (again.node, again.gpus) == (third.node, third.gpus)
+    half = fleet.place(Demand(1, 0.5))
+    assert half is not None
+    assert half.gpus != third.gpus, "a third is left of that one"
+    gang = fleet.place(Demand(8, 1.0))
+    assert gang is not None
+    assert (gang.node, len(gang.gpus)) == ("large", 8)
+    assert fleet.place(Demand(2, 1.0)) is None, "two GPUs are no gang's where a share has one of them"
 
 
-def test_a_branch_starts_when_its_trunk_has_come_so_far() -> None:
-    jobs = [Job("trunk", 4.0), Job("branch", 1.0, parent="trunk", after=1.5)]
-    assert simulate(longest_first(jobs), 2) == [Turn("trunk", 0, 0.0, 4.0), Turn("branch", 1, 1.5, 2.5)]
+def test_a_hold_with_no_estimates_is_where_the_fewest_must_end() -> None:
+    fleet = Fleet([Node("a", 8, 2), Node("b", 8, 2)])
+    places = [fleet.place(Demand(1, 1.0)) for _ in range(4)]
+    first = next(place for place in places if place is not None and place.node == "b")
+    fleet.free(first)
+    hold = fleet.hold(Demand(2, 1.0))
+    assert hold is not None
+    assert (hold.node, hold.gpus, hold.time) == ("b", frozenset({0, 1}), float("inf"))
+    assert fleet.place(Demand(1, 1.0), keep=hold) is None
+    assert fleet.place(Demand(1, 1.0), keep=Hold("a", frozenset({0, 1}), 0, 0.0)) is not None
 
 
-def test_a_branch_of_a_trunk_that_has_ended_waits_for_nobody() -> None:
-    assert simulate([Job("branch", 1.0, parent="finished long ago")], 1) == [Turn("branch", 0, 0.0, 1.0)]
+def test_a_demand_that_no_node_can_ever_hold_is_named_with_the_largest_node() -> None:
+    fleet = Fleet([Node("a", 64, 8), Node("b", 64, 4)])
+    check_holds(fleet, {Demand(8, 1.0): "x"})
+    said = (
+        r"cell 1 asks for 16 workers with 1 GPU and 1 CPU each on one node, .* \(the largest has 8 GPUs and 64 CPUs\)"
+    )
+    with pytest.raises(InputError, match=said):
+        check_holds(fleet, {Demand(8, 1.0): "x", Demand(16, 1.0): "cell 1"})
+    with pytest.raises(InputError, match="there is none"):
+        check_holds(Fleet(), {Demand(): "x"})
 
 
-def test_what_can_never_run_is_refused() -> None:
-    with pytest.raises(InputError, match="needs 9 of a device that has 8"):
-        simulate([Job("large", 1.0, 9)], 2, ROOM)
-    with pytest.raises(InputError, match="wait for one another"):
-        simulate([Job("a", 1.0, parent="b"), Job("b", 1.0, parent="a")], 2)
+@pytest.mark.parametrize("asked", [(0, 1.0, 1.0), (1, -1.0, 1.0), (1, 1.5, 1.0), (2, 0.5, 1.0), (1, 1.0, -1.0)])
+def test_a_demand_that_ray_could_not_place_is_refused(asked: tuple[int, float, float]) -> None:
+    with pytest.raises(InputError, match="no node can be asked for"):
+        Demand(*asked)
+
+
+def test_a_demand_says_what_ray_and_its_autoscaler_are_asked_for() -> None:
+    assert Demand().options() == {"num_cpus": 1.0, "max_restarts": 0, "max_task_retries": 0}
+    assert Demand(1, 0.25).options()["num_gpus"] == 0.25
+    assert Demand(2, 1.0, 3.0).bundles() == [{"CPU": 3.0, "GPU": 1.0}] * 2
+    assert Demand().bundles() == [{"CPU": 1.0}]
+
+
+def test_a_cell_shares_a_gpu_with_as_many_as_fit_and_as_there_are() -> None:
+    one = only(points(POINT))
+    assert demand_of(one, device="cpu", gpu_bytes=80 * GIB) == Demand(1, 0.0)
+    assert demand_of(one, device="cuda") == Demand(1, 1.0), "its memory is not known"
+    assert demand_of(one, device="cuda", gpu_bytes=80 * GIB, crowd=100).gpus == gpu_share(16)
+    assert demand_of(one, device="cuda", gpu_bytes=80 * GIB, crowd=3).gpus == gpu_share(3)
+    assert demand_of(one, device="cuda", gpu_bytes=GIB // 2, crowd=9) == Demand(1, 1.0), "too large, cut into parts"
+    assert demand_of(one, device="cuda", workers=4, gpu_bytes=80 * GIB, crowd=9) == Demand(4, 1.0)
 
 
 @given(st.lists(st.integers(1, 60 * GIB), min_size=1, max_size=8))
 def test_cells_that_share_a_gpu_fit_its_memory_whichever_they_are(needs: list[int]) -> None:
     together = cells_together(needs, 80 * GIB)
     assert together >= 1
-    assert max(needs) <= 80 * GIB * memory_share(together)
-    assert together * memory_share(together) <= 1.0
-    assert together * gpu_share(together) <= 1.0 < (together + 1) * gpu_share(together), "Ray starts exactly so many"
+    share = gpu_share(together)
+    assert max(needs) <= 80 * GIB * memory_share(share)
+    assert together * memory_share(share) <= 1.0
+    assert together * Fraction(str(share)) <= 1 < (together + 1) * Fraction(str(share)), "Ray starts exactly so many"
 
 
 def test_a_cell_that_no_gpu_holds_is_refused_with_its_size() -> None:
     with pytest.raises(InputError, match=r"needs 80\.0 GiB at its peak, and 73\.6 GiB"):
         cells_together([80 * GIB], 80 * GIB)
-
-
-def test_slots_follow_gpus_then_cores_then_cells() -> None:
-    assert choose_slots({"CPU": 8.0}, 100).count == 8
-    assert choose_slots({"CPU": 8.0}, 3).count == 3
-    assert "num_gpus" not in choose_slots({"CPU": 8.0}, 3).options
-    shared = choose_slots({"CPU": 16.0, "GPU": 2.0}, 100, together=3)
-    assert (shared.count, shared.options["num_gpus"]) == (6, 0.3333)
 
 
 @given(st.integers(1, 100), st.integers(1, 64), st.integers(1, 64))

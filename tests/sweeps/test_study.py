@@ -116,6 +116,12 @@ seeds: []
         ("vary: {cooldown_shape: {times: [2]}}", "cooldown_shape is no number, so it has no multiples"),
         ("families: {}", "at least one family"),
         ("seeds: [-1]", "greater than or equal to 0"),
+        ("limits: {cells: 0}", "limits.cells: found 0; "),
+        ("limits: {gpus: -1}", "limits.gpus: found -1; "),
+        ("limits: {flops: 0}", "limits.flops: found 0; "),
+        ("limits: {gpu_hours: 0.0}", "limits.gpu_hours: found 0.0; "),
+        ("limits: {cells: 1.5}", "limits.cells: found 1.5; "),
+        ("limits: {gpu_hour: 5}", 'limits.gpu_hour: unknown key (did you mean "gpu_hours"?)'),
     ],
 )
 def test_a_fault_says_what_was_found_and_what_is_allowed(tmp_path: Path, change: str, words: str) -> None:
