@@ -1,5 +1,6 @@
 """The MLflow UI on a store, for `escala ui`: bound to 127.0.0.1, opened where the curves are."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import urllib.request
 import webbrowser
 
 from cluster.charts import SHARE_KEY
+from cluster.terminal import say
 from sweeps.errors import InputError
 from sweeps.store import Store
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 def experiment_url(store: Store, study: str | None, port: int) -> str:
@@ -44,15 +46,16 @@ def serve(store: Store, study: str | None, port: int, open_browser: bool) -> Non
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.tracking_uri]
     command += ["--artifacts-destination", (store.root / "mlflow" / "artifacts").as_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes, for judging of texts
+    server = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_up(port, server)
-        print(f"MLflow UI: {url}   (Ctrl-C ends it)", flush=True)
+        say(f"MLflow UI: {url}   (Ctrl-C ends it)")
         if open_browser:
             webbrowser.open(url)
         server.wait()
     except KeyboardInterrupt:
-        print()
+        say()
     finally:
         server.terminate()
         server.wait(10)
