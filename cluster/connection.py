@@ -49,6 +49,8 @@ def _start(address: str, workers: int | None) -> Any:
             ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         else:
             _join(ray, address, quiet)
+    except InputError:  # it says itself what to do
+        raise
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise InputError(
             f"Ray is not reachable at {address!r}: {_plainly(error)}. Start the cluster, correct --address "
