@@ -143,9 +143,9 @@ class _Run:
         self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one), seconds)
         self.usage = Usage(store, self.plan.study.name, claim.number)
         self.schedule.spent_gpu_seconds = self.usage.before
-        self.missing = missing
-        self.elsewhere: dict[str, PlannedCell] = {}
-        """Cells that the living driver of another study trains, or that a dead one's workers have not let go of."""
+        self.elsewhere = {one.cell.id: one for one in missing}
+        """Cells that the living driver of another study trains, or that a dead one's workers have not let go of; before
+        it is known how each stands, all."""
         self.failed: dict[str, PlannedCell] = {}
         """Looked at now and then: a person may forgive them."""
         self.tasks: dict[Any, Task] = {}
@@ -167,7 +167,6 @@ class _Run:
 
     def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
-        tally.planned = len(self.missing)
         ray = start_ray(address, self.limit)
         if address == "local":
             self.family = descendants()
@@ -176,7 +175,7 @@ class _Run:
             if address != "local":
                 self._meet_nodes(ray)
             self._meet_cluster(ray)
-            self._settle(tally, self.missing)
+            self._settle_anew(tally)
             self._grow(tally)
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
             self._work(ray, tally)
@@ -197,8 +196,8 @@ class _Run:
 
     def _meet_cluster(self, ray: Any) -> None:
         """What the cluster has, and so what cells ask of it."""
-        self.pool = Pool(ray, self.fleet, len(self.missing) + self.search.to_come()[0], study_workers(self.plan))
-        cells = [*self.missing, *self.search.examples()]
+        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan))
+        cells = [*self.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
         if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):
@@ -239,6 +238,8 @@ class _Run:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
                 if done and not self.claim.holds():  # it may have slept in the wait
                     continue
+                if done:  # others that have ended too: a turn costs more than they do
+                    done, _ = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
                 for task in done:
                     self._finish(ray, task, tally)
             else:
@@ -416,9 +417,7 @@ class _Run:
                 del self.failed[cell_id], tally.failed[cell_id]
                 self.queue.put(one)
         if self.elsewhere:
-            others = [*self.elsewhere.values(), *self.queue.drain()]
-            self.elsewhere.clear()
-            self._settle(tally, others)
+            self._settle_anew(tally)
         self.queue.look()
         for task in self.tasks.values():
             late = time.monotonic() - task.start.began > STARTING_SECONDS
@@ -429,6 +428,12 @@ class _Run:
     def spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""
         self.schedule.spend(float(result.get("flops_spent") or self.queue.own_flops(one)))
+
+    def _settle_anew(self, tally: Tally) -> None:
+        """Sort all cells that no worker of this run has."""
+        others = [*self.elsewhere.values(), *self.queue.drain()]
+        self.elsewhere.clear()
+        self._settle(tally, others)
 
     def _settle(self, tally: Tally, waiting: list[PlannedCell]) -> None:
         """Sort cells by what others have left: ended meanwhile, in other hands, or free to be queued."""

@@ -248,7 +248,7 @@ class Schedule:
         if self._over_limit(blocked.demand):
             time = self._limit_lifts(blocked.demand)
         else:
-            keep = self._reserve(blocked, now)  # None where no node can hold it now: nothing is to be kept
+            keep = self._reserve(blocked)  # None where no node can hold it now: nothing is to be kept
             job = self._next(demand, left)
             if job is not None and (start := self._start(job, now, keep)) is not None:
                 return start
@@ -258,7 +258,7 @@ class Schedule:
         job = self._next(demand, left, within=time - now)
         return self._start(job, now) if job is not None else None
 
-    def _reserve(self, job: Job, now: float) -> Hold | None:
+    def _reserve(self, job: Job) -> Hold | None:
         """The room that is kept for a job: once chosen, the same until it starts, or its node is gone."""
         node = self._hold[1].node if self._hold is not None and self._hold[0] == job.id else None
         found = self.fleet.hold(job.demand, node) if node is not None else None

@@ -119,6 +119,15 @@ def test_without_estimates_a_node_drains_for_a_gang_and_the_rest_goes_on() -> No
     assert len(made.running) == 9, "all GPUs of the other one are at work"
 
 
+def test_what_is_known_to_be_short_does_not_start_where_a_node_drains_for_a_gang() -> None:
+    made = schedule(8)
+    made.put(job("of unknown length", seconds=None))
+    assert fill(made) == ["of unknown length"]
+    made.put(job("gang", EIGHT, seconds=90.0))
+    made.put(job("short", seconds=1.0))
+    assert fill(made) == []
+
+
 def test_a_share_may_use_what_is_left_of_a_broken_gpu_beside_what_is_kept() -> None:
     made = schedule(2)
     made.put(job("share", QUARTER, seconds=50.0))
