@@ -442,11 +442,23 @@ def ui(
 
 
 @app.command(rich_help_panel=LOOK)
-def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
-    """Check Python, torch, GPU, Ray, MLflow and the store; say what to do about each fault."""
+def doctor(
+    store: StoreOption = DEFAULT_STORE,
+    address: Annotated[
+        str | None, typer.Option(help="Check a Ray cluster, node by node (HEAD:PORT), instead of this machine.")
+    ] = None,
+    tracking_uri: TrackingOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check Python, torch, GPU, Ray, MLflow and the store, here or on a cluster; say what to do about each fault."""
     from cluster.doctor import check
 
-    findings = check(store)
+    if address is None:
+        findings = check(store)
+    else:
+        from cluster.clusterdoctor import check_cluster
+
+        findings = check_cluster(address, store, tracking_uri)
     if as_json:
         print(json.dumps([vars(finding) for finding in findings]))
     else:

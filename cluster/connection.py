@@ -5,6 +5,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -49,9 +50,11 @@ def _start(address: str, workers: int | None) -> Any:
             ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         else:
             _join(ray, address, quiet)
+    except InputError:  # it says itself what to do
+        raise
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         raise InputError(
-            f"Ray is not reachable at {address!r}: {str(error).splitlines()[0]}. Start the cluster, correct --address "
+            f"Ray is not reachable at {address!r}: {_plainly(error)}. Start the cluster, correct --address "
             "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."
         ) from None
     # Ray puts a handler of its own in the driver, which kills Ray under it; whoever set one before keeps it.
@@ -85,11 +88,24 @@ def _protect_token() -> None:
 
 
 def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
-    """Join a cluster. Ray retries an address that does not answer for a long time; ask the port first."""
+    """Join a cluster. Ray retries an address that does not answer, or that asks for a token, for a long time."""
+    if "://" in address:
+        raise ValueError("that is an address for `escala submit`, or for Ray's client, which hides the nodes")
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "://" not in address:
+    if host and port.isdecimal():
         with socket.create_connection((host, int(port)), timeout=10):
             pass
+        try:
+            with _hushed():
+                ray._raylet.GcsClient(address=address)
+        except ray.exceptions.AuthenticationError:
+            raise InputError(
+                f"the Ray cluster at {address} asks for a token, and takes "
+                f"{'not the one' if os.environ.get('RAY_AUTH_MODE') == 'token' else 'none'} of this process. Set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the token that its nodes have."
+            ) from None
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(_plainly(error)) from None
     ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
 
 
@@ -102,6 +118,26 @@ def driver_cpus(ray: Any) -> float:
     # Ray's own record of the job: nothing that it shows to others tells the job's resources.
     record = ray.experimental.internal_kv._internal_kv_get(f"_ray_internal_job_info_{job_id}", namespace="job")
     return float(json.loads(record or "{}").get("entrypoint_num_cpus") or 0.0)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without what native code writes to stderr: what it says is raised as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _plainly(error: Exception) -> str:
+    """The first line of what Ray says; of a mismatch of versions, all of it."""
+    lines = str(error).split("\n")
+    return " ".join(str(error).split()) if lines[0].startswith("Version mismatch") else lines[0].rstrip(".")
 
 
 def make_worker(ray: Any, place: Place) -> Any:

@@ -7,6 +7,7 @@ another took over.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from cluster.claims import Claim
 from cluster.connection import start_ray
 from cluster.control import read_wish
 from cluster.estimate import predicted_seconds
-from cluster.hands import Hand, Task, take_up
+from cluster.hands import Hand, Task, display_name, take_up
 from cluster.ledger import register
 from cluster.leftovers import descendants, end_processes, runs, settle
 from cluster.mirror import Mirror
+from cluster.nodeprobe import Gate
+from cluster.nodes import IDLE_SECONDS, REPORT_SECONDS, Members, bundle, death, wanted
 from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
 from cluster.progress import Progress, Tail, Tally, ended_words
@@ -151,6 +154,10 @@ class _Run:
         """Of these, the processes without which such a Ray is dead."""
         self.halt: str | None = None
         """Why nothing more is to be tried, if so."""
+        self.members: Members | None = None
+        """The nodes of a cluster that was joined, and what lets them in."""
+        self.gate: Gate | None = None
+        self.deserted = False
 
     def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
@@ -159,6 +166,8 @@ class _Run:
             self.family = descendants()
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
+            if address != "local":
+                self._meet_nodes(ray)
             self._meet_cluster(ray)
             self._settle_anew(tally)
             self._grow(tally)
@@ -175,6 +184,10 @@ class _Run:
         finally:
             tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
             self.usage.note(self.schedule)
+            with suppress(ray.exceptions.RayError):  # of a cluster that is gone nothing can be taken back
+                if self.gate is not None and self.members is not None:
+                    self.gate.close()
+                    self.members.close()
             ray.shutdown()
             end_processes(self.family)
 
@@ -183,7 +196,13 @@ class _Run:
         self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan))
         cells = [*self.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
-        self.schedule.check(demands)
+        beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
+        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):
+            words = "no node holds {} as {} asks: the autoscaler is asked for one that does"
+            self.ended += [f"note: {words.format(demand, demands[demand])}" for demand in beyond]
+            self.schedule.check({demand: whose for demand, whose in demands.items() if demand not in beyond})
+        else:
+            self.schedule.check(demands)
         self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
 
     def _work(self, ray: Any, tally: Tally) -> None:
@@ -194,7 +213,12 @@ class _Run:
                 return
             if self.halt or time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
+                if self.members is not None and (gone := self.members.lost()):
+                    tally.stopped = f"Ray is gone ({gone})"
+                    self._let_go(gone)
+                    return
                 self._look(tally)
+                self._follow()
             if dead := [process.name() for process in self.core if not runs(process)]:
                 tally.stopped = f"Ray is gone (its {dead[0]} died)"  # a call would wait for it for minutes, or for ever
                 return
@@ -248,9 +272,8 @@ class _Run:
         worker, probe = self.pool.worker(unit.start.place), self.plan.study.stack == "auto"
         ids, study, root = [hand.one.cell.id for hand in hands], self.plan.study.name, str(self.store.root)
         threads = self._threads(unit.cells)
-        task = worker.run.remote(
-            root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe, threads
-        )
+        shown = worker.run.options(name=display_name(unit.cells))
+        task = shown.remote(root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe, threads)
         self.tasks[task] = Task(worker, hands, unit.start)
 
     def _threads(self, unit: list[PlannedCell]) -> int:
@@ -273,10 +296,11 @@ class _Run:
                 self._record_death(hand, "infrastructure", str(error.cause).splitlines()[0])
         except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
             self.pool.lose(task.worker)
-            kind = "out_of_memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "infrastructure"
-            kind = "preemption" if getattr(error, "preempted", False) else kind
+            kind, words = death(ray, error, task.start.place.node)
+            if kind == "preemption":  # nothing more goes there; _follow takes in again what has not died
+                self.fleet.remove(task.start.place.node)
             for hand in task.hands:
-                self._record_death(hand, kind, hand.pulse.killed or f"the worker died ({str(error).splitlines()[0]})")
+                self._record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
             self._settle_state(hand.one, tally, hand.tail, note=index == 0)
         self.queue.look([hand.one.cell.id for hand in task.hands])
@@ -329,6 +353,48 @@ class _Run:
         self.first_failures.append("".join(letter for letter in reason if not letter.isdigit()))
         if len(self.first_failures) >= self.give_up_after and len(set(self.first_failures)) == 1:
             self.halt = f"given up: the first {self.give_up_after} attempts failed alike ({reason})"
+
+    # --- the nodes of a cluster that was joined ----------------------------------------------------------------------
+
+    def _meet_nodes(self, ray: Any) -> None:
+        """Before anything trains: does every node on which a cell may land see the store?"""
+        self.members = Members(ray)
+        self.gate = Gate(self.members, self.store.root)
+        self.ended += [f"note: {said}" for said in self.gate.open()]
+
+    def _follow(self) -> None:
+        """Nodes come and go: new ones get work, what is about to be taken away is left with a checkpoint, idle workers
+        are given back, and an autoscaler hears what waits."""
+        if self.members is None or self.gate is None:
+            return
+        self.ended += [f"note: {said}" for said in self.gate.look()]
+        busy = [one.place for one in self.schedule.running.values()]
+        for node, why in self.members.follow(self.fleet, busy, self.pool.gpu_bytes).items():
+            self.pool.give_back(node=node)
+            for task in self.tasks.values():
+                for hand in task.hands if task.start.place.node == node else ():
+                    hand.ask_to_stop(why, "preemption")
+        self.pool.give_back(idle_seconds=IDLE_SECONDS)
+        more = self.wish is None
+        asked = wanted(self.schedule, more=more)
+        if more and not asked and self.search.goes_on():  # it tells its next trials when there is room for one
+            asked = [bundle(self.demand)]
+        self.members.ask(asked)
+        deserted = bool(asked) and not self.tasks and not self.fleet.holds_ever(self.demand)
+        if deserted and not self.deserted:
+            self.ended.append("note: no node could take a cell now; waiting for one to join (Ctrl-C ends the run)")
+        self.deserted = deserted
+
+    def _let_go(self, why: str) -> None:
+        """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            running = [one for one in self._in_hands() if cell_state(self.store, one.one.cell.id).state == "running"]
+            if not running:
+                return
+            for hand in running:
+                hand.ask_to_stop(why, "preemption")
+            time.sleep(POLL_SECONDS)
 
     # --- what changes seldom -----------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from sweeps.store import (
     read_end,
     record_error,
 )
+from sweeps.units import human
 
 
 @dataclass
@@ -38,10 +39,10 @@ class Hand:
         epochs = attempt_epochs(self.store, self.one.cell.id)
         return Attempt(self.store, self.one.cell.id, epochs[-1]) if len(epochs) > self.attempts_before else None
 
-    def ask_to_stop(self, why: str) -> None:
+    def ask_to_stop(self, why: str, kind: str = "stopped") -> None:
         """Once, and when it has begun."""
         if self.stopping is None and (attempt := self.attempt()) is not None:
-            ask_to_stop(attempt, "stopped", why)
+            ask_to_stop(attempt, kind, why)
             self.stopping = why
 
     def running(self) -> Running:
@@ -82,6 +83,14 @@ class Task:
             hand.pulse.killed = fate
         if (attempt := self.hands[0].attempt()) is not None:  # all are of one process
             kill_worker(attempt)
+
+
+def display_name(unit: list[PlannedCell]) -> str:
+    """What Ray's dashboard and `ps` show of a worker at a unit: its first cell, and how many train with it. A display
+    name: an actor of that name would bar the next attempt until Ray has forgotten it."""
+    one, others = unit[0], len(unit) - 1
+    more = f" and {others} more" if others else ""
+    return f"{one.cell.family} N={human(one.counts['N'])} D={human(one.cell.tokens)} {one.cell.id[:8]}{more}"
 
 
 def take_up(store: Store, unit: list[PlannedCell]) -> tuple[list[Hand], list[PlannedCell]]:

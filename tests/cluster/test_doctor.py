@@ -1,0 +1,97 @@
+"""The doctor of a cluster names each fault of each node with its remedy, and leaves nothing behind."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import Escala, refused
+from raynodes import free_port, over, ray_node, wait_for
+
+from cluster.clusterdoctor import SKEW_SECONDS, examine
+from cluster.nodeprobe import Report, this_process
+from cluster.nodes import LivingNode
+from sweeps.store import open_store
+
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef0123456789abcdef"}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cluster of one node that asks for a token."""
+    from ray._private.services import get_node_ip_address
+
+    log, port = tmp_path_factory.mktemp("guarded") / "head.log", free_port()
+    with ray_node(log, "--head", "--port", port, "--num-cpus", 1, "--include-dashboard", "false", **TOKEN):
+        wait_for(lambda: "block forever" in log.read_text(errors="replace"), log)
+        yield f"{get_node_ip_address()}:{port}"
+
+
+def doctor(escala: Escala, monkeypatch: pytest.MonkeyPatch, *arguments: object, ok: int) -> list[dict[str, Any]]:
+    for name, value in TOKEN.items():
+        monkeypatch.setenv(name, value)
+    found: list[dict[str, Any]] = json.loads(escala("doctor", "--json", *arguments, ok=ok).stdout)
+    return found
+
+
+def test_a_node_with_another_folder_in_the_stores_place_is_named_and_nothing_is_left(
+    guarded: str, escala: Escala, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(escala.folder / "store")
+    before, log = sorted(store.root.rglob("*")), escala.folder / "node.log"
+    with ray_node(log, "--address", guarded, "--num-cpus", 1, before=over(store.root), **TOKEN):
+        wait_for(lambda: "block forever" in log.read_text(errors="replace"), log)
+        found = doctor(escala, monkeypatch, "--address", guarded, "--store", store.root, ok=1)
+    assert sorted(store.root.rglob("*")) == before
+    (wrong,) = (one for one in found if not one["ok"])
+    assert "is another folder than the store here" in wrong["advice"]
+    assert "Mount the shared file system there" in wrong["advice"]
+    (shared,) = (one["found"] for one in found if one["what"].endswith(" store"))
+    assert shared.startswith("the same folder, written and read back")
+    assert sum("ray 2" in one["found"] for one in found) == 2
+    assert next(one["found"] for one in found if one["what"] == "Ray token auth").startswith("on")
+
+
+def test_a_token_that_is_missing_and_a_wrong_address_are_each_one_sentence(guarded: str, escala: Escala) -> None:
+    said = refused(escala, "doctor", "--address", guarded)
+    assert "asks for a token, and takes none of this process. Set RAY_AUTH_MODE=token" in said
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+    assert "Connection refused" in refused(escala, "doctor", "--address", f"127.0.0.1:{free_port()}")
+    assert "`escala submit`" in refused(escala, "doctor", "--address", "http://127.0.0.1:8265")
+
+
+def test_what_is_wrong_with_a_node_comes_with_what_to_do() -> None:
+    here, root = this_process(), Path("/store")
+    node = LivingNode("ab" * 28, "192.0.2.7", cpus=8, gpus=2)
+    known = {name: here[name] for name in ("host", "python", "versions", "code", "code_folder")}
+    well = Report(node=node, gpus=("NVIDIA H200", "NVIDIA H200"), driver="570.1", clock_seconds=0.1, **known)
+    assert all(one.ok for one in examine(well, here, root))
+
+    def faults(**changes: object) -> str:
+        return " ".join(one.advice for one in examine(replace(well, **changes), here, root) if not one.ok)
+
+    assert "Mount the shared file system" in faults(store="missing")
+    assert "is not writable there: Read-only file system" in faults(store="not writable there: Read-only file system")
+    assert "Put the same on both" in faults(code="0123456789ab", code_folder="/opt/escala")
+    assert "Install it there" in faults(code=None)
+    assert "Mend it, or take it out of the cluster" in faults(silent="no answer in 120 s")
+    assert "install one version everywhere" in faults(versions=here["versions"] | {"ray": "2.50.0"})
+    assert "--num-gpus" in faults(gpus=("NVIDIA H200",))
+    assert "set its clock" in faults(clock_seconds=-SKEW_SECONDS - 1)
+    assert faults(clock_seconds=SKEW_SECONDS + 1, clock_error=5.0) == "", "within what could be measured"
+    assert "free some space" in faults(free_bytes=1)
+    other = examine(replace(well, versions=here["versions"] | {"torch": "2.0.0"}), here, root)
+    assert any("torch 2.0.0 on node abababab" in one.advice for one in other if one.ok), "a caution, no fault"
+
+
+def test_an_mlflow_server_that_is_not_there_is_a_fault_of_the_drivers(
+    guarded: str, escala: Escala, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    found = doctor(escala, monkeypatch, "--address", guarded, "--tracking-uri", uri, ok=1)
+    (wrong,) = (one for one in found if not one["ok"])
+    assert (wrong["what"], uri in wrong["found"]) == ("MLflow", True)
+    assert not any(os.scandir(escala.folder))
