@@ -16,11 +16,12 @@ import psutil
 from cluster.claims import Claim
 from cluster.connection import gpu_bytes, make_worker, start_ray
 from cluster.control import read_wish
+from cluster.gang import make_gang
 from cluster.hands import Hand, Task, take_up
 from cluster.ledger import register
 from cluster.leftovers import descendants, end_processes, settle
 from cluster.mirror import Mirror
-from cluster.placement import cells_together, choose_slots, threads_for
+from cluster.placement import Demand, cells_together, choose_slots, threads_for
 from cluster.progress import Progress, Running, Tail, Tally
 from cluster.queue import Queue
 from cluster.searching import Searching
@@ -163,9 +164,14 @@ class _Pool:
         try:
             resources, left = ray.cluster_resources(), self._left()
             together = self._together(ray) if resources.get("GPU") else 1
-            self.slots = choose_slots(resources, left, limit, together)
+            ranks = 1 if self.plan.study.workers == "auto" else self.plan.study.workers
+            gangs = {name: amount // ranks for name, amount in resources.items()}
+            self.slots = choose_slots(gangs, left, limit, 1 if ranks > 1 else together)
+            self.demand = Demand(ranks, 1.0 if self.slots.device == "cuda" else 0.0)
             self.cores = int(resources.get("CPU", 1))
-            self.idle = [make_worker(ray, self.slots) for _ in range(self.slots.count)]
+            if min(gangs.get("GPU", gangs["CPU"]), gangs["CPU"]) < 1:
+                raise InputError(f"{ranks} workers for one cell are more than this cluster has. Lower workers.")
+            self.idle = [self._make(ray) for _ in range(self.slots.count)]
             self._work(ray, tally)
         except KeyboardInterrupt:
             tally.stopped = "interrupted"
@@ -176,6 +182,9 @@ class _Pool:
             tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
             ray.shutdown()
             end_processes(self.family)
+
+    def _make(self, ray: Any) -> Any:
+        return make_gang(ray, self.demand) if self.demand.workers > 1 else make_worker(ray, self.slots)
 
     def _together(self, ray: Any) -> int:
         """How many of the cells that are left a GPU holds side by side."""
@@ -262,7 +271,7 @@ class _Pool:
             for hand in task.hands:
                 self._record_death(hand, "infrastructure", str(error.cause).splitlines()[0])
         except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
-            self.idle.append(make_worker(ray, self.slots))
+            self.idle.append(self._make(ray))
             kind = "out_of_memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "infrastructure"
             kind = "preemption" if getattr(error, "preempted", False) else kind
             for hand in task.hands:

@@ -18,6 +18,23 @@ MOST_TOGETHER = 16
 """Processes on one GPU: more take turns rather than run side by side."""
 
 
+@dataclass(frozen=True, order=True)
+class Demand:
+    """What one unit (a cell, or cells stacked as one program) asks of the cluster while it trains."""
+
+    workers: int = 1
+    """Processes; more than one are a gang, packed strictly on one node."""
+    gpus: float = 0.0
+    """Of each worker; below 1 a share of one GPU."""
+    cpus: float = 1.0
+    """Of each worker."""
+
+    def bundles(self) -> list[dict[str, float]]:
+        """One for each worker: of a placement group, or for the autoscaler."""
+        one = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        return [dict(one) for _ in range(self.workers)]
+
+
 @dataclass(frozen=True)
 class Slots:
     """How many workers run side by side, and the Ray options of each."""

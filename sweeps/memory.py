@@ -132,8 +132,8 @@ def workers_for(shape: Shape, sequences: int, precision: str, gpu_bytes: int, gp
             return workers
     needed = step_bytes(shape, 1, precision, "cuda", shards=max(1, min(gpus, sequences))).total
     raise InputError(
-        f"a model of {parameters(shape).total:,} parameters does not fit on {min(gpus, sequences)} GPUs of a node: each "
-        f"would need about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB of it are free. Lower its size or its "
+        f"a model of {parameters(shape).total:,} parameters does not fit on {min(gpus, sequences)} GPUs of a node: "
+        f"each would need about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB of it are free. Lower its size or its "
         "context, or name nodes with more or larger GPUs."
     )
 

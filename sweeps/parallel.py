@@ -76,7 +76,7 @@ class Sharded:
                 f"optimizer {recipe.name} steps whole matrices, and this model fits only in parts. Use optimizer: "
                 "adamw, a smaller size, or GPUs with more memory."
             )
-        self._ranks, self._loss = ranks, MeanLoss(model)
+        self._ranks, self._loss = ranks, _Root(model)
         self._mesh = DeviceMesh.from_group(ranks.group, device.type)
         for layer in _layers(model):
             fully_shard(layer, mesh=self._mesh)
@@ -200,6 +200,13 @@ class ShardedTable:
             gradient: Any = parameter.grad
             assert isinstance(gradient, DTensor)
             yield gradient.to_local()
+
+
+class _Root(MeanLoss):
+    """The loss as FSDP2 wants its outermost module's output: no view, on which its hooks could be lost."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens).clone()
 
 
 def _layers(model: torch.nn.Module) -> torch.nn.ModuleList:

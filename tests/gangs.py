@@ -1,6 +1,9 @@
-"""A gang for tests, without Ray: processes that join over gloo and train what they are handed, one cell after another."""
+"""A gang for tests, without Ray: two processes that join over gloo and train one cell after another."""
 
-from collections.abc import Callable, Iterator
+import math
+import os
+import signal
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +11,7 @@ from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
+from sweeps.heartbeat import Heartbeat, Stop
 from sweeps.store import Store
 
 PATIENCE_SECONDS = 180
@@ -21,8 +25,10 @@ class Order:
     cell_id: str
     room: int = 2**40
     """Bytes of memory that each rank may take."""
-    kill_follower: bool = False
-    """Whether rank 1 dies in the middle."""
+    stop_at: float = math.inf
+    """Tokens after which rank 0 hears a request to stop."""
+    sigterm_at: float = math.inf
+    """Tokens after which rank 1 gets a SIGTERM."""
 
 
 class Gang:
@@ -53,6 +59,23 @@ class Gang:
 
 
 @contextmanager
+def stopping(tokens: float) -> Iterator[None]:
+    """Attempts of this process hear a request to stop after so many tokens."""
+    progress = Heartbeat.progress
+
+    def heard(self: Heartbeat, seen: int | None = None) -> None:
+        progress(self, seen)
+        if seen is not None and seen >= tokens:
+            self.stop = Stop("stopped", "asked")
+
+    Heartbeat.progress = heard  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Heartbeat.progress = progress  # type: ignore[method-assign]
+
+
+@contextmanager
 def gang(folder: Path) -> Iterator[Gang]:
     made = Gang(folder)
     try:
@@ -69,20 +92,27 @@ def _work(rank: int, meet: Path, orders: Any, ends: Any) -> None:
 
     import sweeps.devices
     from sweeps.attempt import run_attempts
-    from sweeps.gang import follow_attempt
+    from sweeps.gang import Follower, follow_attempt
     from sweeps.ranks import join_ranks
-    from sweeps.store import Store
 
+    due = Follower.checkpoint
+
+    def checkpoint(self: Follower, tokens: int, snapshot: Any, *, last: bool = False) -> None:
+        if tokens >= order.sigterm_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        due(self, tokens, snapshot, last=last)
+
+    Follower.checkpoint = checkpoint  # type: ignore[method-assign]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
     ranks = join_ranks()
     while True:
         order: Order = orders.get()
-        available: Callable[[], int] = lambda room=order.room: room  # noqa: E731
-        sweeps.devices.bytes_available = available
+        sweeps.devices.bytes_available = lambda room=order.room: room
         store = Store(order.root)
         if rank:
             follow_attempt(store, order.cell_id, ranks)
             continue
-        (ended,) = run_attempts(store, [order.cell_id], study="demo", ranks=ranks)
+        with stopping(order.stop_at):
+            (ended,) = run_attempts(store, [order.cell_id], study="demo", ranks=ranks)
         ends.put((ended.state, ended.reason))
