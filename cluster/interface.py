@@ -1,5 +1,6 @@
 """The MLflow UI on a store, for `escala ui`: bound to 127.0.0.1, opened where the curves are."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def serve(store: Store, study: str | None, port: int, open_browser: bool) -> Non
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store.tracking_uri]
     command += ["--artifacts-destination", (store.root / "mlflow" / "artifacts").as_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes, for judging of texts
+    server = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_up(port, server)
         print(f"MLflow UI: {url}   (Ctrl-C ends it)", flush=True)

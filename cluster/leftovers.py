@@ -44,7 +44,7 @@ def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
     attempt = Attempt(store, cell_id, epochs[-1])
     try:
         record = read_json(attempt.folder / "attempt.json")
-    except FileNotFoundError:  # its process was killed within a moment of taking the lease, or is within that moment
+    except FileNotFoundError:  # an older version wrote it after the lease was taken, or was killed before it could
         record = {}
     owner = (record.get("study"), record.get("driver", -1))
     if owner[0] is not None and owner != (study, driver) and driver_lives(store, owner[0], owner[1]):

@@ -14,7 +14,8 @@ import signal
 import time
 
 POINTS = {
-    "attempt.after_folder": "the lease is taken, its record is not written",
+    "attempt.before_lease": "the record of an attempt stands beside its place, the lease is not taken",
+    "attempt.after_lease": "the lease is taken, where earlier logs end is not noted",
     "attempt.after_record": "the attempt is on record, nothing has been done",
     "log.before_write": "rows are ready",
     "log.after_write": "rows are in the log",

@@ -23,17 +23,20 @@
     mlflow/                                      the embedded tracking database
 
 Four rules keep it safe on a disk that several machines share. A record is written beside its place, synced and
-renamed, so no reader sees half of one. The folder of attempt k is made with mkdir, which only one caller can win:
-its number is the lease epoch of the cell. A result is linked into place only while no higher attempt exists and no
-result stands, so a worker that outlives its driver cannot overwrite what came after it. An attempt notes how long the
-logs of its predecessors are; what a zombie writes there later does not count.
+renamed, so no reader sees half of one. The folder of attempt k is made beside its place too, with its record inside,
+and its renaming can succeed for one caller only: its number is the lease epoch of the cell. A result is linked into
+place only while no higher attempt exists and no result stands, so a worker that outlives its driver cannot overwrite
+what came after it. An attempt notes how long the logs of its predecessors are; what a zombie writes there later does
+not count.
 """
 
+import errno
 import fcntl
 import json
 import os
 import re
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,24 +208,34 @@ def attempt_epochs(store: Store, cell_id: str) -> list[int]:
 
 
 def begin_attempt(store: Store, cell_id: str, record: Mapping[str, Any]) -> Attempt:
-    """Take the next lease epoch of a cell and write its attempt.json: `record` with process, host and time."""
+    """Take the next lease epoch of a cell and write its attempt.json: `record` with process, host and time.
+
+    The folder appears with its record inside: a lease whose holder nobody knows would have to be waited out.
+    """
     folder = store.cell(cell_id) / "attempts"
+    known = {"format": FORMAT, **record, **here()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(dir=folder, prefix=".attempt."))
+        made.chmod(folder.stat().st_mode)
         epoch = (attempt_epochs(store, cell_id) or [-1])[-1] + 1
         while True:
+            write_json(made / "attempt.json", known | {"attempt": epoch})
+            fault("attempt.before_lease")
             try:
-                (folder / str(epoch)).mkdir()
+                made.rename(folder / str(epoch))
                 break
-            except FileExistsError:
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
                 epoch += 1
     except OSError as error:
         raise disk_error(folder, error) from error
-    fault("attempt.after_folder")
+    fault("attempt.after_lease")
     logs = {earlier: folder / str(earlier) / "log.jsonl" for earlier in attempt_epochs(store, cell_id)[:-1]}
-    sizes = {str(earlier): _synced_size(path) for earlier, path in logs.items()}
-    known = {"format": FORMAT, "attempt": epoch, **({"earlier_logs": sizes} if sizes else {})}
-    write_json(folder / str(epoch) / "attempt.json", {**known, **record, **here()})
+    if logs:
+        sizes = {str(earlier): _synced_size(path) for earlier, path in logs.items()}
+        write_json(folder / str(epoch) / "attempt.json", known | {"attempt": epoch, "earlier_logs": sizes})
     fault("attempt.after_record")
     return Attempt(store, cell_id, epoch)
 
@@ -342,8 +355,8 @@ def attempt_lives(store: Store, cell_id: str, epoch: int) -> bool:
     folder = store.attempt(cell_id, epoch)
     try:
         return is_alive(read_json(folder / "attempt.json"), last_sign(store, cell_id, epoch))
-    except FileNotFoundError:  # the folder is made a moment before its record
-        return time.time() - folder.stat().st_mtime < SILENCE_SECONDS
+    except FileNotFoundError:
+        return False
 
 
 def last_sign(store: Store, cell_id: str, epoch: int) -> float:

@@ -11,6 +11,7 @@ from faultproxy import Server, start_server
 
 # No test run may reach out, and none may see the user's own settings.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1")
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes beside each server, and 10 s of a core
 for name in ("ESCALA_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 

@@ -343,7 +343,7 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.database}"]
         command += ["--artifacts-destination", (self.database.parent / "artifacts").as_uri()]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
-        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.database.parent / "server.txt").open("ab") as out:
             self.process = subprocess.Popen(command, env={**os.environ, **quiet}, stdout=out, stderr=out)
         deadline = time.monotonic() + 120

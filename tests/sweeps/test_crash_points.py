@@ -25,6 +25,7 @@ from sweeps.records import read_json, read_rows
 from sweeps.store import (
     Store,
     attempt_epochs,
+    attempt_lives,
     begin_attempt,
     cell_state,
     checkpoint_paths,
@@ -169,6 +170,9 @@ def test_a_crash_anywhere_changes_nothing(
         store = bench.store("mine")
         ended = bench.attempt(store, "mine", fault)
         assert ended.signal == signal.SIGKILL, f"{fault} was not passed: {ended}"
+        cell_id = bench.cells["mine"].id
+        living = [epoch for epoch in attempt_epochs(store, cell_id) if attempt_lives(store, cell_id, epoch)]
+        assert not living, f"{fault}: nobody could tell that the attempt is over, and would wait for it"
         assert bench.finish(store, "mine") == undisturbed["mine"], fault
 
 
