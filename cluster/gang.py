@@ -68,10 +68,11 @@ class Gang:
             self._task = root, cell_id, study, base_dir, checkpoint_seconds, driver, threads
             self._end = asyncio.get_running_loop().create_future()
             self._changed.notify_all()
-        await asyncio.wait({self._end, self._ranks}, return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [self._end, self._ranks]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         ended = self._end.result() if self._end.done() else None
         if ended is None or ended["state"] not in ALIKE:
-            await asyncio.wait({self._ranks})
+            await asyncio.wait([self._ranks])
             error, self._ranks = self._ranks.exception(), None
             if ended is None:
                 raise RuntimeError(f"the gang died ({' '.join(str(error).split())[:500]})")
@@ -132,7 +133,7 @@ def _listening() -> Any:
 
     standard: Any = TorchConfig(backend="gloo").backend_cls
 
-    class Backend(standard):  # type: ignore[misc]
+    class Backend(standard):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             super().on_start(worker_group, backend_config)
             worker_group.execute(_hear_sigterm)
