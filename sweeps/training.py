@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,12 +30,15 @@ from sweeps.evaluation import Evaluation, evaluate, spread_windows
 from sweeps.families import find_family
 from sweeps.losses import Loss, MeanLoss
 from sweeps.models import make_model, tensor_factors
-from sweeps.parallel import Replicated, Sharded
 from sweeps.ranks import Ranks
+from sweeps.replicas import Replicated
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
 from sweeps.trainer import Outcome, TrainerIO
+
+if TYPE_CHECKING:
+    from sweeps.sharding import Sharded
 
 TRAIN_ROWS = 50
 """Rows of training metrics a run, besides those at the evaluations."""
@@ -122,7 +125,9 @@ def train_together(
         if len(models) > 1:
             program: Solo | Stack | Sharded = Stack(models, recipes, factors)
         elif ranks and numerics.sharded:
-            program = Sharded(ranks, models[0], recipes[0], factors, device)
+            from sweeps import sharding
+
+            program = sharding.Sharded(ranks, models[0], recipes[0], factors, device)
         else:
             loss = _suited_loss(cell, ios[0], models[0], amplify, device, ranks)
             solo = models[0], recipes[0], loss, factors
@@ -239,7 +244,7 @@ class _Member:
 class _Runner:
     """What the members of a program share, and the parts of training one."""
 
-    program: Solo | Stack | Sharded
+    program: "Solo | Stack | Sharded"
     corpus: Corpus
     context: int
     device: torch.device
@@ -385,7 +390,7 @@ class _Runner:
         self, member: _Member, windows: np.ndarray | None, working: Callable[[], None] = lambda: None
     ) -> Evaluation:
         model = self.program.models[member.index]
-        losses = self.program.losses if isinstance(self.program, Sharded) else None
+        losses: Loss | None = getattr(self.program, "losses", None)  # of a model in parts
         with self.clock("evaluate"):
             return evaluate(
                 model, self.corpus, self.context, self.device, self.amplify, windows, working, self.ranks, losses

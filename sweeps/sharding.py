@@ -1,7 +1,8 @@
-"""Programs of a gang: one model on several ranks, whole on each or in parts, with the interface of `Solo`.
+"""A model of which every rank of a gang holds a part, for sizes that fit on no single device.
 
-The loss that a rank computes is that of its slice of the global batch; weighted by the sequences in it and summed over
-the ranks, it and its gradients are those of the whole batch, also where the slices differ in size.
+Batches are sliced and losses weighted as in sweeps/replicas.py. Checkpoints are of the whole state, in the format of a
+solo program, so that any number of workers goes on from them. Imported only where it is needed: FSDP2 takes half a
+second of a worker's start.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,40 +20,7 @@ from sweeps.losses import MeanLoss
 from sweeps.optimizers import make_adamw
 from sweeps.parametrisation import TensorFactors
 from sweeps.ranks import Ranks, hearing
-from sweeps.stacking import Solo
 from sweeps.table import alike_steps
-
-
-class Replicated(Solo):
-    """A model that every rank holds whole, with the interface of `Solo`.
-
-    Gradients lie in one tensor (sweeps/table.py), so they are averaged by one sum over the ranks after the backward
-    pass. torch's DistributedDataParallel would hide part of it behind that pass; in exchange it sums in buckets, whose
-    order is its own, and knows nothing of micro-batches or slices that differ in size.
-    """
-
-    def __init__(self, ranks: Ranks, *args: Any) -> None:
-        super().__init__(*args)
-        self._ranks = ranks
-
-    def backward(
-        self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
-    ) -> torch.Tensor:
-        """As `Solo.backward`, of the global batch, of which every rank does its slice.
-
-        A part of a batch may hold fewer sequences than there are ranks: the others add nothing."""
-        whole = batches.shape[1]
-        own = batches[:, self._ranks.share(whole)]
-        count, gradients = own.shape[1], self.table.gradients
-        if count:
-            loss = super().backward(own, micro_batch, amplify, eager=eager) * (count / whole)
-            gradients.mul_(count / whole)
-        else:
-            loss = torch.zeros(1, device=gradients.device)
-            gradients.zero_()
-        self._ranks.add(gradients)
-        self._ranks.add(loss)
-        return loss
 
 
 class Sharded:
