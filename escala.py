@@ -6,6 +6,7 @@ Imports are inside the commands, so that `escala --help` answers at once and not
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from cluster.arguments import (
     existing_store,
     study_name,
 )
+from cluster.terminal import say
 
 if TYPE_CHECKING:
     from sweeps.grids import Plan
@@ -184,7 +186,7 @@ def run(
     place, planned, path = read_study(study, store, allow_code, accept_corpus, refit=refit)
     change = compare(place, planned)
     if not as_json:
-        console.print(f"[bold]{planned.study.name}[/]: {change}.")
+        console.print(f"{planned.study.name}: {change}.", style="bold")
         _warn(planned.warnings)
     with (
         _terminable(),
@@ -291,7 +293,7 @@ def fit(
         try:
             write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
         except InputError as error:  # a store of someone else's may be read
-            print(f"the fit is not kept: {error}", file=sys.stderr)
+            say(f"the fit is not kept: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(fitted.to_json() | ({"source": source} if source else {})))
     else:
@@ -302,7 +304,7 @@ def fit(
     if plot is not None:
         told = draw_fit(fitted, runs, plot)
         if not as_json:
-            print(told)
+            say(told)
     if fitted.refused:
         raise typer.Exit(1)
 
@@ -351,7 +353,7 @@ def sensitivity(
         try:
             analysis.write_optimum(found, runs, name, place)
         except InputError as error:  # a store of someone else's may be read
-            print(f"the optimum is not kept: {error}", file=sys.stderr)
+            say(f"the optimum is not kept: {error}", file=sys.stderr)
     if as_json:
         print(json.dumps(found.to_json() | ({"source": source} if source else {})))
     else:
@@ -375,7 +377,7 @@ def report(
 
     place = existing_store(store)
     path = analysis.write_report(study_name(study, place), place, out)
-    print(f"report: {path}")
+    say(f"report: {path}")
 
 
 @app.command("import", rich_help_panel=ANALYSE)
@@ -407,12 +409,12 @@ def import_table(
         f"{what} is not said (--{what.lower()}-is says it)" if found == "unknown" else f"{what} is {found}"
         for what, found in conventions.items()
     )
-    print(f"{study}: {told.new} runs imported, {told.known} were there; {said}.")
+    say(f"{study}: {told.new} runs imported, {told.known} were there; {said}.")
     if told.repeated:
-        print(f"note: {told.repeated} rows are equal to another row in everything and count once.")
+        say(f"note: {told.repeated} rows are equal to another row in everything and count once.")
     if left_out:
         some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
-        print(f"note: {len(left_out)} rows without a positive N, D, C and loss are left out (rows {some}).")
+        say(f"note: {len(left_out)} rows without a positive N, D, C and loss are left out (rows {some}).")
 
 
 @app.command(rich_help_panel=ANALYSE)
@@ -433,11 +435,11 @@ def export(
     name = study_name(study, place)
     runs = analysis.load_runs(name, place, tracking_uri=tracking_uri)
     write_frame(runs, out)
-    print(f"{len(runs)} runs: {out}")
+    say(f"{len(runs)} runs: {out}")
     if curves is not None:
         steps = analysis.load_curves(name, place, tracking_uri=tracking_uri)
         write_frame(steps, curves)
-        print(f"{len(steps)} rows of curves: {curves}")
+        say(f"{len(steps)} rows of curves: {curves}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -468,9 +470,9 @@ def doctor(store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> N
         print(json.dumps([vars(finding) for finding in findings]))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.found}")
+            say(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.found}")
             if finding.advice:
-                print(f"      {finding.advice}")
+                say(f"      {finding.advice}")
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -543,13 +545,17 @@ def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _warn(warnings: tuple[str, ...]) -> None:
+    from rich.text import Text
+
     from cluster.display import console
 
     for warning in warnings:
-        console.print(f"[yellow]note:[/] {warning}", highlight=False)
+        console.print(Text.assemble(("note:", "yellow"), f" {warning}"))
 
 
 def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
+    from rich.text import Text
+
     from cluster.display import console
     from cluster.ledger import ledger_rows, plan_rows, sharing, sharing_words
     from sweeps.summary import search_summary, summary_lines
@@ -571,17 +577,16 @@ def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
     ):
         console.print(line)
     for cell_id, reason in tally.failed.items():
-        console.print(f"[red]failed[/] {cell_id}: {reason}  (escala logs {cell_id})", highlight=False)
+        console.print(Text.assemble(("failed", "red"), f" {cell_id}: {reason}  (escala logs {cell_id})"))
     if tally.failed:
         console.print(f"failed cells are not tried again by themselves: escala retry --failed {study}, then run again.")
     for note in tally.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {note}")
     if tally.stopped:
-        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.", highlight=False)
+        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.")
     if tally.mirror_fault:
-        console.print(
-            f"[yellow]MLflow is behind:[/] {tally.mirror_fault}. `escala sync {study}` sends what is missing."
-        )
+        told = f" {tally.mirror_fault}. `escala sync {study}` sends what is missing."
+        console.print(Text.assemble(("MLflow is behind:", "yellow"), told))
     console.print(f"look: escala fit {study} | escala report {study} | escala ui {study}   (store: {place.root})")
 
 
@@ -606,14 +611,17 @@ def main() -> None:
 
     try:
         app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except InputError as error:
+        say(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:
+        say(traceback.format_exc(), file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", file=sys.stderr)
         sys.exit(1)
 
 

@@ -85,6 +85,12 @@ def verdicts(said: Iterable[tuple[str, Verdict]]) -> str:
     return f"<ul class=verdicts>{''.join(items)}</ul>" if items else ""
 
 
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" '
+    """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'">"""
+)
+"""What a browser may do with the page: show it. No script runs, nothing is fetched, even if an escape were missed."""
+
 STYLE = """
 :root{color-scheme:light}
 body{margin:0;background:#fff;color:#1d1d1f;font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}

@@ -27,6 +27,7 @@ from analysis.sweep_page import find_sweep
 from analysis.uncertainty import Noise, paired_errors, seed_noise
 from analysis.verdicts import Estimate, Fit, Verdict, plural
 from sweeps.records import timestamp, write_bytes
+from sweeps.redaction import redact
 from sweeps.store import Store, open_store, read_plan
 from sweeps.units import flops, human
 
@@ -63,10 +64,11 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
     title = escape(f"{study}: report")
     html = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{page.STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">{page.POLICY}'
+        f"<style>{page.STYLE}</style></head>\n"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
-    write_bytes(target, html.encode())
+    write_bytes(target, redact(html).encode())
     return target
 
 

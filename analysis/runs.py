@@ -7,6 +7,7 @@ fit must leave out stays in the frame and says why in the column `excluded`.
 
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,8 +128,7 @@ def load_documents(study: str, store: str | Path | Store | None = None) -> pd.Da
         path = found.attempt(entry["id"], state.result["attempt"]) / "documents.npz"
         if not path.exists():
             continue
-        with np.load(path, allow_pickle=False) as arrays:
-            loss_sum, tokens = arrays["loss_sum"].astype("float64"), arrays["tokens"].astype("int64")
+        loss_sum, tokens = _documents(path)
         frames.append(
             pd.DataFrame(
                 {"cell": entry["id"], "document": np.arange(len(tokens)), "loss_sum": loss_sum, "tokens": tokens}
@@ -136,6 +136,22 @@ def load_documents(study: str, store: str | Path | Store | None = None) -> pd.Da
         )
     columns = ["cell", "document", "loss_sum", "tokens"]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _documents(path: Path) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    """The document losses of one cell: (loss_sum, tokens). InputError where the file is not what an attempt writes,
+    which packs nothing: a small file that unpacks to more than there is memory is refused before it is read."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            if any(one.file_size > one.compress_size for one in packed.infolist()):
+                raise ValueError("its arrays are compressed")
+        with np.load(path, allow_pickle=False) as arrays:
+            loss_sum, tokens = arrays["loss_sum"].astype("float64"), arrays["tokens"].astype("int64")
+        if loss_sum.ndim != 1 or loss_sum.shape != tokens.shape:
+            raise ValueError("its arrays are not one number a document")
+    except (ValueError, KeyError, EOFError, OSError, MemoryError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} holds no document losses ({error or type(error).__name__}). Delete it.") from error
+    return loss_sum, tokens
 
 
 def _curve_frame(logged: Iterable[tuple[str, Sequence[int], Sequence[Mapping[str, float]]]]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ logarithms, steps in place of tokens, or ten recipes in one file all give a curv
 column was taken for is written down (`attrs["columns"]`), and `plausibility` refuses what cannot be runs of one recipe.
 """
 
+import gzip
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from analysis.runs import MAX_EPOCHS
 from sweeps.errors import InputError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz", ".jsonl.gz")
+MOST_BYTES = 4 * 2**30
+"""Of a table, unpacked."""
 ISOFLOP_LEAST = 3
 """Runs below which not even one budget has a parabola."""
 
@@ -149,6 +152,7 @@ def needs(law: str) -> tuple[tuple[str, ...], str, int]:
 def _read(path: Path) -> pd.DataFrame:
     suffix = path.name.lower().removesuffix(".gz")
     try:
+        _check_size(path, suffix)
         if suffix.endswith(".parquet"):
             table = pd.read_parquet(path)
         elif suffix.endswith((".jsonl", ".ndjson")):
@@ -159,7 +163,7 @@ def _read(path: Path) -> pd.DataFrame:
             table = pd.read_csv(path, sep="\t" if suffix.endswith(".tsv") else ",", skipinitialspace=True)
     except FileNotFoundError:
         raise InputError(f"no such table: {path}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, OverflowError, RecursionError) as error:
         reason = str(error).strip() or type(error).__name__
         raise InputError(
             f"{path} cannot be read as a table: {reason}. Tables are {', '.join(SUFFIXES[:6])}, one run a row."
@@ -167,6 +171,25 @@ def _read(path: Path) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"{path} has no rows.")
     return table.rename(columns=str)
+
+
+def _check_size(path: Path, suffix: str) -> None:
+    """Raise ValueError where a table says that it unpacks to more than `MOST_BYTES`: a file of a few kilobytes can."""
+    if not path.is_file():
+        raise FileNotFoundError(path) if not path.exists() else ValueError("it is no file")
+    size = path.stat().st_size
+    if suffix.endswith(".parquet"):
+        import pyarrow.parquet
+
+        with pyarrow.parquet.ParquetFile(path) as packed:  # at least a number, or a word's place, for each value
+            size = 8 * packed.metadata.num_rows * packed.metadata.num_columns
+    elif path.name.lower().endswith(".gz"):
+        with gzip.open(path) as packed:
+            size = 0
+            while size <= MOST_BYTES and (block := packed.read(1 << 20)):
+                size += len(block)
+    if size > MOST_BYTES:
+        raise ValueError(f"it holds more than {MOST_BYTES // 2**30} GiB; take the rows and columns that are needed")
 
 
 # --- which column is what ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.foreign import described, is_foreign
 from sweeps.records import Json, read_json
+from sweeps.redaction import redact
 from sweeps.store import CellState, Store, trunk_of
 from sweeps.units import flops, human
 
@@ -76,10 +77,11 @@ def state_tags(store: Store, study: str, entry: Json, state: CellState, record: 
     cell_id = entry["id"]
     cell = {key: value for key, value in record.items() if key != "format"}
     told: dict[str, Any] = {"entry": entry, "cell": cell, "state": state.state}
-    told |= {"reason": state.reason, "attempts": state.attempts, "result": state.result}
+    reason = state.reason and redact(state.reason)
+    told |= {"reason": reason, "attempts": state.attempts, "result": state.result}
     text = json.dumps(told, allow_nan=False, separators=(",", ":"))
     parts = [text[start : start + TAG_CHARACTERS] for start in range(0, len(text), TAG_CHARACTERS)]
-    tags = {"escala.state": state.state, "escala.reason": (state.reason or "")[:TAG_CHARACTERS]}
+    tags = {"escala.state": state.state, "escala.reason": (reason or "")[:TAG_CHARACTERS]}
     tags |= {"escala.attempts": str(state.attempts)}
     tags |= {f"escala.record.{order}" if order else "escala.record": part for order, part in enumerate(parts)}
     if "trunk" in entry or (state.result or {}).get("trunk"):

@@ -5,6 +5,8 @@ import secrets
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from sweeps.errors import InputError
 
 OBJECT_STORE_BYTES = 80 * 1024**2
 """Ray's least: nothing heavy goes through it."""
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""0: no other machine can join."""
 
 
 def start_ray(address: str, workers: int | None = None) -> Any:
@@ -27,6 +31,13 @@ def start_ray(address: str, workers: int | None = None) -> Any:
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
+    with _on_loopback() if address == "local" else nullcontext():
+        ray = _start(address, workers)
+    _protect_token()  # Ray makes one where there was none, for everybody to read
+    return ray
+
+
+def _start(address: str, workers: int | None) -> Any:
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
@@ -46,6 +57,30 @@ def start_ray(address: str, workers: int | None = None) -> Any:
     if before not in (None, signal.SIG_DFL) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)
     return ray
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """What starts in here listens on 127.0.0.1 alone; else each process of Ray would on every interface.
+
+    Ray made this switch for desktops, whose firewalls ask at every start. It is read when Ray is imported and by each
+    of its processes, and is put back, so that a cluster that is started later from here is none of its business."""
+    before = os.environ.get(LOOPBACK)
+    os.environ.setdefault(LOOPBACK, "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[LOOPBACK]
+
+
+def _protect_token() -> None:
+    """Take others' right to read Ray's token, with which they could run code here, where the file is this user's."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(OSError):  # there is none, or the file system knows no permissions
+        status = path.stat()
+        if status.st_uid == os.getuid() and status.st_mode & 0o077:
+            path.chmod(0o600)
 
 
 def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from cluster.claims import read_holder
 from sweeps.errors import InputError
 from sweeps.records import read_json, timestamp, write_json
-from sweeps.store import Store
+from sweeps.store import Store, read_plan, study_names
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def read_wish(store: Store, study: str) -> Wish | None:
 
 
 def pause(store: Store, study: str) -> Wish:
-    """Stop the study's cells, with a checkpoint, until `resume`. InputError where it is paused already."""
+    """Stop the study's cells, with a checkpoint, until `resume`. InputError where it is paused already
+    or trains nothing."""
+    if study in study_names(store) and read_plan(store, study).get("foreign"):
+        raise InputError(f"study {study} holds imported runs and trains nothing: there is nothing to pause.")
     stands = read_wish(store, study)
     if stands is not None and stands.wish == "pause":
         raise InputError(f"study {study} is {stands} already. `escala resume {study}` lifts it.")

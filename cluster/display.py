@@ -10,18 +10,33 @@ from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from cluster.terminal import CONTROL, visible
 from sweeps.units import duration, flops, human
 
 _PIPE_COLUMNS = 160
 
 
+class _Console(Console):
+    """A console for text that others may have written: no markup or emoji in it counts, no escape sequence gets out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **settings)
+
+    def render(self, *arguments: Any, **named: Any) -> Iterator[Segment]:
+        for segment in super().render(*arguments, **named):
+            if segment.control is None and CONTROL.search(segment.text):
+                segment = Segment(visible(segment.text), segment.style)
+            yield segment
+
+
 def _make_console(stderr: bool = False) -> Console:
     """A pipe has no width of its own: give it room for the widest table."""
-    made = Console(highlight=False, stderr=stderr)
-    return made if made.is_terminal else Console(highlight=False, stderr=stderr, width=_PIPE_COLUMNS)
+    made = _Console(stderr=stderr)
+    return made if made.is_terminal else _Console(stderr=stderr, width=_PIPE_COLUMNS)
 
 
 console = _make_console()
@@ -195,13 +210,13 @@ class LiveProgress:
         ended = progress.counts["finished"] + progress.counts["diverged"] + progress.counts["failed"]
         eta = f"ETA {duration(progress.eta_seconds)}" if progress.eta_seconds is not None else "ETA unknown yet"
         for order, words in enumerate(progress.ended, ended - len(progress.ended) + 1):
-            console.print(f"[{order}/{progress.total}] {words}", markup=False)
+            console.print(f"[{order}/{progress.total}] {words}")
             self._printed = time.monotonic()
         if self._live.is_started:
             self._live.update(self._picture(progress, ended, eta))
         elif time.monotonic() - self._printed > 30:
             self._printed = time.monotonic()
-            console.print(f"[{ended}/{progress.total}] {_words(progress)}; {eta}", markup=False)
+            console.print(f"[{ended}/{progress.total}] {_words(progress)}; {eta}")
 
     def _picture(self, progress: Any, ended: int, eta: str) -> RenderableType:
         bar = Progress(
@@ -235,7 +250,7 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
     """
     share = f"{100 * fit.level:g} % interval"
     left_out = f", {len(fit.excluded)} left out" if fit.excluded else ""
-    yield f"[bold]{fit.law}[/] fitted to {fit.n_runs} of {fit.planned} runs{left_out}"
+    yield Text.assemble((fit.law, "bold"), f" fitted to {fit.n_runs} of {fit.planned} runs{left_out}")
     if source:
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster.claims import living_drivers
 from sweeps.errors import InputError, nearest
+from sweeps.paths import inside
 from sweeps.store import (
     Store,
     attempt_epochs,
@@ -79,7 +80,11 @@ def collectable(store: Store, kinds: Sequence[str] = BY_DEFAULT) -> list[Item]:
 
 
 def remove(store: Store, items: Sequence[Item]) -> int:
-    """Take these away; returns the bytes freed. Asks again before each that nobody works on the store."""
+    """Take these away; returns the bytes freed. Asks again before each that nobody works on the store. InputError, and
+    nothing goes, where a link leads out of the store."""
+    for item in items:  # the folders of a store may be links to another disk; one below them may lead anywhere
+        first, *rest = item.path.relative_to(store.root).parts
+        inside(store.root / first if rest else store.root, item.path.parent, "gc")
     freed = 0
     for item in items:
         refuse_while_running(store, attempts=False)

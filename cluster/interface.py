@@ -10,10 +10,11 @@ import urllib.request
 import webbrowser
 
 from cluster.charts import SHARE_KEY
+from cluster.terminal import say
 from sweeps.errors import InputError
 from sweeps.store import Store
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 def experiment_url(store: Store, study: str | None, port: int) -> str:
@@ -49,12 +50,12 @@ def serve(store: Store, study: str | None, port: int, open_browser: bool) -> Non
     server = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_up(port, server)
-        print(f"MLflow UI: {url}   (Ctrl-C ends it)", flush=True)
+        say(f"MLflow UI: {url}   (Ctrl-C ends it)")
         if open_browser:
             webbrowser.open(url)
         server.wait()
     except KeyboardInterrupt:
-        print()
+        say()
     finally:
         server.terminate()
         server.wait(10)

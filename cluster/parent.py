@@ -15,8 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from cluster.tracking import find_runs, is_gone, keep_one
+from sweeps.redaction import redact
 from sweeps.store import Store
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def show_parent(client: "MlflowClient", store: Store, study: str, kept: dict[str
                 client.set_terminated(kept["run_id"], status=status)
             kept["status"] = status
         files = {name: content for name, content in _files(store, study) if kept["sent"].get(name) != _sum(content)}
-        if files and _takes_artifacts(client, store, kept["artifacts"]):
+        # MLflow writes to the place that its database names, which need not be the one that was noted
+        if files and _takes_artifacts(client, store, client.get_run(kept["run_id"]).info.artifact_uri):
             for name, content in files.items():
                 _send(client, kept["run_id"], name, content)
                 kept["sent"][name] = _sum(content)
@@ -95,8 +98,9 @@ def _takes_artifacts(client: "MlflowClient", store: Store, place: str) -> bool:
     """Whether artifacts of this run can be written from here; NoArtifacts where only the server could."""
     local = urlsplit(place).scheme in ("", "file")
     if client.tracking_uri == store.tracking_uri:
-        # A store that was moved or copied still names its old folder: leave that one alone.
-        return place.startswith((store.root / "mlflow").as_uri())
+        # A store that was moved or copied still names its old folder, and one from a stranger any folder: leave those.
+        folder = store.root / "mlflow"
+        return local and (folder / url2pathname(urlsplit(place).path)).resolve().is_relative_to(folder.resolve())
     if local and client.tracking_uri.startswith(("http://", "https://")):
         raise NoArtifacts(
             f"the server keeps artifacts in a folder of its own ({place}): start it with --serve-artifacts, or with an "
@@ -108,7 +112,7 @@ def _takes_artifacts(client: "MlflowClient", store: Store, place: str) -> bool:
 def _send(client: "MlflowClient", run_id: str, name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(name).name
-        path.write_bytes(content)
+        path.write_bytes(content if path.suffix == ".png" else redact(content.decode(errors="replace")).encode())
         client.log_artifact(run_id, str(path), str(Path(name).parent) if "/" in name else None)
 
 

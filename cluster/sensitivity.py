@@ -19,7 +19,7 @@ def sensitivity_tables(found: Any, source: Mapping[str, Any] | None = None) -> I
     refused = sum(one.refused for one in found.optima)
     lost = f", {refused} of them refused" if refused else ""
     blown = f" ({found.diverged} diverged)" if found.diverged else ""
-    yield f"[bold]sensitivity[/] of {found.runs} runs{blown} in {len(found.optima)} groups{lost}"
+    yield Text.assemble(("sensitivity", "bold"), f" of {found.runs} runs{blown} in {len(found.optima)} groups{lost}")
     if source:
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import charts
 from sweeps.errors import InputError
+from sweeps.redaction import redact
 from sweeps.store import Store, read_plan
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
             "choose another store; where the file is damaged, delete it: it is rebuilt from the store's files."
         )
     raise InputError(
-        f"MLflow is not reachable at {tracking_uri}: {reason}. Start the server, correct --tracking-uri "
+        f"MLflow is not reachable at {redact(tracking_uri)}: {reason}. Start the server, correct --tracking-uri "
         "(or MLFLOW_TRACKING_URI), or leave it out to use the database in the store."
     )
 
@@ -128,6 +129,6 @@ def is_gone(error: Exception) -> bool:
 
 
 def words(error: Exception) -> str:
-    """An error in one line."""
+    """An error in one line, without secrets: libraries name the URL that they could not reach, password and all."""
     text: Any = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+    return f"{type(error).__name__}: {redact(text.splitlines()[0])[:300]}"

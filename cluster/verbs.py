@@ -20,6 +20,7 @@ from cluster.arguments import (
     find_cell,
     study_name,
 )
+from cluster.terminal import say
 
 if TYPE_CHECKING:
     from sweeps.store import Store
@@ -67,7 +68,7 @@ def status(
 
     console.print(study_picture(rows, name, searched=searched))
     if paused:
-        console.print(f"{paused}; go on with: escala resume {name}", highlight=False)
+        console.print(f"{paused}; go on with: escala resume {name}")
 
 
 @app.command(rich_help_panel=STEER)
@@ -86,20 +87,23 @@ def logs(
     if follow:
         try:
             for row in watching.follow(place, cell_id):
-                print(json.dumps(row) if as_json else _log_line(row), flush=True)
+                if as_json:
+                    print(json.dumps(row), flush=True)
+                else:
+                    say(_log_line(row))
         except KeyboardInterrupt:
-            print()
+            say()
         return
     rows = read_metrics(place, cell_id)
     if as_json:
         print(json.dumps(rows))
         return
-    for row in rows:
-        print(_log_line(row))
+    if rows:
+        say("\n".join(map(_log_line, rows)))
     for epoch in attempt_epochs(place, cell_id):
         error = place.attempt(cell_id, epoch) / "error.txt"
         if error.exists():
-            print(_log_line({"attempt": epoch, "error": error.read_text(errors="replace")}))
+            say(_log_line({"attempt": epoch, "error": error.read_text(errors="replace")}))
 
 
 def _log_line(row: dict[str, Any]) -> str:
@@ -123,14 +127,17 @@ def why(
     place = existing_store(store)
     if other is None:
         told = explain(place, find_cell(cell, place))
-        print(json.dumps(told) if as_json else "\n".join(explain_lines(told)))
+        if as_json:
+            print(json.dumps(told))
+        else:
+            say("\n".join(explain_lines(told)))
         return
     one, two = (read_cell(place, find_cell(name, place))["identity"] for name in (cell, other))
     found = list(differences(one, two))
     if as_json:
         print(json.dumps([{"field": name, "one": a, "other": b} for name, a, b in found]))
         return
-    print("\n".join(f"{name}: {a!r} -> {b!r}" for name, a, b in found) or "the same cell")
+    say("\n".join(f"{name}: {a!r} -> {b!r}" for name, a, b in found) or "the same cell")
 
 
 @app.command(rich_help_panel=STEER)
@@ -141,7 +148,7 @@ def pause(study: StudyArgument, store: StoreOption = DEFAULT_STORE) -> None:
     place = existing_store(store)
     name = study_name(study, place)
     control.pause(place, name)
-    print(f"{name} is paused; its cells keep checkpoints and stop. Go on with: escala resume {name}")
+    say(f"{name} is paused; its cells keep checkpoints and stop. Go on with: escala resume {name}")
 
 
 @app.command(rich_help_panel=STEER)
@@ -152,7 +159,7 @@ def resume(study: StudyArgument, store: StoreOption = DEFAULT_STORE) -> None:
     place = existing_store(store)
     name = study_name(study, place)
     driven = control.resume(place, name)
-    print(f"{name} goes on." if driven else f"{name} is no longer paused. No driver waits: run it again.")
+    say(f"{name} goes on." if driven else f"{name} is no longer paused. No driver waits: run it again.")
 
 
 @app.command(rich_help_panel=STEER)
@@ -167,7 +174,7 @@ def cancel(
     place = existing_store(store)
     name = study_name(study, place)
     control.cancel(place, name, now=now)
-    print(f"{name}: the cells that run " + ("keep a checkpoint and stop." if now else "end, and no other starts."))
+    say(f"{name}: the cells that run " + ("keep a checkpoint and stop." if now else "end, and no other starts."))
 
 
 @app.command(rich_help_panel=STEER)
@@ -202,7 +209,7 @@ def retry(
             )
     for one in cells:
         forgive(place, one, person())
-        print(f"{one} will be tried again")
+        say(f"{one} will be tried again")
 
 
 QuarantineStudy = Annotated[
@@ -228,7 +235,7 @@ def quarantine(
     cell_id = find_cell(cell, place)
     for name in _planning(place, cell_id, study):
         quarantine_cell(place, name, cell_id, " ".join(reason.split()), person())
-        print(f"{cell_id} is in quarantine in {name}")
+        say(f"{cell_id} is in quarantine in {name}")
 
 
 @app.command(rich_help_panel=STEER)
@@ -244,7 +251,7 @@ def unquarantine(cell: CellArgument, study: QuarantineStudy = None, store: Store
         raise InputError(f"cell {cell_id} is not in quarantine" + (f" in {study}." if study else "."))
     for name in held:
         release_cell(place, name, cell_id)
-        print(f"{cell_id} is no longer in quarantine in {name}")
+        say(f"{cell_id} is no longer in quarantine in {name}")
 
 
 def _planning(store: "Store", cell_id: str, study: str | None) -> list[str]:
@@ -280,10 +287,12 @@ def sync(
 
     place = existing_store(store)
     with Waiting() as waiting:
-        fault = sync_study(place, study_name(study, place), tracking_uri, rebuild=rebuild, progress=waiting.update)
+        name = study_name(study, place)
+        fault = sync_study(place, name, tracking_uri, rebuild=rebuild, progress=waiting.update)
     if fault:
-        print(f"not all of it got through: {fault}. Nothing is lost: sync again.", file=sys.stderr)
+        say(f"not all of it got through: {fault}. Nothing is lost: sync again.", file=sys.stderr)
         raise typer.Exit(1)
+    say(f"{name}: MLflow is up to date.")
 
 
 @app.command(rich_help_panel=STEER)
@@ -317,13 +326,13 @@ def gc(
     from cluster.display import console
 
     if not items:
-        print("nothing to remove.")
+        say("nothing to remove.")
         return
     console.print(garbage_picture(listed))
     if not yes and not sys.stdin.isatty():
-        print("nothing was removed: pass --yes to remove it.")
+        say("nothing was removed: pass --yes to remove it.")
         return
     if yes or typer.confirm("Remove all of this?"):
-        print(f"{remove(place, items):,} bytes freed.")
+        say(f"{remove(place, items):,} bytes freed.")
     else:
-        print("nothing was removed.")
+        say("nothing was removed.")

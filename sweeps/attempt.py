@@ -20,6 +20,7 @@ from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.heartbeat import Heartbeat, terminable
 from sweeps.records import read_json, timestamp, write_bytes
+from sweeps.redaction import redact
 from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, commit_result, read_cell, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, Trainer, TrainerIO
 from sweeps.usercode import load_function
@@ -155,6 +156,7 @@ class _Try:
                 end = Outcome(state="diverged", reason=str(end))
             if isinstance(end, Outcome):
                 assert self.io is not None
+                end = replace(end, reason=end.reason and redact(end.reason))
                 state, reason = _commit(self, self.io, _finite(end))
             else:
                 raise end
@@ -163,7 +165,7 @@ class _Try:
             if state != "superseded":
                 record_error(self.attempt, state, reason)
         except Exception as error:
-            state, reason = _kind_of(error), f"{type(error).__name__}: {error}"
+            state, reason = _kind_of(error), redact(f"{type(error).__name__}: {error}")
             record_error(self.attempt, state, reason, traceback.format_exc())
         self.ended = Ended(self.attempt.cell_id, self.attempt.epoch, state, reason)
 

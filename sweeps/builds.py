@@ -109,9 +109,13 @@ def read_meta(folder: Path) -> tuple[CorpusInfo, dict[str, shards.Stream]]:
             raise InputError(f"the corpus at {folder} was written by a newer Escala (format {meta['format']}); update")
         info = CorpusInfo(**meta["info"])
         streams = {one["name"]: shards.Stream(**{**one, "shards": tuple(one["shards"])}) for one in meta["streams"]}
-        if len(np.load(folder / "validation_ends.npy", allow_pickle=False)) != info.validation_documents:
+        for stream in streams.values():  # they name files, and how their bytes are read
+            if stream.name not in ("train", "validation") or stream.dtype not in shards.DTYPES:
+                raise ValueError(f"a stream {stream.name!r} of {stream.dtype!r}")
+        # mapped, so that a header which tells of more than the file holds takes no memory
+        if len(np.load(folder / "validation_ends.npy", mmap_mode="r", allow_pickle=False)) != info.validation_documents:
             raise ValueError("validation_ends.npy has the wrong length")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

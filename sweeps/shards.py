@@ -16,6 +16,7 @@ import numpy as np
 from sweeps.errors import InputError
 
 SHARD_BYTES = 256_000_000
+DTYPES = ("<u1", "<u2", "<u4")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 `documents(source)` streams UTF-8 documents in a fixed order and holds one of them at a time. Everything wrong with the
 input (no such path, not UTF-8, no such field) is an InputError that names the place. The order of the documents is
 that of their relative POSIX paths, and inside a file that of the file, so a source gives the same stream anywhere.
+A folder is read for what lies in it: a link in it that leads out, to a key or to somebody's letters, is an error, and
+so is a dataset folder whose card names files elsewhere.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sweeps.errors import InputError, nearest
+from sweeps.paths import inside
 
 DOCUMENT_BYTES = 256 * 1024
 """A longer document is cut into consecutive documents (at a line end where there is one)."""
@@ -179,6 +182,8 @@ def source_files(source: Source) -> list[Path]:
         raise InputError(f"cannot read the corpus folder {error.filename or root}: {error.strerror}") from error
     if not found:
         raise InputError(f"the corpus folder {root} has no files that match {pattern} (hidden files are skipped)")
+    for file in found:
+        inside(root, file, "the corpus folder")
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
@@ -294,10 +299,11 @@ def _from_datasets(source: Source) -> Iterator[tuple[bytes, float]]:
     place = f"hf:{source.path} (split {source.split})"
     name = str(Path(source.path or "").expanduser()) if is_here(source) else str(source.path)
     try:
-        stream = datasets.load_dataset(
-            name, source.subset, split=source.split, revision=source.revision, streaming=True
-        )
-        rows = iter(stream)
+        builder = datasets.load_dataset_builder(name, source.subset, revision=source.revision)
+        _check_data_files(builder, Path(name) if is_here(source) else None, place)
+        rows = iter(builder.as_streaming_dataset(split=source.split))
+    except InputError:
+        raise
     except Exception as error:  # datasets raises errors of many libraries, down to the network's
         raise InputError(f"cannot open the dataset {place}: {type(error).__name__}: {error}") from error
     number = 0
@@ -310,6 +316,22 @@ def _from_datasets(source: Source) -> Iterator[tuple[bytes, float]]:
             return
         number += 1
         yield from ((piece, 0.0) for piece in _field(row, source.text_field, f"{place}, row {number}"))
+
+
+def _check_data_files(builder: Any, folder: Path | None, place: str) -> None:
+    """Raise InputError where a dataset's card names files that are not its own: outside its folder, or, of a dataset
+    on the Hub, on this machine."""
+    named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    for file in named:
+        last = file.rpartition("::")[2]  # of zip://inner::outer
+        remote = "://" in last and not last.startswith(("file://", "local://"))
+        if folder is None and not remote:
+            raise InputError(f"{place}: its card names a file of this machine, {last}. It is not read.")
+        if folder is not None and remote:
+            raise InputError(f"{place}: its card names a file elsewhere, {last}. Only what lies in the folder is read.")
+        if folder is not None:
+            root = folder if folder.is_dir() else folder.parent
+            inside(root, last.removeprefix("file://").removeprefix("local://"), place)
 
 
 def _field(row: Mapping[str, Any], field: str, place: str) -> Iterator[bytes]:

@@ -61,10 +61,11 @@ from sweeps.records import (
     write_bytes,
     write_json,
 )
+from sweeps.redaction import redact
 
 FORMAT = 1
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""What a study may be called: its name is that of a folder."""
+"""What a study may be called: its name is that of a folder. So is a cell's id, under the same rule."""
 BEAT_SECONDS = float(os.environ.get("ESCALA_BEAT_SECONDS", "5"))
 """Between the signs of life of attempts and drivers."""
 SILENCE_SECONDS = 12 * BEAT_SECONDS
@@ -78,12 +79,13 @@ BUDGETS: dict[str, float] = {"code": 0, "infrastructure": 3, "out_of_memory": 1}
 
 @dataclass(frozen=True)
 class Store:
-    """A store's root folder and the places in it."""
+    """A store's root folder and the places in it. Their names are checked here, where they become paths: a plan or a
+    tag that somebody else wrote cannot name a place outside the store."""
 
     root: Path
 
     def cell(self, cell_id: str) -> Path:
-        return self.root / "cells" / cell_id
+        return self.root / "cells" / _name(cell_id, "a cell")
 
     def attempt(self, cell_id: str, epoch: int) -> Path:
         return self.cell(cell_id) / "attempts" / str(epoch)
@@ -92,12 +94,18 @@ class Store:
         return self.attempt(cell_id, epoch) / "checkpoints"
 
     def study(self, name: str) -> Path:
-        return self.root / "studies" / name
+        return self.root / "studies" / _name(name, "a study")
 
     @property
     def tracking_uri(self) -> str:
         """The MLflow tracking URI of the embedded database."""
         return f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
+
+
+def _name(name: str, what: str) -> str:
+    if not STUDY_NAME.fullmatch(name):
+        raise InputError(f"{name!r} cannot be {what} of a store: letters, digits, dot, dash and underscore only.")
+    return name
 
 
 def open_store(root: str | Path, *, create: bool = True) -> Store:
@@ -274,10 +282,10 @@ def commit_result(attempt: Attempt, result: Mapping[str, Any]) -> bool:
 
 
 def record_error(attempt: Attempt, kind: str, message: str, traceback: str = "") -> None:
-    """Write the attempt's error.txt, "kind: message" first; `kind` is one of END_KINDS."""
+    """Write the attempt's error.txt, "kind: message" first, without secrets; `kind` is one of END_KINDS."""
     first_line = " ".join(message.split()) or "no message"
     fault("error.before_write")
-    write_bytes(attempt.folder / "error.txt", f"{kind}: {first_line}\n\n{traceback}".encode())
+    write_bytes(attempt.folder / "error.txt", redact(f"{kind}: {first_line}\n\n{traceback}").encode())
 
 
 def read_end(store: Store, cell_id: str, epoch: int) -> tuple[str, str] | None:

@@ -55,7 +55,7 @@ class LogRange(Declared):
 
     first: Positive = Field(alias="from")
     last: Positive = Field(alias="to")
-    points: Count
+    points: Annotated[Count, Field(le=10_000)]
 
     def values(self) -> tuple[float, ...]:
         if self.points == 1:
@@ -101,8 +101,8 @@ class Optimum(Declared):
 class Replicates(Declared):
     """Extra seeds at the central size of the cheapest budgets: they measure the noise floor."""
 
-    budgets: Count = 2
-    seeds: Annotated[Whole, Field(ge=2)] = 3
+    budgets: Annotated[Count, Field(le=10_000)] = 2
+    seeds: Annotated[Whole, Field(ge=2, le=10_000)] = 3
 
 
 class IsoflopGrid(Declared):
@@ -111,7 +111,7 @@ class IsoflopGrid(Declared):
     type: Literal["isoflop"]
     budgets: Positives
     """Training FLOPs C of the cells."""
-    sizes: Count = 5
+    sizes: Annotated[Count, Field(le=10_000)] = 5
     """How many sizes a budget gets."""
     stride: Count = 2
     """Steps on the lattice between sizes: 2 is a factor of 2, 1 a factor of sqrt 2."""

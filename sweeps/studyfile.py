@@ -20,6 +20,8 @@ from sweeps.rules import PowerRule
 from sweeps.study import Factors, LogRange, LogVary, Study
 
 MAX_FILE_BYTES = 1_000_000
+MAX_BITS = 4096
+"""Of a whole number, which could not even be shown if it were longer."""
 SHIPPED = Path(__file__).parent / "studies"
 
 
@@ -82,10 +84,22 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """YAML's own rules leave Python's errors to the caller: of month 13, of a number of 5,000 digits."""
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise ValueError("a number of far too many digits")
+            return value
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise yaml.constructor.ConstructorError(None, None, f"cannot be read ({error})", node.start_mark) from None
 
 
 def _yaml_fault(error: yaml.YAMLError) -> str:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.errors import InputError, nearest
+from sweeps.paths import inside
 
 
 def load_function(what: str, declared: str, base_dir: Path | None) -> tuple[Callable[..., Any], str]:
     """(function, hash of its file) of a family or trainer (`what`) declared as `my_file.py:function`.
 
-    The file is looked up from `base_dir`; None allows no such code. Raises InputError where it may not run, is
-    missing, fails or has no such function.
+    The file lies in `base_dir` or below it; None allows no such code. Raises InputError where it may not run, lies
+    elsewhere, is missing, fails or has no such function.
     """
     path_text, colon, name = declared.rpartition(":")
     if not colon or not path_text.endswith(".py"):
@@ -29,7 +30,7 @@ def load_function(what: str, declared: str, base_dir: Path | None) -> tuple[Call
             f'{what} "{declared}" runs code from a file. Read {path_text}, then allow it with --allow-code '
             "(allow_code=True in Python)."
         )
-    path = base_dir / path_text
+    path = inside(base_dir, path_text, f'{what} "{declared}"')
     try:
         source = path.read_bytes()
     except OSError as error:

@@ -60,7 +60,8 @@ def test_an_import_is_reported_exported_and_mirrored(escala: Escala) -> None:
     runs = analysis.load_runs("lit", escala.folder / "s")
     pd.testing.assert_series_equal(pd.read_csv(escala.folder / "out.csv")["val_loss_final"], runs["val_loss_final"])
     assert len(pd.read_parquet(escala.folder / "curves.parquet")) == 15
-    escala("sync", "lit", "--store", "s")
+    assert escala("sync", "lit", "--store", "s").stdout == "lit: MLflow is up to date.\n"
+    assert "nothing to pause" in escala("pause", "lit", "--store", "s", ok=2).stderr
     uri = open_store(escala.folder / "s").tracking_uri
     away = escala.folder / "nowhere"
     pd.testing.assert_frame_equal(analysis.load_runs("lit", away, tracking_uri=uri), runs)
