@@ -11,6 +11,7 @@ guards against: a cell that ends as out of memory after others have waited for i
 from dataclasses import dataclass
 
 from sweeps.accounting import Shape, parameters
+from sweeps.cell import Cell
 from sweeps.errors import InputError
 
 PROCESS_BYTES = {"cpu": 500_000_000, "cuda": 700_000_000}
@@ -123,18 +124,28 @@ def demand(shape: Shape, sequences: int, precision: str, *, device: str = "cpu",
     return PROCESS_BYTES[device] + step_bytes(shape, sequences, precision, device, stack).total
 
 
-def workers_for(shape: Shape, sequences: int, precision: str, gpu_bytes: int, gpus: int) -> int:
-    """How many GPUs, of `gpu_bytes` each and so many on a node, a cell of this shape needs: one where a sequence of it
-    fits, else the fewest that hold it sharded. InputError where a whole node does not."""
-    free = gpu_bytes - PROCESS_BYTES["cuda"]
-    for workers in range(1, min(gpus, sequences) + 1):
-        if step_bytes(shape, 1, precision, "cuda", shards=workers).total <= free:
+def workers_for(cell: Cell, gpu_bytes: int, gpus_per_node: int) -> int:
+    """How many GPUs of a node a cell needs: one where a sequence of it fits, else the fewest that hold it in parts.
+
+    `gpu_bytes`: of one GPU, what its process may take. InputError where a whole node does not hold it, or where it
+    cannot be parted: an optimizer of whole matrices. A trainer of one's own has one, of which nothing is known.
+    """
+    free, shape = gpu_bytes - PROCESS_BYTES["cuda"], cell.shape
+
+    def needs(workers: int) -> int:
+        return step_bytes(shape, 1, cell.precision, "cuda", shards=workers).total
+
+    if cell.trainer or needs(1) <= free:
+        return 1
+    most = min(gpus_per_node, cell.sequences) if cell.optimizer.name == "adamw" else 1
+    for workers in range(2, most + 1):
+        if needs(workers) <= free:
             return workers
-    needed = step_bytes(shape, 1, precision, "cuda", shards=max(1, min(gpus, sequences))).total
+    parts = f"{most} GPUs of a node" if most > 1 else f"one GPU, and {cell.optimizer.name} trains no parts of a model"
     raise InputError(
-        f"a model of {parameters(shape).total:,} parameters does not fit on {min(gpus, sequences)} GPUs of a node: "
-        f"each would need about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB of it are free. Lower its size or its "
-        "context, or name nodes with more or larger GPUs."
+        f"a model of {parameters(shape).total:,} parameters does not fit on {parts}: it would need about "
+        f"{needs(max(1, most)) / 1e9:.3g} GB of each, and {free / 1e9:.3g} GB are free. Lower its size or its context, "
+        "use adamw, or name nodes with more or larger GPUs."
     )
 
 

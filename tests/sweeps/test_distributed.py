@@ -14,6 +14,7 @@ from sweeps.accounting import Shape
 from sweeps.attempt import run_attempt
 from sweeps.cell import Cell
 from sweeps.corpora import Corpus
+from sweeps.errors import InputError
 from sweeps.families import FAMILIES, resolve_options
 from sweeps.memory import step_bytes, workers_for
 from sweeps.parametrisation import Parametrisation
@@ -207,11 +208,13 @@ def test_parts_want_no_optimizer_of_whole_matrices(other: Store, corpus: Corpus,
     assert "optimizer muon steps whole matrices" in str(reason)
 
 
-def test_a_cell_gets_as_many_gpus_as_hold_it() -> None:
+def test_a_cell_gets_as_many_gpus_as_hold_it(corpus: Corpus) -> None:
     shape = shape_for(FAMILIES["llama"], 5_000_000_000, vocab_size=50_000, context=2048)
-    assert workers_for(shape, 64, "bfloat16", 140 * 10**9, 8) == 1
-    few = workers_for(shape, 64, "bfloat16", 80 * 10**9, 8)
-    more = workers_for(shape, 64, "bfloat16", 40 * 10**9, 8)
-    assert 1 < few < more <= 8
-    with pytest.raises(ValueError, match="does not fit on 2 GPUs of a node"):
-        workers_for(shape, 2, "bfloat16", 24 * 10**9, 8)
+    cell = make_cell(corpus, shape=shape, precision="bfloat16", batch_tokens=64 * 2048, tokens=64 * 2048)
+    few, more = workers_for(cell, 80 * 10**9, 8), workers_for(cell, 40 * 10**9, 8)
+    assert 1 == workers_for(cell, 140 * 10**9, 8) < few < more <= 8
+    with pytest.raises(InputError, match="does not fit on 2 GPUs of a node"):
+        workers_for(replace(cell, batch_tokens=2 * 2048), 24 * 10**9, 8)
+    muon = replace(cell, optimizer=replace(cell.optimizer, name="muon"))
+    with pytest.raises(InputError, match="muon trains no parts of a model"):
+        workers_for(muon, 80 * 10**9, 8)
