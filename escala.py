@@ -14,20 +14,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster import verbs
+from cluster import remote, verbs
 from cluster.arguments import (
     DEFAULT_STORE,
+    AcceptOption,
+    CodeOption,
     JsonOption,
+    RefitOption,
     StoreOption,
     StudyArgument,
     TrackingOption,
     existing_store,
+    fit_options,
     study_name,
 )
 from cluster.terminal import say
 
 if TYPE_CHECKING:
-    from sweeps.grids import Plan
+    import pandas as pd
+
     from sweeps.store import Store
 
 app = typer.Typer(
@@ -37,15 +42,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study run Python files beside it.")]
-AcceptOption = Annotated[
-    bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
-]
-RefitOption = Annotated[
-    bool,
-    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
-]
 
 AddressOption = Annotated[
     str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
@@ -57,8 +53,6 @@ ColumnsOption = Annotated[
 WhereOption = Annotated[
     list[str] | None, typer.Option(help="Only the rows in which COL=VALUE holds (COL=VALUE,COL=VALUE).")
 ]
-ENDED = ("finished", "diverged")
-"""States of cells that are not trained again."""
 PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
 """The panels of `escala --help`, in the order in which the commands stand in this file."""
 
@@ -83,13 +77,14 @@ def plan(
     from cluster.estimate import estimate
     from cluster.ledger import compare, plan_rows, sharing, sharing_words
     from cluster.planning import read_study
+    from cluster.summary import ENDED, plan_totals, print_warnings
     from sweeps.summary import planned_summary, summary_lines
 
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known, refit=refit)
     rows = plan_rows(place, planned)
     searched = planned_summary(place, planned, rows)
-    totals, shared = _totals(rows), sharing(rows)
+    totals, shared = plan_totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
     missing = {row["id"] for row in rows if row["state"] not in ENDED}
     timed = estimate(planned, found, missing, workers) if found else None
@@ -122,7 +117,7 @@ def plan(
         console.print(f"How long this takes is not known: escala calibrate {study} times a few shapes here.")
     for line in estimate_lines(timed) if timed and missing else ():
         console.print(line)
-    _warn(planned.warnings)
+    print_warnings(planned.warnings)
 
 
 @app.command(rich_help_panel=PLAN)
@@ -181,13 +176,14 @@ def run(
     from cluster.driver import run_study
     from cluster.ledger import compare
     from cluster.planning import read_study
+    from cluster.summary import print_run, print_warnings
     from sweeps.trials import with_trials
 
     place, planned, path = read_study(study, store, allow_code, accept_corpus, refit=refit)
     change = compare(place, planned)
     if not as_json:
         console.print(f"{planned.study.name}: {change}.", style="bold")
-        _warn(planned.warnings)
+        print_warnings(planned.warnings)
     with (
         _terminable(),
         LiveProgress(quiet=as_json or (change.done == len(planned.cells) and not planned.places)) as display,
@@ -207,11 +203,12 @@ def run(
     if as_json:
         print(json.dumps(vars(tally)))
     else:
-        _summary(place, with_trials(place, planned), tally)
+        print_run(place, with_trials(place, planned), tally)
     if tally.failed or tally.stopped:
         raise typer.Exit(1)
 
 
+app.registered_commands += remote.app.registered_commands
 app.registered_commands += verbs.app.registered_commands
 
 
@@ -261,7 +258,7 @@ def fit(
     from cluster.display import patience
     from sweeps.errors import InputError, nearest
 
-    options = _fit_options(law, objective, delta, drop_worst, bootstrap, cluster, weights, for_loss, level, seed)
+    options = fit_options(law, objective, delta, drop_worst, bootstrap, cluster, weights, for_loss, level, seed)
     if plot is not None:
         check_picture(plot)
     conditions = split_definitions(where or [], "--where")
@@ -269,27 +266,19 @@ def fit(
         raise InputError("--fix: not for --law isoflop, which has no parameters to hold.")
     if fix:
         options["fixed"] = numbers(split_definitions(fix, "--fix"), "--fix")
-    said, source, place = [], {}, None
-    if _is_table(study):
-        runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), law)
-        runs = analysis.keep_rows(runs, conditions)
-        said = analysis.check_table(runs, law)
-        source = {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}
+    runs, source, home = _read_runs(study, columns, conditions, law, store, tracking_uri)
+    said = analysis.check_table(runs, law) if source else []
+    if source:
         options["loss"] = "loss" if law in ("isoflop", "akima") else analysis.find_law(law).response
-    elif columns:
-        raise InputError("--columns is for tables; what a study's columns hold is known.")
-    else:
-        place = _store_or_none(store)
-        name = study_name(study, place)
-        runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
     if cluster is not None and cluster not in runs.columns:
         raise InputError(f"--cluster: no column {cluster!r}{nearest(cluster, map(str, runs.columns))}.")
     with patience("fitting"):
         fitted = analysis.fit(runs, law=law, targets=at or (), **options)
     fitted = replace(fitted, verdicts=(*said, *fitted.verdicts))
-    if place is not None and not conditions:
+    if home is not None:
         from sweeps.records import write_json
 
+        place, name = home
         try:
             write_json(place.study(name) / "fits" / f"{law.replace(':', '')}.json", fitted.to_json())
         except InputError as error:  # a store of someone else's may be read
@@ -336,20 +325,12 @@ def sensitivity(
     from cluster.display import patience
     from sweeps.errors import InputError
 
-    conditions, source, place = split_definitions(where or [], "--where"), {}, None
-    if _is_table(study):
-        runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), "sensitivity")
-        runs = analysis.keep_rows(runs, conditions)
-        source = {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}
-    elif columns:
-        raise InputError("--columns is for tables; what a study's columns hold is known.")
-    else:
-        place = _store_or_none(store)
-        name = study_name(study, place)
-        runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
+    conditions = split_definitions(where or [], "--where")
+    runs, source, home = _read_runs(study, columns, conditions, "sensitivity", store, tracking_uri)
     with patience("measuring sensitivity"):
         found = analysis.sensitivity(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
-    if place is not None and not conditions:
+    if home is not None:
+        place, name = home
         try:
             analysis.write_optimum(found, runs, name, place)
         except InputError as error:  # a store of someone else's may be read
@@ -491,103 +472,37 @@ def _store_or_none(store: Path) -> "Store | None":
         return None
 
 
+def _read_runs(
+    study: str,
+    columns: list[str] | None,
+    conditions: dict[str, str],
+    purpose: str,
+    store: Path,
+    tracking_uri: str | None,
+) -> tuple["pd.DataFrame", dict[str, Any], "tuple[Store, str] | None"]:
+    """The runs of a table or a study in which the conditions hold; where a table is from; and of all runs of a study
+    in a store, that store and the study's name: there what is found of them may be kept."""
+    import analysis
+    from analysis.expressions import split_definitions
+    from sweeps.errors import InputError
+
+    if _is_table(study):
+        runs = analysis.read_table(study, split_definitions(columns or [], "--columns"), purpose)
+        runs = analysis.keep_rows(runs, conditions)
+        return runs, {"table": study, "rows": len(runs), "columns": runs.attrs["columns"], "where": conditions}, None
+    if columns:
+        raise InputError("--columns is for tables; what a study's columns hold is known.")
+    place = _store_or_none(store)
+    name = study_name(study, place)
+    runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
+    return runs, {}, (place, name) if place is not None and not conditions else None
+
+
 def _is_table(text: str) -> bool:
     """A file that is no study file, or a name that only a table can have."""
     from analysis.tables import SUFFIXES
 
     return text.lower().endswith(SUFFIXES) or (Path(text).is_file() and not text.endswith((".yaml", ".yml")))
-
-
-def _fit_options(
-    law: str,
-    objective: str | None,
-    delta: float | None,
-    drop_worst: int,
-    bootstrap: int | None,
-    cluster: str | None,
-    weights: str | None,
-    for_loss: list[float] | None,
-    level: float,
-    seed: int,
-) -> dict[str, Any]:
-    """The arguments of `analysis.fit` that were asked for. A parabola per budget has no use for some of them."""
-    from sweeps.errors import InputError
-
-    asked: dict[str, Any] = {"objective": objective, "threshold": delta, "drop_worst": drop_worst, "cluster": cluster}
-    asked |= {"weights": weights, "loss_targets": for_loss}
-    asked = {k: v for k, v in asked.items() if v}
-    if law in ("isoflop", "akima") and asked:
-        names = {
-            "objective": "--loss",
-            "threshold": "--delta",
-            "drop_worst": "--drop-worst",
-            "loss_targets": "--for-loss",
-        }
-        listed = ", ".join(names.get(k, f"--{k}") for k in asked)
-        raise InputError(f"{listed}: not for --law isoflop, which fits a parabola to each budget by least squares.")
-    if cluster is not None:
-        asked["resample"] = "rows"
-    if level != 0.95:
-        asked["level"] = level
-    return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})
-
-
-def _totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    missing = [row for row in rows if row["state"] not in ENDED]
-    return {
-        "cells": len(rows),
-        "missing": len(missing),
-        "C": sum(row["C"] for row in rows),
-        "C_missing": sum(row["C_spent"] for row in missing),
-        "C_spent": sum(row["C_spent"] for row in rows),
-        "D": sum(row["D"] for row in rows),
-    }
-
-
-def _warn(warnings: tuple[str, ...]) -> None:
-    from rich.text import Text
-
-    from cluster.display import console
-
-    for warning in warnings:
-        console.print(Text.assemble(("note:", "yellow"), f" {warning}"))
-
-
-def _summary(place: "Store", planned: "Plan", tally: Any) -> None:
-    from rich.text import Text
-
-    from cluster.display import console
-    from cluster.ledger import ledger_rows, plan_rows, sharing, sharing_words
-    from sweeps.summary import search_summary, summary_lines
-    from sweeps.units import duration
-
-    study = planned.study.name
-    if tally.skipped == len(planned.cells):
-        console.print(f"nothing to train: all {tally.skipped} cells have ended already.")
-    else:
-        left = f", {tally.planned} still to do" if tally.planned else ""
-        console.print(
-            f"{tally.finished} finished, {tally.diverged} diverged, {len(tally.failed)} failed, "
-            f"{tally.skipped} were done before{left}, in {duration(tally.seconds)}."
-        )
-    if planned.branches and (shared := sharing(plan_rows(place, planned))):
-        console.print(f"{sharing_words(shared)}.")
-    for line in (
-        line for one in search_summary(place, study, ledger_rows(place, study)) for line in summary_lines(one)
-    ):
-        console.print(line)
-    for cell_id, reason in tally.failed.items():
-        console.print(Text.assemble(("failed", "red"), f" {cell_id}: {reason}  (escala logs {cell_id})"))
-    if tally.failed:
-        console.print(f"failed cells are not tried again by themselves: escala retry --failed {study}, then run again.")
-    for note in tally.notes:
-        console.print(f"note: {note}")
-    if tally.stopped:
-        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.")
-    if tally.mirror_fault:
-        told = f" {tally.mirror_fault}. `escala sync {study}` sends what is missing."
-        console.print(Text.assemble(("MLflow is behind:", "yellow"), told))
-    console.print(f"look: escala fit {study} | escala report {study} | escala ui {study}   (store: {place.root})")
 
 
 @contextmanager

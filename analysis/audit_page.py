@@ -68,17 +68,17 @@ def references(
 # --- what tuning is worth ----------------------------------------------------------------------------------------
 
 
-def find_worth(runs: pd.DataFrame) -> tuple[TuningWorth, str] | None:
+def find_worth(runs: pd.DataFrame, sweep: Sensitivity | None) -> tuple[TuningWorth, str] | None:
     """The worth of tuning over the study's default, with its words; where the study has none, over the one learning
-    rate that is best for all sizes. runs: of one family."""
+    rate that is best for all sizes. runs: of one family; sweep: what was found of them."""
     if runs["is_default"].eq(True).any():
         searched = "search" in runs.columns and runs["search"].notna().any()
-        return tuning_worth(runs), f"the study's own setting{'' if searched else ' (1 times its rule)'}"
+        return tuning_worth(runs, sweep=sweep), f"the study's own setting{'' if searched else ' (1 times its rule)'}"
     rate = _one_for_all(runs)
     if rate is None:
         return None
     words = f"the one learning rate, {rate:.3g}, that does best over all sizes"
-    return tuning_worth(runs, default={"learning_rate": rate}), words
+    return tuning_worth(runs, default={"learning_rate": rate}, sweep=sweep), words
 
 
 def best_worth(found: TuningWorth) -> str:

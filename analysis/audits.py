@@ -19,22 +19,14 @@ import numpy as np
 import pandas as pd
 
 from analysis.corrections import Change, audited_laws, change_of, judge_change
-from analysis.references import (
-    POWER_LINES,
-    POWER_LINES_N,
-    STEP_LAW,
-    STEP_LAW_RANGE,
-    Reference,
-    from_sweep,
-    power_lines_timescale,
-    step_law_batch,
-    step_law_rate,
-)
+from analysis.published import published_timescale, published_value, within_range
+from analysis.references import Reference, from_sweep
 from analysis.selection import select
 from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.uncertainty import interval
 from analysis.verdicts import NAN, Verdict, clean, plural
 from sweeps.errors import InputError
+from sweeps.published import PUBLISHED
 from sweeps.units import human
 
 LEAST = 0.001
@@ -89,7 +81,7 @@ def audit(
     floor = max(LEAST, noise) if np.isfinite(noise) else LEAST
     cells["mistuned"] = cells["penalty_low"] > floor
     verdicts += _judge_rate(cells, rate, rate.apart(rows) if rate else ())
-    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(rows, cells, rate)]
+    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(cells, rate)]
 
     # 2. the laws before and after; where nothing is known of any cell there is no after
     names = tuple(laws) if laws is not None else audited_laws(rows)
@@ -113,11 +105,12 @@ class Audit:
     """Where each cell of a study stands against the best hyperparameters, and what that does to its laws.
 
     cells: one row a run that a fit uses: cell, N, D, learning_rate, best_learning_rate (NaN where nothing is known),
-    ratio of the two, `measured` (at this very place), `outside` (of the law's optima), penalty in ln loss with its
-    interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`); batch_tokens, batch_ratio
-    and batch_penalty with its interval;
-    warmup_share, warmup_per_parameter; timescale (AdamW's, as a fraction of the run) and timescale_ratio to the
-    published rule; rule_ratio: of the rate to the published rule.
+        ratio of the two, `measured` (at this very place), `outside` (of the law's optima), penalty in ln loss with its
+        interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`); batch_tokens, batch_ratio and
+        batch_penalty with its interval; warmup_share, warmup_per_parameter; timescale (AdamW's, as a fraction of the
+        run) and timescale_ratio (to Power Lines); rule_ratio and rule_batch_ratio (to Step Law).
+    changes: each law's exponents as trained and without the penalties. references: by hyperparameter, what the cells
+    are held against. floor: penalties (ln loss) up to it are noise. level: of the intervals.
     """
 
     family: str | None
@@ -199,6 +192,7 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
     for other in batches.apart(rows).values() if batches else ():
         best_batch = np.where(other, NAN, best_batch)
     body = _column(rows, "N_nonembedding")
+    ruled = {"N_nonembedding": np.where(np.isfinite(body), body, N), "D": D}
     with np.errstate(divide="ignore", invalid="ignore"):
         timescale = np.where(rate * decay > 0, batch / (rate * decay * D), NAN)
         z = np.log(rate / best_rate)
@@ -218,9 +212,9 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
                 "warmup_share": warmup / D,
                 "warmup_per_parameter": warmup / N,
                 "timescale": timescale,
-                "timescale_ratio": timescale / power_lines_timescale(D / N),
-                "rule_ratio": rate / step_law_rate(np.where(np.isfinite(body), body, N), D),
-                "rule_batch_ratio": batch / step_law_batch(D),
+                "timescale_ratio": timescale / published_timescale(D / N),
+                "rule_ratio": rate / published_value("step-law", "learning_rate", **ruled),
+                "rule_batch_ratio": batch / published_value("step-law", "batch_tokens", D=D),
             }
         )
 
@@ -329,26 +323,27 @@ def _warmup(cells: pd.DataFrame) -> list[Verdict]:
     return [Verdict("long_warmup", "caution", "fit", None, message, {"cells": cells.loc[long, "cell"].tolist()})]
 
 
-def _published(rows: pd.DataFrame, cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
+def _published(cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
     """How the cells stand to published rules: never more than information."""
     verdicts = []
     ratios = cells["rule_ratio"].dropna()
     if len(ratios) and (rate is None or not np.isfinite(cells["penalty"]).any()):
-        near = cells["N"].between(*STEP_LAW_RANGE["N"]) & cells["D"].between(*STEP_LAW_RANGE["D"])
-        message = f"by {STEP_LAW} these rates are {_span(ratios)} times its best ones. " + (
+        near = within_range("step-law", N_nonembedding=cells["N"], D=cells["D"])
+        told = f"by Step Law ({PUBLISHED['step-law'].paper}) these rates are {_span(ratios)} times its best ones."
+        why = (
             "Its own text, batches and schedule differ, so this is no measurement."
-            if near.all()
+            if near
             else "That rule was fitted on 0.2 to 1.1 billion parameters and 4 to 100 billion tokens, and says "
             "nothing certain here."
         )
-        severity: Any = "info" if near.all() else "caution"
-        verdicts.append(Verdict("extrapolation", severity, "decision", "step-law", message))
+        severity: Any = "info" if near else "caution"
+        verdicts.append(Verdict("extrapolation", severity, "decision", "step-law", f"{told} {why}"))
     decays = cells["timescale_ratio"].dropna()
     if len(decays):
-        inside = bool(cells["N"].between(*POWER_LINES_N).all())
-        message = f"AdamW's timescale is {_span(decays)} times the best one by {POWER_LINES}" + (
-            "." if inside else ", which was fitted on 0.11 to 3.3 billion parameters: outside its range."
-        )
+        inside = within_range("power-lines", N=cells["N"])
+        message = f"AdamW's timescale is {_span(decays)} times the best one by Power Lines "
+        message += f"({PUBLISHED['power-lines'].paper})"
+        message += "." if inside else ", which was fitted on 0.11 to 3.3 billion parameters: outside its range."
         verdicts.append(Verdict("extrapolation", "info", "decision", "power-lines", message))
     return verdicts
 

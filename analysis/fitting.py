@@ -52,8 +52,8 @@ def fit(
 ) -> Fit:
     """Fit a law to a table of runs: `load_runs`, `read_table`, or any frame with the law's variables and a response.
 
-    law: a name of `analysis.laws.LAWS`, bnsl:<breaks>, or "isoflop": N*(C) and D*(C) through the
-        minima of budgets, each that of a parabola; "akima" takes the minima of splines (Porian et al. 2024).
+    law: a name of `analysis.laws.LAWS`, bnsl:<breaks>, or "isoflop": N*(C) and D*(C) through the minima of budgets,
+        each that of a parabola; "akima" takes the minima of splines (Porian et al. 2024).
     loss: the column to fit, by default `val_loss_final`, else the law's response (a loss in nats per token).
     targets: compute, in FLOPs, at which the best N and D are wanted. loss_targets: losses whose least compute is.
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.

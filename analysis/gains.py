@@ -8,13 +8,13 @@ same sweep, so its noise is that of the curve through it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.optima import Optimum
+from analysis.quadratics import lowest_point, quadratic_columns
 from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, seed_noise
 from analysis.verdicts import NAN, Estimate
 from sweeps.errors import InputError, nearest
@@ -168,7 +168,6 @@ def gain_at(
     table: pd.DataFrame,
     noise: Noise,
     resamples: int,
-    level: float,
     generator: np.random.Generator,
 ) -> "Place | str":
     """Both sides at one place, or why not."""
@@ -283,27 +282,13 @@ def _shifts(
     x = np.log(points.loc[fitted, list(axes)].to_numpy(dtype=float))
     x = x - x.mean(axis=0)
     low, high = x.min(axis=0), x.max(axis=0)
-    pairs = list(combinations_with_replacement(range(len(axes)), 2))
     root = np.sqrt(points.loc[fitted, "count"].to_numpy(dtype=float))
     values = np.vstack([y[fitted], y[fitted] + errors[:, fitted]])
-    coefficients = values @ (np.linalg.pinv(_design(x, pairs) * root[:, None]) * root).T
-    slope, bend = coefficients[:, 1 : 1 + len(axes)], coefficients[:, 1 + len(axes) :]
-    hessian = np.zeros((len(values), len(axes), len(axes)))
-    for k, (i, j) in enumerate(pairs):
-        hessian[:, i, j] += bend[:, k]
-        hessian[:, j, i] += bend[:, k]
-    convex = np.linalg.eigvalsh(hessian)[:, 0] > 0
-    hessian[~convex] = np.eye(len(axes))
-    at = -np.linalg.solve(hessian, slope[:, :, None])[:, :, 0]
-    lowest = coefficients[:, 0] + 0.5 * (slope * at).sum(axis=1)
+    curves = values @ (np.linalg.pinv(quadratic_columns(x) * root[:, None]) * root).T
+    at, _, lowest, convex = lowest_point(curves, len(axes))
     lost = ~(convex & (at >= low).all(axis=1) & (at <= high).all(axis=1))
     if lost.any():
         knots = [np.linspace(a, b, KNOTS) for a, b in zip(low, high)]
         grid = np.stack([m.ravel() for m in np.meshgrid(*knots)], axis=1)
-        lowest[lost] = (coefficients[lost] @ _design(grid, pairs).T).min(axis=1)
+        lowest[lost] = (curves[lost] @ quadratic_columns(grid).T).min(axis=1)
     return np.asarray(lowest - lowest[0])
-
-
-def _design(x: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Columns 1, x_i and x_i x_j of a quadratic in the columns of x."""
-    return np.column_stack([np.ones(len(x)), x, *(x[:, i] * x[:, j] for i, j in pairs)])

@@ -74,7 +74,7 @@ def find_hyperparameters(
         searched=searched,
         sweep=sweep,
         own_default=own_default,
-        worth=audit_page.find_worth(runs) if (sweep or own_default) and len(usable) else None,
+        worth=audit_page.find_worth(runs, sweep) if (sweep or own_default) and len(usable) else None,
         transfers=tuple(transfer(runs)) if sweep is not None and len(kinds) > 1 else (),
         batches=critical_batches(runs, curves) if crossed else None,
         noise=noise_scales(runs, curves) if len(usable) else (),

@@ -1,11 +1,11 @@
 """The best learning rate, or the best rate and batch, of one group of runs: the vertex of a quadratic in their logs.
 
-ln loss is fitted by least squares near its lowest point, and runs that the rest of the curve contradicts are taken out
-before the vertex is read. The interval comes from noisy copies, which are linear in the noise, so a thousand of them
-are one matrix product.
+ln loss is fitted by least squares near its lowest point, without the runs that the rest of the curve contradicts
+(`analysis.quadratics`). The interval comes from noisy copies, which are linear in the noise, so a thousand of them are
+one matrix product.
 
-What it guards against: an optimum at the edge of what was tried is no optimum, and a single bad run moves a vertex as
-far as it likes. Both are refused or taken out, with the reason and the remedy.
+What it guards against: an optimum at the edge of what was tried, or of a curve that noise turns over, is no optimum. It
+is refused, with the reason and the remedy; a bad run that was taken out is named.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
+from analysis.quadratics import Surface, lowest_point, skewed, surface_of, take_out_bad_runs
 from analysis.swept import Group
 from analysis.uncertainty import Noise, interval, judge_noise
 from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, clean, plural, refused
@@ -25,10 +25,6 @@ HEIGHT = 0.01
 vertex of 1 % costs .09 % of the loss over the cell's best run, that of 2 % .15 %: the valley is no quadratic."""
 NOISES = 4.0
 """... or at most so many standard deviations of one run between seeds, where those are more."""
-ENOUGH = {1: 5, 2: 12}
-"""By the number of axes: settings that are fitted in any case where there are so many (twice the coefficients in 2)."""
-DOUBT = 0.01
-"""Chance, over all settings of an analysis, that a good run is taken out for a bad one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,175 +105,19 @@ def find_optima(
     """
     seeds = Noise(sd=noise, freedom=np.inf, source="given") if noise is not None else _between_seeds(groups)
     reach = max(HEIGHT, NOISES * seeds.sd) if seeds else HEIGHT
-    surfaces = [_surface(group, axes, reach) for group in groups]
-    _take_out_bad_runs([s for s in surfaces if s is not None])
+    surfaces = [surface_of(group, axes, reach) for group in groups]
+    take_out_bad_runs([s for s in surfaces if s is not None])
     scatter = [s.scatter() for s in surfaces if s is not None and s.fits]
     freedom = float(sum(free for _, free in scatter))
     residual = float(np.sqrt(sum(squares for squares, _ in scatter) / freedom)) if freedom > 0 else NAN
     judged, said = judge_noise(seeds, residual, freedom)
-    said += _skew([s for s in surfaces if s is not None and s.fits]) if len(axes) == 1 else []
+    said += skewed([s for s in surfaces if s is not None and s.fits]) if len(axes) == 1 else []
     generator = np.random.default_rng(seed)
     scales = judged.draw(generator, resamples) if judged.sd >= 0 else np.empty(0)
     found = [
         _optimum(group, tuple(axes), surface, scales, generator, eps, level) for group, surface in zip(groups, surfaces)
     ]
     return found, judged, said if scatter else []
-
-
-# --- the quadratic -----------------------------------------------------------------------------------------------
-
-
-def _design(x: np.ndarray) -> np.ndarray:
-    """Columns 1, x_j, x_j^2 / 2 and, of two axes, x_1 x_2; x is (n, axes), centred."""
-    columns = [np.ones(len(x)), *x.T, *(x.T**2 / 2.0)]
-    return np.column_stack([*columns, x[:, 0] * x[:, 1]] if x.shape[1] == 2 else columns)
-
-
-def _vertex(curve: np.ndarray, axes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of quadratics (..., k): vertex (..., axes), Hessian (..., axes, axes), lowest value and whether it is one."""
-    slope, bend = curve[..., 1 : 1 + axes], curve[..., 1 + axes : 1 + 2 * axes]
-    hessian = np.zeros((*curve.shape[:-1], axes, axes))
-    for j in range(axes):
-        hessian[..., j, j] = bend[..., j]
-    if axes == 2:
-        hessian[..., 0, 1] = hessian[..., 1, 0] = curve[..., 5]
-    convex = np.asarray((np.linalg.eigvalsh(hessian) > 0).all(axis=-1))
-    safe = np.where(convex[..., None, None], hessian, np.eye(axes))
-    vertex = -np.linalg.solve(safe, slope[..., None])[..., 0]
-    lowest = np.asarray(curve[..., 0] + 0.5 * (slope * vertex).sum(axis=-1))
-    return vertex, hessian, lowest, convex
-
-
-@dataclass
-class _Surface:
-    """The settings of a group that have a loss, and which of them are fitted. x: ln of the axes, (n, axes)."""
-
-    x: np.ndarray
-    y: np.ndarray
-    count: np.ndarray
-    used: np.ndarray
-    position: np.ndarray
-    bad: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.solve_again()
-
-    def solve_again(self) -> None:
-        self.center = self.x[self.used].mean(axis=0)
-        design = _design(self.x[self.used] - self.center)
-        root = np.sqrt(self.count[self.used])
-        self.fits = np.linalg.matrix_rank(design) == design.shape[1]
-        self.solve = np.linalg.pinv(design * root[:, None]) * root
-        self.curve = self.solve @ self.y[self.used]
-        self.misses = (self.y[self.used] - design @ self.curve) * root
-        self.leverage = np.einsum("nk,kn->n", design, self.solve)
-
-    def scatter(self) -> tuple[float, int]:
-        """Sum of squared residuals of one run's ln loss, and its degrees of freedom."""
-        return float((self.misses**2).sum()), len(self.misses) - len(self.curve)
-
-
-def _surface(group: Group, axes: Sequence[str], reach: float) -> _Surface | None:
-    """None where nothing has a loss, or the settings cannot carry a quadratic."""
-    count = group.columns["count"]
-    usable = (count > 0) & (group.columns["diverged"] <= count)
-    x = np.log(np.stack([group.columns[axis][usable] for axis in axes], axis=1))
-    y = np.log(group.columns["loss"][usable])
-    if not len(y) or any(len(np.unique(column)) < 3 for column in x.T):
-        return None
-    used = _beside_lowest(x[:, 0], y, reach) if len(axes) == 1 else _lowest(x, y, reach)
-    return _Surface(x, y, count[usable].astype(float), used, np.flatnonzero(usable))
-
-
-def _beside_lowest(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
-    """The lowest setting, its neighbours, and on from there to the lower side, up to `reach` or until there are enough.
-
-    Without a gap, so that a lucky run beyond a wall of bad ones does not count.
-    """
-    order = np.argsort(x)
-    low = high = int(np.argmin(y[order]))
-    low, high = max(low - 1, 0), min(high + 1, len(order) - 1)
-    height = y[order] - y.min()
-    while low > 0 or high < len(order) - 1:
-        left = height[low - 1] if low > 0 else np.inf
-        right = height[high + 1] if high < len(order) - 1 else np.inf
-        if min(left, right) > reach and high - low + 1 >= ENOUGH[1]:
-            break
-        low, high = (low - 1, high) if left <= right else (low, high + 1)
-    return np.sort(order[low : high + 1])
-
-
-def _lowest(x: np.ndarray, y: np.ndarray, reach: float) -> np.ndarray:
-    """The lowest settings, up to `reach` or until there are enough, on three levels of each axis."""
-    order = np.argsort(y)
-    size = max(int((y - y.min() <= reach).sum()), min(ENOUGH[2], len(y)))
-    while size < len(y) and any(len(np.unique(column)) < 3 for column in x[order[:size]].T):
-        size += 1
-    return np.sort(order[:size])
-
-
-def _take_out_bad_runs(surfaces: Sequence[_Surface]) -> None:
-    """Take out, one after another, settings that the others contradict: at most one of a group's ten.
-
-    By residuals studentised without the setting itself and pooled over the groups (Cook & Weisberg 1982): a bad run at
-    the end of a curve pulls it to itself, so that its plain residual is small, and weights by residual (Huber's) do
-    not see it. Groups keep a degree of freedom more than the quadratic needs.
-    """
-    while True:
-        able = [s for s in surfaces if s.fits]
-        squares, freedom = (sum(part) for part in zip(*(s.scatter() for s in able))) if able else (0.0, 0)
-        total = sum(len(s.misses) for s in able)
-        if freedom < 3 or squares <= 1e-20:
-            return
-        bound = float(stdtrit(freedom - 1, 1.0 - DOUBT / (2.0 * total)))
-        worst: tuple[float, _Surface, int] | None = None
-        for s in able:
-            most = max(1, (len(s.used) + len(s.bad)) // 10)
-            if s.scatter()[1] < 2 or len(s.bad) >= most:
-                continue
-            own = s.misses**2 / np.maximum(1.0 - s.leverage, 1e-9)
-            rest = np.maximum(squares - own, 1e-300) / (freedom - 1)
-            scores = np.where(s.leverage < 1 - 1e-6, np.sqrt(own / rest), 0.0)
-            at = int(scores.argmax())
-            if scores[at] > bound and (worst is None or scores[at] > worst[0]):
-                worst = float(scores[at]), s, at
-        if worst is None:
-            return
-        _, s, at = worst
-        s.bad.append(int(s.used[at]))
-        s.used = np.delete(s.used, at)
-        s.solve_again()
-
-
-def _skew(surfaces: Sequence[_Surface]) -> list[Verdict]:
-    """A caution where the valleys are steeper on one side, in all groups alike: by how much their vertices are off.
-
-    The cubic term that all groups share, by regression of what the quadratics leave on what they leave of x^3 (t test
-    at .1 %), and what it does to the vertices to first order.
-    """
-    across, own, squares, freedom, shifts = 0.0, 0.0, 0.0, -1, []
-    for s in surfaces:
-        x = (s.x[s.used] - s.center)[:, 0]
-        taken = s.solve @ x**3
-        left = (x**3 - _design(x[:, None]) @ taken) * np.sqrt(s.count[s.used])
-        across, own = across + float(left @ s.misses), own + float(left @ left)
-        squares, freedom = squares + s.scatter()[0], freedom + s.scatter()[1]
-        if s.curve[2] > 0:
-            at = -s.curve[1] / s.curve[2]
-            shifts.append((taken[1] + taken[2] * at - 3.0 * at**2) / s.curve[2])
-    if freedom < 1 or not own > 1e-12 or not shifts:
-        return []
-    skew, rest = across / own, max(squares - across**2 / own, 1e-20) / freedom
-    if abs(skew) <= float(stdtrit(freedom, 0.9995)) * np.sqrt(rest / own):
-        return []
-    shift = skew * float(np.median(shifts))
-    side = "above" if skew > 0 else "below"
-    message = (
-        f"the loss rises faster {side} the optimum than on the other side, in all groups alike: the lowest points lie "
-        f"about {np.expm1(abs(shift)):.0%} {'above' if shift > 0 else 'below'} the vertices named, and the intervals "
-        "do not know it. Ratios between groups and powers hardly feel it; a finer grid of rates narrows it."
-    )
-    return [Verdict("skewed_valley", "caution", "fit", None, message, {"cubic": skew, "ln_shift": shift})]
 
 
 def _between_seeds(groups: Sequence[Group]) -> Noise | None:
@@ -300,7 +140,7 @@ def _between_seeds(groups: Sequence[Group]) -> Noise | None:
 def _optimum(
     group: Group,
     axes: tuple[str, ...],
-    surface: _Surface | None,
+    surface: Surface | None,
     scales: np.ndarray,
     generator: np.random.Generator,
     eps: float,
@@ -316,15 +156,14 @@ def _optimum(
         return Optimum(group=group.key, name=group.name, axes=axes, points=points, verdicts=(said,))
     errors = generator.standard_normal((len(scales), len(surface.used))) / np.sqrt(surface.count[surface.used])
     copies = surface.curve + (errors * scales[:, None]) @ surface.solve.T
-    vertex, hessian, lowest, convex = _vertex(surface.curve, len(axes))
-    drawn, _, lows, rises = _vertex(copies, len(axes))
+    vertex, hessian, lowest, convex = lowest_point(surface.curve, len(axes))
+    drawn, _, lows, rises = lowest_point(copies, len(axes))
     low, high = surface.x.min(axis=0), surface.x.max(axis=0)
-    seen = surface.x[surface.used].min(axis=0), surface.x[surface.used].max(axis=0)
     # a copy that is no valley is lowest at an end of the grid: at that to which it falls
     fall = np.where(copies[:, 1 : 1 + len(axes)] < 0, np.inf, -np.inf)
     drawn = np.clip(np.where(rises[:, None], drawn + surface.center, fall), 2 * low - high, 2 * high - low)
     inside = ((drawn >= low) & (drawn <= high)).all(axis=1)
-    verdicts = _judge(group, axes, surface, vertex + surface.center, bool(convex), seen, inside)
+    verdicts = _judge(group, axes, surface, vertex + surface.center, bool(convex), inside)
     if refused(verdicts):
         return Optimum(group=group.key, name=group.name, axes=axes, points=points, verdicts=tuple(verdicts))
     best = vertex + surface.center
@@ -390,10 +229,9 @@ def _cannot(group: Group, axes: tuple[str, ...]) -> Verdict:
 def _judge(
     group: Group,
     axes: tuple[str, ...],
-    surface: _Surface,
+    surface: Surface,
     vertex: np.ndarray,
     convex: bool,
-    seen: tuple[np.ndarray, np.ndarray],
     inside: np.ndarray,
 ) -> list[Verdict]:
     """What the quadratic of one group can bear."""

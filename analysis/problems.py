@@ -169,8 +169,8 @@ def make_problem(
 ) -> Problem:
     """Put a law on a table: variables and a positive response, arrays (n,).
 
-    `fixed` holds parameters at a value; `weights` (n,) are positive. A coefficient is a
-    coordinate of its own only where features are not centred.
+    `fixed` holds parameters at a value; `weights` (n,) are positive. A coefficient is a coordinate of its own only
+    where features are not centred.
     """
     values = {name: np.asarray(variables[name], dtype=float) for name in law.variables}
     response = np.asarray(response, dtype=float)

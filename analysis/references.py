@@ -337,27 +337,3 @@ def _shape(
     left[:, 1] = np.maximum.accumulate(np.maximum(left[::-1, 1], 0.0))[::-1]
     right[:, 1] = np.maximum.accumulate(np.maximum(right[:, 1], 0.0))
     return (low_end, high_end), tuple((float(z), float(y)) for z, y in np.vstack([left, right]))
-
-
-# --- published ---------------------------------------------------------------------------------------------------
-
-STEP_LAW = "Step Law (Li et al. 2025, arXiv 2503.04715)"
-STEP_LAW_RANGE: Mapping[str, Interval] = {"N": (2.1e8, 1.1e9), "D": (4e9, 1e11)}
-"""Non-embedding parameters and tokens of the dense models that it was fitted on."""
-POWER_LINES = "Power Lines (Bergsma et al. 2025, arXiv 2505.13738)"
-POWER_LINES_N: Interval = (1.11e8, 3.3e9)
-
-
-def step_law_rate(N_nonembedding: Any, D: Any) -> Any:
-    """Peak learning rate 1.79 N^-0.713 D^0.307; N without embeddings, AdamW, cosine to 1e-5 (arXiv 2503.04715)."""
-    return 1.79 * N_nonembedding**-0.713 * D**0.307
-
-
-def step_law_batch(D: Any) -> Any:
-    """Tokens a batch, 0.58 D^0.571 (arXiv 2503.04715)."""
-    return 0.58 * D**0.571
-
-
-def power_lines_timescale(tokens_per_parameter: Any) -> Any:
-    """The best AdamW timescale B / (rate decay D) as a fraction of the run: 1.084 (D / N)^-0.527 (arXiv 2505.13738)."""
-    return 1.084 * tokens_per_parameter**-0.527

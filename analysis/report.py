@@ -8,7 +8,6 @@ all comes from. Text from studies and errors is escaped; pictures are embedded; 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 
 from analysis import page, plots
 from analysis.backtest import Backtest, Score, backtest, judge_targets
+from analysis.cells_page import cells_section, provenance_section, times_section
 from analysis.fitting import fit
 from analysis.forecast import Forecast, forecast_dearest
 from analysis.hyperparameters import Hyperparameters, answers, find_hyperparameters, pictures, sections
@@ -26,15 +26,13 @@ from analysis.sensitivities import write_optimum
 from analysis.sweep_page import find_sweep
 from analysis.uncertainty import Noise, paired_errors, seed_noise
 from analysis.verdicts import Estimate, Fit, Verdict, plural
-from sweeps.records import timestamp, write_bytes
+from sweeps.records import write_bytes
 from sweeps.redaction import redact
 from sweeps.store import Store, open_store, read_plan
 from sweeps.units import flops, human
 
 LAW = "chinchilla"
 """The law of the loss surface: named beforehand, so that its backtest is no winner's."""
-MAX_CELLS = 1000
-"""Rows of the table of cells; a page with more cannot be read."""
 
 
 def write_report(study: str, store: str | Path | Store, path: str | Path | None = None) -> Path:
@@ -52,14 +50,15 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
     for family, group in runs.groupby("family", sort=True):
         own = curves[curves["cell"].isin(group["cell"])]
         findings.append(_find(family, group, pairs, find_hyperparameters(group, own, plan, place)))
-    if (sweep := find_sweep(runs)) is not None:
+    found = findings[0].hyperparameters.sweep if len(findings) == 1 else None
+    if (sweep := found or find_sweep(runs)) is not None:
         write_optimum(sweep, runs, study, place)
     body = [
         _head(plan, runs, findings),
         *(_family(finding, curves, place.study(study), several=len(findings) > 1) for finding in findings),
-        _cells(runs),
-        _times(runs),
-        _provenance(plan, place, runs),
+        cells_section(runs),
+        times_section(runs),
+        provenance_section(plan, runs),
     ]
     title = escape(f"{study}: report")
     html = (
@@ -374,95 +373,3 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
             )
         )
     return "".join(parts) if len(parts) > 1 else ""
-
-
-# --- cells and provenance ----------------------------------------------------------------------------------------
-
-
-def _cells(runs: pd.DataFrame) -> str:
-    rows = []
-    for row in runs.head(MAX_CELLS).to_dict("records"):
-        state = row["state"] if row["excluded"] is None or row["state"] == "finished" else row["excluded"]
-        note = row["excluded"] if row["state"] == "finished" and row["excluded"] else state
-        rows.append(
-            [
-                escape(str(row["family"])),
-                *(human(row["N"]), human(row["D"]), flops(row["C"]), page.number(row["tokens_per_parameter"], 3)),
-                *(page.number(row["learning_rate"], 3), page.number(row["adamw_timescale"], 3)),
-                _whole(row["steps"]),
-                *(
-                    page.number(row["epochs"], 2),
-                    _whole(row["seed"]),
-                    page.plain(row["val_loss_final"], "{:.4f}".format),
-                    page.number(row["seconds"], 3),
-                    page.number(row["seconds_predicted"], 3),
-                ),
-                escape(str(note)),
-            ]
-        )
-    head = ["family", "N", "D", "C (FLOPs)", "tokens per parameter", "learning rate", "AdamW timescale", "steps"]
-    head += ["epochs", "seed", "final loss", "seconds", "planned", "state"]
-    more = f"<p class=note>The first {MAX_CELLS} of {len(runs)} cells.</p>" if len(runs) > MAX_CELLS else ""
-    note = (
-        "<p class=note>The AdamW timescale is batch tokens / (learning rate x weight decay x D), as a fraction of the "
-        "run. Losses are nats per token.</p>"
-    )
-    return f"<h2>Cells</h2>{note}" + page.table(head, rows) + more
-
-
-def _times(runs: pd.DataFrame) -> str:
-    """How far off the plan's times were; nothing where none were planned. A resumed cell's last attempt is a part."""
-    timed = runs[runs["seconds"].notna() & runs["seconds_predicted"].notna() & (runs["attempts"] == 1)]
-    if timed.empty:
-        return ""
-    ratio = timed["seconds"] / timed["seconds_predicted"]
-    total = timed["seconds"].sum() / timed["seconds_predicted"].sum()
-    words = (
-        f"<p>The times that were planned are off by <b>{(1 / ratio - 1).abs().median():.0%}</b> (median of "
-        f"{plural(len(timed), 'cell')} that ended at the first attempt, relative to the time taken); together they "
-        f"took {total:.2f} times what was planned, and apart from that factor the median is "
-        f"{(ratio.median() / ratio - 1).abs().median():.0%}.</p>"
-    )
-    caption = "Seconds taken by each cell against the seconds planned. On the line a plan is met."
-    return "<h2>Planned and real time</h2>" + words + page.picture(plots.times(timed), caption)
-
-
-def _whole(number: float) -> str:
-    """A count; a dash where a foreign run does not tell it."""
-    return f"{int(number):,}" if np.isfinite(number) else page.DASH
-
-
-def _provenance(plan: dict[str, Any], store: Store, runs: pd.DataFrame) -> str:
-    corpus = plan.get("corpus", {})
-    states = runs["state"].value_counts()
-    left_out = runs["excluded"].dropna().value_counts()
-    lines = {
-        "study": plan["study"].get("name", page.DASH),
-        "corpus": f"{corpus.get('description', page.DASH)} (fingerprint {corpus.get('fingerprint', page.DASH)})",
-        "tokenizer": f"{corpus.get('tokenizer', page.DASH)}, vocabulary {corpus.get('vocab_size', page.DASH)}",
-        "tokens": f"{corpus.get('train_tokens', 0):,} to train on, {corpus.get('validation_tokens', 0):,} to validate "
-        f"on ({corpus.get('validation_documents', 0):,} documents)",
-        "cells": f"{len(runs)} planned: " + ", ".join(f"{count} {state}" for state, count in states.items()),
-        "left out of fits": "; ".join(f"{count} {why}" for why, count in left_out.items()) or "none",
-        "training time": f"{runs['seconds'].sum() / 3600:.2f} hours, {_compute(runs)}",
-        "versions": ", ".join(f"{name} {_version(name)}" for name in ("escala", "numpy", "scipy", "pandas")),
-        "written": timestamp(),
-    }
-    if plan.get("foreign"):
-        lines |= dict.fromkeys(("corpus", "tokenizer", "tokens"), "unknown: these runs were imported from elsewhere")
-    rows = [[escape(key), escape(str(value))] for key, value in lines.items()]
-    return "<h2>Where this comes from</h2>" + page.table(None, rows, kind="facts")
-
-
-def _compute(runs: pd.DataFrame) -> str:
-    """The compute of a study, and where cells share trunks also what it costs."""
-    planned, spent = float(runs["C"].sum()), float(runs["C_spent"].sum())
-    shared = runs["trunk"].duplicated().any()
-    return f"{flops(planned)} FLOPs planned" + (f", {flops(spent)} spent: cells share trunks" if shared else "")
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "from source"

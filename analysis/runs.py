@@ -333,7 +333,16 @@ def _client(tracking_uri: str) -> "MlflowClient":
 
 def _mirrored(client: "MlflowClient", study: str) -> "Iterator[tuple[str, Run]]":
     """(cell id, MLflow run) of the runs that mirror the study's cells, page by page."""
-    experiment = client.get_experiment_by_name(study)
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiment = client.get_experiment_by_name(study)
+    except MlflowException as error:
+        said = str(error).partition("\n")[0][:200]
+        raise InputError(
+            f"MLflow at {client.tracking_uri} cannot be read ({said}). Check --tracking-uri, "
+            "and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD where the server asks for an account."
+        ) from None
     if experiment is None:
         raise InputError(
             f"MLflow at {client.tracking_uri} has no experiment {study!r}. Run the study, or sync it first."

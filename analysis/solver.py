@@ -1,9 +1,9 @@
 """The engine that fits every law: many starts and many resamples of one table, solved as one batch.
 
-`descend` is Levenberg-Marquardt with robust weights. The curvature of the robust loss is
-taken between two bounds: reweighted least squares, which always goes down but crawls where most residuals lie beyond
-the threshold, and Newton's, which counts only the residuals within it and then converges quadratically; a batch
-member moves towards Newton's as long as its steps gain.
+`descend` is Levenberg-Marquardt with robust weights. The curvature of the robust loss is taken between two bounds:
+reweighted least squares, which always goes down but crawls where most residuals lie beyond the threshold, and Newton's,
+which counts only the residuals within it and then converges quadratically; a batch member moves towards Newton's as
+long as its steps gain.
 
 The objective is a plain weighted sum. Steps are judged by relative gains, so its scale cannot matter: with absolute
 tolerances it does, and that is what went wrong in the original Chinchilla fit (Besiroglu et al. 2024).
@@ -61,12 +61,12 @@ def solve(
         chosen = np.random.default_rng(0).permutation(problem.rows)[:SAMPLE_ROWS]
         stages.insert(0, (_at_rows(problem, chosen), weights if weights is None else weights[chosen]))
     if starts is None:
-        starts = default_starts(stages[0][0], _wide(problem, robust))
+        starts = default_starts(stages[0][0], _wide(robust))
     thetas = np.clip(starts, problem.lower, problem.upper)
     for stage, own in stages:
         if robust.kind == "lad" or (robust.kind == "huber" and robust.delta < 1e-4):
             # A tiny threshold makes a landscape of creases: come down to it from a wide one.
-            thetas, _ = descend(stage, _wide(problem, robust), thetas, weights=own, rounds=60)
+            thetas, _ = descend(stage, _wide(robust), thetas, weights=own, rounds=60)
             delta = 1e-3
             while delta > 3.0 * robust.delta:
                 thetas, _ = descend(stage, Robust("huber", delta), thetas, weights=own, rounds=60)
@@ -90,7 +90,7 @@ def _at_rows(problem: Problem, rows: np.ndarray) -> Problem:
     )
 
 
-def _wide(problem: Problem, robust: Robust) -> Robust:
+def _wide(robust: Robust) -> Robust:
     """A robust loss to begin with: thresholds of a percent."""
     return Robust("huber", max(robust.delta, 1e-2)) if robust.kind in ("huber", "lad") else robust
 

@@ -13,14 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.published import published_timescale
 from analysis.swept import merged
 from analysis.uncertainty import interval, seed_noise
 from analysis.verdicts import NOTHING, Estimate, Verdict, clean, refused
-
-
-def published_timescale(tokens_per_parameter: float) -> float:
-    """tau_opt = 1.084 (D / N)^-0.527 (Bergsma et al. 2025), as a fraction of the run."""
-    return 1.084 * tokens_per_parameter**-0.527
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ from analysis.gains import (
     varied_settings,
 )
 from analysis.multipliers import NO_SIZE, SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
-from analysis.optima import Optimum
-from analysis.sensitivities import sensitivity
+from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.uncertainty import interval
 from analysis.verdicts import NOTHING, Estimate, Fit, Verdict, clean, plural, refused
 from sweeps.units import human
@@ -36,7 +35,7 @@ def tuning_worth(
     runs: pd.DataFrame,
     *,
     default: Default | None = None,
-    optima: Sequence[Optimum] | None = None,
+    sweep: Sensitivity | None = None,
     noise: float | None = None,
     resamples: int = 1000,
     level: float = 0.95,
@@ -49,8 +48,8 @@ def tuning_worth(
         a place's N, D and C; the runs nearest to it, within a factor of `WITHIN`, stand for it. Without it the
         study's own: the runs whose `is_default` is true. A hyperparameter that varies and is not named is tuned on
         neither side: each of its values is a place of its own.
-    optima: as `sensitivity` found them; by default it is asked. noise: standard deviation of ln loss between seeds;
-        by default measured. resamples, level, seed: of the intervals.
+    sweep: what `sensitivity` found of these runs; it is asked where that is not given, or is over other axes.
+    noise: standard deviation of ln loss between seeds; by default measured. resamples, level, seed: of the intervals.
 
     Returns a TuningWorth, with verdicts on what could not be told. Raises InputError for a missing column, a default
     that is no positive number or no hyperparameter that varies.
@@ -68,12 +67,10 @@ def tuning_worth(
     # 1. the sweeps, and the noise between seeds
     verdicts: list[Verdict] = []
     if set(axes) <= set(AXES):
-        if optima is None:
-            found = sensitivity(runs, axes=axes, noise=noise, resamples=100, level=level, seed=seed)
-            optima, known = found.optima, found.noise
-        else:
-            known = sensitivity(runs, axes=axes, noise=noise, resamples=100, seed=seed).noise if noise is None else {}
-        sweeps = [Sweep(group=o.group, points=o.points, optimum=o) for o in optima if tuple(o.axes) == axes]
+        if sweep is None or any(one.axes != axes for one in sweep.optima):
+            sweep = sensitivity(runs, axes=axes, noise=noise, resamples=100, level=level, seed=seed)
+        known = sweep.noise
+        sweeps = [Sweep(group=one.group, points=one.points, optimum=one) for one in sweep.optima]
     else:
         sweeps, known = settings_swept(table, axes), {}
     spread = noise_of(known, noise, runs)
@@ -84,8 +81,8 @@ def tuning_worth(
     # 2. the gain at each place
     generator = np.random.default_rng(seed)
     places, lost = [], []
-    for sweep in sweeps:
-        place = gain_at(sweep, axes, default, table, spread, resamples, level, generator)
+    for one in sweeps:
+        place = gain_at(one, axes, default, table, spread, resamples, generator)
         places.append(place) if isinstance(place, Place) else lost.append(place)
     verdicts += _said(places, lost, axes)
     if not places:

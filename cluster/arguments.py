@@ -1,11 +1,11 @@
 """What the commands share: their common options, and how a store, a study and a cell are named on the command line.
 
 Every command of `escala.py` and `cluster/verbs.py` reads its words here, so that a wrong name is refused in the same
-way everywhere. Imports are inside the functions: `escala --help` loads this file.
+way everywhere; so do the many options of a fit. Imports are inside the functions: `escala --help` loads this file.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,11 +20,31 @@ StoreOption = Annotated[
     Path, typer.Option("--store", envvar="ESCALA_STORE", help="The folder that holds corpora, cells and studies.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _tracking_uri(uri: str | None) -> str | None:
+    from cluster.credentials import check_uri
+
+    return None if uri is None else check_uri(uri)
+
+
 TrackingOption = Annotated[
     str | None,
     typer.Option(
-        "--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow server. Default: a database in the store."
+        "--tracking-uri",
+        envvar="MLFLOW_TRACKING_URI",
+        callback=_tracking_uri,
+        help="MLflow server. Default: a database in the store.",
     ),
+]
+
+CodeOption = Annotated[bool, typer.Option("--allow-code", help="Let the study run Python files beside it.")]
+AcceptOption = Annotated[
+    bool, typer.Option("--accept-corpus", help="Go on although the corpus differs from the one that was pinned.")
+]
+RefitOption = Annotated[
+    bool,
+    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
 ]
 
 
@@ -64,3 +84,37 @@ def find_cell(prefix: str, store: "Store") -> str:
     if len(found) > 1:
         raise ambiguous(store, prefix, found)
     return found[0]
+
+
+def fit_options(
+    law: str,
+    objective: str | None,
+    delta: float | None,
+    drop_worst: int,
+    bootstrap: int | None,
+    cluster: str | None,
+    weights: str | None,
+    for_loss: list[float] | None,
+    level: float,
+    seed: int,
+) -> dict[str, Any]:
+    """The arguments of `analysis.fit` that were asked for. A parabola per budget has no use for some of them."""
+    from sweeps.errors import InputError
+
+    asked: dict[str, Any] = {"objective": objective, "threshold": delta, "drop_worst": drop_worst, "cluster": cluster}
+    asked |= {"weights": weights, "loss_targets": for_loss}
+    asked = {k: v for k, v in asked.items() if v}
+    if law in ("isoflop", "akima") and asked:
+        names = {
+            "objective": "--loss",
+            "threshold": "--delta",
+            "drop_worst": "--drop-worst",
+            "loss_targets": "--for-loss",
+        }
+        listed = ", ".join(names.get(k, f"--{k}") for k in asked)
+        raise InputError(f"{listed}: not for --law isoflop, which fits a parabola to each budget by least squares.")
+    if cluster is not None:
+        asked["resample"] = "rows"
+    if level != 0.95:
+        asked["level"] = level
+    return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})

@@ -1,5 +1,6 @@
 """The connection to Ray: an embedded one on this machine, or a cluster's; and the workers that it gives."""
 
+import json
 import os
 import secrets
 import signal
@@ -90,6 +91,17 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
         with socket.create_connection((host, int(port)), timeout=10):
             pass
     ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
+
+
+def driver_cpus(ray: Any) -> float:
+    """CPUs of the cluster that the job of this process holds for it, so that no worker waits for them for ever."""
+    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    job_id = told.get("metadata", {}).get("job_submission_id")
+    if job_id is None:  # not submitted
+        return 0.0
+    # Ray's own record of the job: nothing that it shows to others tells the job's resources.
+    record = ray.experimental.internal_kv._internal_kv_get(f"_ray_internal_job_info_{job_id}", namespace="job")
+    return float(json.loads(record or "{}").get("entrypoint_num_cpus") or 0.0)
 
 
 def make_worker(ray: Any, slots: Slots) -> Any:

@@ -191,6 +191,7 @@ class LiveProgress:
         self._quiet = quiet
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._printed = time.monotonic()
+        self._linked = False
 
     def __enter__(self) -> "LiveProgress":
         if not self._quiet and console.is_terminal:
@@ -207,6 +208,9 @@ class LiveProgress:
     def update(self, progress: Any) -> None:
         if self._quiet:
             return
+        if progress.link and not self._linked:
+            self._linked = True
+            console.print(f"watch: {progress.link}", markup=False, soft_wrap=True)
         ended = progress.counts["finished"] + progress.counts["diverged"] + progress.counts["failed"]
         eta = f"ETA {duration(progress.eta_seconds)}" if progress.eta_seconds is not None else "ETA unknown yet"
         for order, words in enumerate(progress.ended, ended - len(progress.ended) + 1):

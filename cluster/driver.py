@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from cluster.claims import Claim
-from cluster.connection import gpu_bytes, make_worker, start_ray
+from cluster.connection import driver_cpus, gpu_bytes, make_worker, start_ray
 from cluster.control import read_wish
 from cluster.gang import make_gang
 from cluster.hands import Hand, Task, take_up
@@ -84,11 +84,16 @@ def run_study(
         mirror = Mirror(store, study, tracking_uri, claim.holds)
         if not missing and not search.goes_on() and mirror.is_complete():
             return tally
-        with _Connected(mirror):
+        try:
             if missing or search.goes_on():
                 pool = _Pool(store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after)
                 pool.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 pool.run(tally, address, workers)
+            else:
+                mirror.connect()
+                mirror.start()
+        finally:
+            mirror.stop()
         tally.mirror_fault, tally.notes = mirror.fault, search.said
         tally.seconds = time.monotonic() - began
         return tally
@@ -98,20 +103,6 @@ def _runs(process: psutil.Process) -> bool:
     with suppress(psutil.Error):
         return process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-class _Connected:
-    """The mirror's thread around a block: reached first, so that an unreachable server is known before training."""
-
-    def __init__(self, mirror: Mirror) -> None:
-        self.mirror = mirror
-
-    def __enter__(self) -> None:
-        self.mirror.connect()
-        self.mirror.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.mirror.stop()
 
 
 class _Pool:
@@ -163,15 +154,18 @@ class _Pool:
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
             resources, left = ray.cluster_resources(), self._left()
+            resources["CPU"] = resources.get("CPU", 0.0) - driver_cpus(ray)
             together = self._together(ray) if resources.get("GPU") else 1
             ranks = 1 if self.plan.study.workers == "auto" else self.plan.study.workers
             gangs = {name: amount // ranks for name, amount in resources.items()}
             self.slots = choose_slots(gangs, left, limit, 1 if ranks > 1 else together)
             self.demand = Demand(ranks, 1.0 if self.slots.device == "cuda" else 0.0)
             self.cores = int(resources.get("CPU", 1))
-            if min(gangs.get("GPU", gangs["CPU"]), gangs["CPU"]) < 1:
+            if ranks > 1 and min(gangs.get("GPU", gangs["CPU"]), gangs["CPU"]) < 1:
                 raise InputError(f"{ranks} workers for one cell are more than this cluster has. Lower workers.")
             self.idle = [self._make(ray) for _ in range(self.slots.count)]
+            self.mirror.connect()  # while they load torch; and before any trains, for a server that is not there
+            self.mirror.start()
             self._work(ray, tally)
         except KeyboardInterrupt:
             tally.stopped = "interrupted"
@@ -419,4 +413,5 @@ class _Pool:
         }
         eta = elapsed * left / done if done else None
         ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
-        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish)
+        link = self.mirror.link
+        return Progress(counts, total, tuple(running), eta, self.slots.count, fault, ended, self.wish, link)

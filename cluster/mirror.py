@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from cluster import quarantine
 from cluster.cellruns import STATUS, difference_tag, peoples_tags, run_name, run_params, state_tags
@@ -82,6 +83,15 @@ class Mirror:
         self._progressed = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="escala-mirror", daemon=True)
+
+    @property
+    def link(self) -> str | None:
+        """Where a browser finds the study's experiment, once it is reached; None of the database in the store."""
+        if self._reached is None or not self.tracking_uri.startswith("http"):
+            return None
+        parts = urlsplit(self.tracking_uri)
+        host = parts.netloc.rpartition("@")[2]  # without a password
+        return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/#/experiments/{self._reached.experiment_id}"
 
     def is_complete(self) -> bool:
         """Whether every cell that has ended is in MLflow already, by the mirror's own record."""

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from cluster.claims import living_drivers
 from cluster.control import read_wish
-from cluster.display import cell_table, console
+from cluster.display import cell_table, console, plain_table
 from cluster.ledger import count_states, sharing, sharing_words
+from cluster.terminal import visible
 from cluster.watching import status_rows
 from sweeps.store import Store
 from sweeps.summary import search_summary, summary_lines
@@ -120,3 +121,17 @@ def garbage_picture(items: Sequence[Mapping[str, Any]], most: int = 30) -> Rende
     lines = [Text(f"... and {len(items) - most:,} more; --json lists all", style="dim")] if len(items) > most else []
     lines += [Text(f"{kind}: {len(sizes):,}, {sum(sizes):,} bytes") for kind, sizes in totals.items()]
     return Group(table, *lines)
+
+
+def job_table(jobs: Sequence[Any]) -> Table:
+    """Jobs of a cluster (cluster.jobs.Job), one a line; times are this machine's."""
+    table = plain_table("job", "study", "state", "started", "took", "by", "store")
+    for column in table.columns[1:]:
+        column.justify = "left"
+    for job in jobs:
+        state = job.status.lower() + (f" ({job.exit_code})" if job.exit_code else "")
+        since = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started))
+        took = duration((job.ended or time.time()) - job.started)
+        told = (job.id, job.study, state, since, took, job.person, job.store)  # in part the words of others
+        table.add_row(*(Text(visible(one)) for one in told))
+    return table

@@ -52,6 +52,8 @@ class Progress:
     """The cells that ended since the last moment, in words."""
     wish: str | None = None
     """pause, drain or cancel, where a person wishes so."""
+    link: str | None = None
+    """The study's experiment in MLflow, where that is a server."""
 
 
 class Tail:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster import charts
+from cluster.credentials import check_file, check_uri, refusal
 from sweeps.errors import InputError
 from sweeps.redaction import redact
 from sweeps.store import Store, read_plan
@@ -37,7 +38,10 @@ class Reached:
 
 
 def reach(store: Store, study: str, tracking_uri: str) -> Reached:
-    """Reach the server, or make the embedded database, and find or make the experiment. InputError where it fails."""
+    """Reach the server, or make the embedded database, and find or make the experiment. InputError where it fails, or
+    where the server refuses the account."""
+    if check_uri(tracking_uri).startswith(("http://", "https://")):
+        check_file()
     # One try and a short wait: the mirror has its own back-off, and a request that the client repeats after a lost
     # reply would make a second run.
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
@@ -62,6 +66,8 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
             client = MlflowClient(tracking_uri=tracking_uri)
             return _experiment(client, store, study, embedded)
         except (MlflowException, SQLAlchemyError, OSError) as error:
+            if refused := refusal(error, tracking_uri):
+                raise InputError(refused) from None
             reason = words(error)
             if left and not embedded:
                 time.sleep(0.5 * (TRIES - left))

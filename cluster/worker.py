@@ -14,8 +14,9 @@ class Worker:
 
     def __init__(self, memory_share: float) -> None:
         """`memory_share`: of its GPU's memory, where it has one."""
-        # Imported when the worker starts, so that its first cell does not wait for it.
+        # Imported when the worker starts, so that its first cell does not wait for it: two seconds are transformers'.
         import torch
+        import transformers.modeling_utils  # noqa: F401
 
         import sweeps.training  # noqa: F401
         from sweeps.devices import keep_freed_memory

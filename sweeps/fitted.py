@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import field_validator
 
 from sweeps.errors import InputError, nearest
 from sweeps.records import Json, read_json
-from sweeps.rules import PowerLaw
+from sweeps.rules import Declared, PowerLaw
 from sweeps.store import STUDY_NAME, Store, study_names
 
 GIVES = ("learning_rate", "batch_tokens", "weight_decay")
@@ -24,10 +24,8 @@ GIVES = ("learning_rate", "batch_tokens", "weight_decay")
 _HELD = ("batch_tokens", "schedule", "optimizer")
 
 
-class FittedRule(BaseModel):
+class FittedRule(Declared):
     """The law that was fitted to the runs of a study, by its name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     fitted: str
 

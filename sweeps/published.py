@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sweeps.errors import nearest
-from sweeps.rules import Number, Positive, PowerLaw
+from sweeps.rules import Declared, Number, Positive, PowerLaw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,8 @@ PUBLISHED: Mapping[str, Published] = {
 }
 
 
-class PublishedRule(BaseModel):
+class PublishedRule(Declared):
     """A published rule as a study file names it, with what that rule asks for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     rule: str
     value: Positive | None = None

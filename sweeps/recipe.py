@@ -5,9 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
@@ -20,13 +18,7 @@ from pydantic import (
 from sweeps.errors import nearest, plain_fault
 from sweeps.fitted import GIVES, FittedRule
 from sweeps.published import PublishedRule, check_gives
-from sweeps.rules import Count, Number, Positive, PowerRule
-
-
-class Declared(BaseModel):
-    """A part of a study file: unknown keys, NaN and infinity are errors, and nothing changes after it is read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+from sweeps.rules import Count, Declared, Number, Positive, PowerRule
 
 
 def check_hyperparameter(name: str, *values: Any) -> None:

@@ -45,10 +45,14 @@ Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[Whole, Field(gt=0)]
 
 
-class PowerRule(BaseModel):
-    """value x product over the variables v of (v / at[v]) ** power[v]."""
+class Declared(BaseModel):
+    """A part of a study file: unknown keys, NaN and infinity are errors, and nothing changes after it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
+
+
+class PowerRule(Declared):
+    """value x product over the variables v of (v / at[v]) ** power[v]."""
 
     value: Positive
     """The hyperparameter at the reference point."""

@@ -62,9 +62,11 @@ def make_sampler(search: Search, group: str, number: int) -> Any:
     return made
 
 
-def grid_size(search: Search) -> int:
-    """How many settings a finite space has."""
-    return math.prod(len(axis.values() or []) for axis in search.space.values())
+def most_trials(search: Search) -> int:
+    """How many trials a group has at most: those declared, and of a grid no more than it has settings."""
+    if search.sampler != "grid":
+        return search.trials
+    return min(search.trials, math.prod(len(axis.values() or []) for axis in search.space.values()))
 
 
 def grid_order(search: Search, group: str) -> list[dict[str, Any]]:

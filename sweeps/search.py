@@ -27,7 +27,7 @@ from sweeps.faults import fault
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.rungs import Correlation, correlation, is_control, is_promising, pairs_of
-from sweeps.samplers import distributions, grid_order, grid_size, make_sampler
+from sweeps.samplers import distributions, grid_order, make_sampler, most_trials
 from sweeps.schedules import stable_steps
 from sweeps.store import Store, cell_state, read_quarantine
 from sweeps.trials import (
@@ -73,6 +73,7 @@ class Searcher:
             for name in self._groups
         }
         self._trials: dict[str, dict[int, Trial]] = {name: {} for name in self._groups}
+        self._most = most_trials(self.search)
         self._asked = dict.fromkeys(self._groups, 0)
         """Trials that count, by group: all but the half-asked and those that repeat a failed one."""
         for name in self._groups:
@@ -206,7 +207,7 @@ class Searcher:
         sync_journal(self._path)
 
     def _next_group(self) -> str | None:
-        open_groups = [name for name in self._groups if self._asked[name] < self._most(name)]
+        open_groups = [name for name in self._groups if self._asked[name] < self._most]
         if not open_groups:
             return None
         name = min(open_groups, key=lambda one: self._asked[one])
@@ -217,11 +218,6 @@ class Searcher:
                 self.said.append(f"{told}.")
             return None
         return name
-
-    def _most(self, name: str) -> int:
-        if self.search.sampler != "grid":
-            return self.search.trials
-        return min(self.search.trials, grid_size(self.search))
 
     def _ask(self, name: str) -> None:
         study = self._studies[name]
@@ -268,16 +264,14 @@ class Searcher:
         total = 0.0
         for name, costs in self._cost.items():
             first = costs[self._first_length(name)]
-            total += max(0, self._most(name) - self._asked[name]) * (first + costs[1.0]) / 2
+            total += max(0, self._most - self._asked[name]) * (first + costs[1.0]) / 2
         return total if self.search.flops is None else min(total, self.search.flops)
 
     def cells_to_come(self) -> int:
         """The cells of the trials that are not asked yet, but for those of promotions."""
         if not self.wants():
             return 0
-        return sum(
-            max(0, self._most(name) - self._asked[name]) * len(group.places) for name, group in self._groups.items()
-        )
+        return sum(max(0, self._most - self._asked[name]) * len(group.places) for name, group in self._groups.items())
 
     def _grow(self, name: str, trial: Trial) -> None:
         before = len(self.plan.cells)

@@ -7,21 +7,15 @@ cannot take the space, a rung that no sampler learns from are faults of the file
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sweeps.rules import Count, Number, Positive, Whole, parse_number
+from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 
 SAMPLERS = ("tpe", "gp", "qmc", "cmaes", "random", "grid")
 SamplerName = Literal["tpe", "gp", "qmc", "cmaes", "random", "grid"]
-LEARNS_FROM_RUNGS = ("tpe",)
-"""Samplers that learn from a trial that ended at a rung; qmc, random and grid learn from none."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
-
-
-class Axis(_Part):
+class Axis(Declared):
     """The values of one hyperparameter: exactly one of log, linear, int, categorical."""
 
     log: tuple[Number, Number] | None = None
@@ -86,7 +80,7 @@ class Axis(_Part):
         return [low + index * self.step for index in range(round((high - low) / self.step) + 1)]
 
 
-class Search(_Part):
+class Search(Declared):
     """Trials of settings at every place of the grid, each asked of a sampler that knows how the others ended."""
 
     space: Annotated[dict[str, Axis], Field(min_length=1)]
@@ -104,9 +98,9 @@ class Search(_Part):
     one for all of them, its loss the mean of ln loss over all."""
     batch: Count = 1
     """So many trials are asked together at least; as many as workers are idle, if those are more."""
-    rungs: list[Number] = []
+    rungs: list[Number] = Field(default_factory=list)
     """Shorter lengths, as shares of the full one, after which only promising trials go on. Of schedule wsd alone."""
-    start: list[dict[str, Any]] = []
+    start: list[dict[str, Any]] = Field(default_factory=list)
     """Settings that are tried first; what one does not name has the recipe's own value."""
 
     @field_validator("rungs", mode="after")

@@ -16,8 +16,8 @@ from pydantic import (
 from sweeps.errors import InputError
 from sweeps.families import find_family, resolve_options
 from sweeps.fitted import fitted_studies
-from sweeps.recipe import NO_NUMBERS, Declared, Training, check_hyperparameter, flat_recipe
-from sweeps.rules import Count, Number, Positive, Whole
+from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameter, flat_recipe
+from sweeps.rules import Count, Declared, Number, Positive, Whole
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
 

@@ -10,7 +10,7 @@ from typing import Any
 from sweeps.grids import Plan
 from sweeps.records import Json
 from sweeps.rungs import Correlation, correlation, pairs_of
-from sweeps.samplers import grid_size
+from sweeps.samplers import most_trials
 from sweeps.space import Search
 from sweeps.store import Store, read_plan, study_names
 from sweeps.trials import Trial, expected_cost, groups, journal_path, open_journal, read_group
@@ -77,7 +77,7 @@ def _of_group(
     ended = [(one.value, one) for one in trials if one.state == "COMPLETE" and one.value is not None]
     loss, best = min(ended, key=lambda pair: pair[0], default=(None, None))
     states = Counter(STATES[one.state] for one in trials)
-    planned = min(search.trials, grid_size(search)) if search.sampler == "grid" else search.trials
+    planned = most_trials(search)
     asked = sum(one.counts for one in trials)
     to_come = max(0, planned - asked)
     cost = spent / asked if cost is None and asked else cost

@@ -50,12 +50,17 @@ def start_server(folder: Path, *options: str) -> "tuple[Server, subprocess.Popen
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{server.database}"]
     command += ["--host", "127.0.0.1", "--port", str(server.port), "--workers", "1", *options]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until_up(server, process)
+    return server, process
+
+
+def wait_until_up(server: Server, process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         assert process.poll() is None, "the server ended before it answered"
         try:
             urllib.request.urlopen(f"{server.uri}/health", timeout=2).close()
-            return server, process
+            return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     process.terminate()

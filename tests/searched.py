@@ -1,13 +1,40 @@
 """A search without training: cells end by the writing of their result, a loss that follows from the learning rate."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from cluster.ledger import register
 from cluster.searching import Searching
-from sweeps.grids import Plan
+from sweeps.corpora import CorpusInfo, make_source, prepare
+from sweeps.grids import Plan, plan_study
 from sweeps.planned import PlannedCell
-from sweeps.store import Store, begin_attempt, cell_state, commit_result, record_error
+from sweeps.store import Store, begin_attempt, cell_state, commit_result, open_store, record_error
+from sweeps.study import Study
+
+RATE = {"learning_rate": {"log": [1e-4, 1e-1]}}
+CORPUS = {"source": "markov", "options": {"vocab_size": 8, "tokens": 60_000}}
+
+
+def make_corpus(folder: Path) -> CorpusInfo:
+    return prepare(make_source("markov", None, CORPUS["options"]), "bytes", open_store(folder / "store").root)
+
+
+def search_plan(
+    corpus: CorpusInfo, training: dict[str, Any] | None = None, points: Any = None, seeds: Any = 0, **search: Any
+) -> Plan:
+    """The plan of the study `s`: one place and six trials of random rates, but for what is said."""
+    declared = {
+        "name": "s",
+        "corpus": CORPUS,
+        "context": 32,
+        "families": ["llama"],
+        "grid": {"type": "points", "points": points or [{"size": 10_000, "tokens": 40_000}]},
+        "training": {"batch_tokens": 64, "warmup_tokens": 2_000} | (training or {}),
+        "seeds": seeds,
+        "search": {"space": RATE, "sampler": "random", "trials": 6} | search,
+    }
+    return plan_study(Study.model_validate(declared), corpus)
 
 
 def loss_of(one: PlannedCell) -> float:

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ANALYSIS_MAY_USE = {
     "sweeps.accounting",
+    "sweeps.published",
     "sweeps.rules",
     "sweeps.store",
     "sweeps.records",
@@ -85,7 +86,7 @@ def test_no_circle_inside_a_package(package: str) -> None:
     "code",
     [
         "import escala",
-        "import sweeps.grids, sweeps.study, sweeps.store, sweeps.corpora, cluster.ledger",
+        "import sweeps.grids, sweeps.study, sweeps.store, sweeps.corpora, cluster.ledger, cluster.summary",
         "import sweeps.sizes, sweeps.accounting",
         "import analysis, analysis.runs",
     ],

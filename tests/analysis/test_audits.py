@@ -11,7 +11,8 @@ import pytest
 from analysis import audit, fit, read_table
 from analysis.audit_page import find_worth, references, worth_section
 from analysis.audits import Audit
-from analysis.references import from_store, from_sweep, power_lines_timescale, step_law_batch, step_law_rate
+from analysis.published import published_timescale, published_value
+from analysis.references import from_store, from_sweep
 from analysis.sensitivities import sensitivity
 from analysis.tuning import tuning_worth
 from sweeps.errors import InputError
@@ -151,7 +152,7 @@ def test_decay_and_published_rules_are_shown_and_judge_nothing() -> None:
     expected = 4096 / (cells["learning_rate"] * 0.1 * cells["D"])
     assert cells["timescale"].to_numpy() == pytest.approx(expected.to_numpy())
     assert cells["timescale_ratio"].to_numpy() == pytest.approx(
-        (expected / power_lines_timescale(cells["D"] / cells["N"])).to_numpy()
+        (expected / published_timescale(cells["D"] / cells["N"])).to_numpy()
     )
     said = [v for v in found.verdicts if v.target in ("step-law", "power-lines")]
     assert len(said) == 2
@@ -160,9 +161,10 @@ def test_decay_and_published_rules_are_shown_and_judge_nothing() -> None:
 
 
 def test_published_rules_as_printed() -> None:
-    assert step_law_rate(1e9, 1e11) == pytest.approx(1.632499e-3, rel=1e-5)
-    assert step_law_batch(1e11) == pytest.approx(1107714.9, rel=1e-5)
-    assert power_lines_timescale(np.array([1.0, 20.0, 200.0])) == pytest.approx([1.084, 0.223556, 0.066433], rel=1e-4)
+    rate = published_value("step-law", "learning_rate", N_nonembedding=1e9, D=1e11)
+    assert rate == pytest.approx(1.632499e-3, rel=1e-5)
+    assert published_value("step-law", "batch_tokens", D=1e11) == pytest.approx(1107714.9, rel=1e-5)
+    assert published_timescale(np.array([1.0, 20.0, 200.0])) == pytest.approx([1.084, 0.223556, 0.066433], rel=1e-4)
 
 
 def test_audit_goes_into_json(planted) -> None:
@@ -322,7 +324,7 @@ def test_sweep_of_the_same_rates_everywhere_is_held_against_the_one_that_is_best
     table = surface(N, D).assign(seed=0)
     runs = tuned_by(table, rate / best_rate(N, D)).assign(excluded=None, is_default=None)
     runs = runs.rename(columns={"loss": "val_loss_final"})
-    found = find_worth(runs)
+    found = find_worth(runs, None)
     assert found is not None
     text = worth_section(*found)
     assert re.search(r"the one learning rate, 0\.01, that does best over all sizes", text)

@@ -81,7 +81,7 @@ def test_exchanging_the_tables_inverts_the_answer() -> None:
 def test_two_samples_of_one_recipe_are_worth_the_same() -> None:
     held, logs = 0, []
     for seed in range(24):
-        found = compare_recipes(*noisy(1.0, seed, shared=0.5), level=0.9, resamples=200)
+        found = compare_recipes(*noisy(1.0, seed, shared=0.5), level=0.9, resamples=100)
         low, high = found.flops.value.interval
         held += low <= 1.0 <= high
         logs.append(np.log(found.flops.value.value))
@@ -92,7 +92,7 @@ def test_two_samples_of_one_recipe_are_worth_the_same() -> None:
 
 def test_a_quarter_more_compute_is_seen_on_five_by_five() -> None:
     told = sum(
-        compare_recipes(*noisy(1.25, 100 + seed), level=0.9, resamples=200).flops.value.interval[0] > 1
+        compare_recipes(*noisy(1.25, 100 + seed), level=0.9, resamples=100).flops.value.interval[0] > 1
         for seed in range(8)
     )
     assert told >= 7

@@ -9,7 +9,8 @@ import pytest
 from analysis.batches import CriticalBatches, critical_batches, fit_critical_batch
 from analysis.importance_plots import batch_curves
 from analysis.noise_scale import gradient_noise, noise_scales
-from analysis.timescale import decay_timescales, published_timescale
+from analysis.published import published_timescale
+from analysis.timescale import decay_timescales
 from sweeps.accounting import small_part
 from tests.analysis.synthetic import published
 

@@ -37,7 +37,7 @@ def test_every_start_of_a_coarse_grid_comes_to_the_best_objective(threshold) -> 
 @pytest.mark.parametrize("robust", [Robust("huber", 1e-3), Robust("huber", 0.015), Robust("lad", 1e-9)])
 def test_many_rows_end_at_the_optimum_of_all_rows(robust) -> None:
     """The way down is on a sample; the end must not be."""
-    problem = problem_of_rows(3 * SAMPLE_ROWS)
+    problem = problem_of_rows(2 * SAMPLE_ROWS)
     found = solve(problem, robust)
     _, value = descend(problem, robust, problem.theta(BES)[None])
     assert found.objective <= value[0] * (1 + 1e-6)
@@ -71,7 +71,7 @@ def replicated(seed: int, misfit: float = 0.0):
 def test_intervals_use_all_that_is_known_of_the_noise() -> None:
     """Four degrees of freedom between seeds leave the noise open by a third; the residuals that agree know better."""
     seeds, drawn = [], []
-    for seed in range(40):
+    for seed in range(24):
         found = fit(replicated(seed), resamples=20)
         assert found.noise["source"] == "seeds"
         assert found.noise["drawn_freedom"] > 4 * found.noise["freedom"]

@@ -76,7 +76,7 @@ def test_end_points_of_several_lengths_give_the_same_frontier() -> None:
     assert codes(found, "refuse") == set()
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=8, derandomize=True)
 @given(alpha=st.floats(0.25, 0.5), beta=st.floats(0.25, 0.5))
 def test_envelope_follows_any_law(alpha, beta) -> None:
     law = {"E": 1.8, "alpha": alpha, "beta": beta}
@@ -89,7 +89,7 @@ def test_envelope_follows_any_law(alpha, beta) -> None:
 def test_interval_holds_the_truth_for_replicated_noisy_curves() -> None:
     inside = 0
     for seed in range(10):
-        found = fit_curve_envelope(curves(seeds=3, noise=0.003, wiggle=0.002, seed=seed), resamples=100)
+        found = fit_curve_envelope(curves(seeds=3, noise=0.003, wiggle=0.002, seed=seed), resamples=50)
         low, high = found.intervals["N_exponent"]
         inside += low <= EXPONENT <= high
         assert high - low < 0.25

@@ -67,7 +67,7 @@ def test_exponents_follow_the_counter_of_the_runs() -> None:
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     inside, count = {"alpha": 0, "E": 0}, 50
     for seed in range(count):
-        found = fit(replicated(noise=0.004, seed=seed), resamples=300, seed=seed)
+        found = fit(replicated(noise=0.004, seed=seed), resamples=150, seed=seed)
         for name in inside:
             low, high = found.intervals[name]
             inside[name] += low <= BES[name] <= high

@@ -72,7 +72,7 @@ def test_false_alarms_are_rare_on_noisy_studies() -> None:
             surface(N, D, BES, noise=0.005, seed=seed),
             budgets_table(budgets, law=BES, sizes=7, noise=0.005, seed=seed),
         ):
-            found = judged(runs, resamples=50)
+            found = judged(runs, resamples=20)
             assert not codes(found, "refuse")
             alarms += codes(found) != {"noise_from_residuals"}
     assert alarms <= 2
@@ -209,7 +209,7 @@ def test_two_outliers_that_mask_each_other() -> None:
 
 
 def test_heavy_noise_without_outliers_is_not_called_one() -> None:
-    fired = sum("outlier_driven" in codes(judged(grid(0.02, seed=seed), resamples=50)) for seed in range(8))
+    fired = sum("outlier_driven" in codes(judged(grid(0.02, seed=seed), resamples=20)) for seed in range(8))
     assert fired <= 1
 
 

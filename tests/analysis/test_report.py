@@ -1,6 +1,7 @@
 """The report: one page that stands alone, answers or refuses, and works at any stage of any study."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from analysis import write_report
 from sweeps.errors import InputError
 from sweeps.records import read_json, write_json
-from tests.analysis.synthetic import BUDGETS, Run, grid, write_study
+from tests.analysis.synthetic import BUDGETS, Run, grid
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -86,16 +87,18 @@ def test_all_sections_and_pictures_are_there(page) -> None:
 
 
 def test_partly_finished_study_says_so_and_refuses_honestly(study) -> None:
-    runs = [Run(**{**vars(run), "state": "finished" if i < 7 else "planned"}) for i, run in enumerate(grid())]
-    page = page_of(study(runs))
-    assert "Provisional: 13 of 20 planned cells are still to come." in page.text
+    states = {**dict.fromkeys(range(10), "finished"), 3: "failed", 8: "diverged"}
+    runs = [replace(run, state=states.get(i, "planned")) for i, run in enumerate(grid())]
+    page = page_of(study(runs, quarantine={6: "spike"}))
+    assert "Provisional: 11 of 20 planned cells are still to come." in page.text
     assert "do not settle" in page.text
     assert "refuse" in page.text
-    assert "not finished (planned)" in page.text
+    for phrase in ("not finished (planned)", "ValueError: it broke", "the loss is not finite", "quarantined: spike"):
+        assert phrase in page.text, phrase
 
 
 def test_study_that_has_not_begun_has_a_report(study) -> None:
-    page = page_of(study([Run(**{**vars(run), "state": "planned"}) for run in grid()]))
+    page = page_of(study([replace(run, state="planned") for run in grid()]))
     assert "20 of 20 planned cells are still to come" in page.text
     assert "do not settle" in page.text
 
@@ -115,15 +118,6 @@ def test_every_family_has_its_own_answer(study) -> None:
     assert "gpt2. Between" in page.text
     assert "llama. Between" in page.text
     assert "several families" not in page.text
-
-
-def test_failed_and_quarantined_cells_are_listed_with_their_reason(study) -> None:
-    runs = grid(BUDGETS[:3])
-    runs[3] = Run(**{**vars(runs[3]), "state": "failed"})
-    runs[8] = Run(**{**vars(runs[8]), "state": "diverged"})
-    page = page_of(study(runs, quarantine={12: "spike"}))
-    for phrase in ("ValueError: it broke", "the loss is not finite", "quarantined: spike"):
-        assert phrase in page.text
 
 
 def test_text_of_users_is_escaped(study) -> None:
@@ -148,14 +142,14 @@ def test_unknown_study_is_an_input_error(good_store) -> None:
         write_report("nothing", good_store)
 
 
-def test_planned_times_are_held_against_real_ones_where_there_were_any(tmp_path: Path) -> None:
-    root = write_study(tmp_path / "store", grid(seeds=1))
-    assert "Planned and real time" not in page_of(root).text
+def test_planned_times_are_held_against_real_ones_where_there_were_any(page, study) -> None:
+    assert "Planned and real time" not in page.text
+    root = study([Run(width=w, tokens=t * 512) for w in (16, 32) for t in (400, 1500)])
     path = root / "studies" / "demo" / "plan.json"
     plan = read_json(path)
     for entry in plan["cells"]:
         entry["seconds_predicted"] = 5.3  # half of what each cell took
     write_json(path, plan)
-    page = page_of(root)
-    assert "off by 50% (median of" in page.text
-    assert "took 2.00 times what was planned, and apart from that factor the median is 0%" in page.text
+    timed = page_of(root)
+    assert "off by 50% (median of" in timed.text
+    assert "took 2.00 times what was planned, and apart from that factor the median is 0%" in timed.text

@@ -32,7 +32,7 @@ def share_that_hold(trials: int, name: str, *, trunks: bool) -> tuple[float, flo
     """How many of the 95 % intervals of a parameter hold its value, and their mean width in ln."""
     hold, width = 0, 0.0
     for seed in range(trials):
-        found = fit(table(seed, trunks=trunks), "chinchilla", resamples=100, seed=seed, resample="rows")
+        found = fit(table(seed, trunks=trunks), "chinchilla", resamples=60, seed=seed, resample="rows")
         low, high = found.intervals[name]
         hold += low <= LAW[name] <= high
         width += float(np.log(high / low)) / trials

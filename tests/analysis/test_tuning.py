@@ -1,6 +1,7 @@
 """What tuning is worth: known gains and multipliers come back, luck is not taken for a gain, and bounds are bounds."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -232,10 +233,17 @@ def test_everything_goes_into_json_and_a_table(found) -> None:
     assert {"gain", "compute", "size", "told_apart", "at_least"} <= set(record["worths"][0])
 
 
-def test_optima_found_before_are_used() -> None:
+def test_a_sweep_found_before_is_used_with_its_noise_where_it_is_over_the_tuned_axes() -> None:
     runs = sweep(SIZES[:3], TOKENS[:3], RATES)
-    optima = sensitivity(runs).optima[:4]
-    assert len(tuning_worth(runs, default=off(2.0), optima=optima).worths) == 4
+    known = sensitivity(runs)
+    some = replace(known, optima=known.optima[:4], noise=dict(known.noise, sd=0.5))
+    found = tuning_worth(runs, default=off(2.0), sweep=some)
+    assert len(found.worths) == 4
+    assert found.noise["sd"] == 0.5
+    other = replace(some, optima=tuple(replace(one, axes=("batch_tokens",)) for one in some.optima))
+    anew = tuning_worth(runs, default=off(2.0), sweep=other)
+    assert len(anew.worths) == 9
+    assert anew.noise["sd"] == pytest.approx(known.noise["sd"])
 
 
 # --- published runs ----------------------------------------------------------------------------------------------

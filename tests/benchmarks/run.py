@@ -22,10 +22,12 @@ import eager
 import fits
 import mirror
 import overhead
+import postgres
 import searching
 import sensitivity
 import stalls
 import step
+import submit
 import together
 import transfer
 from measuring import Place, Row
@@ -52,10 +54,12 @@ BENCHMARKS = {
     "compare": compare.run,
     "transfer": transfer.transfer,
     "mirror": mirror.mirror,
+    "postgres": postgres.shared,
     "overhead": overhead.overhead,
     "search": searching.search,
     "logging": stalls.logging,
     "checkpoints": stalls.checkpoints,
+    "submit": submit.submit,
 }
 
 

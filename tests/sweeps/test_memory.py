@@ -17,7 +17,7 @@ from sweeps.sizes import shape_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQUENCES, CONTEXT, VOCABULARY = 8, 256, 512
-SIZES = (100_000, 800_000, 6_400_000)
+SIZES = (100_000, 800_000, 3_200_000)
 
 MEASURE = """
 import ctypes, gc, json, sys, torch

@@ -7,13 +7,13 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from crashing import Forker
-from searched import drive, end, loss_of
+from searched import CORPUS, RATE, drive, end, loss_of, make_corpus, search_plan
 
 from cluster.ledger import ledger_rows, register
 from cluster.searching import Searching
@@ -25,22 +25,15 @@ from sweeps.planned import PlannedCell
 from sweeps.rungs import ENOUGH_PAIRS, correlation, is_control, is_promising
 from sweeps.samplers import make_sampler
 from sweeps.search import Searcher
-from sweeps.store import Store, attempt_epochs, forgive, open_store, quarantine_cell
-
-from sweeps.store import read_plan, release_cell  # isort: skip
-from sweeps.study import Study
+from sweeps.store import Store, attempt_epochs, forgive, open_store, quarantine_cell, read_plan, release_cell
 from sweeps.studyfile import load_study
 from sweeps.summary import search_summary, summary_lines
 from sweeps.trials import Trial, groups, journal_path, open_journal, read_group, with_trials
 
-RATE = {"learning_rate": {"log": [1e-4, 1e-1]}}
-CORPUS = {"source": "markov", "options": {"vocab_size": 8, "tokens": 60_000}}
-
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusInfo:
-    store = open_store(tmp_path_factory.mktemp("corpus") / "store")
-    return prepare(make_source("markov", None, CORPUS["options"]), "bytes", store.root)
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +49,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def make_plan(corpus: CorpusInfo) -> Callable[..., Plan]:
-    def make(training: dict[str, Any] | None = None, points: Any = None, seeds: Any = 0, **search: Any) -> Plan:
-        declared = {
-            "name": "s",
-            "corpus": CORPUS,
-            "context": 32,
-            "families": ["llama"],
-            "grid": {"type": "points", "points": points or [{"size": 10_000, "tokens": 40_000}]},
-            "training": {"batch_tokens": 64, "warmup_tokens": 2_000} | (training or {}),
-            "seeds": seeds,
-            "search": {"space": RATE, "sampler": "random", "trials": 6} | search,
-        }
-        return plan_study(Study.model_validate(declared), corpus)
-
-    return make
+    return partial(search_plan, corpus)
 
 
 def trials(store: Store, plan: Plan) -> list[Trial]:
@@ -80,71 +60,6 @@ def trials(store: Store, plan: Plan) -> list[Trial]:
 
 def settings(store: Store, plan: Plan) -> list[float]:
     return [one.setting["learning_rate"] for one in trials(store, plan)]
-
-
-# --- the file ----------------------------------------------------------------------------------------------------
-
-
-def fault_of(tmp_path: Path, search: str, more: str = "") -> str:
-    path = tmp_path / "bad.yaml"
-    grid = "{type: ladder, sizes: [1e4], tokens_per_parameter: [2]}"
-    path.write_text(f"name: s\nfamilies: [llama]\ngrid: {grid}\n{more}\nsearch:\n  {search}")
-    with pytest.raises(InputError) as raised:
-        load_study(path)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("search", "words"),
-    [
-        ("space: {learning_rate: {log: [0.1, 0.1]}}", "is empty"),
-        ("space: {learning_rate: {log: [0.1, 0.01]}}", "is empty"),
-        ("space: {learning_rate: {log: [0, 0.1]}}", "reaches zero; begin above it, or take linear"),
-        ("space: {learning_rate: {log: [1e-3, 1e-1], linear: [0, 1]}}", "exactly one of"),
-        ("space: {learning_rate: {logg: [1e-3, 1e-1]}}", 'did you mean "log"'),
-        ("space: {schedule: {categorical: [cosine]}}", "at least two different values"),
-        ("space: {schedule: {categorical: [cosine, wsdd]}}", "wsd"),
-        ("space: {learning_rat: {log: [1e-3, 1e-1]}}", 'did you mean "learning_rate"'),
-        ("space: {batch_tokens: {int: [512, 4000], step: 512}}", "no whole number of steps"),
-        ("space: {beta1: {linear: [0, 2]}}", "beta1"),
-        (
-            "{space: {schedule: {categorical: [cosine, wsd]}, learning_rate: {log: [1e-3, 1]}}, sampler: cmaes}",
-            "take tpe, gp, qmc, random",
-        ),
-        ("{space: {learning_rate: {log: [1e-3, 1]}}, sampler: cmaes}", "at least two hyperparameters"),
-        (
-            "{space: {learning_rate: {log: [1e-3, 1]}}, sampler: grid}",
-            "needs a list of values, and learning_rate has none",
-        ),
-        ("{space: {learning_rate: {log: [1e-3, 1]}}, sampler: gp, rungs: [0.5]}", "take tpe, qmc, random"),
-        ("{space: {learning_rate: {log: [1e-3, 1]}}, rungs: [1.5]}", "more than 0 and less than 1"),
-        ("{space: {learning_rate: {log: [1e-3, 1]}}, start: [{weight_decay: 0}]}", "which is not searched"),
-        ("{space: {learning_rate: {log: [1e-3, 1]}}, sampler: tpee}", 'did you mean "tpe"'),
-        ("{space: {learning_rate: {log: [1e-3, 1]}}, trial: 3}", 'did you mean "trials"'),
-    ],
-)
-def test_a_bad_search_is_a_sentence_with_its_line(tmp_path: Path, search: str, words: str) -> None:
-    found = fault_of(tmp_path, search)
-    assert words in found
-    assert "bad.yaml:" in found
-
-
-def test_what_is_searched_stands_nowhere_else(tmp_path: Path) -> None:
-    more = "vary: {learning_rate: [0.1, 0.2]}"
-    assert "varied or searched" in fault_of(tmp_path, "space: {learning_rate: {log: [1e-3, 1]}}", more)
-
-
-def test_a_start_setting_outside_the_space_is_a_sentence(store: Store, make_plan: Callable[..., Plan]) -> None:
-    with pytest.raises(InputError, match=r"start has learning_rate 0\.5, which is not in the space"):
-        groups(make_plan(start=[{"learning_rate": 0.5}]))
-
-
-def test_rungs_want_a_trunk_that_the_full_run_shares(make_plan: Callable[..., Plan]) -> None:
-    with pytest.raises(InputError, match="found schedule cosine"):
-        groups(make_plan(rungs=[0.5]))
-    follows = {"schedule": "wsd", "weight_decay": {"value": 0.1, "at": {"D": 1e4}, "power": {"D": 0.5}}}
-    with pytest.raises(InputError, match=r"optimizer\.weight_decay differs"):
-        groups(make_plan(training=follows, rungs=[0.5]))
 
 
 # --- trials and cells --------------------------------------------------------------------------------------------

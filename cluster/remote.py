@@ -1,0 +1,227 @@
+"""The commands for a cluster that is elsewhere. They talk to its dashboard alone.
+
+`escala.py` puts them on the command line. Imports are inside the commands: `escala --help` loads this file.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.arguments import (
+    DEFAULT_STORE,
+    AcceptOption,
+    CodeOption,
+    JsonOption,
+    RefitOption,
+    StudyArgument,
+    TrackingOption,
+)
+from cluster.terminal import say, visible
+from sweeps.redaction import redact
+
+if TYPE_CHECKING:
+    from cluster.jobs import Dashboard, Job
+    from cluster.submit import Submission
+
+app = typer.Typer()
+CLUSTER = "On a cluster"
+"""The panel of these commands in `escala --help`."""
+DashboardOption = Annotated[
+    str,
+    typer.Option("--address", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="Its dashboard: http://HOST:8265"),
+]
+
+
+@app.command(rich_help_panel=CLUSTER)
+def submit(
+    study: StudyArgument,
+    address: DashboardOption,
+    store: Annotated[
+        Path, typer.Option("--store", envvar="ESCALA_STORE", help="The store as the cluster's nodes see it: /...")
+    ] = DEFAULT_STORE,
+    tracking_uri: TrackingOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job's log.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(help="Pass this variable of here on, by its name. No secrets. Repeatable.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="At most so many cells at once.")] = None,
+    allow_code: CodeOption = False,
+    checkpoint_seconds: Annotated[
+        float | None, typer.Option(min=0, help="Wall-clock time between the checkpoints of a cell. [default: run's]")
+    ] = None,
+    give_up_after: Annotated[
+        int | None, typer.Option(min=1, help="End when its first so many attempts all fail alike. [default: run's]")
+    ] = None,
+    accept_corpus: AcceptOption = False,
+    refit: RefitOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study as a Ray job on a cluster, and follow its log. Submit it again to go on after whatever happened.
+
+    The cluster's nodes need Escala's requirements and a folder that they share; the code goes with the job. Ctrl-C
+    stops following, not the job. Exit code: the job's.
+    """
+    from cluster.jobs import check_address, connect, follow
+    from cluster.submit import prepare, send
+
+    given = {"--workers": workers, "--checkpoint-seconds": checkpoint_seconds, "--give-up-after": give_up_after}
+    flags = {"--allow-code": allow_code, "--accept-corpus": accept_corpus, "--refit": refit}
+    options = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    check_address(address)
+    submission = prepare(
+        study,
+        store,
+        tracking_uri=tracking_uri,
+        options=[*options, *(name for name, on in flags.items() if on)],
+        variables=env or [],
+        environment=dict(os.environ),
+        allow_code=allow_code,
+        accept_corpus=accept_corpus,
+        refit=refit,
+        touch=not dry_run,
+    )
+    if dry_run:
+        if as_json:
+            print(json.dumps(submission.to_json()))
+        else:
+            _print_submission(submission)
+        return
+    tell = _aside if as_json else say
+    for line in _introduction(submission):
+        tell(line)
+    dashboard = connect(address)
+    job, new = send(dashboard, submission)
+    if new:
+        tell(f"sent as {job.id} to {dashboard.address}")
+    else:
+        _say_running(job, submission, detach, tell)
+    if detach:
+        if as_json:
+            print(json.dumps(vars(job)))
+        else:
+            say(_how_to(dashboard, job))
+        return
+    try:
+        job = follow(dashboard, job.id, _write_aside if as_json else _write, tell)
+    except KeyboardInterrupt:
+        tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
+        raise typer.Exit(1) from None
+    if as_json:
+        print(json.dumps(vars(job)))
+    elif job.status == "SUCCEEDED":
+        say(f"{job.id} has ended well.")
+    _raise_fate(job)
+
+
+def _introduction(submission: "Submission") -> list[str]:
+    from sweeps.units import flops
+
+    total = sum(submission.package.sizes.values())
+    lines = [
+        f"{submission.study}: {total / 1e6:.1f} MB in {len(submission.package.files)} files; store on the cluster: "
+        f"{submission.store}"
+    ]
+    if submission.plan is None:
+        lines.append(f"not planned here: {submission.unplanned}. The cluster does.")
+    elif submission.plan.cells:
+        total_flops = sum(one.counts["C"] for one in submission.plan.cells)
+        lines.append(f"{len(submission.plan.cells)} cells, {flops(total_flops)} FLOPs; those that have ended stay.")
+    return lines
+
+
+def _print_submission(submission: "Submission") -> None:
+    for line in _introduction(submission):
+        say(line)
+    say(f"entrypoint: {submission.entrypoint}")
+    told = submission.to_json()
+    say(f"resources: {', '.join(f'{count} {name}' for name, count in told['resources'].items())} for the driver")
+    say(f"environment: {', '.join(told['environment']) or 'nothing of yours'}")
+    for place, size in told["files"].items():
+        say(f"{size:>12,}  {place}")
+    say("nothing was sent.")
+
+
+def _say_running(job: "Job", submission: "Submission", detach: bool, tell: Any) -> None:
+    """That a job of the study lives, instead of a second one that the study's claim would refuse."""
+    from sweeps.errors import InputError
+
+    found = f"{job.study} is {job.status.lower()} already as {job.id}, submitted by {job.person}"
+    if job.package != submission.package.digest:
+        found += "; its study or code is another than this. Submit again when it has ended, and what is new trains"
+    if detach:
+        raise InputError(f"{found}. Nothing was sent; without --detach its log is followed.")
+    tell(f"{found}. Nothing was sent; its log:")
+
+
+def _how_to(dashboard: "Dashboard", job: "Job") -> str:
+    where = f"--address {dashboard.address}"
+    return (
+        f"Follow it: the same command without --detach, or ray job logs -f {job.id} {where}. "
+        f"Stop it: escala jobs --stop {job.id} {where}"
+    )
+
+
+def _raise_fate(job: "Job") -> None:
+    """End with the job's exit code, and say of a job that has none why."""
+    if job.status == "STOPPED":
+        _aside(f"{job.id} was stopped. What was done is kept; submit the study again to go on.")
+        raise typer.Exit(1)
+    if job.status == "FAILED":
+        if job.exit_code is None:
+            _aside(f"{job.id} failed: {job.message.strip() or 'Ray does not say why'}")
+        else:
+            _aside(f"{job.id} ended with exit code {job.exit_code}.")
+        raise typer.Exit(job.exit_code or 1)
+
+
+@app.command(rich_help_panel=CLUSTER)
+def jobs(
+    address: DashboardOption,
+    stop: Annotated[
+        str | None, typer.Option("--stop", metavar="JOB", help="Stop this one; its cells keep checkpoints.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """The jobs of Escala on a cluster: study, state, since when, whose. With --stop, end one."""
+    from cluster.jobs import connect, list_jobs
+    from cluster.jobs import stop as stop_job
+
+    dashboard = connect(address)
+    if stop is not None:
+        job = stop_job(dashboard, stop, _aside)
+        if as_json:
+            print(json.dumps(vars(job)))
+        else:
+            say(f"{job.id}: {job.status.lower()}. Submit the study again to go on.")
+        return
+    found = list_jobs(dashboard)
+    if as_json:
+        print(json.dumps([vars(job) for job in found]))
+        return
+    from cluster.display import console
+    from cluster.overview import job_table
+
+    if not found:
+        say(f"no jobs of Escala at {dashboard.address}.")
+        return
+    console.print(job_table(found))
+    say(f"a log: ray job logs JOB --address {dashboard.address}")
+
+
+def _aside(line: str) -> None:
+    say(line, sys.stderr)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(visible(redact(text)))
+    sys.stdout.flush()
+
+
+def _write_aside(text: str) -> None:
+    sys.stderr.write(visible(redact(text)))
+    sys.stderr.flush()

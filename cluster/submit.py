@@ -1,0 +1,232 @@
+"""Submitting: a study goes to a cluster as a Ray job, whose driver is `escala run` there.
+
+The job holds nothing that the store does not: whatever ends it, submitting the study again goes on. Guarded against:
+two drivers of one study (a job's name is its study's with the next number, and Ray gives a name away once), and
+secrets in a job, where the Jobs API shows them: a password in a URL or a variable that is named like one is refused.
+"""
+
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.control import person
+from cluster.jobs import STOP_SECONDS, Dashboard, Job, answering, list_jobs
+from cluster.package import CODE, Package, make_package
+from cluster.planning import read_study
+from sweeps import sources
+from sweeps.errors import InputError
+from sweeps.fitted import fitted_studies
+from sweeps.grids import Plan
+from sweeps.redaction import SECRET_NAMES
+from sweeps.store import study_names
+from sweeps.study import Study
+from sweeps.studyfile import find_study_file, load_study
+
+DRIVER_CPUS = 1
+"""What the driver holds on the cluster. Not memory: Ray only counts it, and the workers, which need most, hold none."""
+PLANNED_HERE_BYTES = 100 * 1000**2
+"""A larger corpus is tokenised on the cluster alone, and the cells are planned there."""
+NAMES_TRIED = 5
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """All that is sent."""
+
+    study: str
+    store: str
+    entrypoint: str
+    package: Package
+    environment: dict[str, str]
+    plan: Plan | None
+    """As planned here; None where only the cluster can."""
+    unplanned: str
+    """Why it was not planned here."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `--dry-run` shows: names of variables without their values."""
+        sizes = self.package.sizes
+        return {
+            "study": self.study,
+            "store": self.store,
+            "cells": len(self.plan.cells) if self.plan else None,
+            "entrypoint": self.entrypoint,
+            "resources": {"CPU": DRIVER_CPUS},
+            "environment": sorted(self.environment),
+            "bytes": sum(sizes.values()),
+            "files": sizes,
+        }
+
+
+def prepare(
+    study: str,
+    store: Path,
+    *,
+    tracking_uri: str | None,
+    options: Sequence[str],
+    variables: Sequence[str],
+    environment: dict[str, str],
+    allow_code: bool,
+    accept_corpus: bool,
+    refit: bool,
+    touch: bool,
+) -> Submission:
+    """Check a study here and put together what goes to the cluster. InputError for all that `plan` refuses, a store or
+    a tracking server that the cluster would not find, secrets, and too many bytes.
+
+    `options` go to `escala run` as they are; `variables` are names of `environment` to pass on. Without `touch` a store
+    that is visible here is only read.
+    """
+    path = find_study_file(study)
+    declared = load_study(path)
+    if not store.is_absolute():
+        raise InputError(
+            f"--store: found {str(store)!r}, which on the cluster is in the job's own folder and goes with it. Give "
+            "the absolute path of a folder that the cluster's nodes share, as they see it: --store /shared/escala."
+        )
+    _check_tracking(tracking_uri)
+    passed = _passed(variables, environment)
+    package = make_package(path, declared, allow_code=allow_code)
+    plan, unplanned = _plan_here(study, path, declared, store, allow_code, accept_corpus, refit, touch)
+    words = ["run", package.study, "--address", "auto", "--store", str(store), *options]
+    words += ["--tracking-uri", tracking_uri] if tracking_uri else []
+    # exec: the shell around the driver would take the signal that stops it. Python is the cluster's.
+    entrypoint = "exec python escala.py " + shlex.join(words)
+    return Submission(declared.name, str(store), entrypoint, package, passed, plan, unplanned)
+
+
+def _check_tracking(tracking_uri: str | None) -> None:
+    parts = urlsplit(tracking_uri or "")
+    if parts.password or parts.username:
+        raise InputError(
+            "--tracking-uri: found a password in it, and whoever sees the cluster's jobs sees their commands. Leave it "
+            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes."
+        )
+
+
+def _passed(variables: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
+    """The variables that go along, with their values."""
+    for name in variables:
+        if not VARIABLE.fullmatch(name):
+            raise InputError(f"--env: found {name!r}; give the name of a variable alone, its value is taken from here.")
+        if SECRET_NAMES.search(name.upper()):
+            raise InputError(
+                f"--env: {name} is named like a secret, and the Jobs API shows a job's variables to everyone who may "
+                "ask. Set it on the cluster's nodes instead (a Kubernetes secret, a file that only they read)."
+            )
+        if name not in environment:
+            raise InputError(f"--env: {name} is not set here, so it has no value to pass on.")
+    return {name: environment[name] for name in variables}
+
+
+def _plan_here(
+    study: str,
+    path: Path,
+    declared: Study,
+    store: Path,
+    allow_code: bool,
+    accept_corpus: bool,
+    refit: bool,
+    touch: bool,
+) -> tuple[Plan | None, str]:
+    """The plan as this machine sees it, so that faults are known before anything is sent; or why there is none.
+
+    In the cluster's store where that is visible here, else in one that is thrown away.
+    """
+    visible = (store / "store.json").is_file()
+    if visible and (touch or declared.name in study_names(_opened(store))):
+        return read_study(study, store, allow_code, accept_corpus, create=False, refit=refit)[1], ""
+    if any(fitted_studies(declared.model_dump())):
+        return None, "it takes values from fits, which are in the cluster's store"
+    source = sources.make_source(
+        declared.corpus.source, declared.corpus.path, declared.corpus.options, base_dir=path.resolve().parent
+    )
+    if not sources.is_here(source):
+        return None, "its corpus is not on this machine"
+    if source.path and _bytes(Path(source.path)) > PLANNED_HERE_BYTES:
+        return None, "its corpus is too large to be read for it"
+    with tempfile.TemporaryDirectory(prefix="escala-plan-") as folder:
+        return read_study(study, Path(folder) / "store", allow_code, accept_corpus)[1], ""
+
+
+def _opened(store: Path) -> Any:
+    from sweeps.store import open_store
+
+    return open_store(store, create=False)
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
+    total = 0
+    for one in files:
+        total += one.stat().st_size
+        if total > PLANNED_HERE_BYTES:
+            break
+    return total
+
+
+def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
+    """Send a job, unless one of the study lives already: (the job, whether it is new)."""
+    # Ray's `RAY_JOB_STOP_WAIT_TIME_S` is read where the driver runs.
+    environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **submission.environment}
+    metadata = {
+        "escala.study": submission.study,
+        "escala.store": submission.store,
+        "escala.person": person(),
+        "escala.commit": _commit(),
+        "escala.package": submission.package.digest,
+    }
+    with tempfile.TemporaryDirectory(prefix="escala-package-") as folder:
+        submission.package.write(Path(folder))
+        for _ in range(NAMES_TRIED):
+            jobs = list_jobs(dashboard)
+            if lives := [job for job in jobs if job.lives and _same(job, submission)]:
+                return lives[-1], False
+            numbers = [_number(job) for job in jobs if job.study == submission.study]
+            job_id = f"escala-{submission.study}-{1 + max(numbers, default=0)}"
+            try:
+                with answering(dashboard.address):
+                    dashboard.client.submit_job(
+                        entrypoint=submission.entrypoint,
+                        submission_id=job_id,
+                        entrypoint_num_cpus=DRIVER_CPUS,
+                        runtime_env={"working_dir": folder, "env_vars": environment},
+                        metadata=metadata,
+                    )
+            except InputError:
+                if not any(job.id == job_id for job in list_jobs(dashboard)):
+                    raise
+                continue  # another was quicker, perhaps with the same study and store
+            return next(job for job in list_jobs(dashboard) if job.id == job_id), True
+    raise InputError(f"others submit the study {submission.study} to {dashboard.address} all the time. Ask them.")
+
+
+def _same(job: Job, submission: Submission) -> bool:
+    return job.study == submission.study and PurePosixPath(job.store) == PurePosixPath(submission.store)
+
+
+def _number(job: Job) -> int:
+    found = re.search(r"-(\d+)$", job.id)
+    return int(found[1]) if found else 0
+
+
+def _commit() -> str:
+    """The commit of Escala's code, marked where it was edited; empty where it is no repository."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=CODE,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""

@@ -1,0 +1,384 @@
+"""A study goes to a real cluster as a job, with token auth on and off, and nothing wrong gets that far."""
+
+import functools
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import TINY, Escala, Finished, refused
+from faultproxy import free_port
+from heads import TOKEN, Head, running_head
+
+import cluster.jobs as jobs
+from sweeps.errors import InputError
+from sweeps.records import read_json
+from sweeps.store import Store, read_end
+
+SECONDS = 180.0
+NOWHERE = "http://127.0.0.1:1"
+GATED = """
+import os, time
+from pathlib import Path
+
+def train(cell, io):
+    gate = Path(os.environ["GATE"])
+    state = io.restore() or {"step": 0}
+    (gate.parent / f"{cell.seed}-from-{state['step']}").touch()
+    for step in range(state["step"] + 1, cell.steps + 1):
+        while step == 5 and not gate.exists() and not io.should_stop():
+            time.sleep(0.05)
+        io.log(step * cell.batch_tokens, {"train_loss": 1.0 / step})
+        io.checkpoint(step * cell.batch_tokens, lambda: {"step": step})
+    return 1.0
+"""
+
+
+def gated_study(name: str) -> str:
+    """Two cells of a trainer that waits at its fifth step for the file that GATE names."""
+    grid = "grid: {type: points, points: [{size: 10000, tokens: 2560}]}\nseeds: [0, 1]\ntrainer: gated.py:train\n"
+    return re.sub(r"grid:.*?\ntraining", f"{grid}training", TINY, flags=re.S).replace("name: tiny", f"name: {name}")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """Three CPUs: one for the driver, two for workers."""
+    with running_head(cpus=3, token=TOKEN) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def no_token_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What Ray's client reads tokens from is the test's alone."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, no_token_of_ones_own: None) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+def losses(store: Path) -> dict[str, float]:
+    return {path.parent.name: read_json(path)["val_loss_final"] for path in (store / "cells").glob("*/result.json")}
+
+
+def listed(escala: Escala, head: Head) -> dict[str, dict[str, Any]]:
+    return {job["id"]: job for job in json.loads(escala("jobs", "--address", head.address, "--json").stdout)}
+
+
+# --- a cluster that asks for a token ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("token")
+def test_a_submitted_study_ends_as_on_the_laptop_and_again_has_nothing_to_train(
+    head: Head, escala: Escala, finished: Finished, tmp_path: Path
+) -> None:
+    study, store = escala.study(TINY, "my tiny study.yaml"), tmp_path / "cluster"
+    first = escala("submit", study, "--address", head.address, "--store", store)
+    assert "sent as escala-tiny-1" in first.stdout
+    assert "7 finished, 0 diverged, 0 failed" in first.stdout
+    assert "escala-tiny-1 has ended well" in first.stdout
+    assert losses(store) == losses(finished.store), "equal to the bit"
+    second = escala("submit", study, "--address", head.address, "--store", store, "--json")
+    assert "nothing to train: all 7 cells have ended already" in second.stderr
+    job = json.loads(second.stdout)
+    assert (job["id"], job["status"], job["exit_code"]) == ("escala-tiny-2", "SUCCEEDED", 0)
+    assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr
+
+
+@pytest.mark.usefixtures("token")
+def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
+    head: Head, escala: Escala, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, marks, store = tmp_path / "beside", tmp_path / "marks", tmp_path / "cluster"
+    here.mkdir()
+    marks.mkdir()
+    (here / "gated.py").write_text(GATED)
+    (here / "gated.yaml").write_text(gated_study("gated"))
+    monkeypatch.setenv("GATE", str(marks / "gate"))
+    command = ["submit", here / "gated.yaml", "--address", head.address, "--store", store, "--allow-code"]
+    command += ["--env", "GATE"]
+
+    # 1. Two at once: one of them drives.
+    racing = [escala.start(*command, "--detach") for _ in range(2)]
+    said = [one.communicate(timeout=SECONDS) for one in racing]
+    assert sorted(one.returncode for one in racing) == [0, 2], said
+    assert "is pending already as escala-gated-1" in str(said) or "is running already as escala-gated-1" in str(said)
+    wait_for(lambda: len(list(marks.glob("*-from-0"))) == 2)
+
+    # 2. Whoever submits it meanwhile follows the one that runs; Ctrl-C ends the following alone.
+    follower = escala.start(*command)
+    assert follower.stdout is not None
+    for line in follower.stdout:
+        if "starting Ray" in line:
+            break
+    follower.send_signal(2)
+    out, _ = follower.communicate(timeout=SECONDS)
+    assert follower.returncode == 1
+    assert "no longer followed; escala-gated-1 goes on" in out
+    assert listed(escala, head)["escala-gated-1"]["status"] == "RUNNING"
+
+    # 3. Stopped: the cells keep checkpoints, and are not charged for it.
+    stopped = escala("jobs", "--stop", "escala-gated-1", "--address", head.address)
+    assert "escala-gated-1: stopped" in stopped.stdout
+    ends = [read_end(Store(store), path.parents[2].name, 0) for path in store.glob("cells/*/attempts/0/log.jsonl")]
+    assert [end and end[0] for end in ends] == ["stopped", "stopped"]
+
+    # 4. Submitted again, it goes on from there.
+    (marks / "gate").touch()
+    again = escala(*command)
+    assert "2 finished" in again.stdout
+    assert {path.name for path in marks.glob("*-from-*")} >= {"0-from-5", "1-from-5"}
+    found = listed(escala, head)
+    assert [found[f"escala-gated-{n}"]["status"] for n in (1, 2)] == ["STOPPED", "SUCCEEDED"]
+    table = escala("jobs", "--address", head.address).stdout
+    assert re.search(r"escala-gated-2 +gated +succeeded", table)
+
+
+@pytest.mark.usefixtures("token")
+def test_what_the_jobs_api_shows_holds_no_secret(head: Head, escala: Escala, tmp_path: Path) -> None:
+    """A job whose driver refuses: its exit code is the command's, and its record is there to be looked at."""
+    study = escala.study(TINY.replace("name: tiny", "name: refused"))
+    (tmp_path / "file").touch()
+    run = escala("submit", study, "--address", head.address, "--store", tmp_path / "file" / "store", ok=2)
+    assert "error: " in run.stdout, "the driver's own sentence"
+    assert "escala-refused-1 ended with exit code 2" in run.stderr
+    code = (
+        "import json, sys; from ray.job_submission import JobSubmissionClient\n"
+        "jobs = JobSubmissionClient(sys.argv[1]).list_jobs()\n"
+        "print(json.dumps([job.dict() for job in jobs if job.submission_id == 'escala-refused-1'], default=str))"
+    )
+    environment = dict(os.environ, RAY_AUTH_MODE="token")
+    command = [sys.executable, "-c", code, head.address]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert TOKEN not in shown
+    (record,) = json.loads(shown)
+    assert set(record["runtime_env"]["env_vars"]) == {"RAY_JOB_STOP_WAIT_TIME_S"}
+    assert set(record["metadata"]) >= {"escala.study", "escala.store", "escala.person", "escala.commit"}
+
+
+def test_a_token_that_is_missing_wrong_or_not_sent_is_said(
+    head: Head, escala: Escala, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(**environment: str) -> str:
+        with monkeypatch.context() as changed:
+            for name, value in environment.items():
+                changed.setenv(name, value)
+            return refused(escala, "jobs", "--address", head.address)
+
+    assert "wants a token, and there is none here" in said()
+    assert "does not take the token of RAY_AUTH_TOKEN" in said(RAY_AUTH_TOKEN="0ddba11")
+    assert "RAY_AUTH_TOKEN_PATH holds none" in said(RAY_AUTH_TOKEN_PATH=str(escala.folder / "missing"))
+    assert "RAY_AUTH_MODE=disabled sends none" in said(RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN=TOKEN)
+
+
+@pytest.mark.usefixtures("token")
+def test_a_job_that_is_not_there_cannot_be_stopped(head: Head, escala: Escala) -> None:
+    assert "no job 'escala-tiny-77'" in refused(escala, "jobs", "--stop", "escala-tiny-77", "--address", head.address)
+
+
+# --- a cluster that asks for none ------------------------------------------------------------------------------------
+
+
+def test_a_cluster_without_tokens_takes_a_study_and_lists_it(
+    escala: Escala, finished: Finished, tmp_path: Path
+) -> None:
+    fewer = TINY.replace("budgets: [4e8, 8e8]", "budgets: [4e8]").replace("  replicates:", "  #")
+    study, store = escala.study(fewer), tmp_path / "cluster"
+    with running_head(cpus=2, token=None) as open_head:
+        run = escala("submit", study, "--address", open_head.address, "--store", store)
+        assert len(losses(store)) == 3, run.stdout
+        assert losses(store).items() <= losses(finished.store).items(), "cells that another study shares"
+        assert [job["status"] for job in listed(escala, open_head).values()] == ["SUCCEEDED"]
+
+
+# --- addresses -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("head:8265", "Did you mean --address http://head:8265?"),
+        ("head:6379", "Did you mean --address http://head:8265?"),
+        ("ray://head:10001", "--address http://head:8265?"),
+        ("auto", "--address http://HOST:8265"),
+        ("local", "escala run"),
+        ("http://user:pass@head:8265", "found a password in it"),
+        ("http://", "names no host"),
+        ("http://head:99999", "names no host"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_with_what_was_meant(address: str, hint: str) -> None:
+    with pytest.raises(InputError, match=re.escape(hint)) as error:
+        jobs.check_address(address)
+    assert "pass@" not in str(error.value)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A web server with one answer to everything; it keeps the headers that it was sent."""
+
+    def __init__(self, status: int, body: str, seen: list[str], *arguments: Any) -> None:
+        self.status, self.body, self.seen = status, body, seen
+        super().__init__(*arguments)
+
+    def do_GET(self) -> None:
+        self.seen.append(str(self.headers))
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (404, "<html>not found</html>", "is a web server, but no dashboard of Ray"),
+        (200, "[1, 2]", "is a web server, but no dashboard of Ray"),
+        (401, "log in first", "a proxy before the dashboard"),
+        (200, '{"ray_version": "2.9.3"}', "runs Ray 2.9.3, and this is Ray 2."),
+    ],
+)
+def test_a_server_that_is_no_fitting_dashboard_is_refused_and_gets_no_token(status: int, body: str, said: str) -> None:
+    seen: list[str] = []
+    handler = functools.partial(Answers, status, body, seen)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(InputError, match=re.escape(said)):
+            jobs.connect(f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert seen
+    assert TOKEN not in str(seen)
+
+
+def test_a_port_where_nothing_or_something_else_listens_is_said_within_seconds(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match=r"nothing answers at .*connection refused"):
+        jobs.connect(f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(InputError, match="not as a web server does"):
+        jobs.connect(f"http://127.0.0.1:{head.port}")  # where nodes join
+    with pytest.raises(InputError, match="speaks http"):
+        jobs.connect(head.address.replace("http:", "https:"))
+    monkeypatch.setattr(jobs, "PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(InputError, match="does not answer within"):
+        jobs.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+# --- what goes, and what does not ------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_shows_all_that_would_go_and_reaches_nobody(
+    escala: Escala, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", "/shared/hf")
+    study = escala.study(TINY)
+    before = sorted(tmp_path.rglob("*"))
+    command = ["submit", study, "--address", NOWHERE, "--store", "/shared/store", "--dry-run", "--env", "HF_HOME"]
+    told = json.loads(escala(*command, "--workers", 4, "--refit", "--json").stdout)
+    run = "run study/study.yaml --address auto --store /shared/store --workers 4 --refit"
+    assert told["entrypoint"] == f"exec python escala.py {run}"
+    assert (told["cells"], told["resources"], told["environment"]) == (7, {"CPU": 1}, ["HF_HOME"])
+    assert told["bytes"] < 5e6
+    assert {"escala.py", "sweeps/store.py", "cluster/driver.py", "analysis/laws.py"} <= set(told["files"])
+    assert not [name for name in told["files"] if "tests/" in name or name.endswith(".pyc")]
+    people = escala(*command).stdout
+    assert "environment: HF_HOME" in people
+    assert "/shared/hf" not in people
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_with_its_code_goes_the_folder_but_no_store_environment_history_or_notebook(
+    escala: Escala, tmp_path: Path
+) -> None:
+    kept = ["gated.py", "tables/prices.csv"]
+    left = [
+        ".git/HEAD",
+        ".env",
+        ".venv/x.py",
+        "mine/pyvenv.cfg",
+        "mine/y.py",
+        "data/store.json",
+        "data/cells/a/log.jsonl",
+    ]
+    left += ["notebooks/a.py", "look.ipynb", "__pycache__/z.pyc", "tests/test_mine.py", "host.key"]
+    for name in kept + left:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(GATED if name == "gated.py" else "{}")
+    study = escala.study(gated_study("beside"))
+    command = ["submit", study, "--address", NOWHERE, "--store", "/shared/store", "--dry-run", "--json"]
+    found = json.loads(escala(*command, "--allow-code").stdout)["files"]
+    assert {name for name in found if name.startswith("study/")} == {"study/study.yaml", *(f"study/{k}" for k in kept)}
+
+
+def test_too_much_is_refused_early_with_the_largest_files(escala: Escala, tmp_path: Path) -> None:
+    study = escala.study(gated_study("heavy"))
+    (tmp_path / "gated.py").write_text(GATED)
+    with (tmp_path / "tokens.bin").open("wb") as large:
+        large.truncate(60_000_000)
+    said = refused(escala, "submit", study, "--address", NOWHERE, "--store", "/shared/store", "--allow-code")
+    assert "has 61 MB" in said
+    assert "at most 50 MB" in said
+    assert "study/tokens.bin (60.0 MB)" in said
+    small = escala.study(TINY, "small.yaml")  # without its code, what lies beside it does not matter
+    escala("submit", small, "--address", NOWHERE, "--store", "/shared/store", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--store", "store"], "Give the absolute path"),
+        (["--env", "AWS_SECRET_ACCESS_KEY"], "is named like a secret"),
+        (["--env", "NOT_SET_ANYWHERE"], "is not set here"),
+        (["--env", "A=1"], "the name of a variable alone"),
+        (["--tracking-uri", "http://me:hunter2@mlflow:5000"], "found a password in it"),
+        (["--address", "head:8265"], "Did you mean"),
+    ],
+)
+def test_what_would_be_lost_or_shown_on_the_cluster_is_refused(escala: Escala, options: list[str], said: str) -> None:
+    study = escala.study(TINY)
+    command = ["submit", study, "--address", NOWHERE, "--store", "/shared/store", *options]
+    found = refused(escala, *command)
+    assert said in found
+    assert "hunter2" not in found
+
+
+def test_a_study_that_cannot_be_planned_is_refused_before_anything_is_sent(escala: Escala) -> None:
+    broken = escala.study(TINY.replace("sizes: 3", "sizes: many"))
+    assert "1 fault in the study file" in refused(escala, "submit", broken, "--address", NOWHERE, "--store", "/s")
+    code = escala.study(gated_study("gated"), "gated.yaml")
+    assert "--allow-code" in refused(escala, "submit", code, "--address", NOWHERE, "--store", "/s")
+    short = escala.study(TINY.replace("batch_tokens: 256", "batch_tokens: 65536"), "short.yaml")
+    assert "cannot be planned" in refused(escala, "submit", short, "--address", NOWHERE, "--store", "/s")
+
+
+def test_a_corpus_beside_the_study_goes_whole_and_one_elsewhere_is_refused(escala: Escala, tmp_path: Path) -> None:
+    texts = tmp_path / "texts" / "tests"
+    texts.mkdir(parents=True)
+    (texts / "a.txt").write_text("To be or not to be. " * 20_000)
+    plain = re.sub(r"corpus: .*", "corpus: {source: folder, path: texts, repeat: true}", TINY)
+    command = ["submit", escala.study(plain), "--address", NOWHERE, "--store", "/shared/store", "--dry-run", "--json"]
+    assert "study/texts/tests/a.txt" in json.loads(escala(*command).stdout)["files"]
+    (tmp_path / "studies").mkdir()
+    away = escala.study(plain.replace("path: texts", "path: ../texts"), "studies/away.yaml")
+    assert "lies outside" in refused(escala, "submit", away, "--address", NOWHERE, "--store", "/shared/store")
