@@ -146,7 +146,7 @@ def make_worker(ray: Any, place: Place) -> Any:
 
     demand = place.demand
     if demand.workers > 1:
-        from cluster.gang import make_gang  # type: ignore[import-not-found]
+        from cluster.gang import make_gang
 
         return make_gang(ray, demand, place.node)
     from cluster.worker import Worker

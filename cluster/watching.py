@@ -54,13 +54,17 @@ def attempt_ends(store: Store, cell_id: str) -> dict[str, int]:
     return dict(Counter(end[0] for end in ends if end))
 
 
+BEFORE_GANGS = {"workers": 1, "sharded": False}
+"""Numerics that a record lacks which was written when a cell had one worker."""
+
+
 def changed_numerics(store: Store, cell_id: str) -> str | None:
     """What the last attempt that changed them computed otherwise than the one before: its losses agree with theirs to
     rounding, not to the bit. None where all computed alike."""
     told: str | None = None
     before: Json = {}
     for one in _attempts(store, cell_id):
-        now = one["numerics"] or before
+        now = BEFORE_GANGS | one["numerics"] if one["numerics"] else before
         changed = [f"{field} {a} -> {b}" for field, a, b in differences(before, now)] if before else []
         if changed:
             told = f"attempt {one['attempt']}: {', '.join(changed)}"

@@ -4,12 +4,12 @@ import io
 import math
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from sweeps.redaction import redact
 from sweeps.store import Attempt, Store, attempt_epochs, begin_attempt, commit_result, read_cell, read_end, record_error
 from sweeps.trainer import CHECKPOINT_SECONDS, Diverged, Outcome, Stopped, Trainer, TrainerIO
 from sweeps.usercode import load_function
+
+if TYPE_CHECKING:
+    from sweeps.ranks import Ranks
 
 GPU_TOLERANCE = 1e-3
 """Relative difference of a recomputed value that a GPU's kernels may make at equal numerics; a CPU makes none."""
@@ -71,16 +74,23 @@ def run_attempts(
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     driver: int = 0,
     threads: int = 1,
+    ranks: "Ranks | None" = None,
 ) -> list[Ended]:
     """Try a cell once, or several as one program, each from its last checkpoint where it has one.
 
     A failure of the cell's own code is not raised: its traceback goes to the attempt's error.txt. A result is committed
     only while the attempt still holds the cell's lease, and as soon as its cell has ended; a superseded one says so.
     `driver` is the number of the claim for which it runs; `threads`, of a CPU, are those of a cell's first attempt. In
-    a main thread, SIGTERM keeps a checkpoint and ends the attempts as preempted.
+    a main thread, SIGTERM keeps a checkpoint and ends the attempts as preempted. `ranks`: of a gang that trains the one
+    cell, for its rank 0; the others follow (sweeps/gang.py).
     """
     started = time.time()
     tries: list[_Try] = []
+    make_io: Callable[..., TrainerIO] = TrainerIO
+    if ranks:
+        from sweeps.gang import Leader
+
+        make_io = partial(Leader, ranks)
     with ExitStack() as open_things:
         try:
             for cell_id in cell_ids:
@@ -88,7 +98,8 @@ def run_attempts(
                 cell = cell_from_identity(record["identity"])
                 note: dict[str, Any] = {"study": study, "driver": driver}
                 try:
-                    numerics, tolerance, kept = _numerics(store, cell, len(cell_ids), threads)
+                    workers = ranks.count if ranks else 1
+                    numerics, tolerance, kept = _numerics(store, cell, len(cell_ids), threads, workers)
                 except InputError as error:  # not even one sequence fits, or not one of each member, at this moment
                     attempt = begin_attempt(store, cell_id, note)
                     tries.append(_Try(attempt, cell, record["counts"], started, len(cell_ids)))
@@ -99,7 +110,7 @@ def run_attempts(
                 heartbeat = one.heartbeat = open_things.enter_context(Heartbeat(one.attempt))
                 corpus = _corpus(store.root, cell.corpus)
                 stream = open_things.enter_context((one.attempt.folder / "log.jsonl").open("ab", buffering=0))
-                one.io = TrainerIO(
+                one.io = make_io(
                     heartbeat,
                     stream,
                     corpus,
@@ -111,7 +122,7 @@ def run_attempts(
                     checkpoint_seconds=checkpoint_seconds,
                 )
             with terminable(*(one.heartbeat for one in tries if one.heartbeat is not None)):
-                _train(tries, base_dir)
+                _train(tries, base_dir, ranks)
         except Exception as error:
             if not tries:
                 raise
@@ -159,9 +170,11 @@ class _Try:
         self.ended = Ended(self.attempt.cell_id, self.attempt.epoch, state, reason)
 
 
-def _train(tries: Sequence[_Try], base_dir: Path | None) -> None:
+def _train(tries: Sequence[_Try], base_dir: Path | None, ranks: "Ranks | None") -> None:
     """Train one cell with its trainer, or several together with Escala's."""
     ios = [one.io for one in tries if one.io is not None]
+    if ranks and tries[0].cell.trainer:
+        raise InputError(f"trainer {tries[0].cell.trainer} trains in one process. Leave out workers, or set it to 1.")
     if len(tries) == 1 and tries[0].cell.trainer:
         try:
             end: Outcome | Exception | float = _find_trainer(tries[0].cell.trainer, base_dir)(tries[0].cell, ios[0])
@@ -171,7 +184,7 @@ def _train(tries: Sequence[_Try], base_dir: Path | None) -> None:
         return
     from sweeps.training import train_together
 
-    train_together([one.cell for one in tries], ios, lambda member, end: tries[member].settle(end))
+    train_together([one.cell for one in tries], ios, lambda member, end: tries[member].settle(end), ranks)
 
 
 def _finite(outcome: Outcome) -> Outcome:
@@ -233,14 +246,14 @@ def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, st
     return outcome.state, outcome.reason
 
 
-def _numerics(store: Store, cell: Cell, stack: int, threads: int) -> tuple[Numerics, float, bool]:
+def _numerics(store: Store, cell: Cell, stack: int, threads: int, workers: int) -> tuple[Numerics, float, bool]:
     """Those of the cell's last attempt, where there was one, else those of this process; the relative difference that
     they allow between a value that is computed again and its first, which any earlier attempt may have logged; and
     whether there was one.
 
-    After an attempt that ran out of memory, half its micro-batch.
+    After an attempt that ran out of memory, half its micro-batch. Another number of workers chooses its own.
     """
-    here = choose_numerics(cell, stack=stack, threads=threads)
+    here = choose_numerics(cell, stack=stack, threads=threads, workers=workers)
     tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     earlier: dict[int, Numerics] = {}
     for epoch in attempt_epochs(store, cell.id):
@@ -249,10 +262,13 @@ def _numerics(store: Store, cell: Cell, stack: int, threads: int) -> tuple[Numer
         except FileNotFoundError:
             found = None
         if found is not None:  # else its process died before it wrote them
-            earlier[epoch] = Numerics(**{field.name: found[field.name] for field in fields(Numerics)})
+            known = {field.name: found[field.name] for field in fields(Numerics) if field.name in found}
+            earlier[epoch] = Numerics(**known)
     if not earlier:
         return here, tolerance, False
     last = max(earlier)
+    if earlier[last].workers != workers:
+        return replace(here, threads=earlier[last].threads), OTHER_TOLERANCE, False
     kept = replace(earlier[last], device=here.device, versions=here.versions, stack=stack)
     end = read_end(store, cell.id, last)
     if end is not None and end[0] == "out_of_memory":

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sweeps.cell import Cell
-from sweeps.memory import choose_micro_batch, part_sizes
+from sweeps.errors import InputError
+from sweeps.memory import choose_micro_batch, part_sizes, step_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +59,12 @@ class Numerics:
     """Of the CPU."""
     stack: int = 1
     """Cells trained as one program."""
+    workers: int = 1
+    """Processes that train the cell together, each with its slice of every batch."""
+    sharded: bool = False
+    """Whether they have a part of the model each instead of all of it."""
     micro_batch: int
-    """Sequences a forward pass."""
+    """Sequences a forward pass, of each worker."""
     compile: bool = False
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -67,22 +72,34 @@ class Numerics:
         return asdict(self)
 
 
-def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1) -> Numerics:
+def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1, workers: int = 1) -> Numerics:
     """The numerics of a first attempt on this process's device, with as much of a batch at once as fits.
 
-    `stack` cells of this shape train as one program. InputError where not even one sequence fits.
+    `stack` cells of this shape train as one program; or `workers` processes train one cell, sharded where it does not
+    fit otherwise. InputError where not even one sequence fits, or a batch has none for some of the workers.
     """
+    if cell.sequences < workers:
+        raise InputError(
+            f"a batch of {cell.sequences} sequences has none for some of {workers} workers. Use fewer workers, or "
+            "raise batch_tokens."
+        )
     import numpy
     import torch
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    share, room = -(-cell.sequences // workers), bytes_available()
+    whole = step_bytes(cell.shape, 1, cell.precision, device, stack).total
+    sharded = workers > 1 and whole > room
+    shards = workers if sharded else 1
     return Numerics(
         device=torch.cuda.get_device_name() if device == "cuda" else "cpu",
         threads=threads,
         stack=stack,
+        workers=workers,
+        sharded=sharded,
         micro_batch=choose_micro_batch(
-            cell.shape, cell.sequences, cell.precision, bytes_available(), device=device, stack=stack
+            cell.shape, share, cell.precision, room, device=device, stack=stack, shards=shards
         ),
         versions={
             "python": platform.python_version(),
@@ -120,7 +137,11 @@ def bytes_available() -> int:
 
 
 def probe_micro_batch(
-    loss: "Callable[[torch.Tensor], torch.Tensor]", model: "torch.nn.Module", cell: Cell, micro_batch: int
+    loss: "Callable[[torch.Tensor], torch.Tensor]",
+    model: "torch.nn.Module",
+    cell: Cell,
+    micro_batch: int,
+    workers: int = 1,
 ) -> int:
     """The micro-batch after one forward and backward pass on a GPU has shown what it takes; on a CPU as it was.
 
@@ -132,7 +153,7 @@ def probe_micro_batch(
         return micro_batch
     weights = sum(parameter.nbytes for parameter in model.parameters())
     room = bytes_available() - 3 * weights  # gradients and two moments
-    sizes = sorted(part_sizes(cell.sequences))
+    sizes = sorted(part_sizes(-(-cell.sequences // workers)))
     while True:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -1,6 +1,6 @@
 """Evaluation: the loss of a model over the fixed validation stream, whole or in part, by window and by document."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from sweeps.corpora import Corpus
-from sweeps.losses import token_losses
+from sweeps.losses import Loss, token_losses
+from sweeps.ranks import Ranks
 from sweeps.schedules import EVALUATION_TOKENS, SUBSET_TOKENS
 
 
@@ -47,39 +48,45 @@ def evaluate(
     amplify: AbstractContextManager[Any],
     windows: np.ndarray | None = None,
     working: Callable[[], None] = lambda: None,
+    ranks: Ranks | None = None,
+    losses: Loss | None = None,
 ) -> Evaluation:
     """Loss over non-overlapping full-context windows of the validation stream: all of them, or those given.
 
-    `working` is called after every forward pass: a long evaluation shows that it goes on.
+    `working` is called after every forward pass: a long evaluation shows that it goes on. `ranks` share the passes, as
+    many each, and all come to the same sums. `losses` are those of the model's tokens, where not by `token_losses`.
     """
     model.eval()
-    window_sums, document_sums = [], np.zeros(corpus.info.validation_documents)
+    chosen = np.arange(corpus.validation_windows(context)) if windows is None else windows
+    size = max(1, EVALUATION_TOKENS // context)
+    starts = range(0, len(chosen), size)
+    window_sums, document_sums = np.zeros(len(chosen)), np.zeros(corpus.info.validation_documents)
     document_tokens = np.zeros(corpus.info.validation_documents, dtype=np.int64)
-    for tokens, documents in _window_batches(corpus, context, windows):
+    rank, count = (ranks.rank, ranks.count) if ranks else (0, 1)
+    for turn in range(rank, -(-len(starts) // count) * count, count):
+        start = starts[min(turn, len(starts) - 1)]  # the last ones again, where there is none left for a rank
+        tokens, documents = _windows(corpus, context, chosen[start : start + size], together=windows is None)
         batch = to_device(tokens, device)
         with amplify:
-            each = token_losses(model, batch).flatten().double().cpu().numpy()
-        window_sums.append(each.reshape(len(tokens), context).sum(axis=1))
-        document_sums += np.bincount(documents.ravel(), weights=each, minlength=len(document_sums))
-        document_tokens += np.bincount(documents.ravel(), minlength=len(document_tokens))
+            each = (losses(batch) if losses else token_losses(model, batch)).flatten().double().cpu().numpy()
+        if turn < len(starts):
+            window_sums[start : start + size] = each.reshape(len(tokens), context).sum(axis=1)
+            document_sums += np.bincount(documents.ravel(), weights=each, minlength=len(document_sums))
+            document_tokens += np.bincount(documents.ravel(), minlength=len(document_tokens))
         working()
     model.train()
-    return Evaluation(np.concatenate(window_sums), document_sums, document_tokens)
+    if ranks:
+        for sums in (window_sums, document_sums, document_tokens):
+            ranks.add(torch.from_numpy(sums))
+    return Evaluation(window_sums, document_sums, document_tokens)
 
 
-def _window_batches(
-    corpus: Corpus, context: int, windows: np.ndarray | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    size = max(1, EVALUATION_TOKENS // context)
-    if windows is None:
-        total = corpus.validation_windows(context)
-        for start in range(0, total, size):
-            yield corpus.validation_batch(start, min(size, total - start), context)
-        return
-    single = [corpus.validation_batch(int(index), 1, context) for index in windows]
-    for start in range(0, len(single), size):
-        chunk = single[start : start + size]
-        yield np.concatenate([tokens for tokens, _ in chunk]), np.concatenate([documents for _, documents in chunk])
+def _windows(corpus: Corpus, context: int, chosen: np.ndarray, *, together: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and documents of windows, which may lie `together` in the stream."""
+    if together:
+        return corpus.validation_batch(int(chosen[0]), len(chosen), context)
+    single = [corpus.validation_batch(int(index), 1, context) for index in chosen]
+    return np.concatenate([tokens for tokens, _ in single]), np.concatenate([documents for _, documents in single])
 
 
 def to_device(batch: np.ndarray, device: torch.device) -> torch.Tensor:

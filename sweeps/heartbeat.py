@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from sweeps.errors import InputError
 from sweeps.records import read_json, write_json
@@ -88,19 +89,50 @@ class Heartbeat:
             os.utime(self._path)  # a full disk can still take a new time
 
 
+class Stoppable(Protocol):
+    """What hears that it must stop: a heartbeat, or a rank that follows one (sweeps/gang.py)."""
+
+    stop: Stop | None
+
+
+_under_way: set[Stoppable] = set()
+"""What SIGTERM is told to."""
+
+
 @contextmanager
-def terminable(*heartbeats: Heartbeat) -> Iterator[None]:
-    """SIGTERM asks the attempts to stop, as a preempted machine does. Elsewhere than in the main thread: no change."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(*_: object) -> None:
-        for heartbeat in heartbeats:
-            heartbeat.stop = heartbeat.stop or Stop("preemption", "SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, handle)
+def terminable(*heartbeats: Stoppable) -> Iterator[None]:
+    """SIGTERM asks the attempts to stop, as a preempted machine does. Elsewhere than in the main thread only where
+    `hear_sigterm` was called."""
+    before = None
+    _under_way.update(heartbeats)
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _ask_all)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        _under_way.difference_update(heartbeats)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def hear_sigterm() -> None:
+    """SIGTERM asks the attempts of this process to stop wherever they train; while there is none it does what it did.
+
+    To be called in the main thread, for trainers that run in another, as under Ray Train.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: object) -> None:
+        if _under_way:
+            _ask_all()
+        elif callable(before):
+            before(number, frame)  # type: ignore[arg-type]
+        else:
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def _ask_all(*_: object) -> None:
+    for one in _under_way:
+        one.stop = one.stop or Stop("preemption", "SIGTERM")

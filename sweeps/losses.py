@@ -32,6 +32,10 @@ class MeanLoss(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return mean_loss(self.model, tokens, self.plain_bytes)
 
+    def each(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`token_losses` of the model."""
+        return token_losses(self.model, tokens, self.plain_bytes)
+
 
 def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int | None = None) -> torch.Tensor:
     """Mean nats per token of `tokens`, int64 (sequences, context + 1); differentiable, also under torch.vmap.

@@ -11,6 +11,7 @@ guards against: a cell that ends as out of memory after others have waited for i
 from dataclasses import dataclass
 
 from sweeps.accounting import Shape, parameters
+from sweeps.cell import Cell
 from sweeps.errors import InputError
 
 PROCESS_BYTES = {"cpu": 500_000_000, "cuda": 700_000_000}
@@ -35,13 +36,20 @@ class StepBytes:
         return self.state + self.activations + self.loss
 
 
-def step_bytes(shape: Shape, micro_batch: int, precision: str, device: str = "cpu", stack: int = 1) -> StepBytes:
-    """Bytes of a training step of `micro_batch` sequences at once, over `stack` members trained as one program."""
+def step_bytes(
+    shape: Shape, micro_batch: int, precision: str, device: str = "cpu", stack: int = 1, shards: int = 1
+) -> StepBytes:
+    """Bytes of a training step of `micro_batch` sequences at once, over `stack` members trained as one program; or of
+    one of `shards` workers that have a part of the model each."""
     stored = parameters(shape).total
     tokens = micro_batch * shape.context
     short = 2 if precision == "bfloat16" else 4
     # 1. Weights, gradients, two moments; the matrices once more in bfloat16.
     state = stored * (4 * 4 + (2 if short == 2 else 0))
+    if shards > 1:  # tables and head, and two layers, are there as a whole with their gradients while they are used
+        tables = _tables(shape)
+        used = tables + 2 * (stored - tables) // shape.depth
+        state = -(-stored * 4 * 4 // shards) + used * (2 * 4 + (2 if short == 2 else 0))
     # 2. The residual stream at the start, then the layers.
     activations = tokens * (shape.depth * layer_bytes_per_token(shape, precision, stack) + 4 * shape.width)
     # 3. Logits, their log-softmax and the gradients of both; in chunks, with the gradients of hidden states and head.
@@ -75,7 +83,14 @@ def layer_bytes_per_token(shape: Shape, precision: str, stack: int = 1) -> int:
 
 
 def choose_micro_batch(
-    shape: Shape, sequences: int, precision: str, bytes_available: int, *, device: str = "cpu", stack: int = 1
+    shape: Shape,
+    sequences: int,
+    precision: str,
+    bytes_available: int,
+    *,
+    device: str = "cpu",
+    stack: int = 1,
+    shards: int = 1,
 ) -> int:
     """Sequences a forward pass: all of a batch, or the most that fit, in parts as equal as they can be.
 
@@ -83,12 +98,12 @@ def choose_micro_batch(
     """
 
     def fits(count: int) -> bool:
-        return step_bytes(shape, count, precision, device, stack).total <= bytes_available
+        return step_bytes(shape, count, precision, device, stack, shards).total <= bytes_available
 
     if fits(1):
         return max(filter(fits, part_sizes(sequences)))
-    needed = step_bytes(shape, 1, precision, device, stack).total
-    what = f"a stack of {stack} models" if stack > 1 else "a model"
+    needed = step_bytes(shape, 1, precision, device, stack, shards).total
+    what = f"a stack of {stack} models" if stack > 1 else f"a {shards}th of a model" if shards > 1 else "a model"
     raise InputError(
         f"{what} of {parameters(shape).total:,} parameters does not fit: one sequence of {shape.context:,} tokens "
         f"needs about {needed / 1e9:.3g} GB, and {bytes_available / 1e9:.3g} GB are free for this worker. Use fewer "
@@ -107,3 +122,34 @@ def part_sizes(sequences: int) -> set[int]:
 def demand(shape: Shape, sequences: int, precision: str, *, device: str = "cpu", stack: int = 1) -> int:
     """Bytes that a worker wants for cells of this shape, its process included: the whole batch at once."""
     return PROCESS_BYTES[device] + step_bytes(shape, sequences, precision, device, stack).total
+
+
+def workers_for(cell: Cell, gpu_bytes: int, gpus_per_node: int) -> int:
+    """How many GPUs of a node a cell needs: one where a sequence of it fits, else the fewest that hold it in parts.
+
+    `gpu_bytes`: of one GPU, what its process may take. InputError where a whole node does not hold it, or where it
+    cannot be parted: an optimizer of whole matrices. A trainer of one's own has one, of which nothing is known.
+    """
+    free, shape = gpu_bytes - PROCESS_BYTES["cuda"], cell.shape
+
+    def needs(workers: int) -> int:
+        return step_bytes(shape, 1, cell.precision, "cuda", shards=workers).total
+
+    if cell.trainer or needs(1) <= free:
+        return 1
+    most = min(gpus_per_node, cell.sequences) if cell.optimizer.name == "adamw" else 1
+    for workers in range(2, most + 1):
+        if needs(workers) <= free:
+            return workers
+    parts = f"{most} GPUs of a node" if most > 1 else f"one GPU, and {cell.optimizer.name} trains no parts of a model"
+    raise InputError(
+        f"a model of {parameters(shape).total:,} parameters does not fit on {parts}: it would need about "
+        f"{needs(max(1, most)) / 1e9:.3g} GB of each, and {free / 1e9:.3g} GB are free. Lower its size or its context, "
+        "use adamw, or name nodes with more or larger GPUs."
+    )
+
+
+def _tables(shape: Shape) -> int:
+    """Parameters that are in no layer, but for the last norm's."""
+    parts = parameters(shape)
+    return parts.active - parts.non_embedding

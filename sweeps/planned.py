@@ -85,6 +85,12 @@ def plan_cell(
             f"{family.name} with {counts['N']:,} parameters: a batch of one sequence ({batch_tokens:,} tokens) has no "
             "part whose gradient could be compared with the whole's. Raise batch_tokens, or leave out gradient_noise."
         )
+    if study.workers != "auto" and batch_tokens // study.context < study.workers:
+        raise ValueError(
+            f"{family.name} with {counts['N']:,} parameters: a batch of {batch_tokens // study.context} sequences "
+            f"({batch_tokens:,} tokens) has none for some of {study.workers} workers. Raise batch_tokens, or lower "
+            "workers."
+        )
     steps = round(wanted / batch_tokens)
     if steps < 1:
         raise ValueError(

@@ -38,6 +38,14 @@ class Solo:
         self.models, self._eager, self.table = [model], MeanLoss(model), Table([model], [recipe], factors)
         self._loss = loss or self._eager
 
+    def state(self, member: int) -> dict[str, Any]:
+        """A member's model and optimizer, for a checkpoint."""
+        return _state(self.models[member], self.table, member)
+
+    def load(self, member: int, state: Mapping[str, Any]) -> None:
+        """Take over what `state` told."""
+        _load(self.models[member], self.table, member, state)
+
     def backward(
         self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
     ) -> torch.Tensor:
@@ -76,6 +84,14 @@ class Stack:
         self._parameters = {f"model.{name}": value.requires_grad_() for name, value in values.items()}
         self._gradients = list(self.table.columns(self.table.gradients).values())
 
+    def state(self, member: int) -> dict[str, Any]:
+        """As of `Solo`."""
+        return _state(self.models[member], self.table, member)
+
+    def load(self, member: int, state: Mapping[str, Any]) -> None:
+        """As of `Solo`."""
+        _load(self.models[member], self.table, member, state)
+
     def backward(
         self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
     ) -> torch.Tensor:
@@ -97,6 +113,15 @@ class Stack:
                 total = total + losses.detach()
         assert total is not None
         return total
+
+
+def _state(model: torch.nn.Module, table: Table, row: int) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": table.optimizer_state(row)}
+
+
+def _load(model: torch.nn.Module, table: Table, row: int, state: Mapping[str, Any]) -> None:
+    model.load_state_dict(state["model"])
+    table.load_optimizer_state(row, state["optimizer"])
 
 
 def precision(name: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -229,6 +229,10 @@ Stacking = Annotated[
     Discriminator(_stack_form),
 ]
 
+Workers = Annotated[
+    Annotated[Literal["auto"], Tag("@word")] | Annotated[Count, Tag("@number")], Discriminator(_stack_form)
+]
+
 
 class Limits(Declared):
     """What a study may take of a cluster. Changes no number of a cell."""
@@ -275,10 +279,29 @@ class Study(Declared):
     a number, always, that many together at most."""
     limits: Limits = Limits()
     """What a run of it may take of a cluster, at once and in all."""
+    workers: Workers = "auto"
+    """Processes, with a GPU each, that train one cell together on one node: auto, one unless a cell does not fit; or a
+    number. Changes neither the batch nor the order of the data."""
     vary: dict[str, Variation] = {}
     """Hyperparameters crossed with the grid: a list of values, {times: [...]} or {log: {from, to, points}}."""
     search: Search | None = None
     """Hyperparameters that a sampler chooses trial by trial (sweeps/space.py): the study's cells are its trials'."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gangs_train_no_stacks(cls, value: Any) -> Any:
+        gang = isinstance(value, dict) and isinstance(value.get("workers"), int) and value["workers"] > 1
+        return {"stack": "off"} | value if gang else value
+
+    @field_validator("workers", mode="after")
+    @classmethod
+    def _one_cell_for_all(cls, value: int | str, info: ValidationInfo) -> int | str:
+        if isinstance(value, int) and value > 1:
+            if trainer := info.data.get("trainer"):
+                raise ValueError(f"trainer {trainer} trains in one process; leave out workers, or set it to 1")
+            if info.data.get("stack") not in ("off", "auto"):
+                raise ValueError("several workers train one cell, and a stack is several cells; leave out stack")
+        return value
 
     @field_validator("name")
     @classmethod

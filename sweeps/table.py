@@ -23,14 +23,20 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Neighbours in the table whose steps are alike."""
+class Step:
+    """Parameters whose steps are alike, and what their rate, decay and eps are multiplied by."""
 
     names: tuple[str, ...]
-    span: slice
     rate: float
     decay: float
     eps: float
+
+
+@dataclass(frozen=True)
+class _Piece(Step):
+    """Neighbours in the table."""
+
+    span: slice
 
 
 class Table:
@@ -47,18 +53,16 @@ class Table:
         factors: by parameter, what the recipes' rate, decay and eps are multiplied by; all 1 where not given."""
         named = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in models]
         self.shapes = {name: parameter.shape for name, parameter in named[0].items()}
-        # 1. What decays comes first, then the others, each in the model's order but for tensors whose steps are alike,
-        # which stand together: the order of a solo optimizer's state.
-        steps = {name: _step_of(name, shape, factors or {}) for name, shape in self.shapes.items()}
-        alike = sorted(dict.fromkeys(steps.values()), key=lambda step: step[1] == 0)
-        self.order = sorted(self.shapes, key=lambda name: alike.index(steps[name]))
+        # 1. The order of a solo optimizer's state.
+        alike = alike_steps(self.shapes, factors)
+        self.order = [name for step in alike for name in step.names]
         room = [-(-self.shapes[name].numel() // ALIGN) * ALIGN for name in self.order]
         self._starts = dict(zip(self.order, itertools.accumulate(room, initial=0), strict=False))
         ends = dict(zip(self.order, itertools.accumulate(room), strict=True))
         self._pieces = []
         for step in alike:
-            names = tuple(name for name in self.order if steps[name] == step)
-            self._pieces.append(_Piece(names, slice(self._starts[names[0]], ends[names[-1]]), *step))
+            span = slice(self._starts[step.names[0]], ends[step.names[-1]])
+            self._pieces.append(_Piece(**vars(step), span=span))
         like = next(iter(named[0].values()))
         self.values = torch.zeros(len(models), sum(room), dtype=like.dtype, device=like.device)
         self.gradients = torch.zeros_like(self.values)
@@ -91,6 +95,10 @@ class Table:
             for name, start in self._starts.items()
         }
 
+    def norms(self) -> torch.Tensor:
+        """Of every row's gradients, (rows,)."""
+        return torch.linalg.vector_norm(self.gradients, dim=1)
+
     def set_rate(self, row: int, rate: float) -> None:
         groups = self._optimizers[row].param_groups
         own = isinstance(self._optimizers[row], torch.optim.AdamW)  # Muon has groups of its own, and no factors
@@ -99,7 +107,7 @@ class Table:
 
     def step(self, rows: Sequence[int]) -> torch.Tensor:
         """Clip every row's gradients by its own norm and step these rows. Returns the norms before, (rows,)."""
-        norms = torch.linalg.vector_norm(self.gradients, dim=1, keepdim=True)
+        norms = self.norms()[:, None]
         if norms.device.type != "cpu" or not bool((norms <= self._bounds).all()):  # a GPU is not waited for
             self.gradients.mul_((self._bounds / (norms + 1e-6)).clamp_(max=1.0))  # as clip_grad_norm_ does
         for row in rows:
@@ -150,6 +158,14 @@ class Table:
         """A parameter's place in a row, or in a piece of one that begins at `offset`."""
         start = self._starts[name] - offset
         return row[start : start + self.shapes[name].numel()].view(self.shapes[name])
+
+
+def alike_steps(shapes: Mapping[str, torch.Size], factors: Mapping[str, TensorFactors] | None) -> list[Step]:
+    """What decays comes first, then the others, each in the model's order but for tensors whose steps are alike, which
+    stand together. `factors`: as of `Table`."""
+    steps = {name: _step_of(name, shape, factors or {}) for name, shape in shapes.items()}
+    alike = sorted(dict.fromkeys(steps.values()), key=lambda step: step[1] == 0)
+    return [Step(tuple(name for name in shapes if steps[name] == step), *step) for step in alike]
 
 
 def _step_of(name: str, shape: torch.Size, factors: Mapping[str, TensorFactors]) -> tuple[float, float, float]:

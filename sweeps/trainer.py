@@ -105,6 +105,8 @@ class TrainerIO:
         """Tokens at which cells of the same lineage leave this one: checkpoints there stay."""
         self.trunk: dict[str, Any] | None = None
         """The cell whose past this attempt goes on from, and its tokens: {"cell", "tokens"}."""
+        self.restored_from: Path | None = None
+        """The checkpoint that `restore` has read."""
         self._interval = checkpoint_seconds
         self._kept = time.monotonic()
         self._writer: Writer | None = None
@@ -143,21 +145,29 @@ class TrainerIO:
         it is due; the copy is written by a thread. At a branch point it is due and stays. Raises Stopped where the
         attempt must end.
         """
+        if self.is_due(tokens, last=last):
+            self.keep(tokens, snapshot, last=last)
+
+    def is_due(self, tokens: int, *, last: bool = False) -> bool:
+        """Whether `checkpoint` would keep one now. Raises Stopped where another attempt has taken the cell over."""
         self._heartbeat.progress(tokens)
         stop = self._heartbeat.stop
         if stop is not None and stop.kind == "superseded":
             raise Stopped(stop)
-        permanent = tokens in self.branch_points
-        if not (stop or last or permanent or time.monotonic() - self._kept >= self._interval):
-            return
+        if stop or last or tokens in self.branch_points:
+            return True
+        busy = self._writer is not None and self._writer.busy()
+        return not busy and time.monotonic() - self._kept >= self._interval
+
+    def keep(self, tokens: int, snapshot: "Callable[[], State]", *, last: bool = False) -> None:
+        """Keep a checkpoint now; the rest as `checkpoint`."""
         if self._writer is None:
             from sweeps.checkpoints import Writer
 
             folder = self._attempt.store.checkpoints(self._attempt.cell_id, self._attempt.epoch)
             self._writer = Writer(folder, self._stream)
-        if not (stop or last or permanent) and self._writer.busy():
-            return
-        self._writer.submit(tokens, snapshot(), permanent=permanent)
+        stop = self._heartbeat.stop
+        self._writer.submit(tokens, snapshot(), permanent=tokens in self.branch_points)
         self._kept = time.monotonic()
         if stop or last:
             self._writer.wait()
@@ -185,7 +195,7 @@ class TrainerIO:
             return None
         if self.trunk is not None:
             write_json(self._attempt.folder / "trunk.json", self.trunk, sync=False)
-        self._heartbeat.resumed_from = found.tokens
+        self._heartbeat.resumed_from, self.restored_from = found.tokens, found.path
         self._heartbeat.progress(found.tokens)
         return found.state
 

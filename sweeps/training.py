@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,10 +30,15 @@ from sweeps.evaluation import Evaluation, evaluate, spread_windows
 from sweeps.families import find_family
 from sweeps.losses import Loss, MeanLoss
 from sweeps.models import make_model, tensor_factors
+from sweeps.ranks import Ranks
+from sweeps.replicas import Replicated
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
 from sweeps.trainer import Outcome, TrainerIO
+
+if TYPE_CHECKING:
+    from sweeps.sharding import Sharded
 
 TRAIN_ROWS = 50
 """Rows of training metrics a run, besides those at the evaluations."""
@@ -92,9 +97,13 @@ def train(cell: Cell, io: TrainerIO) -> Outcome:
 
 
 def train_together(
-    cells: Sequence[Cell], ios: Sequence[TrainerIO], ended: Callable[[int, Ending], None] = lambda member, end: None
+    cells: Sequence[Cell],
+    ios: Sequence[TrainerIO],
+    ended: Callable[[int, Ending], None] = lambda member, end: None,
+    ranks: Ranks | None = None,
 ) -> list[Ending]:
-    """Train several cells as one program, each with its own io, as `train` trains one.
+    """Train several cells as one program, each with its own io, as `train` trains one. Or one cell with the other
+    `ranks` of a gang, each of which calls this with an io of sweeps/gang.py.
 
     Returns how each ended: an outcome, or what its io raised. `ended` is called with a member's number as soon as it
     has ended; the others go on. Members that were interrupted at different steps wait for the one that is furthest
@@ -104,24 +113,30 @@ def train_together(
     numerics, corpus, cell = ios[0].numerics, ios[0].corpus, cells[0]
     context = cell.shape.context
     torch.set_num_threads(numerics.threads)
-    device = torch.device("cpu" if numerics.device == "cpu" else "cuda")
+    device = torch.device("cpu") if numerics.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
     clock = _Clock()
     with clock("build"):
         family = find_family(cell.family, allow_code=ios[0].base_dir is not None, base_dir=ios[0].base_dir or Path())
-        models = [make_model(family, one).to(device).train() for one in cells]
+        place = "cpu" if numerics.sharded else device  # whole it would not fit there
+        models = [make_model(family, one).to(place).train() for one in cells]
         factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
         recipes = [one.optimizer for one in cells]
         amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)
         if len(models) > 1:
-            program: Solo | Stack = Stack(models, recipes, factors)
+            program: Solo | Stack | Sharded = Stack(models, recipes, factors)
+        elif ranks and numerics.sharded:
+            from sweeps import sharding
+
+            program = sharding.Sharded(ranks, models[0], recipes[0], factors, device)
         else:
-            loss = _suited_loss(cell, ios[0], models[0], amplify, device)
-            program = Solo(models[0], recipes[0], loss, factors)
+            loss = _suited_loss(cell, ios[0], models[0], amplify, device, ranks)
+            solo = models[0], recipes[0], loss, factors
+            program = Replicated(ranks, *solo) if ranks else Solo(*solo)
         micro_batch = ios[0].numerics.micro_batch
         windows = corpus.validation_windows(context)
         subset = spread_windows(windows, context)
         whole = spread_windows(windows, context, cell.validation_tokens) if cell.validation_tokens else None
-        runner = _Runner(program, corpus, context, device, amplify, subset, whole, evaluations, clock, ended)
+        runner = _Runner(program, corpus, context, device, amplify, subset, whole, evaluations, clock, ended, ranks)
         members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
     try:
         _run(runner, members, micro_batch)
@@ -160,10 +175,15 @@ def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> N
 
 
 def _suited_loss(
-    cell: Cell, io: TrainerIO, model: torch.nn.Module, amplify: AbstractContextManager[Any], device: torch.device
+    cell: Cell,
+    io: TrainerIO,
+    model: torch.nn.Module,
+    amplify: AbstractContextManager[Any],
+    device: torch.device,
+    ranks: Ranks | None,
 ) -> Loss:
     """The loss of a model as a function of tokens, compiled where that pays. The first attempt of a cell finds out
-    what its device bears and keeps it in the numerics; later ones follow it."""
+    what its device bears and keeps it in the numerics; later ones follow it. Ranks do what all of them bear."""
     eager, numerics = MeanLoss(model), io.numerics
     shape = (numerics.micro_batch, cell.shape.context + 1)
     if io.numerics_kept:
@@ -175,11 +195,16 @@ def _suited_loss(
         with amplify:
             return eager(tokens)
 
-    micro_batch = probe_micro_batch(amplified, model, cell, numerics.micro_batch)
+    workers = ranks.count if ranks else 1
+    micro_batch = probe_micro_batch(amplified, model, cell, numerics.micro_batch, workers)
+    if ranks:
+        micro_batch = -ranks.most(-micro_batch)[0]
     found: tuple[Loss, bool] = eager, False
     if cell.tokens * flops_per_token(cell.shape) >= COMPILE_FLOPS[device.type]:
         tokens = torch.zeros((micro_batch, cell.shape.context + 1), dtype=torch.int64, device=device)
-        found = maybe_compile(model, tokens, cell.steps * -(-cell.sequences // micro_batch), amplify)
+        found = maybe_compile(model, tokens, cell.steps * -(-cell.sequences // (micro_batch * workers)), amplify)
+        if ranks and ranks.most(not found[1])[0]:
+            found = eager, False
     if (micro_batch, found[1]) != (numerics.micro_batch, numerics.compile):
         io.choose(micro_batch=micro_batch, compile=found[1])
     return found[0]
@@ -219,7 +244,7 @@ class _Member:
 class _Runner:
     """What the members of a program share, and the parts of training one."""
 
-    program: Solo | Stack
+    program: "Solo | Stack | Sharded"
     corpus: Corpus
     context: int
     device: torch.device
@@ -231,6 +256,7 @@ class _Runner:
     """The steps after which the subset is evaluated."""
     clock: "_Clock"
     ended: Callable[[int, Ending], None]
+    ranks: Ranks | None
 
     def attempt(self, member: _Member, part: Callable[[_Member], Ending | None]) -> None:
         """Do one part for a member: where it ends the member, or raises, the others go on."""
@@ -246,14 +272,12 @@ class _Runner:
     def begin(self, member: _Member) -> None:
         with self.clock("build"):
             state = member.io.restore()
-        model = self.program.models[member.index]
         if state is None:
             member.progress = Progress(start=self._evaluate(member))
             member.io.log(0, {"val_loss": member.progress.start, "flops": 0.0, "optimizer_step": 0.0})
         else:
             with self.clock("build"):
-                model.load_state_dict(state["model"])
-                self.program.table.load_optimizer_state(member.index, state["optimizer"])
+                self.program.load(member.index, state)
                 _set_random_state(state["random"])
                 member.progress = Progress(**state["progress"])
                 trunk = member.io.trunk
@@ -293,7 +317,7 @@ class _Runner:
                 random = _random_state()
                 self.program.backward(batch[:, :count], micro_batch, self.amplify, eager=True)
                 _set_random_state(random)
-                norms = torch.linalg.vector_norm(self.program.table.gradients, dim=1)
+                norms = self.program.table.norms()
         for member in live:
             member.small_norm = None if norms is None else norms[member.index]
 
@@ -323,7 +347,7 @@ class _Runner:
         }
         peak = peak_flops(member.io.numerics.device, cell.precision)
         if peak:
-            progress.row["mfu"] = pace * cost / peak
+            progress.row["mfu"] = pace * cost / (peak * member.io.numerics.workers)
         if member.small_norm is not None and math.isfinite(small := float(member.small_norm)):
             progress.row["gradient_norm_small"] = small
         if step in self.evaluations:
@@ -334,9 +358,7 @@ class _Runner:
 
     def checkpoint(self, member: _Member) -> None:
         def snapshot() -> dict[str, Any]:
-            return {
-                "model": self.program.models[member.index].state_dict(),
-                "optimizer": self.program.table.optimizer_state(member.index),
+            return self.program.state(member.index) | {
                 "random": _random_state(),
                 "losses": member.losses,
                 "progress": vars(member.progress),
@@ -347,11 +369,7 @@ class _Runner:
 
     def finish(self, member: _Member) -> Ending:
         """The final evaluation, the last row, and the outcome."""
-        with self.clock("evaluate"):
-            model = self.program.models[member.index]
-            final = evaluate(
-                model, self.corpus, self.context, self.device, self.amplify, self.whole, member.io.progress
-            )
+        final = self._evaluation(member, self.whole, member.io.progress)
         progress, row = member.progress, member.progress.row
         reason = None
         if math.isfinite(final.loss) and final.loss <= progress.start:
@@ -366,9 +384,17 @@ class _Runner:
 
     def _evaluate(self, member: _Member) -> float:
         """The validation loss over the subset."""
+        return self._evaluation(member, self.subset).loss
+
+    def _evaluation(
+        self, member: _Member, windows: np.ndarray | None, working: Callable[[], None] = lambda: None
+    ) -> Evaluation:
+        model = self.program.models[member.index]
+        losses: Loss | None = getattr(self.program, "losses", None)  # of a model in parts
         with self.clock("evaluate"):
-            model = self.program.models[member.index]
-            return evaluate(model, self.corpus, self.context, self.device, self.amplify, self.subset).loss
+            return evaluate(
+                model, self.corpus, self.context, self.device, self.amplify, windows, working, self.ranks, losses
+            )
 
     def _outcome(self, member: _Member, reason: str | None, final: Evaluation | None) -> Outcome:
         if reason is not None:

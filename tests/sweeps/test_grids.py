@@ -332,6 +332,13 @@ def test_hyperparameters_that_leave_their_range_are_refused(fields: dict[str, An
     assert words in faults(points(POINT, **fields))
 
 
+def test_a_batch_has_a_sequence_for_every_worker() -> None:
+    text = faults(points(POINT, workers=640 // CONTEXT + 1))
+    assert f"a batch of {640 // CONTEXT} sequences (640 tokens) has none for some of {640 // CONTEXT + 1} work" in text
+    one, many = only(points(POINT)), only(points(POINT, workers=640 // CONTEXT))
+    assert one.cell.id == many.cell.id, "the number of workers changes no number"
+
+
 @pytest.mark.parametrize("how", [{"tokens": 1e300}, {"flops": 1e300}, {"tokens_per_parameter": 1e308}])
 def test_absurd_lengths_are_refused(how: dict[str, float]) -> None:
     assert "training tokens are more than 1e+16" in faults(points({"size": 2e4, **how}, corpus={"repeat": True}))

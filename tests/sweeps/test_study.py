@@ -88,6 +88,10 @@ seeds: []
         ("grid: {type: ladder, sizes: [1e4]}", "exactly one of tokens, tokens_per_parameter"),
         ("vary: {learning_rat: [1]}", 'did you mean "learning_rate"'),
         ("vary: {beta1: [2]}", "beta1: found 2"),
+        ("workers: 0", "workers: found 0"),
+        ("workers: automatic", "workers: found 'automatic'"),
+        ("trainer: mine.py:train\nworkers: 2", "trains in one process; leave out workers"),
+        ("stack: 4\nworkers: 2", "a stack is several cells; leave out stack"),
         ("vary: {learning_rate: {times: []}}", "at least 1 item"),
         ("vary: {learning_rate: [null]}", "learning_rate: found None"),
         ("vary: {schedule: {times: [2]}}", "schedule is no number, so it has no multiples; list its values"),
@@ -180,3 +184,9 @@ def test_a_schedule_with_its_fields_is_the_same_as_the_fields_beside_it(tmp_path
 def test_a_fault_inside_a_schedule_has_its_own_line(tmp_path: Path) -> None:
     text = faults(tmp_path, GOOD + "training:\n  schedule:\n    kind: wsd\n    cooldown_fraction: 7\n")
     assert "study.yaml:8: training.schedule.cooldown_fraction: found 7" in text
+
+
+def test_several_workers_train_no_stacks(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path, f"{GOOD}workers: 2\n"))
+    assert (study.workers, study.stack) == (2, "off")
+    assert load_study(write(tmp_path, GOOD)).workers == "auto"

@@ -1,0 +1,191 @@
+"""A gang: an actor that trains one cell on several GPUs of one node, where a worker (cluster/worker.py) has one.
+
+Inside, Ray Train's TorchTrainer starts the ranks, packed on one node, and joins them; they stay warm and take one cell
+after another, as a worker does. Ray Train is used for nothing else: it keeps no checkpoint, and its retries are off,
+since Escala counts attempts itself. Any end that the ranks may not have met alike ends them all, and the next cell
+finds new ones: what must never happen is a rank that waits for a dead one, or goes on without it.
+"""
+
+import asyncio
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.placement import Demand, memory_share
+
+ALIKE = {"finished", "diverged", "stopped", "superseded"}
+"""Ends of an attempt that every rank has met, so that they can go on to another cell."""
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead rank is seen
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks after nodes
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+
+
+def make_gang(ray: Any, demand: Demand, node: str | None = None) -> Any:
+    """A new gang, unnamed, with a rank for each worker of a demand, on a node where it is given: a handle like that of
+    a worker."""
+    options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+    return ray.remote(**options)(Gang).remote(demand.bundles(), node)
+
+
+class Gang:
+    """The ranks of one cell at a time. Ray makes it an actor; it holds no resources, its ranks do."""
+
+    def __init__(self, bundles: list[dict[str, float]], node: str | None) -> None:
+        self._bundles, self._node = bundles, node
+        self._changed = asyncio.Condition()
+        self._number = -1
+        self._task: tuple[Any, ...] = ()
+        self._end: asyncio.Future[dict[str, Any]] | None = None
+        self._ranks: asyncio.Future[None] | None = None
+        self._folder = ""
+
+    async def run(
+        self,
+        root: str,
+        cell_ids: list[str],
+        study: str,
+        base_dir: str | None,
+        checkpoint_seconds: float,
+        driver: int,
+        probe: bool,
+        threads: int,
+    ) -> list[dict[str, Any]]:
+        """Try a cell once: how it ended, as of `cluster.worker.Worker.run`. Gangs train no stacks."""
+        (cell_id,) = cell_ids
+        if self._ranks is None:
+            self._ranks = asyncio.ensure_future(asyncio.to_thread(self._start))
+        async with self._changed:
+            self._number += 1
+            self._task = root, cell_id, study, base_dir, checkpoint_seconds, driver, threads
+            self._end = asyncio.get_running_loop().create_future()
+            self._changed.notify_all()
+        either: list[asyncio.Future[Any]] = [self._end, self._ranks]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        ended = self._end.result() if self._end.done() else None
+        if ended is None or ended["state"] not in ALIKE:
+            await asyncio.wait([self._ranks])
+            error, self._ranks = self._ranks.exception(), None
+            if ended is None:
+                raise RuntimeError(f"the gang died ({' '.join(str(error).split())[:500]})")
+            if ended["state"] == "preemption":  # whoever sent SIGTERM wants the processes gone
+                import ray
+
+                ray.actor.exit_actor()
+        return [ended]
+
+    async def task(self, number: int) -> tuple[Any, ...]:
+        """What a rank is to do as its task of this number, once there is one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._number >= number)
+            return self._task
+
+    async def first(self) -> int:
+        """The number of the task that new ranks begin with. They have started: Ray Train's folder is not needed."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return self._number
+
+    async def done(self, number: int, ended: dict[str, Any]) -> None:
+        """Rank 0 tells how a task has ended."""
+        if self._end is not None and number == self._number and not self._end.done():
+            self._end.set_result(ended)
+
+    def _start(self) -> None:
+        """Start the ranks and wait for their end. In a thread of its own."""
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        os.environ |= TRAIN_SETTINGS
+        self._folder = tempfile.mkdtemp(prefix="escala-gang-")  # Ray Train wants one; nothing is kept there
+        try:
+            TorchTrainer(
+                _train,
+                train_loop_config={"gang": ray.get_runtime_context().current_actor},
+                torch_config=_listening(),
+                scaling_config=ScalingConfig(
+                    num_workers=len(self._bundles),
+                    use_gpu="GPU" in self._bundles[0],
+                    resources_per_worker=self._bundles[0],
+                    placement_strategy="STRICT_PACK",
+                    label_selector={"ray.io/node-id": self._node} if self._node else None,
+                ),
+                run_config=RunConfig(
+                    name="gang", storage_path=self._folder, failure_config=FailureConfig(max_failures=0)
+                ),
+            ).fit()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _listening() -> Any:
+    """Ray's setting up of torch.distributed, over gloo (sweeps/ranks.py adds NCCL where there are GPUs: a logical one
+    has none), in processes that hear SIGTERM: their trainer is not in the main thread, which alone can."""
+    from ray.train.torch import TorchConfig
+
+    standard: Any = TorchConfig(backend="gloo").backend_cls
+
+    class Backend(standard):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            super().on_start(worker_group, backend_config)
+            worker_group.execute(_hear_sigterm)
+
+    @dataclass
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> Any:
+            return Backend
+
+    return Config(backend="gloo")
+
+
+def _hear_sigterm() -> None:
+    from sweeps.heartbeat import hear_sigterm
+
+    hear_sigterm()
+
+
+def _train(config: dict[str, Any]) -> None:
+    """One rank: cell after cell."""
+    import ray
+    import torch
+
+    from sweeps.attempt import run_attempts
+    from sweeps.devices import keep_freed_memory
+    from sweeps.gang import follow_attempt
+    from sweeps.ranks import join_ranks
+    from sweeps.store import Store
+
+    keep_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(memory_share(1))
+    gang, ranks = config["gang"], join_ranks()
+    number = ray.get(gang.first.remote())
+    while True:
+        root, cell_id, study, base_dir, checkpoint_seconds, driver, threads = ray.get(gang.task.remote(number))
+        store, base = Store(Path(root)), Path(base_dir) if base_dir else None
+        if ranks.rank:
+            follow_attempt(store, cell_id, ranks, base_dir=base)
+        else:
+            (ended,) = run_attempts(
+                store,
+                [cell_id],
+                study=study,
+                base_dir=base,
+                checkpoint_seconds=checkpoint_seconds,
+                driver=driver,
+                threads=threads,
+                ranks=ranks,
+            )
+            ray.get(gang.done.remote(number, vars(ended)))
+            if ended.state not in ALIKE:
+                raise RuntimeError(f"{ended.state}: {ended.reason}")
+        number += 1

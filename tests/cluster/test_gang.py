@@ -1,0 +1,85 @@
+"""Ray Train's ranks train the cells of a study; a rank that is killed takes its gang with it, and the cell goes on."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster import driver
+from cluster.driver import run_study
+from cluster.progress import Progress
+from sweeps.attempt import run_attempt
+from sweeps.corpora import make_source, prepare
+from sweeps.grids import Plan, plan_study
+from sweeps.records import read_json, write_json
+from sweeps.store import Store, attempt_epochs, checkpoint_paths, open_store, read_cell, read_end
+from sweeps.study import Study
+
+STUDY: dict[str, Any] = {
+    "name": "gangs",
+    "corpus": {"source": "markov", "options": {"vocab_size": 8, "tokens": 200_000}},
+    "context": 32,
+    "families": ["llama"],
+    "grid": {"type": "points", "points": [{"size": 10_000, "tokens": 600 * 96}, {"size": 10_000, "tokens": 40 * 96}]},
+    "training": {"batch_tokens": 96},
+    "workers": 2,
+}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+def planned(store: Store) -> Plan:
+    source = make_source("markov", None, STUDY["corpus"]["options"])
+    return plan_study(Study.model_validate(STUDY), prepare(source, "bytes", store.root))
+
+
+def followers(pid: int) -> list[psutil.Process]:
+    """The other ranks of the gang whose rank 0 has this id."""
+    siblings = psutil.Process(pid).parent().children()
+    return [one for one in siblings if "RayTrainWorker" in " ".join(one.cmdline()) and one.pid != pid]
+
+
+def test_a_study_with_two_workers_outlives_a_rank_and_equals_one_of_one_worker(
+    store: Store, ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    plan = planned(store)
+    long, short = sorted((one.cell for one in plan.cells), key=lambda cell: -cell.steps)
+    killed: list[int] = []
+
+    def watch(progress: Progress) -> None:
+        kept = checkpoint_paths(store.checkpoints(long.id, 0))
+        if kept and not killed and read_end(store, long.id, 0) is None:
+            (victim,) = followers(read_json(store.attempt(long.id, 0) / "attempt.json")["pid"])
+            os.kill(victim.pid, signal.SIGKILL)
+            killed.append(victim.pid)
+
+    tally = run_study(store, plan, b"", watch=watch, address=ray_address, workers=2, checkpoint_seconds=0.2)
+    assert (tally.finished, tally.failed) == (2, {})
+    # 1. The death was charged to the machines, and the cell went on from its checkpoint.
+    assert killed
+    assert attempt_epochs(store, long.id) == [0, 1]
+    end = read_end(store, long.id, 0)
+    assert end is not None
+    assert end[0] == "infrastructure"
+    assert read_json(store.attempt(long.id, 1) / "heartbeat.json")["resumed_from"] > 0
+    # 2. The next cell found warm ranks: the same process wrote both results.
+    pids = [read_json(store.attempt(one.id, epoch) / "attempt.json")["pid"] for one, epoch in ((long, 1), (short, 0))]
+    assert pids[0] == pids[1]
+    # 3. One process ends with the same losses.
+    alone = open_store(tmp_path / "alone")
+    planned(alone)
+    for cell, tolerance in ((long, 2e-3), (short, 1e-5)):
+        found = read_json(store.cell(cell.id) / "result.json")
+        assert found["numerics"]["workers"] == 2
+        write_json(alone.cell(cell.id) / "cell.json", read_cell(store, cell.id))
+        run_attempt(alone, cell.id, study="alone")
+        expected = read_json(alone.cell(cell.id) / "result.json")
+        assert found["val_loss_final"] == pytest.approx(expected["val_loss_final"], rel=tolerance)
+        assert (found["tokens"], found["flops"]) == (expected["tokens"], expected["flops"])
