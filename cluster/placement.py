@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from sweeps.errors import InputError
 from sweeps.memory import demand as bytes_of
+from sweeps.memory import workers_for
 from sweeps.planned import PlannedCell
 
 KEPT_FREE = 0.08
@@ -69,24 +70,26 @@ def demand_of(
     one: PlannedCell,
     *,
     device: Literal["cpu", "cuda"],
-    workers: int = 1,
+    workers: int | None = None,
     gpu_bytes: int = 0,
+    gpus_per_node: int = 1,
     crowd: int = 1,
 ) -> Demand:
     """What a planned cell asks for, where cells train on such a device.
 
-    `workers` are its processes. `gpu_bytes` is the memory of the least GPU; where it is known (not 0), cells that fit
-    side by side share one, as many as `crowd` at most: the cells that there are for every GPU.
+    `workers` are its processes; None: as many as hold it. `gpu_bytes` is the memory of the least GPU; where it is known
+    (not 0), cells that fit side by side share one, as many as `crowd` at most: the cells that there are for every GPU;
+    and one that none of them holds is parted among those of a node. InputError where a node does not hold it.
     """
     if device == "cpu":
-        return Demand(workers)
-    if workers > 1 or not gpu_bytes:
-        return Demand(workers, 1.0)
+        return Demand(workers or 1)
+    if (workers is not None and workers > 1) or not gpu_bytes:
+        return Demand(workers or 1, 1.0)
     need = bytes_of(one.cell.shape, one.cell.sequences, one.cell.precision, device="cuda")
     try:
         return Demand(1, gpu_share(max(1, min(crowd, cells_together([need], gpu_bytes)))))
-    except InputError:  # it has to be cut into micro-batches, and wants a GPU for itself
-        return Demand(1, 1.0)
+    except InputError:  # it has to be cut into micro-batches, and wants a GPU for itself, or is too large for one
+        return Demand(workers or workers_for(one.cell, int(gpu_bytes * memory_share(1)), gpus_per_node), 1.0)
 
 
 # --- sharing -----------------------------------------------------------------------------------------------------

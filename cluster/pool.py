@@ -25,8 +25,9 @@ class _Kept:
 class Pool:
     """The workers of one run, by the node on which they are."""
 
-    def __init__(self, ray: Any, fleet: Fleet, cells: int, workers: int) -> None:
-        """Adds the cluster's nodes to `fleet`. There are so many `cells` to train, each by so many `workers`."""
+    def __init__(self, ray: Any, fleet: Fleet, cells: int, workers: int | None) -> None:
+        """Adds the cluster's nodes to `fleet`. There are so many `cells` to train, each by so many `workers`, or as
+        many as hold it."""
         self._ray, self._fleet, self._workers = ray, fleet, workers
         self._kept: list[_Kept] = []
         nodes = cluster_nodes(ray, memory_too=True)
@@ -35,11 +36,19 @@ class Pool:
         self.cores = int(sum(node.cpus for node in nodes))
         self.device: Literal["cpu", "cuda"] = "cuda" if fleet.gpus else "cpu"
         self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
+        self._gpus_per_node = int(max((node.gpus for node in nodes), default=1))
         self._crowd = -(-cells // max(1, fleet.gpus))
 
     def demand(self, one: PlannedCell) -> Demand:
         """What a cell asks for: a GPU, or a share of one where it fits and cells are many, if there are any."""
-        return demand_of(one, device=self.device, workers=self._workers, gpu_bytes=self.gpu_bytes, crowd=self._crowd)
+        return demand_of(
+            one,
+            device=self.device,
+            workers=self._workers,
+            gpu_bytes=self.gpu_bytes,
+            gpus_per_node=self._gpus_per_node,
+            crowd=self._crowd,
+        )
 
     def worker(self, place: Place) -> Any:
         """A worker in this place: the warm one that is there, or a new one. Idle ones in its way are given back."""

@@ -122,7 +122,7 @@ class Queue:
         key = self._keys.get(one.cell.id)
         alike = len(self._alike.get(key, ())) + 1 if key is not None and not self._was_too_large(one) else 1
         cells = [one]
-        if alike > 1:
+        if alike > 1 and start.place.demand.workers == 1:
             workers = 1 + self.schedule.room(start.place.demand, alike)
             size = stack_size(alike, workers, self._stacking, device, one.cell)
             others = self._like(key, size - 1, now) if size > 1 else []

@@ -94,10 +94,8 @@ def workload(
     gpus = sum(node.gpus for node in nodes)
     crowd = -(-len(cells) * trials // max(1, int(gpus)))
     memory = min((node.gpu_bytes for node in nodes), default=0)
-    demands = {
-        one.cell.id: demand_of(one, device="cuda", workers=study_workers(plan), gpu_bytes=memory, crowd=crowd)
-        for one in cells
-    }
+    room: dict[str, Any] = {"gpu_bytes": memory, "gpus_per_node": int(nodes[0].gpus), "crowd": crowd}
+    demands = {one.cell.id: demand_of(one, device="cuda", workers=study_workers(plan), **room) for one in cells}
     own = own_flops(plan)
     jobs = [
         Job(
@@ -118,10 +116,9 @@ def workload(
     return Workload(jobs, edges, times, notes)
 
 
-def study_workers(plan: Plan) -> int:
-    """The processes that a study asks for each of its cells; 1 where it leaves that to memory."""
-    asked: Any = getattr(plan.study, "workers", 1)
-    return asked if isinstance(asked, int) else 1
+def study_workers(plan: Plan) -> int | None:
+    """The processes that a study asks for each of its cells; None where it leaves that to memory."""
+    return None if plan.study.workers == "auto" else plan.study.workers
 
 
 def _seconds(

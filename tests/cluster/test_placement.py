@@ -181,8 +181,19 @@ def test_a_cell_shares_a_gpu_with_as_many_as_fit_and_as_there_are() -> None:
     assert demand_of(one, device="cuda") == Demand(1, 1.0), "its memory is not known"
     assert demand_of(one, device="cuda", gpu_bytes=80 * GIB, crowd=100).gpus == gpu_share(16)
     assert demand_of(one, device="cuda", gpu_bytes=80 * GIB, crowd=3).gpus == gpu_share(3)
-    assert demand_of(one, device="cuda", gpu_bytes=GIB // 2, crowd=9) == Demand(1, 1.0), "too large, cut into parts"
+    with pytest.raises(InputError, match="does not fit on one GPU"):
+        demand_of(one, device="cuda", gpu_bytes=GIB // 2, crowd=9)
     assert demand_of(one, device="cuda", workers=4, gpu_bytes=80 * GIB, crowd=9) == Demand(4, 1.0)
+
+
+def test_a_cell_that_no_gpu_holds_is_parted_among_those_of_a_node() -> None:
+    large = only(points({"size": 5e9, "tokens": 640_000}))
+    assert demand_of(large, device="cuda", gpu_bytes=140 * GIB, gpus_per_node=8) == Demand(1, 1.0)
+    parted = demand_of(large, device="cuda", gpu_bytes=40 * GIB, gpus_per_node=8)
+    assert 2 <= parted.workers <= 8
+    assert demand_of(large, device="cuda", workers=1, gpu_bytes=40 * GIB, gpus_per_node=8) == Demand(1, 1.0)
+    with pytest.raises(InputError, match="does not fit on one GPU"):
+        demand_of(large, device="cuda", gpu_bytes=40 * GIB, gpus_per_node=1)
 
 
 @given(st.lists(st.integers(1, 60 * GIB), min_size=1, max_size=8))

@@ -107,7 +107,7 @@ def test_cells_that_share_a_gpu_and_cells_that_want_one_run_on_one_cluster_and_n
     small, large = (pick(plan.cells, key=lambda one: one.counts["N"]) for pick in (min, max))
     memory = next(
         size
-        for size in range(10**8, 10**11, 10**7)
+        for size in range(10**9, 10**11, 10**7)
         if demand_of(small, device="cuda", gpu_bytes=size, crowd=9).gpus == 0.5
         and size * 0.92 > bytes_of(large.cell.shape, large.cell.sequences, large.cell.precision, device="cuda")
     )
