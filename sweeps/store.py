@@ -104,7 +104,10 @@ class Store:
 
 def _name(name: str, what: str) -> str:
     if not STUDY_NAME.fullmatch(name):
-        raise InputError(f"{name!r} cannot be {what} of a store: letters, digits, dot, dash and underscore only.")
+        raise InputError(
+            f"{name!r} cannot be {what} of a store: up to 100 letters, digits, dots, dashes and underscores, a letter "
+            "or digit first."
+        )
     return name
 
 

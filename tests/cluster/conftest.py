@@ -1,6 +1,7 @@
 """What the tests share: studies with cells in all states, a proxy before a real server, and waits scaled down."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def place(tmp_path: Path) -> tuple[Escala, Store]:
 @pytest.fixture
 def study(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Store, str]:
     """A store with a study of four finished cells, named after the test."""
-    name = request.node.name.replace("[", "-").replace("]", "")
+    name = re.sub(r"[^\w.-]", "-", request.node.name)[-90:].strip("-_.")
     return open_store(write_study(tmp_path / "store", CELLS, name=name)), name
 
 
