@@ -194,6 +194,8 @@ class _Run:
     def _meet_cluster(self, ray: Any) -> None:
         """What the cluster has, and so what cells ask of it."""
         self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan))
+        if self.members is not None:  # some of its nodes take no cells
+            self.members.follow(self.fleet, [], self.pool.gpu_bytes)
         cells = [*self.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]

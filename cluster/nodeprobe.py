@@ -172,7 +172,7 @@ class Probes:
             told = self.ray.get(call)
             ahead, off = self._clock(actor)
         except self.ray.exceptions.RayError as error:
-            return Report(node=node, versions={}, silent=str(error).strip().splitlines()[-1])
+            return Report(node=node, versions={}, silent=str(error).strip().splitlines()[-1].rstrip("."))
         if told.get("store") == "same" and not self._came_back(node):
             told["store"] = "other"
         return Report(node=node, clock_seconds=ahead, clock_error=off, **told)
@@ -283,17 +283,27 @@ class Gate:
         self._under_way: tuple[Probes, float] | None = None
 
     def open(self) -> list[str]:
-        """Look at all nodes that there are. Notes; InputError for the first that may not train."""
+        """Look at all nodes that there are. Notes; InputError for the first that may not train.
+
+        One that gives no report is left out: it may have died a moment ago, and others can do its work.
+        """
         nodes = self._strangers()
         if not nodes:
             return []
         with Probes(self._members.ray, self._root) as probes:
             probes.begin(nodes)
             reports = probes.reports()
+        said = set()
         for report in reports:
-            if found := fault(report, self._here, self._root):
+            found = fault(report, self._here, self._root)
+            if found and not report.silent:
                 raise InputError(found)
-        return sorted({said for report in reports if (said := caution(report, self._here))})
+            if found:
+                self._members.barred[report.node.id] = found
+                said.add(f"no cell goes there: {found}")
+            elif note := caution(report, self._here):
+                said.add(note)
+        return sorted(said)
 
     def look(self) -> list[str]:
         """Let in the nodes that have joined, once they were looked at; waits for none. What there is to say of them."""
