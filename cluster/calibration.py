@@ -67,8 +67,9 @@ def calibrate(
     cells = pick_cells(one.cell for one in (*plan.cells, *examples(plan)))
     if not cells:
         raise InputError("all cells of this study have a trainer of their own: there is nothing that can be timed.")
+    before = descendants()  # of whoever called this, and not to be ended with Ray
     ray = start_ray(address, workers)
-    family = descendants() if address == "local" else set()
+    family = descendants() - before
     try:
         fleet = Fleet(cluster_nodes(ray))
         demand = Demand(gpus=1.0 if fleet.gpus else 0.0)
@@ -87,7 +88,7 @@ def calibrate(
     finally:
         ray.shutdown()
         if address == "local":
-            end_processes(family | descendants())
+            end_processes(family | (descendants() - before))
     return [_keep(store, kind, found) for kind, found in sorted(answers.items())]
 
 

@@ -149,7 +149,7 @@ class _Run:
         """The first attempts' failures while there is nothing else; None once anything else happened."""
         self.wish: str | None = None
         self.family: set[psutil.Process] = set()
-        """What this process has started, with a Ray of its own."""
+        """The processes of a Ray of this run's own."""
         self.core: list[psutil.Process] = []
         """Of these, the processes without which such a Ray is dead."""
         self.halt: str | None = None
@@ -161,9 +161,10 @@ class _Run:
 
     def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
+        before = descendants()  # of whoever called this, and not to be ended with Ray
         ray = start_ray(address, self.limit)
         if address == "local":
-            self.family = descendants()
+            self.family = descendants() - before
             self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
             if address != "local":
@@ -402,7 +403,7 @@ class _Run:
 
     def _look(self, tally: Tally) -> None:
         if self.core:
-            self.family |= descendants()
+            self.family |= descendants(self.core)
         found = read_wish(self.store, self.plan.study.name)
         if found is not None and found.driver not in (None, self.claim.number):
             found = None  # it was meant for another driver

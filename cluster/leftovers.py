@@ -66,9 +66,13 @@ def kill_worker(attempt: Attempt) -> None:
             os.kill(record["pid"], signal.SIGKILL)
 
 
-def descendants() -> set[psutil.Process]:
-    """The processes that this one has started, and theirs."""
-    return set(psutil.Process().children(recursive=True))
+def descendants(parents: Iterable[psutil.Process] = ()) -> set[psutil.Process]:
+    """The processes that these have started, by default this one, and theirs."""
+    found: set[psutil.Process] = set()
+    for parent in parents or [psutil.Process()]:
+        with suppress(psutil.Error):
+            found |= set(parent.children(recursive=True))
+    return found
 
 
 def runs(process: psutil.Process) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -395,6 +396,9 @@ def test_a_head_that_is_gone_ends_the_run_in_words_and_the_same_command_goes_on_
     finally:
         lost.shutdown()
     hold.unlink()
-    assert drive(plan, "local", workers=1).finished == 1
+    with subprocess.Popen(["sleep", "600"]) as bystander:  # a Ray of its own ends with the run, and nothing else does
+        assert drive(plan, "local", workers=1).finished == 1
+        assert bystander.poll() is None
+        bystander.kill()
     assert went_on_from(store, plan.cells[0].cell.id) == 24 * BATCH
     assert_whole(store, plan)
