@@ -96,7 +96,7 @@ def test_a_killed_search_goes_on_with_no_trial_lost_or_run_twice(
     said = escala(*options).stdout
     assert "12 of 12 trials asked (12 told)" in said
     cells = read_plan(store, "s")["cells"]
-    assert sorted(one["labels"]["trial"] for one in cells) == list(range(12))
+    assert len({one["labels"]["trial"] for one in cells}) == len(cells) == 12
     for cell_id, stamp in before.items():
         assert (store.cell(cell_id) / "result.json").stat().st_mtime_ns == stamp, "none is run twice"
     for entry, _, state in iterate_cells(store, "s"):
@@ -107,9 +107,12 @@ def test_a_killed_search_goes_on_with_no_trial_lost_or_run_twice(
 
     name = cells[0]["labels"]["search"]
     found = optuna.load_study(study_name=name, storage=open_journal(journal_path(store, "s")))
-    assert [one.state.name for one in found.trials] == ["COMPLETE"] * 12
+    whole = [one.number for one in found.trials if one.state.name == "COMPLETE"]
+    assert sorted(one["labels"]["trial"] for one in cells) == whole
+    half = [one for one in found.trials if one.number not in whole]  # the kill came while it was asked
+    assert [(one.state.name, one.values) for one in half] in ([], [("FAIL", None)])
     values = {read_json(store.cell(one["id"]) / "result.json")["val_loss_final"] for one in cells}
-    assert {one.value for one in found.trials} == values
+    assert {one.value for one in found.trials if one.number in whole} == values
     told = json.loads(escala("status", "s", "--store", "store", "--json").stdout)["search"][0]
     assert (told["asked"], told["told"], told["to_come"]) == (12, 12, 0)
     assert "nothing to train" in escala(*options).stdout
