@@ -247,7 +247,8 @@ def fault(report: Report, here: dict[str, Any], root: Path | None) -> str | None
             f"Escala's code is not on node {node}. Install it there, have it on PYTHONPATH when Ray is started there, "
             "or use `escala submit`, which brings it along."
         )
-    if report.code != here["code"]:
+    # One folder of one machine is the same code, though it was read while another node of it unpacked it anew.
+    if report.code != here["code"] and (report.host, report.code_folder) != (here["host"], here["code_folder"]):
         return (
             f"node {node} has other code of Escala ({report.code} in {report.code_folder}) than this process "
             f"({here['code']} in {here['code_folder']}). Put the same on both, or use `escala submit`, which brings it "
