@@ -106,6 +106,8 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
             ) from None
         except ray.exceptions.RayError as error:
             raise ConnectionError(_plainly(error)) from None
+    # Of a node that dies Ray prints the last forty lines of its log; what that means here is said in words.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     ray.init(address=address, log_to_driver=quiet["log_to_driver"], logging_level=quiet["logging_level"])
 
 

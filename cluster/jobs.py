@@ -36,6 +36,10 @@ TOKEN_HELP = f"`ray get-auth-token` prints it on the head; it is read from {TOKE
 UNREACHED = {"refused": "connection refused", "resolve": "no such host", "unreachable": "no way to that host"}
 
 
+class ClusterGone(Exception):
+    """A cluster that ended under a job that was followed."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job of Escala."""
@@ -295,7 +299,7 @@ def stop(dashboard: Dashboard, job_id: str, say: Callable[[str], None]) -> Job:
 def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Job:
     """Write a job's log as it grows, from its beginning, until the job has ended; `say` is for what is no log.
 
-    A dashboard that is gone for a while is waited for. Raises InputError where it stays away, or comes back as another
+    A dashboard that is gone for a while is waited for. Raises ClusterGone where it stays away, or comes back as another
     cluster that does not know the job.
     """
     import aiohttp
@@ -318,16 +322,16 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
             if job is not None and job.status == "RUNNING":
                 asyncio.run(_tail(dashboard.client, job_id, written, put))
             gone = None
-        except (InputError, RuntimeError, OSError, aiohttp.ClientError) as error:
+        except (InputError, RuntimeError, OSError, aiohttp.ClientError):
             gone = gone or time.monotonic()
             if time.monotonic() - gone > ANSWER_SECONDS:
-                raise InputError(
-                    f"the dashboard at {dashboard.address} is gone for {ANSWER_SECONDS:.0f} s ({_reason(error)}). The "
-                    "store keeps what was done: submit the study again when the cluster is back."
+                raise ClusterGone(
+                    f"the dashboard at {dashboard.address} is gone for {ANSWER_SECONDS:.0f} s. The store keeps what "
+                    "was done: submit the study again when the cluster is back."
                 ) from None
         else:
             if job is None:
-                raise InputError(
+                raise ClusterGone(
                     f"the cluster at {dashboard.address} no longer knows {job_id}: it was started anew, perhaps. The "
                     "store keeps what was done: submit the study again."
                 )

@@ -11,6 +11,7 @@ old one is told that it is superseded, what it still logs does not count, and it
 """
 
 import json
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ ANSWER_SECONDS = 5.0
 """How long the head may take to answer."""
 ASK_AGAIN_SECONDS = 30.0
 """Of drivers on one cluster, the one that asked the autoscaler last is heard: each asks again."""
+DYING_SECONDS = 1.0
+"""Between the first and the last process of a machine that goes down."""
 REPORT_SECONDS = 15.0
 """The monitor of a cluster that was just started reports within so long."""
 MOST_ASKED = 1000
@@ -46,6 +49,8 @@ class LivingNode:
     address: str
     cpus: float
     gpus: float
+    port: int = 0
+    """Of Ray's own process there."""
     leaving: str | None = None
     """Why it takes no new work, if so."""
 
@@ -69,7 +74,8 @@ def living_nodes(ray: Any) -> list[LivingNode]:
             node, has = told.node_id.hex(), told.resources_total
             leaving = _notice(drained[node]) if node in drained else None
             address = told.node_manager_address
-            found.append(LivingNode(node, address, has.get("CPU", 0.0), has.get("GPU", 0.0), leaving))
+            sizes = has.get("CPU", 0.0), has.get("GPU", 0.0)
+            found.append(LivingNode(node, address, *sizes, told.node_manager_port, leaving))
     return sorted(found, key=lambda node: node.id)
 
 
@@ -83,8 +89,8 @@ def death(ray: Any, error: Exception, node: str) -> tuple[str, str]:
 
     "preemption", where its node, or the one to which this driver is connected, died or is taken away, or the head does
     not answer: Ray ends the workers of a driver that it takes for dead. "out_of_memory", where Ray killed it for want
-    of memory; else "infrastructure". A machine that goes down may end its worker a moment before Ray's own process
-    there: such a death is charged, to a budget of three.
+    of memory; else "infrastructure". The head learns of a node's end after seconds, and a machine that goes down may
+    end its worker before Ray's own process: so that process is asked, and once more a moment later.
     """
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "out_of_memory", f"the worker died ({_first_line(error)})"
@@ -98,9 +104,21 @@ def death(ray: Any, error: Exception, node: str) -> tuple[str, str]:
         return "preemption", f"its node died ({_first_line(error)})"
     if (leaving := living[node].leaving) is not None:
         return "preemption", leaving
-    if ray.get_runtime_context().get_node_id() not in living:
+    if (here := ray.get_runtime_context().get_node_id()) not in living:
         return "preemption", "the node to which its driver was connected died"
+    for seconds in (0.0, DYING_SECONDS) if node != here else ():
+        time.sleep(seconds)
+        if not _answers(living[node]):
+            return "preemption", f"its node died ({_first_line(error)})"
     return "infrastructure", f"the worker died ({_first_line(error)})"
+
+
+def _answers(node: LivingNode) -> bool:
+    try:
+        with socket.create_connection((node.address, node.port), timeout=ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False
 
 
 def _first_line(error: Exception) -> str:

@@ -67,7 +67,7 @@ def submit(
     The cluster's nodes need Escala's requirements and a folder that they share; the code goes with the job. Ctrl-C
     stops following, not the job. Exit code: the job's.
     """
-    from cluster.jobs import check_address, connect, follow
+    from cluster.jobs import ClusterGone, check_address, connect, follow
     from cluster.submit import prepare, send
 
     given = {"--workers": workers, "--checkpoint-seconds": checkpoint_seconds, "--give-up-after": give_up_after}
@@ -111,6 +111,9 @@ def submit(
         job = follow(dashboard, job.id, _write_aside if as_json else _write, tell)
     except KeyboardInterrupt:
         tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
+        raise typer.Exit(1) from None
+    except ClusterGone as error:
+        say(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(vars(job)))

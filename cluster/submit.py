@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,9 @@ DRIVER_CPUS = 1
 PLANNED_HERE_BYTES = 100 * 1000**2
 """A larger corpus is tokenised on the cluster alone, and the cells are planned there."""
 NAMES_TRIED = 5
+READY_SECONDS = 60.0
+NOT_READY = "No available agent"
+"""Ray's words while a head's processes are still starting."""
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -192,20 +196,34 @@ def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
             numbers = [_number(job) for job in jobs if job.study == submission.study]
             job_id = f"escala-{submission.study}-{1 + max(numbers, default=0)}"
             try:
-                with answering(dashboard.address):
-                    dashboard.client.submit_job(
-                        entrypoint=submission.entrypoint,
-                        submission_id=job_id,
-                        entrypoint_num_cpus=DRIVER_CPUS,
-                        runtime_env={"working_dir": folder, "env_vars": environment},
-                        metadata=metadata,
-                    )
+                _submit(
+                    dashboard,
+                    entrypoint=submission.entrypoint,
+                    submission_id=job_id,
+                    entrypoint_num_cpus=DRIVER_CPUS,
+                    runtime_env={"working_dir": folder, "env_vars": environment},
+                    metadata=metadata,
+                )
             except InputError:
                 if not any(job.id == job_id for job in list_jobs(dashboard)):
                     raise
                 continue  # another was quicker, perhaps with the same study and store
             return next(job for job in list_jobs(dashboard) if job.id == job_id), True
     raise InputError(f"others submit the study {submission.study} to {dashboard.address} all the time. Ask them.")
+
+
+def _submit(dashboard: Dashboard, **job: Any) -> None:
+    """Send it; to a cluster that was started a moment ago again and again, until it takes jobs."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            with answering(dashboard.address):
+                dashboard.client.submit_job(**job)
+            return
+        except InputError as error:
+            if NOT_READY not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 def _same(job: Job, submission: Submission) -> bool:

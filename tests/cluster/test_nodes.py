@@ -209,6 +209,8 @@ def test_the_cell_of_a_node_that_dies_goes_on_elsewhere_from_its_checkpoint_and_
 
     def kill() -> None:
         killed.append(node_of(ray, store, first.cell.id))
+        worker = read_json(store.attempt(first.cell.id, 0) / "attempt.json")["pid"]
+        os.kill(worker, signal.SIGKILL)  # a machine that goes down ends this first, and Ray hears of it first
         os.kill(added[killed[0]].all_processes["raylet"][0].process.pid, signal.SIGKILL)
 
     def tried_again(_: Progress) -> bool:  # before that its worker might outlive its node for a moment, and finish it
