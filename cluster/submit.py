@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.control import person
 from cluster.jobs import STOP_SECONDS, Dashboard, Job, answering, list_jobs
@@ -82,8 +81,8 @@ def prepare(
     refit: bool,
     touch: bool,
 ) -> Submission:
-    """Check a study here and put together what goes to the cluster. InputError for all that `plan` refuses, a store or
-    a tracking server that the cluster would not find, secrets, and too many bytes.
+    """Check a study here and put together what goes to the cluster. InputError for all that `plan` refuses, a store
+    that the cluster would not find, variables that are named like secrets, and too many bytes.
 
     `options` go to `escala run` as they are; `variables` are names of `environment` to pass on. Without `touch` a store
     that is visible here is only read.
@@ -95,7 +94,6 @@ def prepare(
             f"--store: found {str(store)!r}, which on the cluster is in the job's own folder and goes with it. Give "
             "the absolute path of a folder that the cluster's nodes share, as they see it: --store /shared/escala."
         )
-    _check_tracking(tracking_uri)
     passed = _passed(variables, environment)
     package = make_package(path, declared, allow_code=allow_code)
     plan, unplanned = _plan_here(study, path, declared, store, allow_code, accept_corpus, refit, touch)
@@ -104,15 +102,6 @@ def prepare(
     # exec: the shell around the driver would take the signal that stops it. Python is the cluster's.
     entrypoint = "exec python escala.py " + shlex.join(words)
     return Submission(declared.name, str(store), entrypoint, package, passed, plan, unplanned)
-
-
-def _check_tracking(tracking_uri: str | None) -> None:
-    parts = urlsplit(tracking_uri or "")
-    if parts.password or parts.username:
-        raise InputError(
-            "--tracking-uri: found a password in it, and whoever sees the cluster's jobs sees their commands. Leave it "
-            "out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes."
-        )
 
 
 def _passed(variables: Sequence[str], environment: dict[str, str]) -> dict[str, str]:
