@@ -16,7 +16,7 @@ def human(number: float) -> str:
 def flops(number: float) -> str:
     """FLOPs in three digits: 225000000000.0 is 2.25e11."""
     mantissa, exponent = f"{number:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{float(mantissa):g}e{int(exponent)}" if number else "0"
 
 
 def duration(seconds: float) -> str:
