@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.connection import start_ray
 from cluster.doctor import LOW_DISK_BYTES, Finding
-from cluster.nodeprobe import Probes, Report, caution, fault, this_process
+from cluster.nodeprobe import Probes, Report, caution, obstacle, this_process
 from cluster.nodes import has_autoscaler, living_nodes
 from sweeps.errors import InputError
 from sweeps.store import open_store
@@ -78,7 +78,7 @@ def examine(report: Report, here: dict[str, Any], root: Path | None) -> list[Fin
 
 def _examine(report: Report, here: dict[str, Any], root: Path | None) -> Iterator[Finding]:
     what = f"node {report.node}"
-    if wrong := fault(report, here, root):
+    if wrong := obstacle(report, here, root):
         yield Finding(what, False, "may not train", wrong)
     if report.silent:
         return

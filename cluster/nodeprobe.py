@@ -231,7 +231,7 @@ def this_process() -> dict[str, Any]:
     return told
 
 
-def fault(report: Report, here: dict[str, Any], root: Path | None) -> str | None:
+def obstacle(report: Report, here: dict[str, Any], root: Path | None) -> str | None:
     """Why no cell may train on a node, with the remedy: one sentence or two; None where all is well."""
     node = report.node
     if report.silent:
@@ -296,7 +296,7 @@ class Gate:
             reports = probes.reports()
         said = set()
         for report in reports:
-            found = fault(report, self._here, self._root)
+            found = obstacle(report, self._here, self._root)
             if found and not report.silent:
                 raise InputError(found)
             if found:
@@ -323,7 +323,7 @@ class Gate:
             reports = probes.reports(0.1)
         self._under_way, said = None, []
         for report in reports:
-            if found := fault(report, self._here, self._root):
+            if found := obstacle(report, self._here, self._root):
                 self._members.barred[report.node.id] = found
                 said.append(f"no cell goes there: {found}")
             else:
