@@ -47,6 +47,8 @@ LARGE_STEP_FLOPS = 1e10
 """From so many a step on, several threads are faster than one."""
 STARTING_SECONDS = 60.0
 """A worker that has begun nothing after so long may wait for room that idle ones have."""
+MOST_NAMES = 300
+"""Units that Ray shows with their cells' names. It keeps 38 kB of every name in the driver for good."""
 GRACE_SECONDS = 20.0
 """How long running cells get to keep a checkpoint at Ctrl-C."""
 
@@ -144,6 +146,8 @@ class _Run:
         """Looked at now and then: a person may forgive them."""
         self.tasks: dict[Any, Task] = {}
         self.ended: list[str] = []
+        self.begun = 0
+        """Units that workers were given."""
         self.flops_done = 0.0
         self.first_failures: list[str] | None = []
         """The first attempts' failures while there is nothing else; None once anything else happened."""
@@ -275,7 +279,9 @@ class _Run:
         worker, probe = self.pool.worker(unit.start.place), self.plan.study.stack == "auto"
         ids, study, root = [hand.one.cell.id for hand in hands], self.plan.study.name, str(self.store.root)
         threads = self._threads(unit.cells)
-        shown = worker.run.options(name=display_name(unit.cells))
+        name = display_name(unit.cells) if self.begun < MOST_NAMES else unit.cells[0].cell.family
+        self.begun += 1
+        shown = worker.run.options(name=name)
         task = shown.remote(root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe, threads)
         self.tasks[task] = Task(worker, hands, unit.start)
 
