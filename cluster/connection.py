@@ -142,8 +142,9 @@ def _plainly(error: Exception) -> str:
     return " ".join(str(error).split()) if lines[0].startswith("Version mismatch") else lines[0].rstrip(".")
 
 
-def make_worker(ray: Any, place: Place) -> Any:
-    """A new worker in a place, unnamed: a name that a dead one had may be taken for a while."""
+def make_worker(ray: Any, place: Place, own_trainer: bool) -> Any:
+    """A new worker in a place, unnamed: a name that a dead one had may be taken for a while. `own_trainer`: the study
+    brings its own."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     demand = place.demand
@@ -155,7 +156,7 @@ def make_worker(ray: Any, place: Place) -> Any:
 
     there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)
     actor = ray.remote(**demand.options(), scheduling_strategy=there)(Worker)
-    return actor.remote(memory_share(demand.gpus))
+    return actor.remote(memory_share(demand.gpus), own_trainer)
 
 
 def cluster_nodes(ray: Any, *, memory_too: bool = False) -> list[Node]:

@@ -198,7 +198,8 @@ class _Run:
 
     def _meet_cluster(self, ray: Any) -> None:
         """What the cluster has, and so what cells ask of it."""
-        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan))
+        own_trainer = bool(self.plan.study.trainer)
+        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer)
         if self.members is not None:  # some of its nodes take no cells
             self.members.follow(self.fleet, [], self.pool.gpu_bytes)
         cells = [*self.elsewhere.values(), *self.search.examples()]

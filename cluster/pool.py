@@ -25,10 +25,10 @@ class _Kept:
 class Pool:
     """The workers of one run, by the node on which they are."""
 
-    def __init__(self, ray: Any, fleet: Fleet, cells: int, workers: int | None) -> None:
+    def __init__(self, ray: Any, fleet: Fleet, cells: int, workers: int | None, own_trainer: bool) -> None:
         """Adds the cluster's nodes to `fleet`. There are so many `cells` to train, each by so many `workers`, or as
-        many as hold it."""
-        self._ray, self._fleet, self._workers = ray, fleet, workers
+        many as hold it, and by the study's own trainer or by Escala's."""
+        self._ray, self._fleet, self._workers, self._own_trainer = ray, fleet, workers, own_trainer
         self._kept: list[_Kept] = []
         nodes = cluster_nodes(ray, memory_too=True)
         for node in nodes:
@@ -64,7 +64,7 @@ class Pool:
             if not self._has_room([place, *(other.place for other in there)]):
                 self._give_back(one)
                 there.remove(one)
-        kept = _Kept(make_worker(self._ray, place), place)
+        kept = _Kept(make_worker(self._ray, place, self._own_trainer), place)
         self._kept.append(kept)
         return kept.worker
 

@@ -12,13 +12,16 @@ from sweeps.store import Store
 class Worker:
     """One process in one slot. Ray makes it an actor (cluster/driver.py)."""
 
-    def __init__(self, memory_share: float) -> None:
-        """`memory_share`: of its GPU's memory, where it has one."""
-        # Imported when the worker starts, so that its first cell does not wait for it: two seconds are transformers'.
+    def __init__(self, memory_share: float, own_trainer: bool) -> None:
+        """`memory_share`: of its GPU's memory, where it has one. `own_trainer`: a study's own trains its cells."""
+        # Imported when the worker starts, so that its first cell does not wait for it. The models' code takes longer
+        # than all else together, and a trainer that Escala does not know may have no use for it.
         import torch
-        import transformers.modeling_utils  # noqa: F401
 
-        import sweeps.training  # noqa: F401
+        if not own_trainer:
+            import transformers.modeling_utils  # noqa: F401
+
+            import sweeps.training  # noqa: F401
         from sweeps.devices import keep_freed_memory
 
         keep_freed_memory()
