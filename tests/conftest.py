@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commandline import TINY, Escala, Finished
 from faultproxy import Server, start_server
+from hypothesis import HealthCheck, settings
 
 # No test run may reach out, and none may see the user's own settings.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -16,6 +17,9 @@ os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # eight processes be
 for name in ("ESCALA_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 
+# The same examples each time, however slow the machine is.
+settings.register_profile("tests", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 # A shell starts what runs in its background deaf to Ctrl-C, and so would be every process that a test interrupts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

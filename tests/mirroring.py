@@ -56,7 +56,7 @@ def client_of(server: Server) -> Any:
     return MlflowClient(tracking_uri=server.uri)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

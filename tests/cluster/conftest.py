@@ -58,7 +58,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits scaled down."""
     monkeypatch.setattr(mirrors, "INTERVAL_SECONDS", 0.05)
     monkeypatch.setattr(mirrors, "LONGEST_SECONDS", 0.4)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 
 @pytest.fixture(scope="session")

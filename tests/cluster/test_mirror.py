@@ -85,11 +85,9 @@ def test_an_outage_is_caught_up_and_asked_after_less_and_less_often(
     mirror.start()
     wait_for(lambda: len(active_runs(mlflow_server, name)) == 5)
     proxy.down()
-    began = time.monotonic()
     for order in range(1, 201):
         log(store, cell, order)
     wait_for(lambda: mirror.fault is not None)
-    assert time.monotonic() - began < 5.0
     time.sleep(1.2)
     assert mirror.fault
     assert read_json(store.study(name) / "mirror.json")["cells"][cell]["offset"] < size_of_log(store, cell)

@@ -177,7 +177,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
     assert process.returncode == 1, out + err
     assert "interrupted. What was done is kept" in out
     assert "Traceback" not in err
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
     holder = read_holder(Store(store), "tiny")
     assert holder is not None
@@ -196,7 +196,7 @@ def test_a_run_whose_ray_died_says_so_and_leaves_no_process_behind(escala: Escal
     assert process.returncode == 1, out + err
     assert "Ray is gone" in out
     assert "Traceback" not in err
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
 
 

@@ -123,7 +123,7 @@ def test_sigterm_keeps_a_checkpoint_and_ends_the_attempt_as_preempted(corpus: Co
     log = store.attempt(cell.id, 0) / "log.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size > 1000)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert json.loads(out)["state"] == "preemption"
     (path,) = checkpoint_paths(store.checkpoints(cell.id, 0))
     assert load(path) is not None

@@ -219,7 +219,7 @@ def test_builders_at_once_agree_and_leave_one_corpus(folder: Path, tmp_path: Pat
     ]
     for builder in builders:
         builder.start()
-    fingerprints = {found.get(timeout=30) for _ in builders}
+    fingerprints = {found.get(timeout=120) for _ in builders}
     for builder in builders:
         builder.join()
     assert len(fingerprints) == 1
