@@ -52,7 +52,12 @@ def _start(address: str, workers: int | None) -> Any:
             _join(ray, address, quiet)
     except InputError:  # it says itself what to do
         raise
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # of a node that starts too slowly Ray raises no other kind
+        if address == "local":
+            raise InputError(
+                f"Ray did not start on this machine: {_plainly(error)}. Where the machine is busy or short of memory "
+                "or of space under /tmp, make room and run this again; else escala doctor says more."
+            ) from None
         raise InputError(
             f"Ray is not reachable at {address!r}: {_plainly(error)}. Start the cluster, correct --address "
             "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."

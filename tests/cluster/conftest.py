@@ -14,6 +14,8 @@ import cluster.mirror as mirrors
 from sweeps.store import Store, open_store
 from tests.analysis.synthetic import Run, write_study
 
+HEAD = {"num_cpus": 2, "object_store_memory": 80 * 1024**2, "include_dashboard": False}  # which is ten processes
+
 CELLS = [Run(width=16, budget=1.2e11, seed=seed) for seed in range(4)]
 
 RUNS = [
@@ -69,7 +71,7 @@ def ray_address() -> Iterator[str]:
     before = dict(os.environ)
     os.environ |= {"PYTHONPATH": str(ROOT), "ESCALA_BEAT_SECONDS": "0.25"}  # for its workers alone
     try:
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 1024**2})
+        cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     finally:
         for name in ("PYTHONPATH", "ESCALA_BEAT_SECONDS"):
             os.environ.pop(name)
