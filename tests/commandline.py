@@ -32,7 +32,7 @@ class Escala:
 
     folder: Path
 
-    def __call__(self, *arguments: object, ok: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *arguments: object, ok: int = 0, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "escala.py"), *map(str, arguments)]
         run = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=timeout)
         assert run.returncode == ok, f"{arguments}: exit {run.returncode}\n{run.stdout}\n{run.stderr}"

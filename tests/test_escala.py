@@ -181,6 +181,14 @@ def test_servers_that_do_not_answer_are_named_before_anything_trains(escala: Esc
     assert not living_drivers(Store(escala.folder / "s"))
 
 
+def test_a_ray_that_does_not_start_here_is_a_sentence(escala: Escala, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = escala.folder / ("long" * 25)  # no socket can have such a name
+    folder.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    assert "Ray did not start on this machine" in error(escala, "run", escala.study(TINY), "--store", "s")
+    assert not living_drivers(Store(escala.folder / "s"))
+
+
 def test_a_database_that_cannot_be_written_is_named_and_left_as_it_was(escala: Escala) -> None:
     study, database = escala.study(TINY), escala.folder / "s" / "mlflow" / "mlflow.db"
     escala("plan", study, "--store", "s")
