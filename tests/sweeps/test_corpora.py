@@ -69,7 +69,7 @@ def test_the_choice_of_validation_documents_ignores_their_order() -> None:
 
 
 def test_validation_is_capped_and_each_document_gives_only_its_head(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": text(seed, 60) * 60}) for seed in range(1200)]
+    lines = [json.dumps({"text": text(seed, 60) * 60}) for seed in range(400)]
     (tmp_path / "big.jsonl").write_text("\n".join(lines), encoding="utf-8")
     info = prepare(make_source("jsonl", str(tmp_path / "big.jsonl")), "bytes", tmp_path)
     ends = np.load(tmp_path / "corpora" / info.fingerprint / "validation_ends.npy")
