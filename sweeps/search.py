@@ -29,6 +29,7 @@ from sweeps.planned import PlannedCell
 from sweeps.rungs import Correlation, correlation, is_control, is_promising, pairs_of
 from sweeps.samplers import distributions, grid_order, make_sampler, most_trials
 from sweeps.schedules import stable_steps
+from sweeps.space import rung_step
 from sweeps.store import Store, cell_state, read_quarantine
 from sweeps.trials import (
     AGAIN,
@@ -87,13 +88,16 @@ class Searcher:
         self._cost = {n: {s: first_cost(group, self.search, s) for s in shares} for n, group in self._groups.items()}
 
     def _take_over(self, name: str) -> None:
-        """Know the trials of a group; one that a killed driver left without its setting is failed."""
+        """Know the trials of a group. Of those that a killed driver left half asked, one without its setting is failed,
+        one without its length gets the shortest."""
         study, group = self._studies[name], self._groups[name]
         for setting in start_settings(self.search, group):
             study.enqueue_trial(setting, skip_if_exists=True)
         for frozen in study.get_trials(deepcopy=False):
             trial = read_trial(frozen, self.search)
             if trial is not None:
+                if self.search.rungs and trial.state == "RUNNING" and LENGTH not in frozen.user_attrs:
+                    self._attribute(name, trial.number, LENGTH, trial.length)
                 self._know(name, self._planned(name, trial))
                 self._asked[name] += trial.counts
             elif frozen.state.name == "RUNNING":
@@ -137,7 +141,7 @@ class Searcher:
         others = [
             one.losses[share] for n, one in self._trials[name].items() if share in one.losses and n != trial.number
         ]
-        self._storage.set_trial_intermediate_value(self._id(name, trial.number), round(1000 * share), loss)
+        self._storage.set_trial_intermediate_value(self._id(name, trial.number), rung_step(share), loss)
         trial = self._know(name, replace(trial, losses={**trial.losses, share: loss}))
         fault("search.after_rung")
         refuted = self._correlation(name, share).is_refuted

@@ -4,6 +4,7 @@ Guarded against: a search that fails at its hundredth trial for what its file sa
 cannot take the space, a rung that no sampler learns from are faults of the file.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -108,7 +109,11 @@ class Search(Declared):
     def _rungs_ascend(cls, value: list[float]) -> list[float]:
         if any(not 0 < one < 1 for one in value):
             raise ValueError("a rung is a share of the full length: more than 0 and less than 1")
-        return sorted(set(value))
+        value = sorted(set(value))
+        for one, following in itertools.pairwise(value):
+            if rung_step(one) == rung_step(following):
+                raise ValueError(f"{one:g} and {following:g} differ by less than a thousandth of the length; keep one")
+        return value
 
     @field_validator("space", mode="after")
     @classmethod
@@ -129,6 +134,11 @@ class Search(Declared):
                     f"start names {strange[0]}, which is not searched; the space has {', '.join(self.space)}"
                 )
         return self
+
+
+def rung_step(share: float) -> int:
+    """A rung as Optuna's step, a whole number: its share of the length in thousandths. Search's rungs differ in it."""
+    return round(1000 * share)
 
 
 def why_not(sampler: str, space: Mapping[str, Axis], rungs: list[float]) -> str | None:

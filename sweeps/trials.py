@@ -23,7 +23,7 @@ from sweeps.planned import PlannedCell
 from sweeps.records import disk_error
 from sweeps.samplers import distributions
 from sweeps.schedules import stable_steps
-from sweeps.space import Search
+from sweeps.space import Search, rung_step
 from sweeps.store import Store
 from sweeps.units import human
 
@@ -178,13 +178,16 @@ def read_trial(frozen: Any, search: Search) -> Trial | None:
         return None
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in sorted(frozen.params.items())}
     shortest = search.rungs[0] if search.rungs and not frozen.state.is_finished() else 1.0
+    length = frozen.user_attrs.get(LENGTH, shortest)
+    # of a rung that the file has no more, and that the trial did not end at, thousandths are all that is known
+    shares = {rung_step(share): share for share in (*search.rungs, length) if share < 1}
     return Trial(
         frozen.number,
         frozen.state.name,
         frozen.value,
         rounded,
-        {step / 1000: value for step, value in sorted(frozen.intermediate_values.items())},
-        frozen.user_attrs.get(LENGTH, shortest),
+        {shares.get(step, step / 1000): value for step, value in sorted(frozen.intermediate_values.items())},
+        length,
         AGAIN not in frozen.user_attrs,
         frozen.user_attrs.get(FAULT),
     )

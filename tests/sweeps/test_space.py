@@ -49,6 +49,7 @@ def fault_of(tmp_path: Path, search: str, more: str = "") -> str:
         ),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, sampler: gp, rungs: [0.5]}", "take tpe, qmc, random"),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, rungs: [1.5]}", "more than 0 and less than 1"),
+        ("{space: {learning_rate: {log: [1e-3, 1]}}, rungs: [0.0625, 0.0624]}", "less than a thousandth of the length"),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, start: [{weight_decay: 0}]}", "which is not searched"),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, sampler: tpee}", 'did you mean "tpe"'),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, trial: 3}", 'did you mean "trials"'),
