@@ -22,6 +22,7 @@ from analysis.sensitivities import Sensitivity
 from analysis.transfers import Transfer, transfer
 from analysis.tuning import TuningWorth
 from analysis.verdicts import Estimate, Verdict
+from sweeps.rungs import Correlation
 from sweeps.store import Store
 from sweeps.units import human
 
@@ -36,6 +37,8 @@ class Hyperparameters:
     runs: pd.DataFrame
     searched: tuple[str, ...]
     """Hyperparameters that trials of a search chose."""
+    rungs: tuple[tuple[str, Correlation], ...]
+    """What shorter lengths tell of the full one, by search."""
     sweep: Sensitivity | None
     worth: tuple[TuningWorth, str] | None
     own_default: bool
@@ -72,6 +75,7 @@ def find_hyperparameters(
     return Hyperparameters(
         runs=runs,
         searched=searched,
+        rungs=search_page.rank_correlations(runs, plan) if searched else (),
         sweep=sweep,
         own_default=own_default,
         worth=audit_page.find_worth(runs, sweep) if (sweep or own_default) and len(usable) else None,
@@ -99,7 +103,7 @@ def answers(found: Hyperparameters) -> Iterator[str]:
 
 def sections(found: Hyperparameters, study: str) -> str:
     """Everything but the pictures, as HTML."""
-    parts = [search_page.section(found.runs, found.searched)] if found.searched else []
+    parts = [search_page.section(found.runs, found.searched), search_page.rungs_section(found.rungs)]
     if found.transfers:
         parts.append(_transfer_section(found.transfers))
     if found.sweep is not None:

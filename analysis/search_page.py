@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis import page
 from analysis.importance import Importance
+from sweeps.rungs import Correlation, correlation, is_control
 from sweeps.units import human
 
 SHOWN = 3
@@ -47,6 +48,48 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
     )
     head = ["N", "D", "trial", *(name.replace("_", " ") for name in known), "final loss"]
     return "<h3>The best settings found</h3>" + note + page.table(head, rows)
+
+
+def rank_correlations(runs: pd.DataFrame, plan: Mapping[str, Any]) -> tuple[tuple[str, Correlation], ...]:
+    """Of each search, in words, and each rung: how well its losses rank the trials that went on by lot, as those at
+    full length do (sweeps/rungs.py). A trial counts once all its cells have ended, a diverged one as its loss at start.
+    """
+    search = plan["study"].get("search") or {}
+    ended = runs["val_loss_final"].where(runs["state"].eq("finished"))
+    ended = ended.mask(runs["state"].eq("diverged"), runs["loss_at_start"].fillna(np.inf)).astype(float)
+    found = []
+    for name, group in runs.assign(y=np.log(ended)).groupby("search"):
+        trials = group.groupby(["trial", "rung"])["y"].agg(lambda y: y.mean(skipna=False)).unstack("rung")
+        lot = trials[[is_control(search.get("seed", 0), str(name), int(number)) for number in trials.index]]
+        for share in search.get("rungs", ()):
+            both = lot.reindex(columns=[share, 1.0]).dropna()
+            words = str(name).rpartition(" ")[0] or str(name)  # without the hash that tells recipes apart
+            found.append((words, correlation(share, list(both.itertuples(index=False, name=None)))))
+    return tuple(found)
+
+
+def rungs_section(found: Sequence[tuple[str, Correlation]]) -> str:
+    """What each rung tells of the full length; empty for a search without rungs."""
+    if not found:
+        return ""
+    rows = []
+    for name, one in found:
+        bounds = page.DASH if one.interval is None else page.interval(one.interval)
+        rows.append([escape(name), f"{one.rung:g}", str(one.pairs), page.number(one.rho, 2), bounds, _judged(one)])
+    note = (
+        "<p class=note>Spearman's rank correlation of a trial's loss at a shorter length, a share of the full one, "
+        "with that at full length, over the trials that went on by lot: those chosen for a loss would flatter it.</p>"
+    )
+    head = ["", "rung", "trials", "rank correlation", "95 % interval", ""]
+    return "<h3>Do shorter runs tell which settings are good?</h3>" + note + page.table(head, rows)
+
+
+def _judged(one: Correlation) -> str:
+    if one.is_refuted:
+        return "not told from 0: trials run at full length"
+    if one.interval is None:
+        return "refused: too few trials for a rank"
+    return "told from 0" if one.interval[0] > 0 else "not told from 0 yet: too few trials to give the rung up"
 
 
 def importance_words(found: Sequence[Importance]) -> str:

@@ -72,10 +72,13 @@ def test_a_search_shows_its_best_trials_and_what_they_gain(tmp_path: Path) -> No
             labels = {"search": "llama", "trial": trial, "rung": 1.0, "default": trial == 0}
             changes = {"learning_rate": rate, "weight_decay": decay, "batch_tokens": batch}
             runs.append(Run(width=24, tokens=tokens, seed=seed, loss=found, changes=changes, labels=labels))
+            labels = labels | {"rung": 0.25}
+            runs.append(Run(width=24, tokens=tokens // 4, seed=seed, loss=1 + found, changes=changes, labels=labels))
     root = write_study(tmp_path / "store", runs, name="search")
     path = root / "studies" / "search" / "plan.json"
     plan = json.loads(path.read_text())
     plan["study"]["search"] = {"space": {key: {} for key in ("learning_rate", "weight_decay", "batch_tokens")}}
+    plan["study"]["search"]["rungs"] = [0.25]
     path.write_text(json.dumps(plan))
     worth, matters = answers(root, "search")
     assert worth.startswith("Tuning at 20k parameters on 164k tokens is worth")
@@ -84,3 +87,4 @@ def test_a_search_shows_its_best_trials_and_what_they_gain(tmp_path: Path) -> No
     assert "The best settings found" in html
     assert html.count("0 (the recipe)") >= 1
     assert "best setting, less the luck of the draw" in html
+    assert re.search(r"<td>llama</td><td>0.25</td><td>\d</td><td>1</td>", html), "a rung that ranks as the full length"

@@ -1,0 +1,41 @@
+"""What the report says of a search's rungs is what the search itself goes by."""
+
+from pathlib import Path
+
+import pytest
+from searched import drive, make_corpus, search_plan
+
+from analysis.runs import load_runs
+from analysis.search_page import rank_correlations, rungs_section
+from cluster.ledger import ledger_rows
+from sweeps.rungs import Correlation
+from sweeps.store import open_store, read_plan
+from sweeps.summary import search_summary
+
+WSD = {"schedule": "wsd", "final_fraction": 0.0, "warmup_tokens": 1_000}
+
+
+def test_the_rank_correlation_of_a_rung_is_the_one_that_status_tells(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    plan = search_plan(make_corpus(tmp_path / "corpus"), training=WSD, rungs=[0.0625], trials=16, seeds=[0, 1])
+    drive(store, plan)
+    ((name, found),) = rank_correlations(load_runs("s", store), read_plan(store, "s"))
+    (told,) = search_summary(store, "s", ledger_rows(store, "s"))
+    assert [found.to_json()] == told["rungs"]
+    assert found.pairs >= 4
+    assert found.rho == pytest.approx(1), "at equal lengths a loss here follows from the rate alone"
+    assert told["group"].startswith(name)
+    assert f"<td>{name}</td><td>0.0625</td><td>{found.pairs}</td><td>1</td>" in rungs_section([(name, found)])
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Correlation(0.25, 3, None, None), "refused: too few trials"),
+        (Correlation(0.25, 6, 0.5, (-0.5, 0.93)), "not told from 0 yet"),
+        (Correlation(0.25, 9, 0.2, (-0.5, 0.8)), "not told from 0: trials run at full length"),
+        (Correlation(0.25, 9, 0.9, (0.5, 0.97)), "told from 0"),
+    ],
+)
+def test_a_rung_is_judged_by_its_interval(found: Correlation, words: str) -> None:
+    assert f"<td>{words}" in rungs_section([("llama", found)])
