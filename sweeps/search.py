@@ -217,7 +217,7 @@ class Searcher:
         name = min(open_groups, key=lambda one: self._asked[one])
         if self._is_too_dear(self._cost[name][self._first_length(name)]):
             told = f"no more trials are asked: the next would exceed the budget of {self.search.flops:.3g} FLOPs"
-            told += f" ({sum(self._flops.values()):.3g} are spent or planned)"
+            told += f" ({self._spent_so_far():.3g} are spent or planned)"
             if not any(one.startswith("no more trials") for one in self.said):
                 self.said.append(f"{told}.")
             return None
@@ -269,7 +269,7 @@ class Searcher:
         for name, costs in self._cost.items():
             first = costs[self._first_length(name)]
             total += max(0, self._most - self._asked[name]) * (first + costs[1.0]) / 2
-        return total if self.search.flops is None else min(total, self.search.flops)
+        return total if self.search.flops is None else min(total, max(0.0, self.search.flops - self._spent_so_far()))
 
     def cells_to_come(self) -> int:
         """The cells of the trials that are not asked yet, but for those of promotions."""
@@ -293,7 +293,11 @@ class Searcher:
         return float(one.counts["C"]) - shared
 
     def _is_too_dear(self, cost: float) -> bool:
-        return self.search.flops is not None and sum(self._flops.values()) + cost > self.search.flops
+        return self.search.flops is not None and self._spent_so_far() + cost > self.search.flops
+
+    def _spent_so_far(self) -> float:
+        """FLOPs of all cells on record, as they were spent or are planned."""
+        return sum(self._flops.values())
 
     def _promotion_cost(self, name: str, trial: Trial) -> float:
         """What a trial costs at its length beyond what its last rung has trained."""

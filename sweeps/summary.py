@@ -3,6 +3,7 @@
 Read from Optuna's journal and the plan on record, so that whoever looks needs no driver and no study file.
 """
 
+import heapq
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,12 @@ from sweeps.rungs import Correlation, correlation, pairs_of
 from sweeps.samplers import most_trials
 from sweeps.space import Search
 from sweeps.store import Store, read_plan, study_names
-from sweeps.trials import Trial, expected_cost, groups, journal_path, open_journal, read_group
+from sweeps.trials import Trial, expected_costs, groups, journal_path, open_journal, read_group
 from sweeps.units import flops
 
 STATES = {"RUNNING": "running", "COMPLETE": "told", "PRUNED": "ended at a rung", "FAIL": "failed"}
+Costs = tuple[float, float]
+"""About what a trial costs in FLOPs: up to the first length, and on average."""
 
 
 def search_summary(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -> list[Json]:
@@ -24,7 +27,9 @@ def search_summary(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -
 
     rows: the study's ledger rows. {"group", "planned": trials, "asked", "to_come", "running", "told", "ended at a
     rung", "failed", "diverged", "best": {"trial", "loss" (nats), "setting"} or None, "rungs": [rank correlations],
-    "C_spent": FLOPs of all that are asked, "C_to_come": about what the others will cost; None where none has run}.
+    "C_spent": FLOPs of all that are asked, "to_come", "C_to_come": trials still to be asked and about what they will
+    cost, as far as the search's budget goes, "C_trial": about what one costs, "C_left": what is left of the budget for
+    all groups together}. C_to_come and C_trial are None where none has run, C_left where there is no budget.
     """
     declared = read_plan(store, name)["study"].get("search") if name in study_names(store) else None
     if not declared:
@@ -38,21 +43,23 @@ def planned_summary(store: Store, plan: Plan, rows: Sequence[Mapping[str, Any]])
     search = plan.study.search
     if search is None:
         return []
-    costs = {group.name: expected_cost(group, search) for group in groups(plan)}
+    costs = {group.name: expected_costs(group, search) for group in groups(plan)}
     return _summarise(store, plan.study.name, search, costs, rows)
 
 
 def _summarise(
-    store: Store, name: str, search: Search, costs: Mapping[str, float | None], rows: Sequence[Mapping[str, Any]]
+    store: Store, name: str, search: Search, costs: Mapping[str, Costs | None], rows: Sequence[Mapping[str, Any]]
 ) -> list[Json]:
-    """costs: group -> FLOPs of a trial to come, None where they are to be taken from those that have run."""
+    """costs: of a group's trials to come, None where they are to be taken from those that have run."""
     path = journal_path(store, name)
     storage = open_journal(path) if path.exists() else None
     found = []
     for group, cost in costs.items():
         trials = read_group(storage, group, search) if storage else []
         its = [row for row in rows if row["labels"].get("search") == group]
-        found.append(_of_group(group, search, trials, its, cost))
+        found.append(_of_group(group, search, trials, its, cost and cost[1]))
+    if search.flops is not None:
+        _keep_to_budget(found, [cost and cost[0] for cost in costs.values()], search.flops)
     return found
 
 
@@ -63,6 +70,9 @@ def summary_lines(one: Mapping[str, Any]) -> Iterator[str]:
     line += f" ({', '.join(told)})" if told else ""
     if one["to_come"] and one["C_to_come"]:
         line += f", about {flops(one['C_to_come'])} FLOPs to come"
+    if one["C_trial"] and (wanted := max(0, one["planned"] - one["asked"])) > one["to_come"]:
+        line += f"; what is left of the budget, {flops(one['C_left'])} FLOPs, has room for {one['to_come'] or 'none'}"
+        line += f" of the {wanted} to come (about {flops(one['C_trial'])} each)"
     if best := one["best"]:
         setting = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["setting"].items())
         line += f"; best loss {best['loss']:.4f} at {setting} (trial {best['trial']})"
@@ -92,4 +102,32 @@ def _of_group(
         "rungs": [correlation(share, pairs_of(trials, search.seed, group, share)).to_json() for share in search.rungs],
         "C_spent": spent,
         "C_to_come": to_come * cost if cost is not None else None,
+        "C_trial": cost,
+        "C_left": None,
     }
+
+
+def _keep_to_budget(found: Sequence[Json], first: Sequence[float | None], budget: float) -> None:
+    """Cut what is to come to what the budget leaves: the groups take turns, as they do when trials are asked.
+
+    first: of each group, what a trial must find room for; None where its average is all that is known.
+    """
+    left = max(0.0, budget - sum(one["C_spent"] for one in found))
+    for one in found:
+        one["C_left"] = left
+    if any(one["C_trial"] is None for one in found):
+        return
+    room = [0] * len(found)
+    turns = [(one["asked"], order) for order, one in enumerate(found) if one["to_come"]]
+    heapq.heapify(turns)
+    while turns:
+        asked, order = heapq.heappop(turns)
+        cost = found[order]["C_trial"]
+        if left < (first[order] or cost):
+            break
+        left -= cost
+        room[order] += 1
+        if room[order] < found[order]["to_come"]:
+            heapq.heappush(turns, (asked + 1, order))
+    for one, count in zip(found, room):
+        one |= {"to_come": count, "C_to_come": min(count * one["C_trial"], one["C_left"])}

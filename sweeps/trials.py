@@ -132,10 +132,11 @@ def _own_value(place: Place, name: str) -> Any:
     return next(getattr(part, name) for part in (cell, cell.optimizer, cell.schedule) if hasattr(part, name))
 
 
-def expected_cost(group: Group, search: Search) -> float:
-    """About what a trial costs in FLOPs, by the first corner of the space, where half go on from the first rung."""
+def expected_costs(group: Group, search: Search) -> tuple[float, float]:
+    """About what a trial costs in FLOPs, by the first corner of the space: up to its first length, and on average,
+    where half go on from the first rung."""
     first, full = (first_cost(group, search, share) for share in ([*search.rungs, 1.0][0], 1.0))
-    return (first + full) / 2
+    return first, (first + full) / 2
 
 
 def first_cost(group: Group, search: Search, share: float) -> float:

@@ -15,7 +15,7 @@ import pytest
 from crashing import Forker
 from searched import CORPUS, RATE, drive, end, loss_of, make_corpus, search_plan
 
-from cluster.ledger import ledger_rows, register
+from cluster.ledger import ledger_rows, plan_rows, register
 from cluster.searching import Searching
 from sweeps.corpora import CorpusInfo, make_source, prepare
 from sweeps.errors import InputError
@@ -27,7 +27,7 @@ from sweeps.samplers import make_sampler
 from sweeps.search import Searcher
 from sweeps.store import Store, attempt_epochs, forgive, open_store, quarantine_cell, read_plan, release_cell
 from sweeps.studyfile import load_study
-from sweeps.summary import search_summary, summary_lines
+from sweeps.summary import planned_summary, search_summary, summary_lines
 from sweeps.trials import Trial, groups, journal_path, open_journal, read_group, with_trials
 
 
@@ -267,6 +267,23 @@ def test_a_budget_ends_the_asking_and_says_so(store: Store, make_plan: Callable[
     search = Searching(store, plan)
     assert not search.goes_on()
     assert "would exceed the budget" in search.said[0]
+
+
+def test_what_is_to_come_is_as_much_as_the_budget_leaves(store: Store, make_plan: Callable[..., Plan]) -> None:
+    points = [{"size": 10_000, "tokens": 20_000}, {"size": 10_000, "tokens": 40_000}]
+    costs = [one.plan({"learning_rate": 0.01}).counts["C"] for one in make_plan(points=points).places]
+    plan = make_plan(points=points, flops=2.5 * sum(costs))  # the groups take turns: 3 short trials, 2 long ones
+    told = planned_summary(store, plan, [])
+    assert [one["to_come"] for one in told] == [3, 2]
+    assert [one["C_to_come"] for one in told] == [3 * costs[0], 2 * costs[1]]
+    assert "has room for 2 of the 6 to come" in next(summary_lines(told[1]))
+    drive(store, plan, most=2)
+    told = planned_summary(store, plan, plan_rows(store, with_trials(store, plan)))
+    assert [(one["asked"], one["to_come"]) for one in told] == [(1, 2), (1, 1)]
+    assert told[0]["C_left"] == pytest.approx(1.5 * sum(costs))
+    nothing = planned_summary(open_store(store.root.parent / "other"), make_plan(flops=1), [])
+    assert [(one["to_come"], one["C_to_come"]) for one in nothing] == [(0, 0)]
+    assert "has room for none of the 6 to come" in next(summary_lines(nothing[0]))
 
 
 # --- rungs -------------------------------------------------------------------------------------------------------
