@@ -355,10 +355,14 @@ def report(
 ) -> None:
     """One self-contained HTML page with the pictures and the answer to the study's question."""
     import analysis
+    from cluster.parent import bring_command
 
     place = existing_store(store)
-    path = analysis.write_report(study_name(study, place), place, out)
+    name = study_name(study, place)
+    path = analysis.write_report(name, place, out)
     say(f"report: {path}")
+    if out is None and (command := bring_command(place, name)):
+        say(f"MLflow shows it after: {command}")
 
 
 @app.command("import", rich_help_panel=ANALYSE)

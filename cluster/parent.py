@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from cluster.tracking import find_runs, is_gone, keep_one
+from sweeps.records import read_json
 from sweeps.redaction import redact
 from sweeps.store import Store
 
@@ -66,6 +67,19 @@ def show_parent(client: "MlflowClient", store: Store, study: str, kept: dict[str
             raise
         kept.clear()
     return json.dumps(kept) != before
+
+
+def bring_command(store: Store, study: str) -> str | None:
+    """The command by which MLflow gets a new report where no driver runs; None of a study that it does not show.
+
+    MLflow itself is not asked: loading it takes seconds.
+    """
+    path = store.study(study) / "mirror.json"
+    if not path.exists():
+        return None
+    server = str(read_json(path).get("tracking_uri", ""))
+    elsewhere = f" --tracking-uri {server}" if server.startswith("http") else ""
+    return f"escala sync {study}{elsewhere}"
 
 
 def environment() -> dict[str, Any]:

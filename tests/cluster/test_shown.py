@@ -20,9 +20,10 @@ from mirroring import (
 
 from analysis import load_curves, load_runs
 from cluster.cellruns import run_name
+from cluster.parent import bring_command
 from cluster.sync import sync_study
 from sweeps.records import append_rows, read_json, write_json
-from sweeps.store import Store, begin_attempt, commit_result
+from sweeps.store import Store, begin_attempt, commit_result, open_store
 from tests.analysis.synthetic import Run, record
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -89,6 +90,15 @@ def test_the_study_has_a_run_of_its_own_with_plan_and_report(
     assert "mlflow" in found["versions"]
     assert "hunter2" not in text
     assert not set(load_runs(name, "/nowhere", tracking_uri=mlflow_server.uri)["cell"]) - set(runs)
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:////elsewhere/mlflow.db", "http://127.0.0.1:5001"])
+def test_how_a_new_report_comes_into_mlflow_is_said_of_a_study_that_is_there(tmp_path: Path, uri: str) -> None:
+    store = open_store(tmp_path)
+    assert bring_command(store, "it") is None
+    write_json(store.study("it") / "mirror.json", {"tracking_uri": uri or store.tracking_uri})
+    server = f" --tracking-uri {uri}" if uri.startswith("http") else ""
+    assert bring_command(store, "it") == f"escala sync it{server}"
 
 
 @pytest.mark.slow
