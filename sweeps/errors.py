@@ -18,6 +18,9 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 def plain_fault(fault: Mapping[str, Any]) -> str:
     """One entry of a pydantic ValidationError as a clause: what is allowed, with the nearest match where a name was."""
+    if fault["type"] == "too_short":
+        least = fault["ctx"]["min_length"]
+        return f"at least {least} item{'s are' if least > 1 else ' is'} wanted"
     message = str(fault["msg"]).removeprefix("Value error, ")
     expected = fault.get("ctx", {}).get("expected") or fault.get("ctx", {}).get("expected_tags")
     if expected and isinstance(fault["input"], str | dict):

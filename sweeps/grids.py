@@ -205,16 +205,17 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
     yield from law_warnings(one.ruled for one in cells if one.ruled.laws)
     if prevented := what_prevents(one.cell for one in cells):
         yield _unshared(study, cells[0].ruled.laws, prevented)
+    what = f"{len(cells)} cells" if study.search is None else f"{len(cells)} cells at the ends of the searched space"
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
         yield (
-            f"{len(short)} of {len(cells)} cells have fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
+            f"{len(short)} of {what} have fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
             "their losses may say more about the warm-up than about size. Use a smaller batch_tokens."
         )
     repeated = [one.counts["epochs"] for one in cells if one.counts["epochs"] > 1]
     if repeated:
         yield (
-            f"{len(repeated)} of {len(cells)} cells see the corpus more than once (most: {max(repeated):.2f} epochs); "
+            f"{len(repeated)} of {what} see the corpus more than once (most: {max(repeated):.2f} epochs); "
             "fits of single-epoch laws leave out those above 1.5."
         )
 

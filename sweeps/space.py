@@ -27,6 +27,13 @@ class Axis(Declared):
     step: Positive | None = None
     """Of linear and int: only from + a whole number of steps."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_of_four_forms(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("one of {log: [a, b]}, {linear: [a, b]}, {int: [a, b]}, {categorical: [a, b]} is wanted")
+        return value
+
     @model_validator(mode="after")
     def _one_form_with_room(self) -> "Axis":
         forms = {"log": self.log, "linear": self.linear, "int": self.whole, "categorical": self.categorical}

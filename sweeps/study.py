@@ -57,6 +57,15 @@ class LogRange(Declared):
     last: Positive = Field(alias="to")
     points: Annotated[Count, Field(le=10_000)]
 
+    @model_validator(mode="after")
+    def _has_room(self) -> "LogRange":
+        if len(found := set(self.values())) < self.points:
+            raise ValueError(
+                f"from {self.first:g} to {self.last:g} there are not {self.points} values in six digits but "
+                f"{len(found)}; set the ends further apart, or list the values"
+            )
+        return self
+
     def values(self) -> tuple[float, ...]:
         if self.points == 1:
             return (self.first,)

@@ -134,8 +134,11 @@ def _describe(fault: Mapping[str, Any]) -> str:
         return f"{field}: unknown key{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
     if fault["type"] == "missing":
         return f"{field}: missing; it must be given"
-    found = repr(fault["input"])
-    return f"{field}: found {found if len(found) < 80 else found[:77] + '...'}; {plain_fault(fault)}"
+    found, wanted = repr(fault["input"]), plain_fault(fault)
+    if fault["type"] in ("model_type", "dict_type"):
+        keys = _keys_at(location) if fault["type"] == "model_type" else []
+        wanted = f"a mapping is wanted{', of the keys ' if keys else ''}{', '.join(keys)}"
+    return f"{field}: found {found if len(found) < 80 else found[:77] + '...'}; {wanted}"
 
 
 def _is_union_member(location: tuple[str | int, ...], index: int) -> bool:

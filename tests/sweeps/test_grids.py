@@ -356,6 +356,9 @@ def test_few_steps_and_repeated_text_are_warned_of() -> None:
     short, repeated = planned(points(POINT, {"size": 2e4, "tokens": 640 * 1000}), info).warnings
     assert "1 of 2 cells have fewer than 500 optimizer steps (fewest: 100)" in short
     assert "1 of 2 cells see the corpus more than once (most: 1.60 epochs)" in repeated
+    search = {"space": {"learning_rate": {"log": [1e-3, 1e-1]}}}
+    (short,) = planned(points(POINT, search=search)).warnings
+    assert short.startswith("2 of 2 cells at the ends of the searched space have fewer"), "it has no cells yet"
 
 
 # --- growth --------------------------------------------------------------------------------------------------
