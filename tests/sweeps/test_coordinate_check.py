@@ -86,7 +86,7 @@ def slopes(family: str, sizes: list[tuple[int, int]], parametrisation: Parametri
 def test_under_mup_updates_move_activations_as_much_at_every_width(family: str) -> None:
     sizes = [(width, 2) for width in WIDTHS]
     assert np.abs(slopes(family, sizes, MUP)).max() < 0.1
-    assert slopes(family, sizes[::2], STANDARD).max() > 0.3
+    assert slopes(family, sizes[:3], STANDARD).max() > 0.3
 
 
 @pytest.mark.parametrize("family", sorted(LAYOUTS))

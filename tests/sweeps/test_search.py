@@ -3,6 +3,7 @@
 Cells are "trained" here by writing their result (tests/searched.py).
 """
 
+import itertools
 import json
 import math
 import signal
@@ -23,7 +24,7 @@ from sweeps.faults import POINTS
 from sweeps.grids import Plan, plan_study
 from sweeps.planned import PlannedCell
 from sweeps.rungs import ENOUGH_PAIRS, correlation, is_control, is_promising
-from sweeps.samplers import make_sampler
+from sweeps.samplers import STARTUP_TRIALS, make_sampler
 from sweeps.search import Searcher
 from sweeps.store import Store, attempt_epochs, forgive, open_store, quarantine_cell, read_plan, release_cell
 from sweeps.studyfile import load_study
@@ -255,6 +256,14 @@ def test_trials_that_run_do_not_draw_the_next_ones_to_them(make_plan: Callable[.
     made = make_sampler(search, "g", 3)
     assert made._constant_liar
     assert made._multivariate
+
+
+def test_gp_asks_apart_from_trials_that_run(store: Store, make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan(sampler="gp", trials=14)
+    drive(store, plan, most=STARTUP_TRIALS)
+    Searching(store, plan).grow(4)  # all at once: none knows how another ends
+    asked = sorted(math.log10(rate) for rate in settings(store, plan)[STARTUP_TRIALS:])
+    assert min(b - a for a, b in itertools.pairwise(asked)) > 0.01, "decades"
 
 
 # --- budget ------------------------------------------------------------------------------------------------------
