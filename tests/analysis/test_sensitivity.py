@@ -41,11 +41,23 @@ def test_a_diverged_run_counts_as_the_loss_at_start() -> None:
     table = one(SEVEN, WORTSMAN, loss_at_start=10.8, state="finished")
     table.loc[6, ["loss", "state"]] = [np.nan, "diverged"]
     assert sensitivity(table).optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
+    kept = table.assign(loss=[*WORTSMAN[:6], 4.0])  # where it stood when it was given up is no loss of a trained model
+    assert sensitivity(kept).optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
     named = table.drop(columns="loss_at_start").assign(tokenizer="bpe-49021-0123abcd")  # ln V = 10.8
     assert sensitivity(named).optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-4)
     unknown = sensitivity(table.drop(columns="loss_at_start"))
     assert np.isnan(unknown.optima[0].sensitivity.value)
     assert "start_unknown" in codes(unknown)
+
+
+def test_states_of_other_tools_are_read_and_only_finished_and_diverged_runs_count() -> None:
+    table = one([*SEVEN, 0.016, 0.016, 0.016], [*WORTSMAN, 1.0, 1.1, 1.2], loss_at_start=10.8)
+    table["State"] = [*["Finished"] * 6, " Diverged", "RUNNING", "crashed", "killed"]
+    found = sensitivity(table)
+    assert found.optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
+    assert (found.runs, found.diverged) == (7, 1)
+    assert {"partial", "excluded_runs"} <= codes(found)
+    assert {why.split(",")[0] for why in found.left_out} == {"state crashed", "state killed"}
 
 
 def test_all_sizes_share_the_range_that_every_grid_covers() -> None:
