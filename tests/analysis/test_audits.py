@@ -18,7 +18,7 @@ from analysis.tuning import tuning_worth
 from sweeps.errors import InputError
 from sweeps.records import write_json
 from sweeps.store import open_store
-from tests.analysis.fans import SIZES, crossed
+from tests.analysis.fans import SIZES, crossed, fan
 from tests.analysis.sweeps_of_rates import CURVATURE, RATES, best_rate, sweep, tuned_by
 from tests.analysis.synthetic import CORPUS, Run, budgets_table, codes, grid, published, surface, write_study
 from tests.analysis.test_report import Page, page_of
@@ -88,6 +88,31 @@ def test_its_own_sweep_is_the_first_source() -> None:
     assert found.references["learning_rate"].source == "its own sweep"
     assert found.cells["measured"].all()
     assert not codes(found) & {"mistuned", "tuning_confound", "optimum_unmeasured"}, "the best of a sweep is well tuned"
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 4.0])
+def test_the_lowest_run_of_a_clean_sweep_is_not_called_mistuned_for_its_grid(factor) -> None:
+    rates = 0.01 * factor ** np.arange(-6.0, 7.0)
+    for seed in range(4):
+        table = fan(SIZES[:3], (5e7, 2e8), rates, seed=seed, curvature=0.2).assign(family="llama")
+        found = audit(table, laws=())
+        assert found.cells["measured"].any()
+        assert found.mistuned.empty
+        assert "mistuned" not in codes(found)
+
+
+def test_families_are_audited_apart() -> None:
+    both = pd.concat([fan(SIZES[:2], family="llama"), fan(SIZES[:2], family="gpt2")], ignore_index=True)
+    with pytest.raises(InputError, match=r"several families \(gpt2, llama\)"):
+        audit(both)
+
+
+def test_where_every_run_diverged_the_audit_says_that_there_is_nothing_to_audit() -> None:
+    found = audit(fan(SIZES[:2], family="llama", state="diverged"))
+    assert found.cells.empty
+    (said,) = [v for v in found.verdicts if v.severity == "refuse"]
+    assert "nothing to audit" in said.message
+    assert "diverged" in said.message
 
 
 def test_what_nobody_measured_is_said_with_the_study_that_would_measure_it() -> None:
