@@ -93,7 +93,7 @@ def tuning_worth(
     kinds = dict.fromkeys(_kind(p) for p in places)
     for kind in kinds:
         own = [p for p in places if _kind(p) == kind]
-        frontier = tuned_frontier(_tuned_runs(own), level, seed)
+        frontier = tuned_frontier(_tuned_runs(own), level, seed, _noise_of_tuned(own))
         laws[kind] = frontier.law
         name = f"{kind}: " if len(kinds) > 1 else ""
         verdicts += [replace(v, message=name + v.message) for v in frontier.verdicts]
@@ -228,6 +228,12 @@ def _tuned_runs(places: Sequence[Place]) -> pd.DataFrame:
         }
     )
     return rows.loc[rows.groupby(["N", "D"])["loss"].idxmin()].reset_index(drop=True)
+
+
+def _noise_of_tuned(places: Sequence[Place]) -> float | None:
+    """Standard deviation of the tuned ln losses, None where no noise is known."""
+    variance = float(np.mean([np.log(p.tuned_loss).var() if len(p.tuned_loss) > 1 else 0.0 for p in places]))
+    return float(np.sqrt(variance)) if variance > 0 else None
 
 
 def _worth(p: Place, compute: Estimate, size: SizeMultiplier, level: float) -> Worth:
