@@ -251,6 +251,7 @@ def _judge(
         if not (at_low or at_high):
             continue
         edge = float(np.exp(column.max() if at_high else column.min()))
+        evidence = {"axis": axis, "edge": edge, "side": "largest" if at_high else "smallest"}
         lost = group.points[group.points["count"] == 0]
         beyond = lost.loc[lost["learning_rate"] > edge, "learning_rate"] if axis == "learning_rate" else lost.iloc[:0]
         if at_high and len(axes) == 1 and len(beyond):
@@ -259,7 +260,7 @@ def _judge(
                 f"{beyond.min():.4g} it did): the optimum lies at the edge of stability. Train at rates between, or "
                 "with more warm-up."
             )
-            said.append(Verdict("edge_of_stability", "refuse", "fit", name, message, {"edge": edge}))
+            said.append(Verdict("edge_of_stability", "refuse", "fit", name, message, evidence))
             return said
         side, further = ("largest", "higher") if at_high else ("smallest", "lower")
         reach = edge * (2.0 if at_high else 0.5)
@@ -267,7 +268,7 @@ def _judge(
             f"{name}: the loss falls towards the {side} {word} tried ({edge:.4g}), so its lowest point is not inside "
             f"the grid. Train at {further} {_MANY[axis]}, such as {reach:.3g}."
         )
-        said.append(Verdict("edge_minimum", "refuse", "fit", name, message, {"axis": axis, "edge": edge}))
+        said.append(Verdict("edge_minimum", "refuse", "fit", name, message, evidence))
         return said
     if not convex:
         message = (

@@ -11,8 +11,8 @@ from analysis.importance_plots import batch_curves
 from analysis.noise_scale import gradient_noise, noise_scales
 from analysis.published import published_timescale
 from analysis.timescale import decay_timescales
-from sweeps.errors import InputError
 from sweeps.accounting import small_part
+from sweeps.errors import InputError
 from tests.analysis.synthetic import published
 
 BATCHES = tuple(2.0**k for k in range(10, 19))

@@ -1,6 +1,7 @@
 """Sensitivity over one range, laws of the optimum, rules judged: oracles, planted powers and published figures."""
 
 import json
+import re
 from itertools import product
 
 import numpy as np
@@ -123,6 +124,19 @@ def test_refused_optima_do_not_enter_and_two_make_no_law() -> None:
     assert np.isnan(few.value.value)
     assert few.powers == {}
     assert codes(few) == {"too_few_optima"}
+
+
+@pytest.mark.parametrize(("top", "words"), [(True, "largest .* too low"), (False, "smallest .* too high")])
+def test_many_optima_lost_at_one_edge_are_said_to_bend_the_law(top, words) -> None:
+    table = fan(tokens=(5e7, 1e8, 2e8))
+    tried = table["learning_rate"]
+    law = sensitivity(table[tried < 0.015 if top else tried > 0.007]).laws["learning_rate"]
+    assert 3 <= law.optima <= 12
+    (said,) = [v for v in law.verdicts if v.code == "outcome_selection"]
+    assert said.severity == "caution"
+    assert re.search(words, said.message)
+    assert said.evidence["lost"] > 1
+    assert "outcome_selection" not in codes(sensitivity(table).laws["learning_rate"])
 
 
 def test_optima_that_scatter_more_than_their_noise_widen_the_interval() -> None:
