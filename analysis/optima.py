@@ -241,6 +241,12 @@ def _judge(
         listed = ", ".join(f"rate {p['learning_rate']:.4g} (loss {p['loss']:.4g})" for p in told[:4])
         message = f"{name}: {plural(len(told), 'setting')} off the curve of the others not fitted: {listed}. Repeat it."
         said.append(Verdict("bad_run", "caution", "fit", name, message, {"settings": len(told)}))
+    if np.ptp(surface.y) < 1e-12:
+        message = (
+            f"{name}: all {len(surface.y)} settings have the same loss ({np.exp(surface.y[0]):.4g}), so none is best. "
+            "Look at what the loss was read from, or spread the settings wider."
+        )
+        return [*said, Verdict("flat_losses", "refuse", "fit", name, message)]
     kept = surface.used
     lowest = kept[int(np.argmin(surface.y[kept]))]
     for j, axis in enumerate(axes):

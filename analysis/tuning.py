@@ -186,7 +186,9 @@ class TuningWorth:
     def __str__(self) -> str:
         if not self.worths:
             return "Not known: " + next((v.message for v in self.verdicts if v.severity == "refuse"), "no runs.")
-        return "\n".join(map(str, self.worths))
+        kinds = [_kind(w) for w in self.worths]
+        names = [f"{kind}: " if len(set(kinds)) > 1 else "" for kind in kinds]
+        return "\n".join(f"{name}{worth}" for name, worth in zip(names, self.worths))
 
     def table(self) -> pd.DataFrame:
         """One row for each place: group, default, losses (nats), gain (percent), compute and size multipliers."""
@@ -211,7 +213,7 @@ class TuningWorth:
 # --- the law of the tuned runs, and what is said ---------------------------------------------------------------
 
 
-def _kind(place: Place) -> str:
+def _kind(place: Place | Worth) -> str:
     """What one law is for: a family in one parametrisation."""
     words = (place.group.get(k) for k in ("family", "parametrisation"))
     return " ".join(str(w) for w in words if w is not None)

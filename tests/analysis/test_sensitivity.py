@@ -15,7 +15,7 @@ from analysis.uncertainty import UNKNOWN
 from sweeps.errors import InputError
 from sweeps.store import open_store
 from tests.analysis.fans import RATES, SIZES, best_rate, fan
-from tests.analysis.synthetic import Run, codes, published
+from tests.analysis.synthetic import Run, codes, interpolated_budgets, published
 from tests.analysis.test_optima import STEP_LAW, one
 
 WORTSMAN = [3.3, 3.1, 3.0, 3.02, 3.1, 3.5, 12.0]
@@ -296,14 +296,3 @@ def test_choosing_misfittings_learning_rate_moves_the_isoflop_exponent() -> None
     fixed = exponent(table[table["learning_rate"] == 0.002].sort_values("loss").drop_duplicates(["N", "D"]))
     assert best == pytest.approx(0.500, abs=0.02)
     assert abs(fixed - best) > 0.02
-
-
-def interpolated_budgets(runs: pd.DataFrame, count: int = 20) -> pd.DataFrame:
-    """Each size's ln loss, linear in ln C between its horizons, at budgets spread over the runs."""
-    rows = []
-    for C in np.geomspace(runs["C"].min(), runs["C"].max(), count + 2)[1:-1]:
-        for N, own in runs.sort_values("C").groupby("N"):
-            if len(own) > 1 and own["C"].min() <= C <= own["C"].max():
-                y = np.interp(np.log(C), np.log(own["C"]), np.log(own["loss"]))
-                rows.append({"N": N, "D": C / (6.0 * N), "C": C, "budget": C, "loss": np.exp(y)})
-    return pd.DataFrame(rows)

@@ -238,6 +238,8 @@ def test_each_parametrisation_has_its_own_places_and_law() -> None:
     other = runs.assign(loss=runs["loss"] * 1.1, parametrisation="mup")
     found = tuning_worth(pd.concat([runs.assign(parametrisation="standard"), other]), default=off(4.0))
     assert list(found.laws) == ["llama mup", "llama standard"]
+    lines = str(found).splitlines()
+    assert {line.split(": tuning at")[0] for line in lines} == {"llama mup", "llama standard"}
     table = found.table().set_index(["parametrisation", "N", "D"])
     ratio = table.loc["mup", "loss_default"] / table.loc["standard", "loss_default"]
     assert ratio.to_numpy() == pytest.approx(1.1)
