@@ -319,7 +319,10 @@ def sensitivity(
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them."""
+    """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them.
+
+    Where the weight decay was varied, its best timescale too (batch / (rate x decay x D), a fraction of the run).
+    """
     import analysis
     from analysis.expressions import split_definitions
     from cluster.display import patience
@@ -329,6 +332,8 @@ def sensitivity(
     runs, source, home = _read_runs(study, columns, conditions, "sensitivity", store, tracking_uri)
     with patience("measuring sensitivity"):
         found = analysis.sensitivity(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
+        known = {"weight_decay", "batch_tokens"} <= set(runs.columns)
+        timescales = analysis.decay_timescales(runs) if known else ()
     if home is not None:
         place, name = home
         try:
@@ -336,12 +341,13 @@ def sensitivity(
         except InputError as error:  # a store of someone else's may be read
             say(f"the optimum is not kept: {error}", file=sys.stderr)
     if as_json:
-        print(json.dumps(found.to_json() | ({"source": source} if source else {})))
+        decays = {"timescales": [one.to_json() for one in timescales]} if timescales else {}
+        print(json.dumps(found.to_json() | decays | ({"source": source} if source else {})))
     else:
         from cluster.display import console
         from cluster.sensitivity import sensitivity_tables
 
-        for part in sensitivity_tables(found, source):
+        for part in sensitivity_tables(found, source, timescales):
             console.print(part)
     if found.refused:
         raise typer.Exit(1)

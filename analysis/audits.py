@@ -54,18 +54,12 @@ def audit(
     laws: whose exponents are told before and after, where any optimum is known: by default "isoflop" where the runs
     have budgets, and "chinchilla". level, seed: of the intervals.
 
-    Raises InputError for a missing column, or runs of several parametrisations.
+    Raises InputError for a missing column, or runs of several families or parametrisations.
     """
     chosen = select(runs)
     rows = chosen.rows
-    family = str(rows["family"].iloc[0]) if "family" in rows.columns and len(rows) else None
-    kinds = set(rows["parametrisation"].dropna()) if "parametrisation" in rows.columns else set()
-    if len(kinds) > 1:
-        raise InputError(
-            f"the runs are of several parametrisations ({', '.join(sorted(map(str, kinds)))}), whose learning rates do "
-            "not compare; audit them apart."
-        )
-    references = _references(optimum, runs, family, next(iter(kinds), None), level, seed)
+    family, kind = (_only(rows, column) for column in ("family", "parametrisation"))
+    references = _references(optimum, runs, family, kind, level, seed)
     rate = references.get("learning_rate")
     verdicts: list[Verdict] = []
 
@@ -79,7 +73,13 @@ def audit(
         cells[name] = found[0]
         cells[f"{name}_low"], cells[f"{name}_high"] = ([b[i] for b in bounds] for i in (0, 1))
     floor = max(LEAST, noise) if np.isfinite(noise) else LEAST
-    cells["mistuned"] = cells["penalty_low"] > floor
+    step = rate.step if rate is not None else 0.0
+    next_to = cells["measured"] & (np.abs(np.log(cells["ratio"].astype(float))) <= step)
+    cells["mistuned"] = (cells["penalty_low"] > floor) & ~next_to
+    if cells.empty:
+        why = " ".join(v.message for v in chosen.verdicts if v.code in ("excluded_runs", "partial"))
+        message = f"no run has ended with a loss, so there is nothing to audit. {why}".strip()
+        verdicts.append(Verdict("too_few_runs", "refuse", "fit", None, message))
     verdicts += _judge_rate(cells, rate, rate.apart(rows) if rate else ())
     verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(cells, rate)]
 
@@ -106,7 +106,8 @@ class Audit:
 
     cells: one row a run that a fit uses: cell, N, D, learning_rate, best_learning_rate (NaN where nothing is known),
         ratio of the two, `measured` (at this very place), `outside` (of the law's optima), penalty in ln loss with its
-        interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`); batch_tokens, batch_ratio and
+        interval, `at_least`, `mistuned` (its penalty's lower end is above `floor`, and it is not next to the optimum
+        on the grid of its own sweep, which lets no run be nearer than that for certain); batch_tokens, batch_ratio and
         batch_penalty with its interval; warmup_share, warmup_per_parameter; timescale (AdamW's, as a fraction of the
         run) and timescale_ratio (to Power Lines); rule_ratio and rule_batch_ratio (to Step Law).
     changes: each law's exponents as trained and without the penalties. references: by hyperparameter, what the cells
@@ -147,6 +148,18 @@ class Audit:
 
 
 # --- the cells ---------------------------------------------------------------------------------------------------
+
+
+def _only(rows: pd.DataFrame, column: str) -> str | None:
+    """The one family or parametrisation of the runs, None where none is told; InputError where there are several."""
+    found = sorted(map(str, rows[column].dropna().unique())) if column in rows.columns else []
+    if len(found) > 1:
+        several = {"family": "families"}.get(column, f"{column}s")
+        raise InputError(
+            f"the runs are of several {several} ({', '.join(found)}), whose learning rates do not compare; audit them "
+            "apart."
+        )
+    return found[0] if found else None
 
 
 def _references(

@@ -40,7 +40,8 @@ def read_foreign(
     path, columns: as `read_table` takes them; where: as `keep_rows` does. n_is: what N counts, one of `SIZES`.
     c_is: "C", counted operation by operation, or "C_6nd". A row is {"run": {"N", "D", "C", "loss", ...}, "row": the
     raw row}, with N in parameters, D in tokens, C in FLOPs (6 N D where the table has none) and loss in nats per token.
-    A row without a positive N, D, C and loss is no finished run and is left out; it is named by its number, from 1.
+    A row without a positive N, D, C and loss, or whose `state` is not finished, is no finished run and is left out; it
+    is named by its number, from 1.
     Raises InputError where the table cannot be read or holds no finished run.
     """
     for option, value, allowed in (("--n-is", n_is, SIZES), ("--c-is", c_is, ("C", "C_6nd"))):
@@ -56,8 +57,9 @@ def read_foreign(
     names = [name for name in (*_KEPT, *_ALSO, *SIZES) if name in table.columns]
     needed = table[["N", "D", "C", "loss"]].astype("float64")
     whole = ((needed > 0) & np.isfinite(needed)).all(axis=1)
+    whole &= table["state"].isin(("finished", "")) if "state" in table.columns else True
     if not whole.any():
-        raise InputError(f"{path} holds no finished run: no row has a positive N, D, C and loss.")
+        raise InputError(f"{path} holds no finished run: no row has a positive N, D, C and loss and is finished.")
     raw = table.drop(columns=["C_assumed", "excluded"], errors="ignore")
     rows = []
     for index in table.index[whole]:

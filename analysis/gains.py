@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis.optima import Optimum
 from analysis.quadratics import lowest_point, quadratic_columns
+from analysis.selection import with_states
 from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, seed_noise
 from analysis.verdicts import NAN, Estimate
 from sweeps.errors import InputError, nearest
@@ -71,6 +72,7 @@ def usable(runs: pd.DataFrame) -> pd.DataFrame:
             f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, runs.columns))}. Read a file of your "
             "own with analysis.read_table, which finds common names."
         )
+    runs = with_states(runs)
     table = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
     if "rung" in table.columns:
         table = table[~(table["rung"].astype(float) < 1.0)]  # an early rung of a search is no run of full length

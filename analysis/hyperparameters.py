@@ -19,6 +19,7 @@ from analysis.importance import Importance, importances
 from analysis.importance_plots import batch_curves, importance_bars
 from analysis.noise_scale import NoiseScale, noise_scales
 from analysis.sensitivities import Sensitivity
+from analysis.timescale import Timescale, decay_timescales
 from analysis.transfers import Transfer, transfer
 from analysis.tuning import TuningWorth
 from analysis.verdicts import Estimate, Verdict
@@ -46,6 +47,7 @@ class Hyperparameters:
     transfers: tuple[Transfer, ...]
     batches: CriticalBatches | None
     noise: tuple[NoiseScale, ...]
+    timescales: tuple[Timescale, ...]
     importances: tuple[Importance, ...]
     audits: Mapping[str, tuple[Audit, str]]
 
@@ -82,6 +84,7 @@ def find_hyperparameters(
         transfers=tuple(transfer(runs)) if sweep is not None and len(kinds) > 1 else (),
         batches=critical_batches(runs, curves) if crossed else None,
         noise=noise_scales(runs, curves) if len(usable) else (),
+        timescales=decay_timescales(runs),
         importances=importances(runs) if len(usable) else (),
         audits=audit_page.find_audits(runs, kinds, plan, store, sweep) if len(usable) else {},
     )
@@ -110,6 +113,8 @@ def sections(found: Hyperparameters, study: str) -> str:
         parts.append(sweep_page.section(found.sweep) + sweep_page.rules_note(found.sweep.laws, study))
     if found.batches is not None:
         parts.append(_batch_section(found.batches, found.noise))
+    if found.timescales:
+        parts.append(_timescale_section(found.timescales))
     if found.worth is not None:
         parts.append(audit_page.worth_section(*found.worth))
     parts += [_importance_section(found.importances)]
@@ -197,7 +202,7 @@ def _transfer_section(transfers: Sequence[Transfer]) -> str:
     return "<h3>Does the best learning rate stay when a model grows wider?</h3>" + lines + note + table + said
 
 
-# --- batches and importance --------------------------------------------------------------------------------------
+# --- decay, batches and importance -----------------------------------------------------------------------------------
 
 
 def _batch_words(found: CriticalBatches) -> str:
@@ -232,6 +237,29 @@ def _batch_section(found: CriticalBatches, noise: Sequence[NoiseScale]) -> str:
     said: list[Verdict] = [*found.verdicts, *(v for one in found.sweeps for v in one.verdicts)]
     said += [v for one in noise for v in one.verdicts]
     return "<h3>The critical batch</h3>" + page.table(head, rows) + told + page.verdicts(("", v) for v in said)
+
+
+def _timescale_section(found: Sequence[Timescale]) -> str:
+    rows = []
+    for one in found:
+        tried = one.points["timescale"]
+        best = page.number(one.best.value, 3) if np.isfinite(one.best.value) else page.DASH
+        rows.append(
+            [
+                *(human(one.group["N"]), human(one.group["D"])),
+                f"{best} <span class=range>{page.interval(one.best.interval)}</span>",
+                page.number(one.published, 3),
+                f"{page.number(tried.min(), 3)} to {page.number(tried.max(), 3)}",
+            ]
+        )
+    note = (
+        "<p class=note>AdamW's memory of past updates, batch / (learning rate x decay x D), as a fraction of the run: "
+        "the vertex of a parabola through the lowest loss and its neighbours. Power Lines (Bergsma et al. 2025) was "
+        "fitted on larger models and other text.</p>"
+    )
+    head = ["N", "D", "best timescale", "by Power Lines", "tried"]
+    said = page.verdicts((_place(one.group), v) for one in found for v in one.verdicts)
+    return "<h3>The weight decay's timescale</h3>" + note + page.table(head, rows) + said
 
 
 def _importance_section(found: Sequence[Importance]) -> str:

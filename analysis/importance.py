@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.effects import Evaluation, exact_effects, surrogate_effects
+from analysis.selection import left_out, with_states
 from analysis.swept import BLOWN_UP, merged
 from analysis.uncertainty import SETTINGS
 from analysis.verdicts import NAN, NOTHING, Verdict, clean, plural, refused
@@ -115,8 +116,11 @@ def importance(
         if name not in runs.columns:
             hint = nearest(name, list(runs.columns))
             raise InputError(f"the runs have no column {name!r}{hint}; they have {', '.join(map(str, runs.columns))}.")
-    runs, lost = _counted(runs, loss)
+    every = with_states(runs).reset_index(drop=True)
+    runs, lost = _counted(every, loss)
     named, verdicts = _parameters(runs, parameters)
+    if "excluded" in every.columns:
+        verdicts += left_out(every.loc[~every.index.isin(runs.index), "excluded"].dropna())
     table, capped, source = _capped(runs, lost, named, loss, cap)
     diverged = int(lost.sum())
     if diverged:
@@ -219,6 +223,7 @@ def _tied(table: pd.DataFrame, varied: Sequence[str]) -> list[Verdict]:
 
 def _counted(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.Series]:
     """The runs that finished or diverged, and which of them diverged."""
+    runs = with_states(runs)
     values = runs[loss].astype(float)
     finite = values.abs() < np.inf
     if "state" in runs.columns:

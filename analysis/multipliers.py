@@ -2,7 +2,8 @@
 
 A loss means little by itself; both multipliers read it off a law fitted to runs that were tuned. The failure it guards
 against: a law with an irreducible loss cannot pay for every gain. Where the gain is more than half of what size can
-still bring, A / N^alpha, the size multiplier runs away with the last digits of E and A, so only a bound is given.
+still bring, A / N^alpha, the size multiplier runs away with the last digits of E and A, so only a bound is given. And
+where the noise leaves alpha open, that bound is 2^(1 / alpha) at the edge of what was searched, so none is given.
 
     compute   C(L) inverts L_tuned(C), the lowest loss at each compute; the multiplier is C(L_tuned) / C(L_default)
     size      A / N^alpha - A / (x N)^alpha = L_default - L_tuned,  so  x = (1 - gain N^alpha / A)^(-1 / alpha)
@@ -26,6 +27,8 @@ ONE_LEVEL = 0.05
 MARGIN = np.log(1e4)
 """How far, in ln C, beyond the runs the frontier is tabled."""
 KNOTS = 33
+OPEN_ALPHA = ("open_interval", "at_bound", "not_identifiable")
+"""What a law's fit says of an alpha that its runs do not determine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +49,35 @@ class Frontier:
     verdicts: tuple[Verdict, ...]
 
 
-def tuned_frontier(rows: pd.DataFrame, level: float = 0.95, seed: int = 0) -> Frontier:
-    """The frontier of tuned runs: rows of N, D, C and `loss` (nats), one for each (N, D). May be refused in parts."""
-    law = fit(rows, "chinchilla", level=level, seed=seed, resamples=FEW_DRAWS)
+def tuned_frontier(rows: pd.DataFrame, level: float = 0.95, seed: int = 0, noise: float | None = None) -> Frontier:
+    """The frontier of tuned runs: rows of N, D, C and `loss` (nats), one for each (N, D). May be refused in parts.
+
+    noise: standard deviation of their ln loss; by default read off the residuals.
+    """
+    law = fit(rows, "chinchilla", level=level, seed=seed, resamples=FEW_DRAWS, noise=noise)
     verdicts: list[Verdict] = []
     size_law: Fit | None = law
     if law.refused:
         reason = next(v.message for v in law.verdicts if v.severity == "refuse")
-        law = _saturating(rows, "C", level, seed)
+        law = _saturating(rows, "C", level, seed, noise)
         if law.refused:
             why = next(v.message for v in law.verdicts if v.severity == "refuse")
             message = f"the tuned runs bear no law, so there are no multipliers: {why}"
             return _none(Verdict("no_power_law", "refuse", "decision", None, message))
         one_length = np.ptp(np.log(rows["D"].to_numpy(dtype=float))) < ONE_LEVEL
-        size_law = _saturating(rows, "N", level, seed) if one_length else None
+        size_law = _saturating(rows, "N", level, seed, noise) if one_length else None
         if size_law is None or size_law.refused:
             size_law = None
             message = f"the tuned runs bear no law of size and tokens, so there is no size multiplier: {reason}"
             verdicts.append(Verdict("no_power_law", "refuse", "decision", "size", message))
         message = "compute multipliers run along the one path of these runs, not along a frontier of free N and D."
         verdicts.append(Verdict("one_path", "info", "decision", "compute", message))
+    open_ends = [v for v in size_law.verdicts if v.target == "alpha" and v.code in OPEN_ALPHA] if size_law else []
+    if open_ends:
+        size_law = None
+        message = f"alpha is not determined by these runs, so there is no size multiplier: {open_ends[0].message}"
+        message += " More sizes, further apart, would tell it."
+        verdicts.append(Verdict("not_identifiable", "refuse", "decision", "size", message, open_ends[0].evidence))
     copies = {k: np.concatenate([[law.solved[k]], law.draws.get(k, np.empty(0))[:FEW_DRAWS]]) for k in law.params}
     if not all(np.isfinite(v[0]) for v in copies.values()):
         message = "the law of the tuned runs is refused, so there are no multipliers."
@@ -89,9 +101,9 @@ def tuned_frontier(rows: pd.DataFrame, level: float = 0.95, seed: int = 0) -> Fr
     )
 
 
-def _saturating(rows: pd.DataFrame, variable: str, level: float, seed: int) -> Fit:
+def _saturating(rows: pd.DataFrame, variable: str, level: float, seed: int, noise: float | None) -> Fit:
     """The law E + A / x^alpha in one variable."""
-    return fit(rows.assign(x=rows[variable]), "saturating", level=level, seed=seed, resamples=FEW_DRAWS)
+    return fit(rows.assign(x=rows[variable]), "saturating", level=level, seed=seed, resamples=FEW_DRAWS, noise=noise)
 
 
 def _none(verdict: Verdict) -> Frontier:

@@ -241,6 +241,12 @@ def _judge(
         listed = ", ".join(f"rate {p['learning_rate']:.4g} (loss {p['loss']:.4g})" for p in told[:4])
         message = f"{name}: {plural(len(told), 'setting')} off the curve of the others not fitted: {listed}. Repeat it."
         said.append(Verdict("bad_run", "caution", "fit", name, message, {"settings": len(told)}))
+    if np.ptp(surface.y) < 1e-12:
+        message = (
+            f"{name}: all {len(surface.y)} settings have the same loss ({np.exp(surface.y[0]):.4g}), so none is best. "
+            "Look at what the loss was read from, or spread the settings wider."
+        )
+        return [*said, Verdict("flat_losses", "refuse", "fit", name, message)]
     kept = surface.used
     lowest = kept[int(np.argmin(surface.y[kept]))]
     for j, axis in enumerate(axes):
@@ -251,6 +257,7 @@ def _judge(
         if not (at_low or at_high):
             continue
         edge = float(np.exp(column.max() if at_high else column.min()))
+        evidence = {"axis": axis, "edge": edge, "side": "largest" if at_high else "smallest"}
         lost = group.points[group.points["count"] == 0]
         beyond = lost.loc[lost["learning_rate"] > edge, "learning_rate"] if axis == "learning_rate" else lost.iloc[:0]
         if at_high and len(axes) == 1 and len(beyond):
@@ -259,7 +266,7 @@ def _judge(
                 f"{beyond.min():.4g} it did): the optimum lies at the edge of stability. Train at rates between, or "
                 "with more warm-up."
             )
-            said.append(Verdict("edge_of_stability", "refuse", "fit", name, message, {"edge": edge}))
+            said.append(Verdict("edge_of_stability", "refuse", "fit", name, message, evidence))
             return said
         side, further = ("largest", "higher") if at_high else ("smallest", "lower")
         reach = edge * (2.0 if at_high else 0.5)
@@ -267,7 +274,7 @@ def _judge(
             f"{name}: the loss falls towards the {side} {word} tried ({edge:.4g}), so its lowest point is not inside "
             f"the grid. Train at {further} {_MANY[axis]}, such as {reach:.3g}."
         )
-        said.append(Verdict("edge_minimum", "refuse", "fit", name, message, {"axis": axis, "edge": edge}))
+        said.append(Verdict("edge_minimum", "refuse", "fit", name, message, evidence))
         return said
     if not convex:
         message = (

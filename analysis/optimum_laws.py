@@ -23,6 +23,8 @@ LEAST = 3
 """Optima that a power law needs: through two points any line passes."""
 TIED = 0.99
 """Squared correlation of ln D with ln N from which on their powers cannot be told apart."""
+MANY_LOST = 0.1
+"""Share of the optima lost at one edge of the grids from which on those that are left are a selection."""
 NEAR_BEST = 0.0025
 """Runs this close to the lowest loss of their (N, D) stand for the optimum in the rule of Step Law and DeepSeek."""
 _SHAPE = ("N", "D", "width", "depth", "heads", "mlp_width", "corpus", "tokenizer", "context", *AXES)
@@ -190,6 +192,7 @@ def _law(
     if lost := len(members) - len(kept):
         message = f"{plural(lost, 'refused optimum').replace('optimums', 'optima')} of {len(members)} do not enter."
         said.append(Verdict("excluded_runs", "info", "fit", axis, message))
+    said += _selected(axis, members)
     if freedom and between > np.median(own) > 0:
         message = (
             f"the optima scatter about the power law by a factor of {np.exp(np.sqrt(between)):.2f}, more than their "
@@ -199,6 +202,33 @@ def _law(
     curvature = float(np.median([one.curvature for one in kept]))
     numbers = _numbers(table, at, best, draws, level, said)
     return OptimumLaw(**law, **numbers, curvature=curvature, verdicts=tuple(said))
+
+
+def _selected(axis: str, members: Sequence[Optimum]) -> list[Verdict]:
+    """A caution where many optima are missing for lying beyond one and the same edge: the law is of the others."""
+    said = []
+    for side, bias, further in (("largest", "low", "higher"), ("smallest", "high", "lower")):
+        lost = [
+            one for one in members if any(v.severity == "refuse" and _edge(v) == (axis, side) for v in one.verdicts)
+        ]
+        if len(lost) <= MANY_LOST * len(members):
+            continue
+        word = {"learning_rate": "learning rate", "batch_tokens": "batch"}[axis]
+        names = ", ".join(one.name for one in lost[:4]) + (", ..." if len(lost) > 4 else "")
+        message = (
+            f"{len(lost)} of {len(members)} optima lie at or beyond the {side} {word} tried and do not enter "
+            f"({names}). Of their kind only the {'lower' if side == 'largest' else 'higher'} ones are left: there the "
+            f"law is too {bias}, as a rule, and its powers too near 0, which the intervals do not know. Train these "
+            f"at {further} values."
+        )
+        evidence = {"lost": len(lost), "optima": len(members), "side": side}
+        said.append(Verdict("outcome_selection", "caution", "fit", axis, message, evidence))
+    return said
+
+
+def _edge(verdict: Verdict) -> tuple[Any, Any]:
+    """The axis and the side at whose end an optimum was refused; of None for another refusal."""
+    return verdict.evidence.get("axis"), verdict.evidence.get("side")
 
 
 def _columns(

@@ -36,6 +36,8 @@ BIN = 0.35
 """Width in ln (value / best) over which places are pooled: half a step of a factor-2 grid."""
 UNSURE = 0.35
 """Standard deviation of ln curvature where fewer than three optima tell it: a factor of 2 either way."""
+OWN = "its own sweep"
+"""The source whose cells are the lowest of the very grids that the optima were found on."""
 Z = 1.959964
 """Half the width of a 95 % interval in standard deviations."""
 
@@ -69,6 +71,9 @@ class Reference:
     flanks: tuple[tuple[float, float], ...] = ()
     noise: float = NAN
     """Standard deviation of ln loss between equal runs where the optima were measured."""
+    step: float = 0.0
+    """ln of one step of the grids that the places were swept on, where the cells are the lowest of these grids; else 0.
+    Such a cell is never nearer to the optimum than its grid lets it be, and by luck the neighbour on the other side."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """What was constant there: schedule, optimizer, batch_tokens ...; empty for a study's own sweep."""
 
@@ -151,7 +156,7 @@ class Reference:
 
 
 def from_sweep(
-    found: Sensitivity, family: str | None, parametrisation: str | None = None, source: str = "its own sweep"
+    found: Sensitivity, family: str | None, parametrisation: str | None = None, source: str = OWN
 ) -> dict[str, Reference]:
     """References by hyperparameter, from the optima and laws that `sensitivity` found for one family."""
 
@@ -187,6 +192,7 @@ def from_sweep(
             fitted=fitted,
             flanks=flanks,
             noise=_number(found.noise.get("sd")),
+            step=_step(own, axis) if source == OWN else 0.0,
         )
     return references
 
@@ -272,6 +278,12 @@ def _from_record(
         noise=_number(noise.get("sd")),
         recipe=dict(law.get("recipe") or {}),
     )
+
+
+def _step(optima: Sequence[Optimum], axis: str) -> float:
+    """ln of the step between neighbouring values of an axis: the median of the grids' own medians."""
+    grids = [np.unique(np.log(one.points.loc[one.points["count"] > 0, axis].astype(float))) for one in optima]
+    return float(np.median([np.median(np.diff(grid)) for grid in grids]))
 
 
 def _bend(one: Optimum, axis: str) -> float:

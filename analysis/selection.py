@@ -52,6 +52,7 @@ def select(
     variables: columns that the law needs. C defaults to 6 N D. needed: other columns that must be there.
     Raises InputError where a column is missing.
     """
+    runs = with_states(runs)
     name = loss or ("val_loss_final" if response == "loss" and "val_loss_final" in runs.columns else response)
     missing = [c for c in (*variables, name, *needed) if c not in runs.columns]
     if missing:
@@ -110,7 +111,7 @@ def select(
     others = reason[~table.index.isin(beaten) & reason.notna()]
     if "state" in table.columns:
         others = others[~table.loc[others.index, "state"].isin(PENDING)]
-    verdicts += _left_out(others)
+    verdicts += left_out(others)
     return Selection(
         rows=rows,
         loss=name,
@@ -120,6 +121,23 @@ def select(
         excluded=tuple({"cell": str(table["cell"][i]), "reason": str(reason[i])} for i in table.index[reason.notna()]),
         verdicts=tuple(verdicts),
     )
+
+
+def with_states(runs: pd.DataFrame) -> pd.DataFrame:
+    """The table with its column `state`, if it has one in any spelling, in plain words, and `excluded` filled by it.
+
+    A running job's loss is no final one, and a word of another tool's (crashed, killed) is not taken for success: only
+    finished counts, and diverged where divergences do. A row whose state is empty is what its loss says.
+    """
+    name = next((c for c in runs.columns if str(c).strip().lower() == "state"), None)
+    name = "state" if "state" in runs.columns else name
+    if name is None:
+        return runs
+    state = runs[name].astype(object).where(runs[name].notna(), "finished").astype(str).str.strip().str.lower()
+    said = {word: f"state {word}, which is neither finished nor diverged" for word in state.unique()}
+    said |= {word: f"not finished ({word})" for word in PENDING} | {"diverged": "diverged", "finished": None, "": None}
+    told = runs["excluded"].astype(object) if "excluded" in runs.columns else pd.Series(None, runs.index, dtype=object)
+    return runs.assign(state=state, excluded=told.where(told.notna(), state.map(said)))
 
 
 def drop_rows(selection: Selection, positions: np.ndarray, reason: str, verdict: Verdict) -> Selection:
@@ -155,8 +173,8 @@ def _survivors(table: pd.DataFrame, rows: pd.DataFrame) -> list[Verdict]:
     return verdicts
 
 
-def _left_out(reasons: pd.Series) -> list[Verdict]:
-    """How many runs were left out, and why."""
+def left_out(reasons: pd.Series) -> list[Verdict]:
+    """How many runs were left out, and why; reasons: one for each of them."""
     if reasons.empty:
         return []
     counts = reasons.value_counts()

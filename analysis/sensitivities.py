@@ -162,7 +162,7 @@ def wortsman(
     spread equally in logs. The range is what the grids of all groups with two rates or more cover, the rates in it lie
     as densely as in the median grid, and losses between the rates tried are interpolated in ln rate. Where a group
     has several batches, its sensitivity is that at the batch with its lowest loss. A diverged run counts as the loss
-    at start; one whose start is not known as it ended.
+    at start; one whose start is not known, or that is only taken for diverged, as it ended.
     """
     slices = [_slice(group) for group in groups]
     grids = [np.log(s["learning_rate"]) for s in slices]

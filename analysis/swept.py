@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.selection import PENDING
+from analysis.selection import PENDING, with_states
 from analysis.uncertainty import SETTINGS
 from analysis.verdicts import NAN, Verdict, plural
 from sweeps.errors import InputError, nearest
@@ -40,7 +40,8 @@ class Group:
     columns: one value per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (in
         nats, geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
         others), squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the
-        loss, at most that at the start; NaN where a diverged run has no loss and the start is not known).
+        loss, at most that at the start, which a run counts as whose state is diverged, wherever it ended; NaN where a
+        diverged run has no loss and the start is not known).
     start: loss of the untrained model in nats, NaN unknown.
     """
 
@@ -93,6 +94,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
     for axis in axes or ():
         if axis not in AXES:
             raise InputError(f"axis {axis!r}{nearest(axis, AXES)}: an optimum is sought over {' and '.join(AXES)}.")
+    runs = with_states(runs)
     loss = "val_loss_final" if "val_loss_final" in runs.columns else "loss"
     needed = ("N", "D", "learning_rate", *(axes or ()), loss)
     if missing := [c for c in dict.fromkeys(needed) if c not in runs.columns]:
@@ -210,7 +212,7 @@ def _mark_diverged(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     best = settled == settled.groupby(slices).transform("min")
     rate = rows["learning_rate"].where(best).groupby(slices).transform("min")
     blown = (rows["measured"] > BLOWN_UP * lowest) & (rows["learning_rate"] > rate) & ~rows["diverged"]
-    return rows.assign(diverged=rows["diverged"] | blown), int(blown.sum())
+    return rows.assign(diverged=rows["diverged"] | blown, blown=blown), int(blown.sum())
 
 
 def _axes(rows: pd.DataFrame) -> tuple[str, ...]:
@@ -248,7 +250,9 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.add.reduceat(y, starts) / count
         squares = np.maximum(np.add.reduceat(y**2, starts) - count * mean**2, 0.0)
-    capped = np.where(np.isfinite(measured), np.fmin(measured, start), start)
+    stated = diverged & ~rows["blown"].to_numpy(dtype=bool)[order]
+    ended = np.isfinite(measured) & ~(stated & np.isfinite(start))
+    capped = np.where(ended, np.fmin(measured, start), start)
     total = np.diff(np.append(starts, len(order)))
     columns = {
         **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},

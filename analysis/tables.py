@@ -17,6 +17,7 @@ import pandas as pd
 from analysis.expressions import evaluate
 from analysis.laws import find_law
 from analysis.runs import MAX_EPOCHS
+from analysis.selection import with_states
 from sweeps.errors import InputError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz", ".jsonl.gz")
@@ -66,11 +67,12 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "warmup_tokens": ("warmup_tokens",),
     "loss_at_start": ("loss_at_start", "initial_loss", "init_loss"),
     "precision": ("precision",),
+    "state": ("state",),
 }
 """What a fit knows, and the names that published tables give it, without case, in the order of preference."""
 SHORT: Mapping[str, str] = {"lr": "learning_rate", "batch": "batch_tokens", "wd": "weight_decay"}
 """What may be typed for some of them."""
-_TEXT = ("precision",)
+_TEXT = ("precision", "state")
 _RARE = ("U", "experts", "S1", "S2", "x")
 """Read only for a law that needs them: elsewhere an `x` is a coordinate of somebody's figure."""
 _MEASURED = ("loss", "accuracy", "error")
@@ -100,7 +102,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
     budget, else 6 N D, and the column `C_assumed` says that. Numbers may be written 124M or 1,300,000. Other columns
     are kept as they are; `cell` is the row's number, from 0. `attrs["columns"]` tells what was taken for what.
     Where unique tokens or a column `epochs` say that a run repeats its data more than `MAX_EPOCHS` times, `excluded`
-    takes it out of laws that do not know repeats, as in `load_runs`.
+    takes it out of laws that do not know repeats, as in `load_runs`. So does a `state` that is not finished.
 
     N in parameters, D and U in tokens, C and budget in FLOPs, losses in nats per token.
     Raises InputError where the file is no table, an expression cannot be computed, or a needed column cannot be found.
@@ -135,6 +137,7 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
         frame["cell"] = [f"row {i}" for i in range(len(frame))]
     if "U" not in variables and response == "loss" and "N" in variables:
         _exclude_repeats(frame, table)
+    frame = with_states(frame)
     frame.attrs["columns"] = taken
     return frame
 

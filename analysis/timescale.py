@@ -14,14 +14,20 @@ import numpy as np
 import pandas as pd
 
 from analysis.published import published_timescale
+from analysis.selection import with_states
 from analysis.swept import merged
 from analysis.uncertainty import interval, seed_noise
-from analysis.verdicts import NOTHING, Estimate, Verdict, clean, refused
+from analysis.verdicts import NAN, NOTHING, Estimate, Verdict, clean, refused
+from sweeps.errors import InputError
+
+LEAST = 3
+"""Decays, and timescales, of one size and length from which on a study varies them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timescale:
-    """The best AdamW timescale of one group {"family", "N", "D"}, as a fraction of the run.
+    """The best AdamW timescale of one group {"N", "D" and, where told, "family", "parametrisation"}, as a fraction of
+    the run.
 
     best: the vertex of a parabola in ln tau through the lowest point and its neighbours, with its interval under seed
     noise. published: Power Lines' value at the group's tokens per parameter. points: timescale, loss (nats; of the best
@@ -46,25 +52,38 @@ class Timescale:
 def decay_timescales(
     runs: pd.DataFrame, *, loss: str | None = None, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[Timescale, ...]:
-    """The best timescale of every (family, N, D) that varies the weight decay over three values or more."""
+    """The best timescale of every family, parametrisation, N and D that varies the weight decay over three values or
+    more; of a study or a table of N, D (tokens), weight_decay, learning_rate, batch_tokens and a loss (nats).
+
+    Trials of a search do not count: no two of them differ in the decay alone. Raises InputError for a missing column.
+    """
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
-    kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
-    kept = kept[np.isfinite(kept[loss].astype(float)) & kept["adamw_timescale"].notna()]
-    kept = kept.assign(N=merged(kept["N"].to_numpy(float)), D=merged(kept["D"].to_numpy(float)))
+    own = ("adamw_timescale",) if "adamw_timescale" in runs.columns else ("learning_rate", "batch_tokens")
+    if missing := [c for c in ("N", "D", "weight_decay", *own, loss) if c not in runs.columns]:
+        raise InputError(
+            f"the table lacks {', '.join(missing)}; a decay's timescale is batch_tokens / (learning_rate weight_decay "
+            f"D). It has {', '.join(map(str, runs.columns))}: name them to analysis.read_table."
+        )
+    kept = with_states(runs)
+    kept = kept[kept["excluded"].isna()] if "excluded" in kept.columns else kept
+    kept = kept[kept["search"].isna()] if "search" in kept.columns else kept
+    kept = kept.assign(timescale=_timescales(kept))
+    kept = kept[np.isfinite(kept[loss].astype(float)) & kept["timescale"].notna()]
+    kept = kept.assign(**{c: merged(kept[c].to_numpy(float)) for c in ("N", "D", "timescale")})
     noise, found = seed_noise(kept, loss), []
-    for key, rows in kept.groupby(["family", "N", "D"]):
-        if rows["weight_decay"].nunique() < 3:
+    keys = [*(c for c in ("family", "parametrisation") if c in kept.columns and kept[c].notna().any()), "N", "D"]
+    for key, rows in kept.groupby(keys, dropna=False):
+        if min(rows["weight_decay"].nunique(), rows["timescale"].nunique()) < LEAST:
             continue
-        tau = rows["adamw_timescale"].map(lambda value: float(f"{value:.6g}"))
         settings = [c for c in ("learning_rate", "batch_tokens", "warmup_tokens") if c in rows.columns]
-        means = rows.assign(timescale=tau).groupby(["timescale", *settings])[loss].agg(["mean", "count"])
+        means = rows.groupby(["timescale", *settings], dropna=False)[loss].agg(["mean", "count"])
         table = means.loc[means.groupby("timescale")["mean"].idxmin()].reset_index()
         points = table.rename(columns={"mean": "loss"})[["timescale", "loss", "count"]]
         x, y = np.log(points["timescale"].to_numpy(float)), np.log(points["loss"].to_numpy(float))
         value, verdicts = _vertex(x, y[None])[0], []
         best = NOTHING
         if np.isfinite(value):
-            bounds = (float("nan"), float("nan"))
+            bounds = (NAN, NAN)
             if noise is not None:
                 generator = np.random.default_rng(seed)
                 errors = noise.draw(generator, resamples)[:, None] / np.sqrt(points["count"].to_numpy(float))
@@ -78,10 +97,21 @@ def decay_timescales(
                 f"{points['timescale'].max():.3g} of the run). Try weight decays beyond it."
             )
             verdicts.append(Verdict("edge_minimum", "refuse", "fit", None, message))
-        group = dict(zip(("family", "N", "D"), key))
+        group = {k: v for k, v in zip(keys, key) if not pd.isna(v)}
         published = published_timescale(float(rows["D"].iloc[0]) / float(rows["N"].iloc[0]))
         found.append(Timescale(group=group, best=best, published=published, points=points, verdicts=tuple(verdicts)))
     return tuple(found)
+
+
+def _timescales(runs: pd.DataFrame) -> np.ndarray:
+    """tau of each run, (n,), NaN without decay."""
+    if "adamw_timescale" in runs.columns:
+        return runs["adamw_timescale"].to_numpy(dtype=float)
+    rate, decay, batch, D = (
+        runs[c].to_numpy(dtype=float) for c in ("learning_rate", "weight_decay", "batch_tokens", "D")
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(rate * decay > 0, batch / (rate * decay * D), NAN)
 
 
 def _vertex(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ def tuning_worth(
     kinds = dict.fromkeys(_kind(p) for p in places)
     for kind in kinds:
         own = [p for p in places if _kind(p) == kind]
-        frontier = tuned_frontier(_tuned_runs(own), level, seed)
+        frontier = tuned_frontier(_tuned_runs(own), level, seed, _noise_of_tuned(own))
         laws[kind] = frontier.law
         name = f"{kind}: " if len(kinds) > 1 else ""
         verdicts += [replace(v, message=name + v.message) for v in frontier.verdicts]
@@ -186,7 +186,9 @@ class TuningWorth:
     def __str__(self) -> str:
         if not self.worths:
             return "Not known: " + next((v.message for v in self.verdicts if v.severity == "refuse"), "no runs.")
-        return "\n".join(map(str, self.worths))
+        kinds = [_kind(w) for w in self.worths]
+        names = [f"{kind}: " if len(set(kinds)) > 1 else "" for kind in kinds]
+        return "\n".join(f"{name}{worth}" for name, worth in zip(names, self.worths))
 
     def table(self) -> pd.DataFrame:
         """One row for each place: group, default, losses (nats), gain (percent), compute and size multipliers."""
@@ -211,7 +213,7 @@ class TuningWorth:
 # --- the law of the tuned runs, and what is said ---------------------------------------------------------------
 
 
-def _kind(place: Place) -> str:
+def _kind(place: Place | Worth) -> str:
     """What one law is for: a family in one parametrisation."""
     words = (place.group.get(k) for k in ("family", "parametrisation"))
     return " ".join(str(w) for w in words if w is not None)
@@ -228,6 +230,12 @@ def _tuned_runs(places: Sequence[Place]) -> pd.DataFrame:
         }
     )
     return rows.loc[rows.groupby(["N", "D"])["loss"].idxmin()].reset_index(drop=True)
+
+
+def _noise_of_tuned(places: Sequence[Place]) -> float | None:
+    """Standard deviation of the tuned ln losses, None where no noise is known."""
+    variance = float(np.mean([np.log(p.tuned_loss).var() if len(p.tuned_loss) > 1 else 0.0 for p in places]))
+    return float(np.sqrt(variance)) if variance > 0 else None
 
 
 def _worth(p: Place, compute: Estimate, size: SizeMultiplier, level: float) -> Worth:

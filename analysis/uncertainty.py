@@ -106,8 +106,9 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     ratio = (residual_sd / seeds.sd) ** 2 if seeds.sd > 0 else np.inf
     if seeds.sd > 0 and fdtrc(residual_freedom, seeds.freedom, ratio) >= 0.05:
         return seeds, []
+    between = "between seeds" if seeds.source == "seeds" else "of their noise"
     message = (
-        f"the runs scatter by {residual_sd:.2%} about the curves, more than the {seeds.sd:.2%} between seeds: the "
+        f"the runs scatter by {residual_sd:.2%} about the curves, more than the {seeds.sd:.2%} {between}: the "
         "form, or the tuning of the cells, is off by more than noise. Intervals use the larger figure."
     )
     return residual, [Verdict("residuals_exceed_noise", "caution", "fit", None, message)]

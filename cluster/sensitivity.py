@@ -1,6 +1,6 @@
 """A sensitivity analysis in the terminal: one line a group and axis, the laws of the optimum, what cannot be said."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
@@ -13,8 +13,13 @@ _SHOWN = 100
 _NOTHING = (float("nan"), float("nan"))
 
 
-def sensitivity_tables(found: Any, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:
-    """A `Sensitivity` as tables; source: of a table, {"table", "columns", "where"}, columns by their role."""
+def sensitivity_tables(
+    found: Any, source: Mapping[str, Any] | None = None, timescales: Sequence[Any] = ()
+) -> Iterator[RenderableType]:
+    """A `Sensitivity` as tables; source: of a table, {"table", "columns", "where"}, columns by their role.
+
+    timescales: of the weight decay, where that was varied.
+    """
     share = f"{100 * found.level:g} % interval"
     refused = sum(one.refused for one in found.optima)
     lost = f", {refused} of them refused" if refused else ""
@@ -63,6 +68,17 @@ def sensitivity_tables(found: Any, source: Mapping[str, Any] | None = None) -> I
         yield table
     verdicts = [*found.verdicts, *(v for law in found.laws.values() for v in law.verdicts)]
     verdicts += [v for one in found.optima for v in one.verdicts]
+    if timescales:
+        yield ""
+        table = plain_table("decay's timescale", "best", share, "by Power Lines", "tried", "verdict")
+        for one in timescales:
+            name = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else str(v) for k, v in one.group.items())
+            tried = one.points["timescale"]
+            said = next((v.code for v in one.verdicts), "")
+            ends = (span(one.best.interval), number(one.published), span((tried.min(), tried.max())))
+            table.add_row(name, number(one.best.value), *ends, Text(said, style="red" if one.refused else "dim"))
+        yield table
+        verdicts += [v for one in timescales for v in one.verdicts]
     if verdicts:
         yield ""
         yield verdict_table(verdicts)

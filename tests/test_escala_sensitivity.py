@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import escala
@@ -72,6 +73,21 @@ def test_rows_axes_and_method_can_be_chosen(door) -> None:
     assert rates["optima"][0]["axes"] == ["learning_rate"]
     near = json.loads(door(*words, "--method", "near-best").out)
     assert near["method"] == "near-best"
+
+
+def test_decays_that_were_varied_have_a_best_timescale(door, tmp_path) -> None:
+    parts = [fan(sizes=(1e6,), weight_decay=decay, batch_tokens=4096) for decay in (0.05, 0.1, 0.2, 0.4, 0.8)]
+    table = pd.concat(parts)
+    tau = 4096 / (table["learning_rate"] * table["weight_decay"] * table["D"])
+    best = 4096 / (best_rate(1e6) * 0.2 * 1e8)
+    table.assign(loss=table["loss"] * np.exp(0.02 * np.log(tau / best) ** 2)).to_csv(tmp_path / "decays.csv")
+    words = ("sensitivity", "decays.csv", "--columns", "wd=weight_decay,batch=batch_tokens")
+    (found,) = json.loads(door(*words, "--json").out)["timescales"]
+    assert found["group"] == {"N": 1e6, "D": 1e8}
+    assert found["best"]["value"] == pytest.approx(best, rel=0.2)
+    text = " ".join(door(*words).out.split())
+    assert "decay's timescale" in text
+    assert "Power Lines" in text
 
 
 def test_everything_refused_is_exit_code_1_with_the_reasons(door, tmp_path) -> None:

@@ -241,3 +241,14 @@ def budgets_table(
 def codes(fit: Any, severity: str | None = None) -> set[str]:
     """The codes of a fit's verdicts, of one severity if named."""
     return {v.code for v in fit.verdicts if severity in (None, v.severity)}
+
+
+def interpolated_budgets(runs: pd.DataFrame, count: int = 20) -> pd.DataFrame:
+    """Each size's ln loss, linear in ln C between its horizons, at budgets spread over the runs."""
+    rows = []
+    for C in np.geomspace(runs["C"].min(), runs["C"].max(), count + 2)[1:-1]:
+        for N, own in runs.sort_values("C").groupby("N"):
+            if len(own) > 1 and own["C"].min() <= C <= own["C"].max():
+                y = np.interp(np.log(C), np.log(own["C"]), np.log(own["loss"]))
+                rows.append({"N": N, "D": C / (6.0 * N), "C": C, "budget": C, "loss": np.exp(y)})
+    return pd.DataFrame(rows)

@@ -12,6 +12,7 @@ from analysis.noise_scale import gradient_noise, noise_scales
 from analysis.published import published_timescale
 from analysis.timescale import decay_timescales
 from sweeps.accounting import small_part
+from sweeps.errors import InputError
 from tests.analysis.synthetic import published
 
 BATCHES = tuple(2.0**k for k in range(10, 19))
@@ -248,6 +249,16 @@ def test_the_best_timescale_stands_beside_the_published_one() -> None:
     low, high = noisy.best.interval
     assert low < 2.3 < high
     json.dumps(noisy.to_json(), allow_nan=False)
+
+
+def test_the_timescale_of_a_table_follows_from_rate_decay_batch_and_tokens() -> None:
+    table = decays(2.3, noise=1e-4).rename(columns={"val_loss_final": "loss"})
+    (one,) = decay_timescales(table)
+    (derived,) = decay_timescales(table.drop(columns=["adamw_timescale", "family"]))
+    assert derived.best == one.best
+    assert derived.group == {"N": 1e6, "D": 2e7}
+    with pytest.raises(InputError, match="lacks batch_tokens"):
+        decay_timescales(table.drop(columns=["adamw_timescale", "batch_tokens"]))
 
 
 def test_a_timescale_at_the_edge_is_refused_and_one_decay_is_no_sweep() -> None:

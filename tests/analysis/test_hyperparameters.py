@@ -88,3 +88,15 @@ def test_a_search_shows_its_best_trials_and_what_they_gain(tmp_path: Path) -> No
     assert html.count("0 (the recipe)") >= 1
     assert "best setting, less the luck of the draw" in html
     assert re.search(r"<td>llama</td><td>0.25</td><td>\d</td><td>1</td>", html), "a rung that ranks as the full length"
+
+
+def test_a_study_of_the_decay_shows_its_timescale_beside_the_published_one(tmp_path: Path) -> None:
+    runs = []
+    for decay in 0.05 * 2.0 ** np.arange(5):
+        changes = {"learning_rate": 0.004, "weight_decay": float(decay), "batch_tokens": 256}
+        found = loss(size(24), 163_840, 0.004) * np.exp(0.05 * np.log(decay / 0.2) ** 2)
+        runs += [Run(width=24, tokens=163_840, seed=seed, loss=found, changes=changes) for seed in (0, 1)]
+    root = write_study(tmp_path / "store", runs, name="decay")
+    html = write_report("decay", root).read_text()
+    section = html[html.index("The weight decay's timescale") :]
+    assert f"{256 / (0.004 * 0.2 * 163_840):.3g}" in section[: section.index("</table>")]

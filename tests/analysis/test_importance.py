@@ -170,6 +170,15 @@ def test_runs_left_out_for_another_reason_do_not_count() -> None:
 # --- searches ----------------------------------------------------------------------------------------------------
 
 
+def test_runs_that_their_state_says_are_not_finished_do_not_count_and_are_named() -> None:
+    table = factorial(seeds=2)
+    extra = table.iloc[:3].assign(loss=50.0, State=["Running", "crashed", "killed"])
+    found = importance(pd.concat([table.assign(State="Finished"), extra]))
+    assert found.table().equals(importance(table).table())
+    (said,) = [v for v in found.verdicts if v.code == "excluded_runs"]
+    assert all(word in said.message for word in ("running", "crashed", "killed"))
+
+
 def test_a_search_is_judged_by_two_named_evaluators_with_spread() -> None:
     result = importance(search())
     fanova, ped = result.evaluations

@@ -127,6 +127,13 @@ def test_optimum_at_the_edge_of_the_grid_is_refused_with_a_remedy(kept, side) ->
     assert np.isnan(found.curvature)
 
 
+def test_equal_losses_are_called_flat_and_send_nobody_to_other_rates() -> None:
+    (verdict,) = only(one(losses=3.0)).verdicts
+    assert (verdict.code, verdict.severity) == ("flat_losses", "refuse")
+    assert "same loss" in verdict.message
+    assert "Train at" not in verdict.message
+
+
 def test_optimum_beside_divergence_is_refused_as_the_edge_of_stability() -> None:
     rates = np.array([0.001, 0.002, 0.004, 0.008, 0.016, 0.032])
     table = one(rates, np.where(rates < 0.01, 3.0 * rates**-0.02, np.inf))

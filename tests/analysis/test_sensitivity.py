@@ -1,6 +1,7 @@
 """Sensitivity over one range, laws of the optimum, rules judged: oracles, planted powers and published figures."""
 
 import json
+import re
 from itertools import product
 
 import numpy as np
@@ -14,7 +15,7 @@ from analysis.uncertainty import UNKNOWN
 from sweeps.errors import InputError
 from sweeps.store import open_store
 from tests.analysis.fans import RATES, SIZES, best_rate, fan
-from tests.analysis.synthetic import Run, codes, published
+from tests.analysis.synthetic import Run, codes, interpolated_budgets, published
 from tests.analysis.test_optima import STEP_LAW, one
 
 WORTSMAN = [3.3, 3.1, 3.0, 3.02, 3.1, 3.5, 12.0]
@@ -41,11 +42,23 @@ def test_a_diverged_run_counts_as_the_loss_at_start() -> None:
     table = one(SEVEN, WORTSMAN, loss_at_start=10.8, state="finished")
     table.loc[6, ["loss", "state"]] = [np.nan, "diverged"]
     assert sensitivity(table).optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
+    kept = table.assign(loss=[*WORTSMAN[:6], 4.0])  # where it stood when it was given up is no loss of a trained model
+    assert sensitivity(kept).optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
     named = table.drop(columns="loss_at_start").assign(tokenizer="bpe-49021-0123abcd")  # ln V = 10.8
     assert sensitivity(named).optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-4)
     unknown = sensitivity(table.drop(columns="loss_at_start"))
     assert np.isnan(unknown.optima[0].sensitivity.value)
     assert "start_unknown" in codes(unknown)
+
+
+def test_states_of_other_tools_are_read_and_only_finished_and_diverged_runs_count() -> None:
+    table = one([*SEVEN, 0.016, 0.016, 0.016], [*WORTSMAN, 1.0, 1.1, 1.2], loss_at_start=10.8)
+    table["State"] = [*["Finished"] * 6, " Diverged", "RUNNING", "crashed", "killed"]
+    found = sensitivity(table)
+    assert found.optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
+    assert (found.runs, found.diverged) == (7, 1)
+    assert {"partial", "excluded_runs"} <= codes(found)
+    assert {why.split(",")[0] for why in found.left_out} == {"state crashed", "state killed"}
 
 
 def test_all_sizes_share_the_range_that_every_grid_covers() -> None:
@@ -111,6 +124,19 @@ def test_refused_optima_do_not_enter_and_two_make_no_law() -> None:
     assert np.isnan(few.value.value)
     assert few.powers == {}
     assert codes(few) == {"too_few_optima"}
+
+
+@pytest.mark.parametrize(("top", "words"), [(True, "largest .* too low"), (False, "smallest .* too high")])
+def test_many_optima_lost_at_one_edge_are_said_to_bend_the_law(top, words) -> None:
+    table = fan(tokens=(5e7, 1e8, 2e8))
+    tried = table["learning_rate"]
+    law = sensitivity(table[tried < 0.015 if top else tried > 0.007]).laws["learning_rate"]
+    assert 3 <= law.optima <= 12
+    (said,) = [v for v in law.verdicts if v.code == "outcome_selection"]
+    assert said.severity == "caution"
+    assert re.search(words, said.message)
+    assert said.evidence["lost"] > 1
+    assert "outcome_selection" not in codes(sensitivity(table).laws["learning_rate"])
 
 
 def test_optima_that_scatter_more_than_their_noise_widen_the_interval() -> None:
@@ -270,14 +296,3 @@ def test_choosing_misfittings_learning_rate_moves_the_isoflop_exponent() -> None
     fixed = exponent(table[table["learning_rate"] == 0.002].sort_values("loss").drop_duplicates(["N", "D"]))
     assert best == pytest.approx(0.500, abs=0.02)
     assert abs(fixed - best) > 0.02
-
-
-def interpolated_budgets(runs: pd.DataFrame, count: int = 20) -> pd.DataFrame:
-    """Each size's ln loss, linear in ln C between its horizons, at budgets spread over the runs."""
-    rows = []
-    for C in np.geomspace(runs["C"].min(), runs["C"].max(), count + 2)[1:-1]:
-        for N, own in runs.sort_values("C").groupby("N"):
-            if len(own) > 1 and own["C"].min() <= C <= own["C"].max():
-                y = np.interp(np.log(C), np.log(own["C"]), np.log(own["loss"]))
-                rows.append({"N": N, "D": C / (6.0 * N), "C": C, "budget": C, "loss": np.exp(y)})
-    return pd.DataFrame(rows)

@@ -181,6 +181,19 @@ def test_unreadable_tables_are_input_errors(tmp_path) -> None:
         read_table(tmp_path / "f.csv")
 
 
+def test_runs_that_their_state_says_are_not_finished_are_left_out_of_every_law(tmp_path) -> None:
+    states = ["FINISHED "] * len(RUNS)
+    states[:3] = ["running", "Crashed", "Diverged"]
+    table = RUNS.drop(columns="C").assign(State=states)
+    table.loc[:2, "loss"] = 1.0
+    found = read_table(write(tmp_path, table))
+    assert found.attrs["columns"]["state"] == "State"
+    assert found["excluded"].notna().sum() == 3
+    law = fit(found, resamples=10)
+    assert law.params == fit(RUNS.drop(columns="C").iloc[3:], resamples=10).params
+    assert "state crashed" in next(v.message for v in law.verdicts if v.code == "excluded_runs")
+
+
 # --- arithmetic --------------------------------------------------------------------------------------------------
 
 

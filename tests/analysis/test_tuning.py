@@ -217,11 +217,29 @@ def test_size_multiplier_grows_with_the_gain_and_is_bounded_from_half_on() -> No
     assert values[3].estimate.value == pytest.approx(2 ** (1 / LAW["alpha"]), rel=0.05)
 
 
+def test_an_alpha_that_the_runs_do_not_determine_gives_no_size_multiplier_instead_of_its_bound() -> None:
+    N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e4, 4e4, 4), 8e4 * 4.0 ** np.arange(3)))
+    frontier = tuned_frontier(surface(N, D, noise=0.03), noise=0.03)
+    assert frontier.law is not None
+    assert (frontier.law.draws["alpha"] >= 2.99).mean() > 0.025
+    assert np.isnan(size_multiplier(frontier, 1e4, np.full(401, 1.0), 0.95).estimate.value), "2^(1/3) is no finding"
+    (said,) = [v for v in frontier.verdicts if v.target == "size"]
+    assert said.severity == "refuse"
+    assert "alpha is not determined by these runs" in said.message
+
+
+def test_a_sweep_with_seeds_is_not_told_to_add_seeds(found) -> None:
+    assert found.noise["source"] == "seeds"
+    assert "noise_from_residuals" not in codes(found)
+
+
 def test_each_parametrisation_has_its_own_places_and_law() -> None:
     runs = sweep(SIZES[:4], TOKENS[:3], seeds=2)
     other = runs.assign(loss=runs["loss"] * 1.1, parametrisation="mup")
     found = tuning_worth(pd.concat([runs.assign(parametrisation="standard"), other]), default=off(4.0))
     assert list(found.laws) == ["llama mup", "llama standard"]
+    lines = str(found).splitlines()
+    assert {line.split(": tuning at")[0] for line in lines} == {"llama mup", "llama standard"}
     table = found.table().set_index(["parametrisation", "N", "D"])
     ratio = table.loc["mup", "loss_default"] / table.loc["standard", "loss_default"]
     assert ratio.to_numpy() == pytest.approx(1.1)
