@@ -28,6 +28,8 @@ STOP_SECONDS = 60
 """What a driver gets between SIGTERM and SIGKILL: cells keep checkpoints within 20 s, then the mirror is brought up to
 date. Ray's own 3 s are too few. Given to Ray as the job's RAY_JOB_STOP_WAIT_TIME_S."""
 POLL_SECONDS = 0.25
+MOST_NODES = 10_000
+"""As many as Ray's dashboard lists at most."""
 WAITING_SECONDS = 15.0
 """After so many without a start it is said what a job waits for."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -249,6 +251,17 @@ def list_jobs(dashboard: Dashboard) -> list[Job]:
     return sorted(map(_job, mine), key=lambda job: job.started)
 
 
+def head_cpus(dashboard: Dashboard) -> float | None:
+    """The CPUs that the cluster's head has for Ray; None where the dashboard does not tell."""
+    with answering(dashboard.address):
+        reply = dashboard.client._do_request("GET", f"/api/v0/nodes?limit={MOST_NODES}")
+    with suppress(ValueError, KeyError, TypeError):
+        for node in reply.json()["data"]["result"]["result"]:
+            if node["is_head_node"] and node["state"] == "ALIVE":
+                return float(node["resources_total"].get("CPU", 0.0))
+    return None
+
+
 def find_job(dashboard: Dashboard, job_id: str) -> Job:
     """One of them. InputError where there is none of that name."""
     known = {job.id: job for job in list_jobs(dashboard)}
@@ -337,7 +350,7 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
                 )
         if not written and not told and time.monotonic() - began > WAITING_SECONDS:
             told = True
-            say("waiting for a free CPU on the cluster, and for its node to be set up ...")
+            say("waiting for a free CPU on the cluster's head, and for it to be set up ...")
         time.sleep(POLL_SECONDS)
 
 

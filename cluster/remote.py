@@ -143,7 +143,7 @@ def _print_submission(submission: "Submission") -> None:
         say(line)
     say(f"entrypoint: {submission.entrypoint}")
     told = submission.to_json()
-    say(f"resources: {', '.join(f'{count} {name}' for name, count in told['resources'].items())} for the driver")
+    say(f"resources: {told['resources']['CPU']} CPU of the head for the driver")
     say(f"environment: {', '.join(told['environment']) or 'nothing of yours'}")
     for place, size in told["files"].items():
         say(f"{size:>12,}  {place}")

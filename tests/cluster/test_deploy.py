@@ -18,6 +18,8 @@ import yaml
 from commandline import ROOT
 from crds import crd_schema
 
+from cluster.submit import DRIVER_CPUS
+
 DEPLOY = ROOT / "cluster" / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
@@ -135,7 +137,18 @@ def test_a_job_drives_from_a_head_that_trains_nothing_and_comes_back_when_the_he
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
-    assert float(cluster_of("RayCluster")["headGroupSpec"]["rayStartParams"]["num-cpus"]) >= 1, "drivers ask for one"
+
+
+def test_every_head_to_which_one_submits_has_room_for_a_driver() -> None:
+    standing = [float(cluster_of("RayCluster")["headGroupSpec"]["rayStartParams"]["num-cpus"])]
+    for cloud in ("aws", "gcp"):
+        cluster = load(f"{cloud}/cluster.yaml")
+        known = cluster["available_node_types"][cluster["head_node_type"]]["resources"]["CPU"]
+        started = re.search(r"ray start --head .*--num-cpus=(\d+)", " ".join(cluster["head_start_ray_commands"]))
+        assert started is not None
+        assert int(started[1]) == known, "the launcher and Ray count the same"
+        standing.append(known)
+    assert all(cpus >= DRIVER_CPUS for cpus in standing)
 
 
 def test_the_entrypoint_is_a_command_that_escala_takes() -> None:

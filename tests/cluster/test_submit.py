@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from faultproxy import free_port
 from heads import TOKEN, Head, running_head
 
 import cluster.jobs as jobs
+import cluster.submit as submits
+from cluster.package import Package
 from sweeps.errors import InputError
 from sweeps.records import read_json
 from sweeps.store import Store, read_end
@@ -195,6 +198,51 @@ def test_a_job_that_is_not_there_cannot_be_stopped(head: Head, escala: Escala) -
     assert "no job 'escala-tiny-77'" in refused(escala, "jobs", "--stop", "escala-tiny-77", "--address", head.address)
 
 
+class OneHead:
+    """A client of a cluster whose head has so many CPUs, and whose other node has many; it keeps what it is sent."""
+
+    def __init__(self, cpus: float) -> None:
+        self.sent: list[dict[str, Any]] = []
+        head = {"is_head_node": True, "state": "ALIVE", "resources_total": {"CPU": cpus} if cpus else {}}
+        dead, worker = head | {"state": "DEAD"}, head | {"is_head_node": False, "resources_total": {"CPU": 64.0}}
+        self.nodes = [dead, worker, head]
+
+    def _do_request(self, *_: object) -> Any:
+        return SimpleNamespace(json=lambda: {"data": {"result": {"result": self.nodes}}})
+
+    def list_jobs(self) -> list[Any]:
+        known = {"start_time": 1, "end_time": None, "driver_exit_code": None, "message": ""}
+        status = SimpleNamespace(value="PENDING")
+        return [SimpleNamespace(**one, **known, status=status) for one in self.sent]
+
+    def submit_job(self, **job: Any) -> None:
+        self.sent.append(job)
+
+
+def submission() -> submits.Submission:
+    return submits.Submission("tiny", "/shared/store", "exec true", Package({}, "tiny"), {}, None, "")
+
+
+def test_the_driver_is_kept_on_the_head() -> None:
+    client = OneHead(cpus=1)
+    submits.send(jobs.Dashboard(NOWHERE, client, False), submission())
+    (sent,) = client.sent
+    assert sent["entrypoint_num_cpus"] == 1
+    assert sent["entrypoint_resources"] == {"node:__internal_head__": 0.001}, "CPUs alone would fit on any node"
+
+
+def test_a_head_without_a_cpu_for_the_driver_is_said_and_nothing_is_sent() -> None:
+    client = OneHead(cpus=0)
+    with pytest.raises(InputError, match=r"has 0 CPUs, .* needs 1 there.*--num-cpus=2"):
+        submits.send(jobs.Dashboard(NOWHERE, client, False), submission())
+    assert not client.sent
+
+
+@pytest.mark.usefixtures("token")
+def test_a_real_dashboard_tells_the_cpus_of_its_head(head: Head) -> None:
+    assert jobs.head_cpus(jobs.connect(head.address)) == 3
+
+
 # --- a cluster that asks for none ------------------------------------------------------------------------------------
 
 
@@ -298,7 +346,8 @@ def test_a_dry_run_shows_all_that_would_go_and_reaches_nobody(
     told = json.loads(escala(*command, "--workers", 4, "--refit", "--json").stdout)
     run = "run study/study.yaml --address auto --store /shared/store --workers 4 --refit"
     assert told["entrypoint"] == f"exec python escala.py {run}"
-    assert (told["cells"], told["resources"], told["environment"]) == (7, {"CPU": 1}, ["HF_HOME"])
+    assert (told["cells"], told["environment"]) == (7, ["HF_HOME"])
+    assert told["resources"] == {"CPU": 1, "node:__internal_head__": 0.001}
     assert told["bytes"] < 5e6
     assert {"escala.py", "sweeps/store.py", "cluster/driver.py", "analysis/laws.py"} <= set(told["files"])
     assert not [name for name in told["files"] if "tests/" in name or name.endswith(".pyc")]
