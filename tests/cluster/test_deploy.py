@@ -318,4 +318,25 @@ def test_the_launchers_files_meet_rays_schema_with_spot_workers_and_a_token(clou
     started = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
     assert all("RAY_AUTH_MODE=token" in line for line in started if "ray start" in line)
     assert any("--dashboard-host=127.0.0.1" in line for line in started)
-    assert "~/.ray/auth_token" in cluster["file_mounts"]
+    assert set(cluster["file_mounts"]) == {"~/.ray/auth_token", "~/.mlflow/credentials"}, "no job brings a secret"
+
+
+@pytest.mark.parametrize(("cloud", "library"), [("aws", "boto3"), ("gcp", "google-api-python-client")])
+def test_what_the_launcher_calls_is_on_the_users_machine_and_in_the_image(cloud: str, library: str) -> None:
+    (requirement,) = PROJECT["project"]["optional-dependencies"][cloud]
+    assert re.split("[<>=]", requirement)[0] == library
+    assert library in PINNED
+    assert f"'.[cluster,{cloud}]'" in text(f"{cloud}/README.md")
+    image = text("image/Dockerfile")
+    (extras,) = re.findall(r"\.\[([a-z,]+)\]", image)
+    assert cloud in extras.split(","), "the head starts workers itself"
+    assert {"rsync", "openssh-client"} <= set(image.split())
+    assert "'PATH=/opt/escala/bin:$PATH' > /etc/profile.d/" in image, "its shells are login shells"
+    user = re.search(r"useradd .*/bin/bash ([a-z]+) ", image)
+    assert user is not None
+    assert f"HOME=/home/{user[1]}" in image.split(), "where ~ of file_mounts is"
+
+
+def test_a_readme_installs_the_checkout_and_not_a_registrys_package_of_that_name() -> None:
+    for path in (*DEPLOY.rglob("README.md"), ROOT / "README.md", ROOT / "tests" / "sharedmlflow.py"):
+        assert not re.search(r"pip install[^\n]* '?escala\b", path.read_text()), path
