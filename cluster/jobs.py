@@ -27,6 +27,9 @@ ANSWER_SECONDS = 60.0
 STOP_SECONDS = 60
 """What a driver gets between SIGTERM and SIGKILL: cells keep checkpoints within 20 s, then the mirror is brought up to
 date. Ray's own 3 s are too few. Given to Ray as the job's RAY_JOB_STOP_WAIT_TIME_S."""
+QUIET_SECONDS = 120.0
+"""After so many without a line the log's connection is made anew: that of a machine which is gone says nothing for
+ever. Not fewer: Ray holds a connection that was left until the job's next line."""
 POLL_SECONDS = 0.25
 MOST_NODES = 10_000
 """As many as Ray's dashboard lists at most."""
@@ -310,7 +313,8 @@ def stop(dashboard: Dashboard, job_id: str, say: Callable[[str], None]) -> Job:
 
 
 def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Job:
-    """Write a job's log as it grows, from its beginning, until the job has ended; `say` is for what is no log.
+    """Write a job's log as it grows, in pieces that may end within a line, from its beginning until the job has ended;
+    `say` is for what is no log.
 
     A dashboard that is gone for a while is waited for. Raises ClusterGone where it stays away, or comes back as another
     cluster that does not know the job.
@@ -355,9 +359,12 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
 
 
 async def _tail(client: Any, job_id: str, skip: int, write: Callable[[str], None]) -> None:
-    """Write a log but for its first `skip` characters, as it grows."""
-    seen = 0
-    async for text in client.tail_job_logs(job_id):
-        if fresh := text[max(0, skip - seen) :]:
-            write(fresh)
-        seen += len(text)
+    """Write a log but for its first `skip` characters, as it grows, until it ends or is quiet for long."""
+    clock, seen = asyncio.get_running_loop().time, 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(QUIET_SECONDS) as patience:
+            async for text in client.tail_job_logs(job_id):
+                patience.reschedule(clock() + QUIET_SECONDS)
+                if fresh := text[max(0, skip - seen) :]:
+                    write(fresh)
+                seen += len(text)

@@ -6,8 +6,10 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -108,7 +110,8 @@ def submit(
             say(_how_to(dashboard, job))
         return
     try:
-        job = follow(dashboard, job.id, _write_aside if as_json else _write, tell)
+        with _redacted(sys.stderr if as_json else sys.stdout) as write:
+            job = follow(dashboard, job.id, write, tell)
     except KeyboardInterrupt:
         tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
         raise typer.Exit(1) from None
@@ -221,14 +224,24 @@ def _aside(line: str) -> None:
     say(line, sys.stderr)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(visible(redact(text)))
-    sys.stdout.flush()
+@contextmanager
+def _redacted(stream: TextIO) -> Iterator[Callable[[str], None]]:
+    """Writes to a stream without secrets, by whole lines: half a secret is not known for one."""
+    begun = ""
 
+    def show(text: str) -> None:
+        stream.write(visible(redact(text)))
+        stream.flush()
 
-def _write_aside(text: str) -> None:
-    sys.stderr.write(visible(redact(text)))
-    sys.stderr.flush()
+    def write(text: str) -> None:
+        nonlocal begun
+        lines, newline, begun = (begun + text).rpartition("\n")
+        show(lines + newline)
+
+    try:
+        yield write
+    finally:
+        show(begun)
 
 
 @app.command(rich_help_panel=CLUSTER)

@@ -1,7 +1,9 @@
 """A study goes to a real cluster as a job, with token auth on and off, and nothing wrong gets that far."""
 
+import asyncio
 import functools
 import http.server
+import io
 import json
 import os
 import re
@@ -11,16 +13,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 from commandline import TINY, Escala, Finished, refused
 from faultproxy import free_port
 from heads import TOKEN, Head, running_head
 
 import cluster.jobs as jobs
+import cluster.remote as remote
 import cluster.submit as submits
 from cluster.package import Package
 from sweeps.errors import InputError
@@ -331,6 +337,100 @@ def test_a_port_where_nothing_or_something_else_listens_is_said_within_seconds(
     monkeypatch.setattr(jobs, "PROBE_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(InputError, match="does not answer within"):
         jobs.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
+
+
+# --- a log that is followed ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet_dashboard(then: str) -> Iterator[str]:
+    """A dashboard with a running job, whose log's connection says one piece and then nothing more, nor that it ended.
+    Afterwards the job has ended ("ended"), or the whole machine is silent ("gone")."""
+    first = "step 1\nste"
+    tailed, down = threading.Event(), threading.Event()
+    started: list[int] = []
+
+    async def tell_version(_: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": version("ray"), "ray_commit": "0"})
+
+    async def tell_jobs(_: web.Request) -> web.Response:
+        while tailed.is_set() and then == "gone" and not down.is_set():
+            await asyncio.sleep(0.05)
+        known = {"type": "SUBMISSION", "submission_id": "escala-quiet-1", "entrypoint": "true"}
+        status = "SUCCEEDED" if tailed.is_set() else "RUNNING"
+        return web.json_response([known | {"status": status, "metadata": {"escala.study": "quiet"}}])
+
+    async def tell_log(_: web.Request) -> web.Response:
+        return web.json_response({"logs": first + "p 2\n"})
+
+    async def tail(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str(first)
+        tailed.set()
+        while not down.is_set():
+            await asyncio.sleep(0.05)
+        return socket
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_get("/api/version", tell_version)
+        app.router.add_get("/api/jobs/", tell_jobs)
+        app.router.add_get("/api/jobs/escala-quiet-1/logs", tell_log)
+        app.router.add_get("/api/jobs/escala-quiet-1/logs/tail", tail)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        started.append(port)
+        while not down.is_set():
+            await asyncio.sleep(0.05)
+        await runner.cleanup()
+
+    port = free_port()
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: bool(started))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        down.set()
+        thread.join(SECONDS)
+
+
+def test_a_log_whose_connection_fell_silent_is_had_whole_when_the_job_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.5)
+    pieces: list[str] = []
+    with quiet_dashboard("ended") as address:
+        job = jobs.follow(jobs.connect(address), "escala-quiet-1", pieces.append, print)
+    assert job.status == "SUCCEEDED"
+    assert "".join(pieces) == "step 1\nstep 2\n"
+
+
+def test_a_machine_that_is_lost_without_a_word_ends_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.5)
+    pieces: list[str] = []
+    with quiet_dashboard("gone") as address:
+        dashboard = jobs.connect(address)
+        monkeypatch.setattr(jobs, "ANSWER_SECONDS", 2.0)
+        with pytest.raises(jobs.ClusterGone, match="is gone for"):
+            jobs.follow(dashboard, "escala-quiet-1", pieces.append, print)
+    assert "".join(pieces) == "step 1\nste"
+
+
+def test_a_secret_that_a_followed_log_cuts_in_two_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct-horse-battery")
+    shown = io.StringIO()
+    with remote._redacted(shown) as write:
+        for piece in (
+            "sent correct-ho",
+            "rse-battery\nand https://me:hun",
+            "ter2@mlflow\nlast correct-horse",
+            "-battery",
+        ):
+            write(piece)
+    assert shown.getvalue() == "sent ***\nand https://***@mlflow\nlast ***"
 
 
 # --- what goes, and what does not ------------------------------------------------------------------------------------
