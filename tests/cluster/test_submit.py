@@ -28,10 +28,11 @@ from heads import TOKEN, Head, running_head
 import cluster.jobs as jobs
 import cluster.remote as remote
 import cluster.submit as submits
-from cluster.package import Package
+from cluster.package import Package, make_package
 from sweeps.errors import InputError
 from sweeps.records import read_json
 from sweeps.store import Store, read_end
+from sweeps.studyfile import load_study
 
 SECONDS = 180.0
 NOWHERE = "http://127.0.0.1:1"
@@ -519,6 +520,29 @@ def test_a_study_that_cannot_be_planned_is_refused_before_anything_is_sent(escal
     assert "--allow-code" in refused(escala, "submit", code, "--address", NOWHERE, "--store", "/s")
     short = escala.study(TINY.replace("batch_tokens: 256", "batch_tokens: 65536"), "short.yaml")
     assert "cannot be planned" in refused(escala, "submit", short, "--address", NOWHERE, "--store", "/s")
+
+
+@pytest.mark.parametrize("link", ["texts/notes.txt", "texts", "tok/tokenizer.json", "beside.py"])
+def test_a_link_that_leads_out_of_the_studys_folder_sends_nothing(
+    link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here / "texts", here / "tok", elsewhere):
+        folder.mkdir(parents=True)
+    (here / "texts" / "a.txt").write_text("To be or not to be. ")
+    (elsewhere / "secret").write_text("hunter2")
+    if link == "texts":
+        (here / "texts").rename(here / "others")
+    (here / link).symlink_to(elsewhere if link == "texts" else elsewhere / "secret")
+    (here / "study.yaml").write_text(
+        re.sub(r"corpus: .*", "corpus: {source: folder, path: texts}\ntokenizer: tok/tokenizer.json", TINY)
+    )
+    monkeypatch.chdir(here)
+    declared = load_study(here / "study.yaml")
+    with pytest.raises(InputError, match=r"leads out of .*here, to .*elsewhere"):
+        make_package(here / "study.yaml", declared, allow_code=True)
+    (here / link).unlink()
+    make_package(here / "study.yaml", declared, allow_code=True)
 
 
 def test_a_corpus_beside_the_study_goes_whole_and_one_elsewhere_is_refused(escala: Escala, tmp_path: Path) -> None:
