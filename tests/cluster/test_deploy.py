@@ -228,6 +228,8 @@ def test_the_compose_file_opens_nothing_but_the_proxy_and_holds_no_password() ->
     assert {name for name, one in services.items() if "ports" in one} == {"proxy"}
     assert composed["networks"]["inside"] == {"internal": True}
     for name, one in services.items():
+        assert re.search(r":\d+\.\d+(\.\d+)?(-[a-z]+)?$", one["image"]), "no tag that moves from version to version"
+        assert one["mem_limit"], "a leak ends one service, not the machine"
         assert set(one["networks"]) <= set(composed["networks"])
         assert set(one.get("depends_on", ())) <= set(services)
         for volume in one["volumes"]:
@@ -298,6 +300,28 @@ def test_the_slurm_script_gives_as_long_as_slurm_does() -> None:
     assert grace is not None
     assert signal[1] == grace[1]
     assert re.search(r"^#SBATCH --requeue$", script, re.MULTILINE)
+    assert re.search(r"^#SBATCH --mem=0$", script, re.MULTILINE), "--exclusive gives no memory"
+
+
+def test_a_job_that_is_signalled_before_its_run_begins_is_requeued_and_begins_none(tmp_path: Path) -> None:
+    """Slurm's programs are played: the first step, which makes a folder, is what the signal comes during."""
+    played = {
+        "escala": "",
+        "ray": "",
+        "squeue": "echo 1-00:00:00",
+        "srun": "kill -TERM $PPID",
+        "scontrol": "[ $1 = requeue ] || echo here",
+    }
+    for name, does in played.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7-played", "SLURM_JOB_NODELIST": "here"}
+    command = ["bash", str(DEPLOY / "slurm" / "escala.sbatch"), "study.yaml", str(tmp_path / "store")]
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    calls = (tmp_path / "calls").read_text()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "scontrol requeue 7-played" in calls
+    assert "symmetric-run" not in calls
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
