@@ -265,7 +265,10 @@ def simulate(
     allow_code: CodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """All of a study on a cluster that is not there, by the scheduling code of `run`: end, idle time, lost work."""
+    """All of a study on a cluster that is not there, by the scheduling code of `run`: end, idle time, lost work.
+
+    Exit code 1 where a budget ends it early, as `run`.
+    """
     import math
 
     from cluster.planning import read_study
@@ -275,6 +278,10 @@ def simulate(
     from sweeps.errors import InputError
     from sweeps.units import parse_duration
 
+    given = {"--preempt": preempt, "--checkpoint-seconds": checkpoint_seconds, "--gpu-memory": gpu_memory}
+    for name, value in given.items():
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"{name}: found {value:g}; a finite number is wanted.")
     cluster = simulated_nodes(gpus, nodes, gpu_memory)
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu: found {mfu:g}; a share of the peak above 0 and at most 1 is wanted.")
@@ -294,10 +301,12 @@ def simulate(
     if as_json:
         told = {"study": planned.study.name, "cells": len(work.jobs), "gpus": gpus, "nodes": nodes}
         print(json.dumps(told | {"times": work.times, "notes": work.notes} | found.to_json()))
-        return
-    print(f"{planned.study.name}: {len(work.jobs):,} cells on {gpus:,} GPUs in {nodes:,} nodes, simulated.")
-    for line in simulation_lines(found):
-        print(line)
-    print(f"Cell times are {work.times}.")
-    for note in work.notes:
-        print(note[:1].upper() + note[1:])
+    else:
+        print(f"{planned.study.name}: {len(work.jobs):,} cells on {gpus:,} GPUs in {nodes:,} nodes, simulated.")
+        for line in simulation_lines(found):
+            print(line)
+        print(f"Cell times are {work.times}.")
+        for note in work.notes:
+            print(note[:1].upper() + note[1:])
+    if found.stopped is not None:
+        raise typer.Exit(1)
