@@ -66,6 +66,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
+def job_of(said: str, study: str) -> tuple[str, str]:
+    """The job of a study that an output names, and the one after it: their numbers depend on what ran before."""
+    found = re.search(rf"escala-{study}-(\d+)", said)
+    assert found is not None, said
+    return found[0], f"escala-{study}-{int(found[1]) + 1}"
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """Three CPUs: one for the driver, two for workers."""
@@ -103,14 +110,15 @@ def test_a_submitted_study_ends_as_on_the_laptop_and_again_has_nothing_to_train(
 ) -> None:
     study, store = escala.study(TINY, "my tiny study.yaml"), tmp_path / "cluster"
     first = escala("submit", study, "--address", head.address, "--store", store)
-    assert "sent as escala-tiny-1" in first.stdout
+    job_id, next_id = job_of(first.stdout, "tiny")
+    assert f"sent as {job_id}" in first.stdout
     assert "7 finished, 0 diverged, 0 failed" in first.stdout
-    assert "escala-tiny-1 has ended well" in first.stdout
+    assert f"{job_id} has ended well" in first.stdout
     assert losses(store) == losses(finished.store), "equal to the bit"
     second = escala("submit", study, "--address", head.address, "--store", store, "--json")
     assert "nothing to train: all 7 cells have ended already" in second.stderr
     job = json.loads(second.stdout)
-    assert (job["id"], job["status"], job["exit_code"]) == ("escala-tiny-2", "SUCCEEDED", 0)
+    assert (job["id"], job["status"], job["exit_code"]) == (next_id, "SUCCEEDED", 0)
     assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr
 
 
@@ -131,24 +139,28 @@ def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     racing = [escala.start(*command, "--detach") for _ in range(2)]
     said = [one.communicate(timeout=SECONDS) for one in racing]
     assert sorted(one.returncode for one in racing) == [0, 2], said
-    assert "is pending already as escala-gated-1" in str(said) or "is running already as escala-gated-1" in str(said)
+    job_id, next_id = job_of(str(said), "gated")
+    assert re.search(rf"is (pending|running) already as {job_id}", str(said))
     wait_for(lambda: len(list(marks.glob("*-from-0"))) == 2)
 
     # 2. Whoever submits it meanwhile follows the one that runs; Ctrl-C ends the following alone.
     follower = escala.start(*command)
     assert follower.stdout is not None
+    deadline = threading.Timer(SECONDS, follower.kill)
+    deadline.start()
     for line in follower.stdout:
         if "starting Ray" in line:
             break
+    deadline.cancel()
     follower.send_signal(2)
     out, _ = follower.communicate(timeout=SECONDS)
     assert follower.returncode == 1
-    assert "no longer followed; escala-gated-1 goes on" in out
-    assert listed(escala, head)["escala-gated-1"]["status"] == "RUNNING"
+    assert f"no longer followed; {job_id} goes on" in out
+    assert listed(escala, head)[job_id]["status"] == "RUNNING"
 
     # 3. Stopped: the cells keep checkpoints, and are not charged for it.
-    stopped = escala("jobs", "--stop", "escala-gated-1", "--address", head.address)
-    assert "escala-gated-1: stopped" in stopped.stdout
+    stopped = escala("jobs", "--stop", job_id, "--address", head.address)
+    assert f"{job_id}: stopped" in stopped.stdout
     ends = [read_end(Store(store), path.parents[2].name, 0) for path in store.glob("cells/*/attempts/0/log.jsonl")]
     assert [end and end[0] for end in ends] == ["stopped", "stopped"]
 
@@ -158,9 +170,9 @@ def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     assert "2 finished" in again.stdout
     assert {path.name for path in marks.glob("*-from-*")} >= {"0-from-5", "1-from-5"}
     found = listed(escala, head)
-    assert [found[f"escala-gated-{n}"]["status"] for n in (1, 2)] == ["STOPPED", "SUCCEEDED"]
+    assert [found[one]["status"] for one in (job_id, next_id)] == ["STOPPED", "SUCCEEDED"]
     table = escala("jobs", "--address", head.address).stdout
-    assert re.search(r"escala-gated-2 +gated +succeeded", table)
+    assert re.search(rf"{next_id} +gated +succeeded", table)
 
 
 @pytest.mark.usefixtures("token")
@@ -170,14 +182,15 @@ def test_what_the_jobs_api_shows_holds_no_secret(head: Head, escala: Escala, tmp
     (tmp_path / "file").touch()
     run = escala("submit", study, "--address", head.address, "--store", tmp_path / "file" / "store", ok=2)
     assert "error: " in run.stdout, "the driver's own sentence"
-    assert "escala-refused-1 ended with exit code 2" in run.stderr
+    job_id, _ = job_of(run.stderr, "refused")
+    assert f"{job_id} ended with exit code 2" in run.stderr
     code = (
         "import json, sys; from ray.job_submission import JobSubmissionClient\n"
         "jobs = JobSubmissionClient(sys.argv[1]).list_jobs()\n"
-        "print(json.dumps([job.dict() for job in jobs if job.submission_id == 'escala-refused-1'], default=str))"
+        "print(json.dumps([job.dict() for job in jobs if job.submission_id == sys.argv[2]], default=str))"
     )
     environment = dict(os.environ, RAY_AUTH_MODE="token")
-    command = [sys.executable, "-c", code, head.address]
+    command = [sys.executable, "-c", code, head.address, job_id]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert TOKEN not in shown
     (record,) = json.loads(shown)
