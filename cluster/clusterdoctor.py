@@ -1,11 +1,12 @@
 """What `escala doctor --address` checks of a Ray cluster: each of its nodes, the store that they share, MLflow, auth.
 
-It joins the cluster, sends one small actor to each node and leaves nothing: no actor, no file. Every finding says what
-was found, and a fault what to do.
+It joins the cluster, sends one small actor to each node and leaves nothing: no actor, no file, and in MLflow a deleted
+experiment. Every finding says what was found, and a fault what to do.
 """
 
 import ipaddress
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ MLFLOW_SECONDS = "10"
 
 
 def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[Finding]:
-    """All checks of a cluster. Trains nothing, and writes one file into the store, which it takes away again.
+    """All checks of a cluster. Trains nothing; writes a file into the store and an experiment into the MLflow server,
+    and takes both away again.
 
     Raises InputError where the cluster cannot be joined.
     """
@@ -145,12 +147,19 @@ def _mlflow(store: Path, tracking_uri: str | None) -> Finding:
 
     from cluster.tracking import words
 
+    client = MlflowClient(tracking_uri=tracking_uri)
     try:
-        MlflowClient(tracking_uri=tracking_uri).search_experiments(max_results=1)
+        client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
         said = words(error)
         advice = "start the server, or correct --tracking-uri (MLFLOW_TRACKING_URI)."
         if "401" in said or "403" in said or "not authenticated" in said.lower():
             advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of that server."
         return Finding("MLflow", False, f"not reachable at {tracking_uri} from here: {said}", advice)
-    return Finding("MLflow", True, f"reachable at {tracking_uri} from here")
+    try:
+        client.delete_experiment(client.create_experiment(f"escala-doctor-{secrets.token_hex(4)}"))
+    except (MlflowException, OSError) as error:
+        found = f"reachable at {tracking_uri} from here, but this account may not write: {words(error)}"
+        advice = "a run makes an experiment there: ask its administrator for an account that may."
+        return Finding("MLflow", False, found, advice)
+    return Finding("MLflow", True, f"reachable at {tracking_uri} from here: an experiment was made and deleted")

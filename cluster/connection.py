@@ -44,11 +44,15 @@ def _start(address: str, workers: int | None) -> Any:
 
     before = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
+    where = repr(address)
     try:
         if address == "local":
             cpus = workers or os.cpu_count()
             ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         else:
+            if address == "auto":  # Ray's note of its last cluster, which may long have ended
+                address = ray._private.services.canonicalize_bootstrap_address(address) or address
+                where = f"{address}, which is 'auto' here"
             _join(ray, address, quiet)
     except InputError:  # it says itself what to do
         raise
@@ -59,7 +63,7 @@ def _start(address: str, workers: int | None) -> Any:
                 "or of space under /tmp, make room and run this again; else escala doctor says more."
             ) from None
         raise InputError(
-            f"Ray is not reachable at {address!r}: {_plainly(error)}. Start the cluster, correct --address "
+            f"Ray is not reachable at {where}: {_plainly(error)}. Start the cluster, correct --address "
             "(or RAY_ADDRESS), or use --address local for a Ray of its own on this machine."
         ) from None
     # Ray puts a handler of its own in the driver, which kills Ray under it; whoever set one before keeps it.
@@ -98,7 +102,7 @@ def _join(ray: Any, address: str, quiet: dict[str, Any]) -> None:
         raise ValueError("that is an address for `escala submit`, or for Ray's client, which hides the nodes")
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
-        with socket.create_connection((host, int(port)), timeout=10):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
             pass
         try:
             with _hushed():

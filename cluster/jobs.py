@@ -27,7 +27,12 @@ ANSWER_SECONDS = 60.0
 STOP_SECONDS = 60
 """What a driver gets between SIGTERM and SIGKILL: cells keep checkpoints within 20 s, then the mirror is brought up to
 date. Ray's own 3 s are too few. Given to Ray as the job's RAY_JOB_STOP_WAIT_TIME_S."""
+QUIET_SECONDS = 120.0
+"""After so many without a line the log's connection is made anew: that of a machine which is gone says nothing for
+ever. Not fewer: Ray holds a connection that was left until the job's next line."""
 POLL_SECONDS = 0.25
+MOST_NODES = 10_000
+"""As many as Ray's dashboard lists at most."""
 WAITING_SECONDS = 15.0
 """After so many without a start it is said what a job waits for."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -249,6 +254,17 @@ def list_jobs(dashboard: Dashboard) -> list[Job]:
     return sorted(map(_job, mine), key=lambda job: job.started)
 
 
+def head_cpus(dashboard: Dashboard) -> float | None:
+    """The CPUs that the cluster's head has for Ray; None where the dashboard does not tell."""
+    with answering(dashboard.address):
+        reply = dashboard.client._do_request("GET", f"/api/v0/nodes?limit={MOST_NODES}")
+    with suppress(ValueError, KeyError, TypeError):
+        for node in reply.json()["data"]["result"]["result"]:
+            if node["is_head_node"] and node["state"] == "ALIVE":
+                return float(node["resources_total"].get("CPU", 0.0))
+    return None
+
+
 def find_job(dashboard: Dashboard, job_id: str) -> Job:
     """One of them. InputError where there is none of that name."""
     known = {job.id: job for job in list_jobs(dashboard)}
@@ -297,7 +313,8 @@ def stop(dashboard: Dashboard, job_id: str, say: Callable[[str], None]) -> Job:
 
 
 def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say: Callable[[str], None]) -> Job:
-    """Write a job's log as it grows, from its beginning, until the job has ended; `say` is for what is no log.
+    """Write a job's log as it grows, in pieces that may end within a line, from its beginning until the job has ended;
+    `say` is for what is no log.
 
     A dashboard that is gone for a while is waited for. Raises ClusterGone where it stays away, or comes back as another
     cluster that does not know the job.
@@ -337,14 +354,17 @@ def follow(dashboard: Dashboard, job_id: str, write: Callable[[str], None], say:
                 )
         if not written and not told and time.monotonic() - began > WAITING_SECONDS:
             told = True
-            say("waiting for a free CPU on the cluster, and for its node to be set up ...")
+            say("waiting for a free CPU on the cluster's head, and for it to be set up ...")
         time.sleep(POLL_SECONDS)
 
 
 async def _tail(client: Any, job_id: str, skip: int, write: Callable[[str], None]) -> None:
-    """Write a log but for its first `skip` characters, as it grows."""
-    seen = 0
-    async for text in client.tail_job_logs(job_id):
-        if fresh := text[max(0, skip - seen) :]:
-            write(fresh)
-        seen += len(text)
+    """Write a log but for its first `skip` characters, as it grows, until it ends or is quiet for long."""
+    clock, seen = asyncio.get_running_loop().time, 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(QUIET_SECONDS) as patience:
+            async for text in client.tail_job_logs(job_id):
+                patience.reschedule(clock() + QUIET_SECONDS)
+                if fresh := text[max(0, skip - seen) :]:
+                    write(fresh)
+                seen += len(text)

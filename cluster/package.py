@@ -2,7 +2,8 @@
 
 Guarded against: a working directory of gigabytes. Ray keeps it in the head's memory and sends it to every node, and
 what lies beside a study is most often a store, a virtual environment or a repository's history. So Escala's own code
-goes, the study file, and what the study names; the folder beside it only where its code is allowed.
+goes, the study file, and what the study names; the folder beside it only where its code is allowed. And a link in a
+stranger's folder, which would send what lies elsewhere.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from sweeps.errors import InputError
+from sweeps.paths import inside
 from sweeps.study import Study
 from sweeps.studyfile import SHIPPED
 from sweeps.tokenizers import tokenizer_file
@@ -79,7 +81,7 @@ def make_package(path: Path, study: Study, *, allow_code: bool) -> Package:
         files[BESIDE / path.name] = path
         files |= _named(path, study)
         if allow_code:
-            files |= {BESIDE / one.relative_to(path.parent).as_posix(): one for one in _below(path.parent)}
+            files |= {BESIDE / _inside(one, path.parent, "--allow-code"): one for one in _below(path.parent)}
     package = Package(files, path.stem if shipped else str(BESIDE / path.name))
     total = sum(package.sizes.values())
     if total > LARGEST_BYTES or len(files) >= MOST_FILES:
@@ -103,13 +105,14 @@ def _named(path: Path, study: Study) -> dict[PurePosixPath, Path]:
 
 
 def _inside(path: Path, folder: Path, field: str) -> str:
-    """The path relative to a folder. InputError where it leads out of it."""
+    """The path relative to a folder. InputError where it leads out of it, by its name or by a link."""
     found = os.path.relpath(path, folder)
     if found.startswith(".."):
         raise InputError(
             f"{field}: {found} lies outside {folder}, so it does not go to the cluster with the study. Put it beside "
             "the study, or give the absolute path that the cluster's nodes see."
         )
+    inside(folder, path, field)
     return PurePosixPath(*Path(found).parts).as_posix()
 
 

@@ -6,8 +6,10 @@
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -108,7 +110,8 @@ def submit(
             say(_how_to(dashboard, job))
         return
     try:
-        job = follow(dashboard, job.id, _write_aside if as_json else _write, tell)
+        with _redacted(sys.stderr if as_json else sys.stdout) as write:
+            job = follow(dashboard, job.id, write, tell)
     except KeyboardInterrupt:
         tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
         raise typer.Exit(1) from None
@@ -143,7 +146,7 @@ def _print_submission(submission: "Submission") -> None:
         say(line)
     say(f"entrypoint: {submission.entrypoint}")
     told = submission.to_json()
-    say(f"resources: {', '.join(f'{count} {name}' for name, count in told['resources'].items())} for the driver")
+    say(f"resources: {told['resources']['CPU']} CPU of the head for the driver")
     say(f"environment: {', '.join(told['environment']) or 'nothing of yours'}")
     for place, size in told["files"].items():
         say(f"{size:>12,}  {place}")
@@ -221,14 +224,24 @@ def _aside(line: str) -> None:
     say(line, sys.stderr)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(visible(redact(text)))
-    sys.stdout.flush()
+@contextmanager
+def _redacted(stream: TextIO) -> Iterator[Callable[[str], None]]:
+    """Writes to a stream without secrets, by whole lines: half a secret is not known for one."""
+    begun = ""
 
+    def show(text: str) -> None:
+        stream.write(visible(redact(text)))
+        stream.flush()
 
-def _write_aside(text: str) -> None:
-    sys.stderr.write(visible(redact(text)))
-    sys.stderr.flush()
+    def write(text: str) -> None:
+        nonlocal begun
+        lines, newline, begun = (begun + text).rpartition("\n")
+        show(lines + newline)
+
+    try:
+        yield write
+    finally:
+        show(begun)
 
 
 @app.command(rich_help_panel=CLUSTER)
@@ -252,7 +265,10 @@ def simulate(
     allow_code: CodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """All of a study on a cluster that is not there, by the scheduling code of `run`: end, idle time, lost work."""
+    """All of a study on a cluster that is not there, by the scheduling code of `run`: end, idle time, lost work.
+
+    Exit code 1 where a budget ends it early, as `run`.
+    """
     import math
 
     from cluster.planning import read_study
@@ -262,6 +278,10 @@ def simulate(
     from sweeps.errors import InputError
     from sweeps.units import parse_duration
 
+    given = {"--preempt": preempt, "--checkpoint-seconds": checkpoint_seconds, "--gpu-memory": gpu_memory}
+    for name, value in given.items():
+        if value is not None and not math.isfinite(value):
+            raise InputError(f"{name}: found {value:g}; a finite number is wanted.")
     cluster = simulated_nodes(gpus, nodes, gpu_memory)
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu: found {mfu:g}; a share of the peak above 0 and at most 1 is wanted.")
@@ -281,10 +301,12 @@ def simulate(
     if as_json:
         told = {"study": planned.study.name, "cells": len(work.jobs), "gpus": gpus, "nodes": nodes}
         print(json.dumps(told | {"times": work.times, "notes": work.notes} | found.to_json()))
-        return
-    print(f"{planned.study.name}: {len(work.jobs):,} cells on {gpus:,} GPUs in {nodes:,} nodes, simulated.")
-    for line in simulation_lines(found):
-        print(line)
-    print(f"Cell times are {work.times}.")
-    for note in work.notes:
-        print(note[:1].upper() + note[1:])
+    else:
+        print(f"{planned.study.name}: {len(work.jobs):,} cells on {gpus:,} GPUs in {nodes:,} nodes, simulated.")
+        for line in simulation_lines(found):
+            print(line)
+        print(f"Cell times are {work.times}.")
+        for note in work.notes:
+            print(note[:1].upper() + note[1:])
+    if found.stopped is not None:
+        raise typer.Exit(1)

@@ -76,6 +76,8 @@ class Simulated:
     """Work that failures destroyed, and that was done once more: it comes on top."""
     failures: int
     preemptions: int
+    trained: int
+    """Jobs that came to their end."""
     stopped: str | None
     """Why not all was trained: a budget."""
     turns: tuple[Turn, ...]
@@ -92,19 +94,23 @@ class Simulated:
 
 def simulation_lines(found: Simulated) -> Iterator[str]:
     """What a simulated run took, in sentences."""
-    over = found.makespan_seconds / found.lower_bound_seconds if found.lower_bound_seconds else 1.0
-    yield (
-        f"It takes {_time(found.makespan_seconds)}, {over:.3f} times the lower bound of "
-        f"{_time(found.lower_bound_seconds)}, with {found.utilisation:.1%} of the GPUs at work that is kept: "
-        f"{found.work_hours:.4g} GPU-hours."
-    )
+    if found.stopped is not None:  # the bound is that of the whole study
+        yield (
+            f"It ends early after {_time(found.makespan_seconds)}, with {found.trained:,} of its cells trained in "
+            f"{found.work_hours:.4g} GPU-hours: {found.stopped}."
+        )
+    else:
+        over = found.makespan_seconds / found.lower_bound_seconds if found.lower_bound_seconds else 1.0
+        yield (
+            f"It takes {_time(found.makespan_seconds)}, {over:.3f} times the lower bound of "
+            f"{_time(found.lower_bound_seconds)}, with {found.utilisation:.1%} of the GPUs at work that is kept: "
+            f"{found.work_hours:.4g} GPU-hours."
+        )
     if found.failures or found.preemptions:
         yield (
             f"{found.failures:,} failures and {found.preemptions:,} preemptions of nodes; recomputed are "
             f"{found.recomputed_hours:.3g} GPU-hours ({found.recomputed_share:.2%})."
         )
-    if found.stopped is not None:
-        yield f"It ends early, {found.stopped}."
 
 
 def _time(seconds: float) -> str:
@@ -146,6 +152,7 @@ def simulate(
         recomputed_hours=run.lost / HOUR,
         failures=run.failures,
         preemptions=run.preemptions,
+        trained=len(run.ended),
         stopped=run.stopped,
         turns=tuple(run.turns),
     )

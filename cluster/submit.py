@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cluster.control import person
-from cluster.jobs import STOP_SECONDS, Dashboard, Job, answering, list_jobs
+from cluster.jobs import STOP_SECONDS, Dashboard, Job, answering, head_cpus, list_jobs
 from cluster.package import CODE, Package, make_package
 from cluster.planning import read_study
 from sweeps import sources
@@ -29,7 +29,10 @@ from sweeps.study import Study
 from sweeps.studyfile import find_study_file, load_study
 
 DRIVER_CPUS = 1
-"""What the driver holds on the cluster. Not memory: Ray only counts it, and the workers, which need most, hold none."""
+"""What the driver holds of the head. Not memory: Ray only counts it, and the workers, which need most, hold none."""
+ON_THE_HEAD = {"node:__internal_head__": 0.001}
+"""Ray's mark of the head. A job that asks for CPUs alone goes wherever they are free, also to a spot machine, and the
+driver goes with it."""
 PLANNED_HERE_BYTES = 100 * 1000**2
 """A larger corpus is tokenised on the cluster alone, and the cells are planned there."""
 NAMES_TRIED = 5
@@ -61,7 +64,7 @@ class Submission:
             "store": self.store,
             "cells": len(self.plan.cells) if self.plan else None,
             "entrypoint": self.entrypoint,
-            "resources": {"CPU": DRIVER_CPUS},
+            "resources": {"CPU": DRIVER_CPUS, **ON_THE_HEAD},
             "environment": sorted(self.environment),
             "bytes": sum(sizes.values()),
             "files": sizes,
@@ -166,7 +169,9 @@ def _bytes(path: Path) -> int:
 
 
 def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
-    """Send a job, unless one of the study lives already: (the job, whether it is new)."""
+    """Send a job, unless one of the study lives already: (the job, whether it is new). InputError where the head has no
+    CPU for its driver: Ray would look for one for a quarter of an hour."""
+    check_head(dashboard)
     # Ray's `RAY_JOB_STOP_WAIT_TIME_S` is read where the driver runs.
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **submission.environment}
     metadata = {
@@ -190,6 +195,7 @@ def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
                     entrypoint=submission.entrypoint,
                     submission_id=job_id,
                     entrypoint_num_cpus=DRIVER_CPUS,
+                    entrypoint_resources=ON_THE_HEAD,
                     runtime_env={"working_dir": folder, "env_vars": environment},
                     metadata=metadata,
                 )
@@ -199,6 +205,17 @@ def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
                 continue  # another was quicker, perhaps with the same study and store
             return next(job for job in list_jobs(dashboard) if job.id == job_id), True
     raise InputError(f"others submit the study {submission.study} to {dashboard.address} all the time. Ask them.")
+
+
+def check_head(dashboard: Dashboard) -> None:
+    """InputError where the cluster's head can never hold a driver."""
+    cpus = head_cpus(dashboard)
+    if cpus is not None and cpus < DRIVER_CPUS:
+        raise InputError(
+            f"the head of {dashboard.address} has {cpus:g} CPUs, and a study's driver needs {DRIVER_CPUS} there, where "
+            "no spot machine can be taken away under it. Start the head with room for drivers: ray start --head "
+            "--num-cpus=2 (in a launcher's file: resources of the head, CPU: 2)."
+        )
 
 
 def _submit(dashboard: Dashboard, **job: Any) -> None:

@@ -67,7 +67,7 @@ def why_not() -> str | None:
         import flask_wtf  # noqa: F401
         import psycopg2  # noqa: F401
     except ImportError as error:
-        return f"{error.name} is not installed: pip install -c constraints.txt 'escala[cluster]'"
+        return f"{error.name} is not installed: pip install -c constraints.txt '.[cluster]'"
     if os.geteuid() == 0:
         try:
             pwd.getpwnam("postgres")

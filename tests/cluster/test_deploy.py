@@ -18,6 +18,8 @@ import yaml
 from commandline import ROOT
 from crds import crd_schema
 
+from cluster.submit import DRIVER_CPUS
+
 DEPLOY = ROOT / "cluster" / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
@@ -135,7 +137,18 @@ def test_a_job_drives_from_a_head_that_trains_nothing_and_comes_back_when_the_he
     assert spec["backoffLimit"] > 0
     assert spec["shutdownAfterJobFinishes"] is True
     assert spec["ttlSecondsAfterFinished"] > 0
-    assert float(cluster_of("RayCluster")["headGroupSpec"]["rayStartParams"]["num-cpus"]) >= 1, "drivers ask for one"
+
+
+def test_every_head_to_which_one_submits_has_room_for_a_driver() -> None:
+    standing = [float(cluster_of("RayCluster")["headGroupSpec"]["rayStartParams"]["num-cpus"])]
+    for cloud in ("aws", "gcp"):
+        cluster = load(f"{cloud}/cluster.yaml")
+        known = cluster["available_node_types"][cluster["head_node_type"]]["resources"]["CPU"]
+        started = re.search(r"ray start --head .*--num-cpus=(\d+)", " ".join(cluster["head_start_ray_commands"]))
+        assert started is not None
+        assert int(started[1]) == known, "the launcher and Ray count the same"
+        standing.append(known)
+    assert all(cpus >= DRIVER_CPUS for cpus in standing)
 
 
 def test_the_entrypoint_is_a_command_that_escala_takes() -> None:
@@ -215,6 +228,8 @@ def test_the_compose_file_opens_nothing_but_the_proxy_and_holds_no_password() ->
     assert {name for name, one in services.items() if "ports" in one} == {"proxy"}
     assert composed["networks"]["inside"] == {"internal": True}
     for name, one in services.items():
+        assert re.search(r":\d+\.\d+(\.\d+)?(-[a-z]+)?$", one["image"]), "no tag that moves from version to version"
+        assert one["mem_limit"], "a leak ends one service, not the machine"
         assert set(one["networks"]) <= set(composed["networks"])
         assert set(one.get("depends_on", ())) <= set(services)
         for volume in one["volumes"]:
@@ -285,6 +300,28 @@ def test_the_slurm_script_gives_as_long_as_slurm_does() -> None:
     assert grace is not None
     assert signal[1] == grace[1]
     assert re.search(r"^#SBATCH --requeue$", script, re.MULTILINE)
+    assert re.search(r"^#SBATCH --mem=0$", script, re.MULTILINE), "--exclusive gives no memory"
+
+
+def test_a_job_that_is_signalled_before_its_run_begins_is_requeued_and_begins_none(tmp_path: Path) -> None:
+    """Slurm's programs are played: the first step, which makes a folder, is what the signal comes during."""
+    played = {
+        "escala": "",
+        "ray": "",
+        "squeue": "echo 1-00:00:00",
+        "srun": "kill -TERM $PPID",
+        "scontrol": "[ $1 = requeue ] || echo here",
+    }
+    for name, does in played.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n{does}\n')
+        (tmp_path / name).chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7-played", "SLURM_JOB_NODELIST": "here"}
+    command = ["bash", str(DEPLOY / "slurm" / "escala.sbatch"), "study.yaml", str(tmp_path / "store")]
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    calls = (tmp_path / "calls").read_text()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "scontrol requeue 7-played" in calls
+    assert "symmetric-run" not in calls
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
@@ -305,4 +342,25 @@ def test_the_launchers_files_meet_rays_schema_with_spot_workers_and_a_token(clou
     started = [*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]]
     assert all("RAY_AUTH_MODE=token" in line for line in started if "ray start" in line)
     assert any("--dashboard-host=127.0.0.1" in line for line in started)
-    assert "~/.ray/auth_token" in cluster["file_mounts"]
+    assert set(cluster["file_mounts"]) == {"~/.ray/auth_token", "~/.mlflow/credentials"}, "no job brings a secret"
+
+
+@pytest.mark.parametrize(("cloud", "library"), [("aws", "boto3"), ("gcp", "google-api-python-client")])
+def test_what_the_launcher_calls_is_on_the_users_machine_and_in_the_image(cloud: str, library: str) -> None:
+    (requirement,) = PROJECT["project"]["optional-dependencies"][cloud]
+    assert re.split("[<>=]", requirement)[0] == library
+    assert library in PINNED
+    assert f"'.[cluster,{cloud}]'" in text(f"{cloud}/README.md")
+    image = text("image/Dockerfile")
+    (extras,) = re.findall(r"\.\[([a-z,]+)\]", image)
+    assert cloud in extras.split(","), "the head starts workers itself"
+    assert {"rsync", "openssh-client"} <= set(image.split())
+    assert "'PATH=/opt/escala/bin:$PATH' > /etc/profile.d/" in image, "its shells are login shells"
+    user = re.search(r"useradd .*/bin/bash ([a-z]+) ", image)
+    assert user is not None
+    assert f"HOME=/home/{user[1]}" in image.split(), "where ~ of file_mounts is"
+
+
+def test_a_readme_installs_the_checkout_and_not_a_registrys_package_of_that_name() -> None:
+    for path in (*DEPLOY.rglob("README.md"), ROOT / "README.md", ROOT / "tests" / "sharedmlflow.py"):
+        assert not re.search(r"pip install[^\n]* '?escala\b", path.read_text()), path

@@ -1,7 +1,9 @@
 """The doctor of a cluster names each fault of each node with its remedy, and leaves nothing behind."""
 
+import http.server
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from commandline import Escala, refused
 from raynodes import free_port, over, ray_node, wait_for
 
-from cluster.clusterdoctor import SKEW_SECONDS, examine
+from cluster.clusterdoctor import SKEW_SECONDS, _mlflow, examine
 from cluster.nodeprobe import Report, this_process
 from cluster.nodes import LivingNode
 from sweeps.store import open_store
@@ -85,6 +87,49 @@ def test_what_is_wrong_with_a_node_comes_with_what_to_do() -> None:
     assert "free some space" in faults(free_bytes=1)
     other = examine(replace(well, versions=here["versions"] | {"torch": "2.0.0"}), here, root)
     assert any("torch 2.0.0 on node abababab" in one.advice for one in other if one.ok), "a caution, no fault"
+
+
+class ReadOnly(http.server.BaseHTTPRequestHandler):
+    """An MLflow server whose account may read; where `may_write`, write too. It keeps what it was asked to write."""
+
+    may_write: bool
+    written: list[str]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        what = self.path.rpartition("/")[2]
+        refused = what != "search" and not self.may_write
+        if what != "search":
+            self.written.append(what)
+        told = (
+            {"error_code": "PERMISSION_DENIED", "message": "Permission denied"} if refused else {"experiment_id": "7"}
+        )
+        self.send_response(403 if refused else 200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(told).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("may_write", [False, True])
+def test_an_mlflow_account_that_may_only_read_is_a_fault_and_what_is_tried_is_taken_away(
+    may_write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "")  # what is changed below is put back
+        monkeypatch.delenv(name)
+    handler = type("Handler", (ReadOnly,), {"may_write": may_write, "written": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = _mlflow(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert found.ok is may_write
+    assert handler.written == (["create", "delete"] if may_write else ["create"])
+    if not may_write:
+        assert "may not write: " in found.found
+        assert "ask its administrator for an account that may" in found.advice
 
 
 def test_an_mlflow_server_that_is_not_there_is_a_fault_of_the_drivers(

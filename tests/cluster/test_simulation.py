@@ -191,7 +191,7 @@ def test_a_branch_does_not_leave_a_trunk_that_was_lost_before_it_came_so_far() -
 def test_a_budget_ends_a_simulated_run_as_it_ends_a_real_one() -> None:
     jobs = [job(str(i), 10.0, ONE) for i in range(9)]
     found = simulate(jobs, [Node("a", 2, 2)], bounds=Bounds(flops=45.0))
-    assert (len(found.turns), found.makespan_seconds) == (4, 20.0)
+    assert (len(found.turns), found.trained, found.makespan_seconds) == (4, 4, 20.0)
     assert found.stopped is not None
     assert found.stopped.startswith("out of budget: of the budget of 4.5e1 FLOPs 4e1 are spent")
 
@@ -234,8 +234,12 @@ def test_simulate_keeps_the_limits_of_the_study(escala: Escala) -> None:
     assert told["makespan_seconds"] == pytest.approx(4 * told["lower_bound_seconds"], rel=1), "one at a time"
     assert told["makespan_seconds"] == pytest.approx(3600 * told["work_hours"])
     study = escala.study(SHARED + "limits: {flops: 1}\n")
-    told = json.loads(escala("simulate", study, "--gpus", 4, "--json", "--store", "store").stdout)
+    told = json.loads(escala("simulate", study, "--gpus", 4, "--json", "--store", "store", ok=1).stdout)
     assert told["stopped"].startswith("out of budget")
+    assert told["trained"] == 0
+    said = escala("simulate", study, "--gpus", 4, "--store", "store", ok=1).stdout
+    assert "It ends early after 0 s, with 0 of its cells trained in 0 GPU-hours: out of budget" in said
+    assert "lower bound" not in said, "which is that of the whole study"
 
 
 def test_a_search_is_simulated_as_all_its_trials(escala: Escala) -> None:
@@ -260,6 +264,9 @@ def test_a_search_is_simulated_as_all_its_trials(escala: Escala) -> None:
         (("--gpus", 4, "--device", "TPU"), "the peak speed of 'TPU' is not known"),
         (("--gpus", 4, "--mfu", 0), "--mfu: found 0"),
         (("--gpus", 4, "--gpu-memory", 0), "--gpu-memory: found 0"),
+        (("--gpus", 4, "--gpu-memory", "nan"), "--gpu-memory: found nan; a finite number"),
+        (("--gpus", 4, "--preempt", "inf"), "--preempt: found inf; a finite number"),
+        (("--gpus", 4, "--checkpoint-seconds", "inf"), "--checkpoint-seconds: found inf"),
         (("--gpus", 4, "--hardware", "abacus"), "no calibration 'abacus'"),
     ],
 )

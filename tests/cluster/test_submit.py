@@ -1,7 +1,9 @@
 """A study goes to a real cluster as a job, with token auth on and off, and nothing wrong gets that far."""
 
+import asyncio
 import functools
 import http.server
+import io
 import json
 import os
 import re
@@ -11,18 +13,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 from commandline import TINY, Escala, Finished, refused
 from faultproxy import free_port
 from heads import TOKEN, Head, running_head
 
 import cluster.jobs as jobs
+import cluster.remote as remote
+import cluster.submit as submits
+from cluster.package import Package, make_package
 from sweeps.errors import InputError
 from sweeps.records import read_json
 from sweeps.store import Store, read_end
+from sweeps.studyfile import load_study
 
 SECONDS = 180.0
 NOWHERE = "http://127.0.0.1:1"
@@ -54,6 +64,13 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def job_of(said: str, study: str) -> tuple[str, str]:
+    """The job of a study that an output names, and the one after it: their numbers depend on what ran before."""
+    found = re.search(rf"escala-{study}-(\d+)", said)
+    assert found is not None, said
+    return found[0], f"escala-{study}-{int(found[1]) + 1}"
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +110,15 @@ def test_a_submitted_study_ends_as_on_the_laptop_and_again_has_nothing_to_train(
 ) -> None:
     study, store = escala.study(TINY, "my tiny study.yaml"), tmp_path / "cluster"
     first = escala("submit", study, "--address", head.address, "--store", store)
-    assert "sent as escala-tiny-1" in first.stdout
+    job_id, next_id = job_of(first.stdout, "tiny")
+    assert f"sent as {job_id}" in first.stdout
     assert "7 finished, 0 diverged, 0 failed" in first.stdout
-    assert "escala-tiny-1 has ended well" in first.stdout
+    assert f"{job_id} has ended well" in first.stdout
     assert losses(store) == losses(finished.store), "equal to the bit"
     second = escala("submit", study, "--address", head.address, "--store", store, "--json")
     assert "nothing to train: all 7 cells have ended already" in second.stderr
     job = json.loads(second.stdout)
-    assert (job["id"], job["status"], job["exit_code"]) == ("escala-tiny-2", "SUCCEEDED", 0)
+    assert (job["id"], job["status"], job["exit_code"]) == (next_id, "SUCCEEDED", 0)
     assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr
 
 
@@ -121,24 +139,28 @@ def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     racing = [escala.start(*command, "--detach") for _ in range(2)]
     said = [one.communicate(timeout=SECONDS) for one in racing]
     assert sorted(one.returncode for one in racing) == [0, 2], said
-    assert "is pending already as escala-gated-1" in str(said) or "is running already as escala-gated-1" in str(said)
+    job_id, next_id = job_of(str(said), "gated")
+    assert re.search(rf"is (pending|running) already as {job_id}", str(said))
     wait_for(lambda: len(list(marks.glob("*-from-0"))) == 2)
 
     # 2. Whoever submits it meanwhile follows the one that runs; Ctrl-C ends the following alone.
     follower = escala.start(*command)
     assert follower.stdout is not None
+    deadline = threading.Timer(SECONDS, follower.kill)
+    deadline.start()
     for line in follower.stdout:
         if "starting Ray" in line:
             break
+    deadline.cancel()
     follower.send_signal(2)
     out, _ = follower.communicate(timeout=SECONDS)
     assert follower.returncode == 1
-    assert "no longer followed; escala-gated-1 goes on" in out
-    assert listed(escala, head)["escala-gated-1"]["status"] == "RUNNING"
+    assert f"no longer followed; {job_id} goes on" in out
+    assert listed(escala, head)[job_id]["status"] == "RUNNING"
 
     # 3. Stopped: the cells keep checkpoints, and are not charged for it.
-    stopped = escala("jobs", "--stop", "escala-gated-1", "--address", head.address)
-    assert "escala-gated-1: stopped" in stopped.stdout
+    stopped = escala("jobs", "--stop", job_id, "--address", head.address)
+    assert f"{job_id}: stopped" in stopped.stdout
     ends = [read_end(Store(store), path.parents[2].name, 0) for path in store.glob("cells/*/attempts/0/log.jsonl")]
     assert [end and end[0] for end in ends] == ["stopped", "stopped"]
 
@@ -148,9 +170,9 @@ def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     assert "2 finished" in again.stdout
     assert {path.name for path in marks.glob("*-from-*")} >= {"0-from-5", "1-from-5"}
     found = listed(escala, head)
-    assert [found[f"escala-gated-{n}"]["status"] for n in (1, 2)] == ["STOPPED", "SUCCEEDED"]
+    assert [found[one]["status"] for one in (job_id, next_id)] == ["STOPPED", "SUCCEEDED"]
     table = escala("jobs", "--address", head.address).stdout
-    assert re.search(r"escala-gated-2 +gated +succeeded", table)
+    assert re.search(rf"{next_id} +gated +succeeded", table)
 
 
 @pytest.mark.usefixtures("token")
@@ -160,14 +182,15 @@ def test_what_the_jobs_api_shows_holds_no_secret(head: Head, escala: Escala, tmp
     (tmp_path / "file").touch()
     run = escala("submit", study, "--address", head.address, "--store", tmp_path / "file" / "store", ok=2)
     assert "error: " in run.stdout, "the driver's own sentence"
-    assert "escala-refused-1 ended with exit code 2" in run.stderr
+    job_id, _ = job_of(run.stderr, "refused")
+    assert f"{job_id} ended with exit code 2" in run.stderr
     code = (
         "import json, sys; from ray.job_submission import JobSubmissionClient\n"
         "jobs = JobSubmissionClient(sys.argv[1]).list_jobs()\n"
-        "print(json.dumps([job.dict() for job in jobs if job.submission_id == 'escala-refused-1'], default=str))"
+        "print(json.dumps([job.dict() for job in jobs if job.submission_id == sys.argv[2]], default=str))"
     )
     environment = dict(os.environ, RAY_AUTH_MODE="token")
-    command = [sys.executable, "-c", code, head.address]
+    command = [sys.executable, "-c", code, head.address, job_id]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert TOKEN not in shown
     (record,) = json.loads(shown)
@@ -193,6 +216,51 @@ def test_a_token_that_is_missing_wrong_or_not_sent_is_said(
 @pytest.mark.usefixtures("token")
 def test_a_job_that_is_not_there_cannot_be_stopped(head: Head, escala: Escala) -> None:
     assert "no job 'escala-tiny-77'" in refused(escala, "jobs", "--stop", "escala-tiny-77", "--address", head.address)
+
+
+class OneHead:
+    """A client of a cluster whose head has so many CPUs, and whose other node has many; it keeps what it is sent."""
+
+    def __init__(self, cpus: float) -> None:
+        self.sent: list[dict[str, Any]] = []
+        head = {"is_head_node": True, "state": "ALIVE", "resources_total": {"CPU": cpus} if cpus else {}}
+        dead, worker = head | {"state": "DEAD"}, head | {"is_head_node": False, "resources_total": {"CPU": 64.0}}
+        self.nodes = [dead, worker, head]
+
+    def _do_request(self, *_: object) -> Any:
+        return SimpleNamespace(json=lambda: {"data": {"result": {"result": self.nodes}}})
+
+    def list_jobs(self) -> list[Any]:
+        known = {"start_time": 1, "end_time": None, "driver_exit_code": None, "message": ""}
+        status = SimpleNamespace(value="PENDING")
+        return [SimpleNamespace(**one, **known, status=status) for one in self.sent]
+
+    def submit_job(self, **job: Any) -> None:
+        self.sent.append(job)
+
+
+def submission() -> submits.Submission:
+    return submits.Submission("tiny", "/shared/store", "exec true", Package({}, "tiny"), {}, None, "")
+
+
+def test_the_driver_is_kept_on_the_head() -> None:
+    client = OneHead(cpus=1)
+    submits.send(jobs.Dashboard(NOWHERE, client, False), submission())
+    (sent,) = client.sent
+    assert sent["entrypoint_num_cpus"] == 1
+    assert sent["entrypoint_resources"] == {"node:__internal_head__": 0.001}, "CPUs alone would fit on any node"
+
+
+def test_a_head_without_a_cpu_for_the_driver_is_said_and_nothing_is_sent() -> None:
+    client = OneHead(cpus=0)
+    with pytest.raises(InputError, match=r"has 0 CPUs, .* needs 1 there.*--num-cpus=2"):
+        submits.send(jobs.Dashboard(NOWHERE, client, False), submission())
+    assert not client.sent
+
+
+@pytest.mark.usefixtures("token")
+def test_a_real_dashboard_tells_the_cpus_of_its_head(head: Head) -> None:
+    assert jobs.head_cpus(jobs.connect(head.address)) == 3
 
 
 # --- a cluster that asks for none ------------------------------------------------------------------------------------
@@ -285,6 +353,100 @@ def test_a_port_where_nothing_or_something_else_listens_is_said_within_seconds(
         jobs.connect(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
+# --- a log that is followed ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def quiet_dashboard(then: str) -> Iterator[str]:
+    """A dashboard with a running job, whose log's connection says one piece and then nothing more, nor that it ended.
+    Afterwards the job has ended ("ended"), or the whole machine is silent ("gone")."""
+    first = "step 1\nste"
+    tailed, down = threading.Event(), threading.Event()
+    started: list[int] = []
+
+    async def tell_version(_: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": version("ray"), "ray_commit": "0"})
+
+    async def tell_jobs(_: web.Request) -> web.Response:
+        while tailed.is_set() and then == "gone" and not down.is_set():
+            await asyncio.sleep(0.05)
+        known = {"type": "SUBMISSION", "submission_id": "escala-quiet-1", "entrypoint": "true"}
+        status = "SUCCEEDED" if tailed.is_set() else "RUNNING"
+        return web.json_response([known | {"status": status, "metadata": {"escala.study": "quiet"}}])
+
+    async def tell_log(_: web.Request) -> web.Response:
+        return web.json_response({"logs": first + "p 2\n"})
+
+    async def tail(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str(first)
+        tailed.set()
+        while not down.is_set():
+            await asyncio.sleep(0.05)
+        return socket
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_get("/api/version", tell_version)
+        app.router.add_get("/api/jobs/", tell_jobs)
+        app.router.add_get("/api/jobs/escala-quiet-1/logs", tell_log)
+        app.router.add_get("/api/jobs/escala-quiet-1/logs/tail", tail)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        started.append(port)
+        while not down.is_set():
+            await asyncio.sleep(0.05)
+        await runner.cleanup()
+
+    port = free_port()
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: bool(started))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        down.set()
+        thread.join(SECONDS)
+
+
+def test_a_log_whose_connection_fell_silent_is_had_whole_when_the_job_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.5)
+    pieces: list[str] = []
+    with quiet_dashboard("ended") as address:
+        job = jobs.follow(jobs.connect(address), "escala-quiet-1", pieces.append, print)
+    assert job.status == "SUCCEEDED"
+    assert "".join(pieces) == "step 1\nstep 2\n"
+
+
+def test_a_machine_that_is_lost_without_a_word_ends_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.5)
+    pieces: list[str] = []
+    with quiet_dashboard("gone") as address:
+        dashboard = jobs.connect(address)
+        monkeypatch.setattr(jobs, "ANSWER_SECONDS", 2.0)
+        with pytest.raises(jobs.ClusterGone, match="is gone for"):
+            jobs.follow(dashboard, "escala-quiet-1", pieces.append, print)
+    assert "".join(pieces) == "step 1\nste"
+
+
+def test_a_secret_that_a_followed_log_cuts_in_two_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "correct-horse-battery")
+    shown = io.StringIO()
+    with remote._redacted(shown) as write:
+        for piece in (
+            "sent correct-ho",
+            "rse-battery\nand https://me:hun",
+            "ter2@mlflow\nlast correct-horse",
+            "-battery",
+        ):
+            write(piece)
+    assert shown.getvalue() == "sent ***\nand https://***@mlflow\nlast ***"
+
+
 # --- what goes, and what does not ------------------------------------------------------------------------------------
 
 
@@ -298,7 +460,8 @@ def test_a_dry_run_shows_all_that_would_go_and_reaches_nobody(
     told = json.loads(escala(*command, "--workers", 4, "--refit", "--json").stdout)
     run = "run study/study.yaml --address auto --store /shared/store --workers 4 --refit"
     assert told["entrypoint"] == f"exec python escala.py {run}"
-    assert (told["cells"], told["resources"], told["environment"]) == (7, {"CPU": 1}, ["HF_HOME"])
+    assert (told["cells"], told["environment"]) == (7, ["HF_HOME"])
+    assert told["resources"] == {"CPU": 1, "node:__internal_head__": 0.001}
     assert told["bytes"] < 5e6
     assert {"escala.py", "sweeps/store.py", "cluster/driver.py", "analysis/laws.py"} <= set(told["files"])
     assert not [name for name in told["files"] if "tests/" in name or name.endswith(".pyc")]
@@ -370,6 +533,29 @@ def test_a_study_that_cannot_be_planned_is_refused_before_anything_is_sent(escal
     assert "--allow-code" in refused(escala, "submit", code, "--address", NOWHERE, "--store", "/s")
     short = escala.study(TINY.replace("batch_tokens: 256", "batch_tokens: 65536"), "short.yaml")
     assert "cannot be planned" in refused(escala, "submit", short, "--address", NOWHERE, "--store", "/s")
+
+
+@pytest.mark.parametrize("link", ["texts/notes.txt", "texts", "tok/tokenizer.json", "beside.py"])
+def test_a_link_that_leads_out_of_the_studys_folder_sends_nothing(
+    link: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for folder in (here / "texts", here / "tok", elsewhere):
+        folder.mkdir(parents=True)
+    (here / "texts" / "a.txt").write_text("To be or not to be. ")
+    (elsewhere / "secret").write_text("hunter2")
+    if link == "texts":
+        (here / "texts").rename(here / "others")
+    (here / link).symlink_to(elsewhere if link == "texts" else elsewhere / "secret")
+    (here / "study.yaml").write_text(
+        re.sub(r"corpus: .*", "corpus: {source: folder, path: texts}\ntokenizer: tok/tokenizer.json", TINY)
+    )
+    monkeypatch.chdir(here)
+    declared = load_study(here / "study.yaml")
+    with pytest.raises(InputError, match=r"leads out of .*here, to .*elsewhere"):
+        make_package(here / "study.yaml", declared, allow_code=True)
+    (here / link).unlink()
+    make_package(here / "study.yaml", declared, allow_code=True)
 
 
 def test_a_corpus_beside_the_study_goes_whole_and_one_elsewhere_is_refused(escala: Escala, tmp_path: Path) -> None:
