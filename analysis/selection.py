@@ -134,7 +134,9 @@ def with_states(runs: pd.DataFrame) -> pd.DataFrame:
     if name is None:
         return runs
     state = runs[name].astype(object).where(runs[name].notna(), "finished").astype(str).str.strip().str.lower()
-    said = {word: f"state {word}, which is neither finished nor diverged" for word in state.unique()}
+    said: dict[str, str | None] = {
+        word: f"state {word}, which is neither finished nor diverged" for word in state.unique()
+    }
     said |= {word: f"not finished ({word})" for word in PENDING} | {"diverged": "diverged", "finished": None, "": None}
     told = runs["excluded"].astype(object) if "excluded" in runs.columns else pd.Series(None, runs.index, dtype=object)
     return runs.assign(state=state, excluded=told.where(told.notna(), state.map(said)))

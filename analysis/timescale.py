@@ -72,7 +72,7 @@ def decay_timescales(
     kept = kept.assign(**{c: merged(kept[c].to_numpy(float)) for c in ("N", "D", "timescale")})
     noise, found = seed_noise(kept, loss), []
     keys = [*(c for c in ("family", "parametrisation") if c in kept.columns and kept[c].notna().any()), "N", "D"]
-    for key, rows in kept.groupby(keys, dropna=False):
+    for _, rows in kept.groupby(keys, dropna=False):
         if min(rows["weight_decay"].nunique(), rows["timescale"].nunique()) < LEAST:
             continue
         settings = [c for c in ("learning_rate", "batch_tokens", "warmup_tokens") if c in rows.columns]
@@ -97,7 +97,8 @@ def decay_timescales(
                 f"{points['timescale'].max():.3g} of the run). Try weight decays beyond it."
             )
             verdicts.append(Verdict("edge_minimum", "refuse", "fit", None, message))
-        group = {k: v for k, v in zip(keys, key) if not pd.isna(v)}
+        first = rows.iloc[0]
+        group = {k: first[k] for k in keys if not pd.isna(first[k])}
         published = published_timescale(float(rows["D"].iloc[0]) / float(rows["N"].iloc[0]))
         found.append(Timescale(group=group, best=best, published=published, points=points, verdicts=tuple(verdicts)))
     return tuple(found)
