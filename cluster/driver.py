@@ -300,15 +300,15 @@ class _Run:
         try:
             ray.get(handle)
             self.pool.keep(task.worker)
-        except ray.exceptions.RayTaskError as error:  # before the attempt could record its own error: a bug or the disk
-            self.pool.keep(task.worker)
-            for hand in task.hands:
-                self._record_death(hand, "infrastructure", str(error.cause).splitlines()[0])
-        except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
-            self.pool.lose(task.worker)
+        except ray.exceptions.RayError as error:
             kind, words = death(ray, error, task.start.place.node)
-            if kind == "preemption":  # nothing more goes there; _follow takes in again what has not died
+            if kind == "preemption":  # nothing more goes there, before Ray has noticed either
                 self.fleet.remove(task.start.place.node)
+                if self.members is not None:
+                    self.members.doubt(task.start.place.node)
+            # It lives where it raised an error before the attempt could record one: a bug, the disk, a gang's dead rank.
+            lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
+            (self.pool.keep if lives else self.pool.lose)(task.worker)
             for hand in task.hands:
                 self._record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure

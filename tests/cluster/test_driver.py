@@ -206,15 +206,15 @@ def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = make_plan(3, 150)
-    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 10.0)
     monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(pulse, "HANG_SECONDS", 6.0)
+    monkeypatch.setattr(pulse, "HANG_SECONDS", 20.0)
     (tmp_path / "hang-2").touch()
     (tmp_path / "slow").touch()
     tally = drive(plan, Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGSTOP)))
     assert (tally.finished, tally.failed) == (3, {})
     said = [read_end(store, one, epoch) for one in ids(plan) for epoch in attempt_epochs(store, one)]
-    assert sorted(end[1] for end in said if end) == ["hung: no step for 6 s", "no sign of life for 3 s"]
+    assert sorted(end[1] for end in said if end) == ["hung: no step for 20 s", "no sign of life for 10 s"]
     assert_whole(store, plan, 150)
 
 
