@@ -29,6 +29,7 @@ from cluster.progress import Progress, Tail, Tally, ended_words
 from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
+from cluster.shortage import Shortage
 from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
@@ -100,7 +101,7 @@ def run_study(
                 )
                 for one in plan.cells:
                     if (result := states[one.cell.id].result) is not None:
-                        run.spend(one, result)
+                        run.know(one, result)
                 run.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 run.run(tally, address)
             else:
@@ -161,7 +162,9 @@ class _Run:
         self.members: Members | None = None
         """The nodes of a cluster that was joined, and what lets them in."""
         self.gate: Gate | None = None
-        self.deserted = False
+        self.shortage = Shortage()
+        self.gpu: str | None = None
+        """On which GPU cells of the study trained before, if they did."""
 
     def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
@@ -173,7 +176,7 @@ class _Run:
         try:
             if address != "local":
                 self._meet_nodes(ray)
-            self._meet_cluster(ray)
+            self._meet_cluster(ray, address)
             self._settle_anew(tally)
             self._grow(tally)
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
@@ -196,18 +199,20 @@ class _Run:
             ray.shutdown()
             end_processes(self.family)
 
-    def _meet_cluster(self, ray: Any) -> None:
+    def _meet_cluster(self, ray: Any, address: str) -> None:
         """What the cluster has, and so what cells ask of it."""
-        own_trainer = bool(self.plan.study.trainer)
-        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer)
-        if self.members is not None:  # some of its nodes take no cells
+        own_trainer, barred = bool(self.plan.study.trainer), self.members.barred if self.members is not None else {}
+        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred)
+        if self.members is not None:
             self.members.follow(self.fleet, [], self.pool.gpu_bytes)
+            notes = self.pool.meet_gpus(self.gpu, self.members.scales, address)
+            self.ended += [f"note: {said}" for said in notes]
+        if self.pool.device == "cpu" and self.schedule.bounds.gpu_hours is not None:
+            self.ended.append("note: limits.gpu_hours holds nothing back: cells train on CPUs, which it does not count")
         cells = [*self.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
-        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):
-            words = "no node holds {} as {} asks: the autoscaler is asked for one that does"
-            self.ended += [f"note: {words.format(demand, demands[demand])}" for demand in beyond]
+        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):  # it is asked (_follow)
             self.schedule.check({demand: whose for demand, whose in demands.items() if demand not in beyond})
         else:
             self.schedule.check(demands)
@@ -227,6 +232,9 @@ class _Run:
                     return
                 self._look(tally)
                 self._follow()
+                if self.shortage.over is not None:
+                    tally.stopped = self.shortage.over
+                    return
             if dead := [process.name() for process in self.core if not runs(process)]:
                 tally.stopped = f"Ray is gone (its {dead[0]} died)"  # a call would wait for it for minutes, or for ever
                 return
@@ -306,7 +314,7 @@ class _Run:
                 self.fleet.remove(task.start.place.node)
                 if self.members is not None:
                     self.members.doubt(task.start.place.node)
-            # It lives where it raised an error before the attempt could record one: a bug, the disk, a gang's dead rank.
+            # It lives where it raised an error before the attempt could record one: a bug, the disk, a rank's death.
             lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
             (self.pool.keep if lives else self.pool.lose)(task.worker)
             for hand in task.hands:
@@ -386,14 +394,13 @@ class _Run:
                     hand.ask_to_stop(why, "preemption")
         self.pool.give_back(idle_seconds=IDLE_SECONDS)
         more = self.wish is None
-        asked = wanted(self.schedule, more=more)
+        asked, waiting = wanted(self.schedule, more=more), self.schedule.demands() if more else {}
         if more and not asked and self.search.goes_on():  # it tells its next trials when there is room for one
-            asked = [bundle(self.demand)]
+            asked, more_cells = [bundle(self.demand)], self.search.to_come()[0]
+            waiting = {self.demand: more_cells} if more_cells else {}
         self.members.ask(asked)
-        deserted = bool(asked) and not self.tasks and not self.fleet.holds_ever(self.demand)
-        if deserted and not self.deserted:
-            self.ended.append("note: no node could take a cell now; waiting for one to join (Ctrl-C ends the run)")
-        self.deserted = deserted
+        idle = not self.tasks and not self.elsewhere
+        self.ended += self.shortage.look(self.fleet, waiting, idle=idle, scales=self.members.scales)
 
     def _let_go(self, why: str) -> None:
         """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
@@ -431,6 +438,12 @@ class _Run:
             if late and all(hand.attempt() is None for hand in task.hands):
                 self.pool.give_back(node=task.start.place.node)
         self.usage.note(self.schedule)
+
+    def know(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
+        """A result is there from before this run."""
+        self.spend(one, result)
+        device = (result.get("numerics") or {}).get("device", "cpu")
+        self.gpu = self.gpu if device == "cpu" else device
 
     def spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""

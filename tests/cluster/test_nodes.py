@@ -15,7 +15,7 @@ import pytest
 from commandline import ROOT
 from raynodes import free_port, over, ray_node, wait_for
 
-from cluster import driver, nodes
+from cluster import driver, nodes, shortage
 from cluster.driver import Tally, run_study
 from cluster.progress import Progress
 from sweeps.corpora import make_source, prepare
@@ -300,6 +300,27 @@ def test_a_node_that_joins_gets_work_and_one_that_is_drained_is_left_with_a_chec
     ((kind, why),) = ends(store, plan)
     assert (kind, "its node is drained" in why) == ("preemption", True), why
     assert_whole(store, plan)
+
+
+def test_a_run_whose_last_node_is_gone_says_what_waits_and_does_not_wait_for_ever(
+    cluster: Any,
+    add_node: Callable[..., Any],
+    make_plan: Callable[[int], Plan],
+    drive: Callable[..., Tally],
+    store: Store,
+    hold: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shortage, "JOIN_SECONDS", 1.0)
+    node, plan = add_node(), make_plan(2)
+    kill = Watch((at_work(1), lambda: os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)))
+    tally = drive(plan, cluster.address, kill)
+    asked = "2 cells wait for 1 worker with 0 GPU and 1 CPU"
+    assert tally.stopped is not None
+    assert tally.stopped.startswith(f"{asked}, and no node that holds that joined in 1s. Add such a node")
+    assert [said for said in kill.said if said.startswith(f"note: {asked}, and no node holds that now: waiting")]
+    assert (tally.finished, tally.planned, tally.failed) == (0, 2, {})
+    assert {kind for kind, _ in ends(store, plan)} <= {"preemption"}
 
 
 def test_what_no_node_can_ever_hold_is_refused_and_the_largest_node_is_named(
