@@ -30,6 +30,7 @@ from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
 from cluster.shortage import Shortage
+from cluster.turns import Turns
 from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
@@ -135,7 +136,8 @@ class _Run:
         self.base_dir = str(base_dir) if base_dir else None
         self.checkpoint_seconds, self.give_up_after, self.limit = checkpoint_seconds, give_up_after, workers
         self.fleet = Fleet()
-        self.schedule = Schedule(self.fleet, Bounds(units=workers, **dict(self.plan.study.limits)))
+        limits = self.plan.study.limits.model_dump(exclude={"priority"})
+        self.schedule = Schedule(self.fleet, Bounds(units=workers, **limits))
         seconds = {one: float(told["seconds_predicted"]) for one, told in predicted_seconds(store, self.plan).items()}
         self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one), seconds)
         self.usage = Usage(store, self.plan.study.name, claim.number)
@@ -162,6 +164,11 @@ class _Run:
         self.members: Members | None = None
         """The nodes of a cluster that was joined, and what lets them in."""
         self.gate: Gate | None = None
+        self.turns: Turns | None = None
+        self.late = 0
+        """Units that have waited long for their worker."""
+        self.before: str | None = None
+        """The study of others that goes first, if one does."""
         self.shortage = Shortage()
         self.gpu: str | None = None
         """On which GPU cells of the study trained before, if they did."""
@@ -242,7 +249,9 @@ class _Run:
                 return
             self.queue.look(hand.one.cell.id for hand in self._in_hands())
             self._grow(tally)
-            while self.wish is None and (unit := self.queue.take(time.monotonic(), self.pool.device)):
+            while self.wish is None and not (self.before and self.tasks):
+                if (unit := self.queue.take(time.monotonic(), self.pool.device)) is None:
+                    break
                 self._start(unit)
             if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
                 tally.stopped = why
@@ -378,12 +387,14 @@ class _Run:
         """Before anything trains: does every node on which a cell may land see the store?"""
         self.members = Members(ray)
         self.gate = Gate(self.members, self.store.root)
+        study = self.plan.study
+        self.turns = Turns(self.store, study.name, self.claim.number, self.members.head, study.limits.priority)
         self.ended += [f"note: {said}" for said in self.gate.open()]
 
     def _follow(self) -> None:
         """Nodes come and go: new ones get work, what is about to be taken away is left with a checkpoint, idle workers
-        are given back, and an autoscaler hears what waits."""
-        if self.members is None or self.gate is None:
+        are given back, an autoscaler hears what waits, and other studies have their turn."""
+        if self.members is None or self.gate is None or self.turns is None:
             return
         self.ended += [f"note: {said}" for said in self.gate.look()]
         busy = [one.place for one in self.schedule.running.values()]
@@ -392,7 +403,11 @@ class _Run:
             for task in self.tasks.values():
                 for hand in task.hands if task.start.place.node == node else ():
                     hand.ask_to_stop(why, "preemption")
-        self.pool.give_back(idle_seconds=IDLE_SECONDS)
+        self.turns.tell(self.late > 0)
+        if (before := self.turns.before()) is not None and before != self.before:
+            self.ended.append(f"note: study {before} waits for room: nothing is begun here beyond one unit meanwhile")
+        self.before = before
+        self.pool.give_back(idle_seconds=IDLE_SECONDS if before is None else 0.0)
         more = self.wish is None
         asked, waiting = wanted(self.schedule, more=more), self.schedule.demands() if more else {}
         if more and not asked and self.search.goes_on():  # it tells its next trials when there is room for one
@@ -433,10 +448,16 @@ class _Run:
         if self.elsewhere:
             self._settle_anew(tally)
         self.queue.look()
+        late, self.late = self.late, 0
         for task in self.tasks.values():
-            late = time.monotonic() - task.start.began > STARTING_SECONDS
-            if late and all(hand.attempt() is None for hand in task.hands):
-                self.pool.give_back(node=task.start.place.node)
+            if task.waits():
+                task.start.began = time.monotonic()  # what has no worker yet uses no GPU time
+                if task.start.began - task.given > STARTING_SECONDS:
+                    self.late += 1
+                    self.pool.give_back(node=task.start.place.node)
+        if self.late and not late:
+            words = "no worker yet after a minute: others may hold the room that Ray tells of, or starts are slow"
+            self.ended.append(f"note: {self.late} of {len(self.tasks)} units have {words}")
         self.usage.note(self.schedule)
 
     def know(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
