@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from sweeps.errors import InputError
 
 OBJECT_STORE_BYTES = 80 * 1024**2
 """Ray's least: nothing heavy goes through it."""
+GPU_SECONDS = 120.0
+"""How long a node gets to start a process, import torch and tell the memory of a GPU."""
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: no other machine can join."""
 
@@ -168,25 +170,35 @@ def make_worker(ray: Any, place: Place, own_trainer: bool) -> Any:
     return actor.remote(memory_share(demand.gpus), own_trainer)
 
 
-def cluster_nodes(ray: Any, *, memory_too: bool = False) -> list[Node]:
-    """The living nodes with what Ray may give of them; the memory of their GPUs, if asked, is looked up once a kind."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
+def cluster_nodes(ray: Any, *, memory_too: bool = False, barred: Collection[str] = ()) -> list[Node]:
+    """The living nodes that are not barred, with what Ray may give of them; the memory of their GPUs, if asked, is
+    looked up once a kind, and 0 where no node of the kind tells it."""
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in barred]
     memory: dict[str, int] = {}
     here, held = ray.get_runtime_context().get_node_id(), driver_cpus(ray)
+    kinds = {
+        node["NodeID"]: next((name for name in node["Resources"] if name.startswith("accelerator_type:")), "")
+        for node in alive
+        if node["Resources"].get("GPU")
+    }
+    for node_id, kind in kinds.items() if memory_too else ():
+        if kind not in memory:
+            with suppress(ray.exceptions.RayError):  # it may have died a moment ago: another of its kind is asked
+                memory[kind] = gpu_bytes(ray, node_id)
     found = []
     for node in alive:
-        resources = node["Resources"]
-        cpus = resources.get("CPU", 0.0) - (held if node["NodeID"] == here else 0.0)
-        kind = next((name for name in resources if name.startswith("accelerator_type:")), "")
-        gpus = resources.get("GPU", 0.0)
-        if memory_too and gpus and kind not in memory:
-            memory[kind] = gpu_bytes(ray, node["NodeID"])
-        found.append(Node(node["NodeID"], max(0.0, cpus), gpus, memory.get(kind, 0) if gpus else 0))
+        resources, node_id = node["Resources"], node["NodeID"]
+        cpus = resources.get("CPU", 0.0) - (held if node_id == here else 0.0)
+        found.append(Node(node_id, max(0.0, cpus), resources.get("GPU", 0.0), memory.get(kinds.get(node_id, "-"), 0)))
     return found
 
 
 def gpu_bytes(ray: Any, node_id: str) -> int:
-    """The memory of a GPU of a node, as a process on it sees it; 0 where none is seen: Ray was only told of GPUs."""
+    """The memory of a GPU of a node, as a process on it sees it; 0 where none is seen: Ray was only told of GPUs.
+
+    It takes nothing of the node's room, which another study's workers may hold for days. RayError where the node does
+    not answer in time.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def look() -> int:
@@ -195,5 +207,10 @@ def gpu_bytes(ray: Any, node_id: str) -> int:
         return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
 
     there = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-    task = ray.remote(num_gpus=0.01, num_cpus=1, max_retries=0, scheduling_strategy=there)(look)
-    return int(ray.get(task.remote()))
+    options = {"num_cpus": 0, "max_retries": 0, "max_calls": 1, "scheduling_strategy": there}
+    call = ray.remote(**options)(look).remote()
+    try:
+        return int(ray.get(call, timeout=GPU_SECONDS))
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(call, force=True)
+        raise

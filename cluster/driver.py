@@ -29,6 +29,8 @@ from cluster.progress import Progress, Tail, Tally, ended_words
 from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
+from cluster.shortage import Shortage
+from cluster.turns import Turns
 from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
@@ -100,7 +102,7 @@ def run_study(
                 )
                 for one in plan.cells:
                     if (result := states[one.cell.id].result) is not None:
-                        run.spend(one, result)
+                        run.know(one, result)
                 run.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 run.run(tally, address)
             else:
@@ -134,7 +136,8 @@ class _Run:
         self.base_dir = str(base_dir) if base_dir else None
         self.checkpoint_seconds, self.give_up_after, self.limit = checkpoint_seconds, give_up_after, workers
         self.fleet = Fleet()
-        self.schedule = Schedule(self.fleet, Bounds(units=workers, **dict(self.plan.study.limits)))
+        limits = self.plan.study.limits.model_dump(exclude={"priority"})
+        self.schedule = Schedule(self.fleet, Bounds(units=workers, **limits))
         seconds = {one: float(told["seconds_predicted"]) for one, told in predicted_seconds(store, self.plan).items()}
         self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one), seconds)
         self.usage = Usage(store, self.plan.study.name, claim.number)
@@ -161,7 +164,14 @@ class _Run:
         self.members: Members | None = None
         """The nodes of a cluster that was joined, and what lets them in."""
         self.gate: Gate | None = None
-        self.deserted = False
+        self.turns: Turns | None = None
+        self.late = 0
+        """Units that have waited long for their worker."""
+        self.before: str | None = None
+        """The study of others that goes first, if one does."""
+        self.shortage = Shortage()
+        self.gpu: str | None = None
+        """On which GPU cells of the study trained before, if they did."""
 
     def run(self, tally: Tally, address: str) -> None:
         self.began = time.monotonic()
@@ -173,7 +183,7 @@ class _Run:
         try:
             if address != "local":
                 self._meet_nodes(ray)
-            self._meet_cluster(ray)
+            self._meet_cluster(ray, address)
             self._settle_anew(tally)
             self._grow(tally)
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
@@ -196,18 +206,20 @@ class _Run:
             ray.shutdown()
             end_processes(self.family)
 
-    def _meet_cluster(self, ray: Any) -> None:
+    def _meet_cluster(self, ray: Any, address: str) -> None:
         """What the cluster has, and so what cells ask of it."""
-        own_trainer = bool(self.plan.study.trainer)
-        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer)
-        if self.members is not None:  # some of its nodes take no cells
+        own_trainer, barred = bool(self.plan.study.trainer), self.members.barred if self.members is not None else {}
+        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred)
+        if self.members is not None:
             self.members.follow(self.fleet, [], self.pool.gpu_bytes)
+            notes = self.pool.meet_gpus(self.gpu, self.members.scales, address)
+            self.ended += [f"note: {said}" for said in notes]
+        if self.pool.device == "cpu" and self.schedule.bounds.gpu_hours is not None:
+            self.ended.append("note: limits.gpu_hours holds nothing back: cells train on CPUs, which it does not count")
         cells = [*self.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
-        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):
-            words = "no node holds {} as {} asks: the autoscaler is asked for one that does"
-            self.ended += [f"note: {words.format(demand, demands[demand])}" for demand in beyond]
+        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):  # it is asked (_follow)
             self.schedule.check({demand: whose for demand, whose in demands.items() if demand not in beyond})
         else:
             self.schedule.check(demands)
@@ -227,6 +239,9 @@ class _Run:
                     return
                 self._look(tally)
                 self._follow()
+                if self.shortage.over is not None:
+                    tally.stopped = self.shortage.over
+                    return
             if dead := [process.name() for process in self.core if not runs(process)]:
                 tally.stopped = f"Ray is gone (its {dead[0]} died)"  # a call would wait for it for minutes, or for ever
                 return
@@ -234,7 +249,9 @@ class _Run:
                 return
             self.queue.look(hand.one.cell.id for hand in self._in_hands())
             self._grow(tally)
-            while self.wish is None and (unit := self.queue.take(time.monotonic(), self.pool.device)):
+            while self.wish is None and not (self.before and self.tasks):
+                if (unit := self.queue.take(time.monotonic(), self.pool.device)) is None:
+                    break
                 self._start(unit)
             if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
                 tally.stopped = why
@@ -300,15 +317,15 @@ class _Run:
         try:
             ray.get(handle)
             self.pool.keep(task.worker)
-        except ray.exceptions.RayTaskError as error:  # before the attempt could record its own error: a bug or the disk
-            self.pool.keep(task.worker)
-            for hand in task.hands:
-                self._record_death(hand, "infrastructure", str(error.cause).splitlines()[0])
-        except ray.exceptions.RayError as error:  # the worker died, or Ray killed it for want of memory
-            self.pool.lose(task.worker)
+        except ray.exceptions.RayError as error:
             kind, words = death(ray, error, task.start.place.node)
-            if kind == "preemption":  # nothing more goes there; _follow takes in again what has not died
+            if kind == "preemption":  # nothing more goes there, before Ray has noticed either
                 self.fleet.remove(task.start.place.node)
+                if self.members is not None:
+                    self.members.doubt(task.start.place.node)
+            # It lives where it raised an error before the attempt could record one: a bug, the disk, a rank's death.
+            lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
+            (self.pool.keep if lives else self.pool.lose)(task.worker)
             for hand in task.hands:
                 self._record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
@@ -370,12 +387,14 @@ class _Run:
         """Before anything trains: does every node on which a cell may land see the store?"""
         self.members = Members(ray)
         self.gate = Gate(self.members, self.store.root)
+        study = self.plan.study
+        self.turns = Turns(self.store, study.name, self.claim.number, self.members.head, study.limits.priority)
         self.ended += [f"note: {said}" for said in self.gate.open()]
 
     def _follow(self) -> None:
         """Nodes come and go: new ones get work, what is about to be taken away is left with a checkpoint, idle workers
-        are given back, and an autoscaler hears what waits."""
-        if self.members is None or self.gate is None:
+        are given back, an autoscaler hears what waits, and other studies have their turn."""
+        if self.members is None or self.gate is None or self.turns is None:
             return
         self.ended += [f"note: {said}" for said in self.gate.look()]
         busy = [one.place for one in self.schedule.running.values()]
@@ -384,16 +403,19 @@ class _Run:
             for task in self.tasks.values():
                 for hand in task.hands if task.start.place.node == node else ():
                     hand.ask_to_stop(why, "preemption")
-        self.pool.give_back(idle_seconds=IDLE_SECONDS)
+        self.turns.tell(self.late > 0)
+        if (before := self.turns.before()) is not None and before != self.before:
+            self.ended.append(f"note: study {before} waits for room: nothing is begun here beyond one unit meanwhile")
+        self.before = before
+        self.pool.give_back(idle_seconds=IDLE_SECONDS if before is None else 0.0)
         more = self.wish is None
-        asked = wanted(self.schedule, more=more)
+        asked, waiting = wanted(self.schedule, more=more), self.schedule.demands() if more else {}
         if more and not asked and self.search.goes_on():  # it tells its next trials when there is room for one
-            asked = [bundle(self.demand)]
+            asked, more_cells = [bundle(self.demand)], self.search.to_come()[0]
+            waiting = {self.demand: more_cells} if more_cells else {}
         self.members.ask(asked)
-        deserted = bool(asked) and not self.tasks and not self.fleet.holds_ever(self.demand)
-        if deserted and not self.deserted:
-            self.ended.append("note: no node could take a cell now; waiting for one to join (Ctrl-C ends the run)")
-        self.deserted = deserted
+        idle = not self.tasks and not self.elsewhere
+        self.ended += self.shortage.look(self.fleet, waiting, idle=idle, scales=self.members.scales)
 
     def _let_go(self, why: str) -> None:
         """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
@@ -426,11 +448,23 @@ class _Run:
         if self.elsewhere:
             self._settle_anew(tally)
         self.queue.look()
+        late, self.late = self.late, 0
         for task in self.tasks.values():
-            late = time.monotonic() - task.start.began > STARTING_SECONDS
-            if late and all(hand.attempt() is None for hand in task.hands):
-                self.pool.give_back(node=task.start.place.node)
+            if task.waits():
+                task.start.began = time.monotonic()  # what has no worker yet uses no GPU time
+                if task.start.began - task.given > STARTING_SECONDS:
+                    self.late += 1
+                    self.pool.give_back(node=task.start.place.node)
+        if self.late and not late:
+            words = "no worker yet after a minute: others may hold the room that Ray tells of, or starts are slow"
+            self.ended.append(f"note: {self.late} of {len(self.tasks)} units have {words}")
         self.usage.note(self.schedule)
+
+    def know(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
+        """A result is there from before this run."""
+        self.spend(one, result)
+        device = (result.get("numerics") or {}).get("device", "cpu")
+        self.gpu = self.gpu if device == "cpu" else device
 
     def spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""

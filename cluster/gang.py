@@ -31,8 +31,12 @@ TRAIN_SETTINGS = {
 
 def make_gang(ray: Any, demand: Demand, node: str | None = None) -> Any:
     """A new gang, unnamed, with a rank for each worker of a demand, on a node where it is given: a handle like that of
-    a worker."""
-    options = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+    a worker. Ray Train's controller goes where the gang is, so that all of it lives and dies with one node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+    if node is not None:
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
     return ray.remote(**options)(Gang).remote(demand.bundles(), node)
 
 

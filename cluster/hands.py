@@ -1,6 +1,7 @@
 """What workers have in hands: a cell, or several that train as one program, and how its driver follows each."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.leftovers import kill_worker
@@ -71,6 +72,12 @@ class Task:
     hands: list[Hand]
     start: Start
     """Its room, as the scheduling code gave it."""
+    given: float = field(default_factory=time.monotonic)
+    """When the worker got it."""
+
+    def waits(self) -> bool:
+        """Whether it has begun nothing: its worker starts, or has no room yet."""
+        return all(hand.attempt() is None for hand in self.hands)
 
     def fate(self) -> str | None:
         """Why the worker must be killed, if it must."""

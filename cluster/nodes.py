@@ -32,6 +32,8 @@ ASK_AGAIN_SECONDS = 30.0
 """Of drivers on one cluster, the one that asked the autoscaler last is heard: each asks again."""
 DYING_SECONDS = 1.0
 """Between the first and the last process of a machine that goes down."""
+DOUBT_SECONDS = 60.0
+"""How long a node on which a worker died with it gets no work although Ray says that it lives: Ray finds out late."""
 REPORT_SECONDS = 15.0
 """The monitor of a cluster that was just started reports within so long."""
 MOST_ASKED = 1000
@@ -85,7 +87,8 @@ def _notice(deadline_ms: int) -> str:
 
 
 def death(ray: Any, error: Exception, node: str) -> tuple[str, str]:
-    """(kind of end, what happened) of the death of a worker that was placed on a node; `error` is that of its call.
+    """(kind of end, what happened) of the death of a worker that was placed on a node, or of ranks of a gang that lives
+    for a moment more; `error` is that of its call.
 
     "preemption", where its node, or the one to which this driver is connected, died or is taken away, or the head does
     not answer: Ray ends the workers of a driver that it takes for dead. "out_of_memory", where Ray killed it for want
@@ -110,6 +113,8 @@ def death(ray: Any, error: Exception, node: str) -> tuple[str, str]:
         time.sleep(seconds)
         if not _answers(living[node]):
             return "preemption", f"its node died ({_first_line(error)})"
+    if isinstance(error, ray.exceptions.RayTaskError):
+        return "infrastructure", _first_line(error.cause)
     return "infrastructure", f"the worker died ({_first_line(error)})"
 
 
@@ -191,6 +196,8 @@ class Members:
         self._scales: bool | None = None
         self.barred: dict[str, str] = {}
         """Nodes on which no worker may start, and why."""
+        self._doubted: dict[str, float] = {}
+        """Nodes that are taken for dead, and until when."""
         self._nodes = living_nodes(ray)
         self._answered = time.monotonic()
         self._asked: tuple[float, list[Bundle]] = (0.0, [])
@@ -210,9 +217,15 @@ class Members:
             return "the node to which this driver was connected died"
         return None
 
+    def doubt(self, node_id: str) -> None:
+        """A worker died with this node, whatever Ray says."""
+        self._doubted[node_id] = time.monotonic() + DOUBT_SECONDS
+
     def living(self) -> list[LivingNode]:
-        """The nodes that lived at the last look; one that is barred says why it takes no work."""
-        return [replace(node, leaving=node.leaving or self.barred.get(node.id)) for node in self._nodes]
+        """The nodes that lived at the last look; one that takes no work says why."""
+        now = time.monotonic()
+        dead = {node: "its node is taken for dead" for node, until in self._doubted.items() if now < until}
+        return [replace(one, leaving=one.leaving or self.barred.get(one.id) or dead.get(one.id)) for one in self._nodes]
 
     def follow(self, fleet: Fleet, busy: Sequence[Place], gpu_bytes: int = 0) -> dict[str, str]:
         """Make a fleet's nodes those that take new work, each GPU of a new one with so many bytes; `busy` are the

@@ -6,12 +6,14 @@ given that room, idle workers there go first. So a cluster is never full of work
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.connection import cluster_nodes, make_worker
+from cluster.nodes import REPORT_SECONDS
 from cluster.placement import WHOLE, Demand, Fleet, Place, demand_of
+from sweeps.errors import InputError
 from sweeps.planned import PlannedCell
 
 
@@ -25,12 +27,20 @@ class _Kept:
 class Pool:
     """The workers of one run, by the node on which they are."""
 
-    def __init__(self, ray: Any, fleet: Fleet, cells: int, workers: int | None, own_trainer: bool) -> None:
-        """Adds the cluster's nodes to `fleet`. There are so many `cells` to train, each by so many `workers`, or as
-        many as hold it, and by the study's own trainer or by Escala's."""
+    def __init__(
+        self,
+        ray: Any,
+        fleet: Fleet,
+        cells: int,
+        workers: int | None,
+        own_trainer: bool,
+        barred: Collection[str] = (),
+    ) -> None:
+        """Adds the cluster's nodes to `fleet`, but for the barred ones. There are so many `cells` to train, each by so
+        many `workers`, or as many as hold it, and by the study's own trainer or by Escala's."""
         self._ray, self._fleet, self._workers, self._own_trainer = ray, fleet, workers, own_trainer
         self._kept: list[_Kept] = []
-        nodes = cluster_nodes(ray, memory_too=True)
+        nodes = cluster_nodes(ray, memory_too=True, barred=barred)
         for node in nodes:
             fleet.add(node)
         self.cores = int(sum(node.cpus for node in nodes))
@@ -38,6 +48,26 @@ class Pool:
         self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
         self._gpus_per_node = int(max((node.gpus for node in nodes), default=1))
         self._crowd = -(-cells // max(1, fleet.gpus))
+
+    def meet_gpus(self, before: str | None, scales: Callable[[float], bool], address: str) -> list[str]:
+        """Notes on the device of a joined cluster. `before` is the GPU on which cells of the study have trained, if
+        they have: that the last node with one is away must not move the others to CPUs. `scales` tells of an
+        autoscaler, and waits so long to hear of it; where there is none InputError is raised then."""
+        if self.device == "cuda":
+            return [] if self.gpu_bytes else ["no node tells the memory of its GPUs, so each cell gets a whole one"]
+        if before is None and scales(0.0):
+            return [
+                "no node with a GPU is up, so cells train on CPUs. If they are to train on GPUs, end this run and have "
+                "one such node up when the next begins"
+            ]
+        if before is not None:
+            if not scales(REPORT_SECONDS):
+                raise InputError(
+                    f"cells of this study have trained on a GPU ({before}), and no node at {address} has one now. Add "
+                    "one that has, or use --address local to go on on this machine."
+                )
+            self.device = "cuda"
+        return []
 
     def demand(self, one: PlannedCell) -> Demand:
         """What a cell asks for: a GPU, or a share of one where it fits and cells are many, if there are any."""

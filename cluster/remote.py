@@ -296,7 +296,7 @@ def simulate(
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = read_study(study, store, allow_code, False, create=not known)
     work = workload(place, planned, cluster, device=device, mfu=mfu, hardware=hardware)
-    bounds = Bounds(**dict(planned.study.limits))
+    bounds = Bounds(**planned.study.limits.model_dump(exclude={"priority"}))
     found = simulate(work.jobs, cluster, edges=work.edges, bounds=bounds, faults=faults)
     if as_json:
         told = {"study": planned.study.name, "cells": len(work.jobs), "gpus": gpus, "nodes": nodes}

@@ -160,6 +160,10 @@ class Schedule:
         """How many may start as soon as there is room."""
         return len(self._ranks)
 
+    def demands(self) -> dict[Demand, int]:
+        """How many are ready, by what they ask for."""
+        return {demand: len(ranks) for demand, ranks in self._groups.items() if ranks}
+
     def first(self, most: int) -> list[Demand]:
         """What those that are ready ask for, in their order, of so many at most."""
         ranks = heapq.nlargest(most, self._ranks.values())

@@ -6,6 +6,7 @@ will not come: a rank that meets an error of its own leaves its process, and the
 """
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+DYING_SECONDS = 1.0
+"""Between the first and the last process of a machine that goes down."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,14 @@ def join_ranks() -> Ranks:
 
 @contextmanager
 def hearing() -> Iterator[None]:
-    """ConnectionError, charged to the machines and not to the cell, where another rank is gone."""
+    """ConnectionError, charged to the machines and not to the cell, where another rank is gone.
+
+    It comes after a moment: on a machine that goes down this process does not live to say it, so that the driver can
+    tell that end, which no budget counts, from the death of one process."""
     try:
         yield
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
+        time.sleep(DYING_SECONDS)
         raise ConnectionError(f"a rank of the gang is gone ({str(error).splitlines()[0]})") from error

@@ -255,6 +255,9 @@ class Limits(Declared):
     gpu_hours: Positive | None = None
     """GPU-hours of its runs in all. No cell is begun once they are used up, or whose predicted time is more than is
     left; those that train then go on to their ends."""
+    priority: Whole = 0
+    """On a cluster and in a store that studies share: while one with a higher number waits for room, this one begins
+    nothing beyond one unit."""
 
 
 _FAMILY_FILE = re.compile(r".+\.py:\w+")

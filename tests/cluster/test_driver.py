@@ -15,6 +15,7 @@ from cluster.control import cancel, pause, resume
 from cluster.driver import Tally, run_study
 from cluster.ledger import register
 from cluster.progress import Progress
+from cluster.turns import Turns
 from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
@@ -206,16 +207,39 @@ def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_on
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = make_plan(3, 150)
-    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 3.0)
+    monkeypatch.setattr(pulse, "SILENCE_SECONDS", 10.0)
     monkeypatch.setattr(pulse, "LOOK_SECONDS", 0.2)
-    monkeypatch.setattr(pulse, "HANG_SECONDS", 6.0)
+    monkeypatch.setattr(pulse, "HANG_SECONDS", 20.0)
     (tmp_path / "hang-2").touch()
     (tmp_path / "slow").touch()
     tally = drive(plan, Once(trained, lambda: os.kill(pids(store, plan)[0], signal.SIGSTOP)))
     assert (tally.finished, tally.failed) == (3, {})
     said = [read_end(store, one, epoch) for one in ids(plan) for epoch in attempt_epochs(store, one)]
-    assert sorted(end[1] for end in said if end) == ["hung: no step for 6 s", "no sign of life for 3 s"]
+    assert sorted(end[1] for end in said if end) == ["hung: no step for 20 s", "no sign of life for 10 s"]
     assert_whole(store, plan, 150)
+
+
+def test_a_study_begins_one_unit_and_no_more_while_one_of_a_higher_priority_waits_for_room(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path, ray_address: str
+) -> None:
+    said: list[str] = []
+    together: list[int] = []
+    with Claim(store, "high") as claim:
+        high = Turns(store, "high", claim.number, ray_address, 1)
+        high.tell(True)
+        has_room = Once(lambda now: len(together) > 10 and trained(now), lambda: high.tell(False))
+        freed = Once(lambda now: has_room.done and len(now.running) == 2, hold.unlink)
+
+        def watch(progress: Progress) -> None:
+            said.extend(progress.ended)
+            if not has_room.done:
+                together.append(len(progress.running))
+            each(has_room, freed)(progress)
+
+        tally = drive(make_plan(3, 40, limits={"priority": 0}), watch)
+    assert set(together) <= {0, 1}
+    assert (tally.finished, tally.stopped, freed.done) == (3, None, True)
+    assert "note: study high (priority 1) waits for room: nothing is begun here beyond one unit meanwhile" in said
 
 
 def test_a_pause_stops_the_cells_with_a_checkpoint_until_it_is_lifted(

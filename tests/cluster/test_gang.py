@@ -23,7 +23,7 @@ STUDY: dict[str, Any] = {
     "corpus": {"source": "markov", "options": {"vocab_size": 8, "tokens": 200_000}},
     "context": 32,
     "families": ["llama"],
-    "grid": {"type": "points", "points": [{"size": 10_000, "tokens": 600 * 96}, {"size": 10_000, "tokens": 40 * 96}]},
+    "grid": {"type": "points", "points": [{"size": 10_000, "tokens": 1_800 * 96}, {"size": 10_000, "tokens": 40 * 96}]},
     "training": {"batch_tokens": 96},
     "workers": 2,
 }
@@ -48,7 +48,7 @@ def followers(pid: int) -> list[psutil.Process]:
 def test_a_study_with_two_workers_outlives_a_rank_and_equals_one_of_one_worker(
     store: Store, ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)  # the long cell trains for many of these
     plan = planned(store)
     long, short = sorted((one.cell for one in plan.cells), key=lambda cell: -cell.steps)
     killed: list[int] = []

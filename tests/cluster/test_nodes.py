@@ -15,7 +15,7 @@ import pytest
 from commandline import ROOT
 from raynodes import free_port, over, ray_node, wait_for
 
-from cluster import driver, nodes
+from cluster import driver, nodes, shortage
 from cluster.driver import Tally, run_study
 from cluster.progress import Progress
 from sweeps.corpora import make_source, prepare
@@ -76,14 +76,14 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def add_node(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Any]]:
-    """Adds nodes of one CPU, which are gone after the test."""
+def add_node(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Adds nodes of one CPU, or of so many, which are gone after the test."""
     added: list[Any] = []
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("ESCALA_BEAT_SECONDS", "0.25")
 
-    def add() -> Any:
-        added.append(cluster.add_node(**NODE))
+    def add(cpus: int = 1) -> Any:
+        added.append(cluster.add_node(**NODE | {"num_cpus": cpus}))
         return added[-1]
 
     yield add
@@ -193,7 +193,7 @@ def went_on_from(store: Store, cell_id: str) -> int:
 
 def test_the_cell_of_a_node_that_dies_goes_on_elsewhere_from_its_checkpoint_and_is_not_charged(
     cluster: Any,
-    add_node: Callable[[], Any],
+    add_node: Callable[..., Any],
     make_plan: Callable[[int], Plan],
     drive: Callable[..., Tally],
     store: Store,
@@ -221,6 +221,7 @@ def test_the_cell_of_a_node_that_dies_goes_on_elsewhere_from_its_checkpoint_and_
     tally = drive(plan, cluster.address, Watch((at_work(2), kill), make_room, go_on))
     assert (tally.finished, tally.failed, tally.stopped) == (2, {}, None)
     assert len(killed) == 1
+    assert len(ends(store, plan)) == 1, ends(store, plan)
     ((kind, why),) = ends(store, plan)
     assert (kind, "its node died" in why) == ("preemption", True), why
     assert len(attempt_epochs(store, plan.cells[0].cell.id)) == 2
@@ -228,9 +229,52 @@ def test_the_cell_of_a_node_that_dies_goes_on_elsewhere_from_its_checkpoint_and_
     assert_whole(store, plan)
 
 
+def gang_nodes(ray: Any) -> set[str]:
+    """The nodes of all that belongs to gangs: their actors, Ray Train's controllers and ranks."""
+    actors = ray._private.state.state.actor_table(None, None, "ALIVE").values()
+    kinds = ("Gang", "TrainController", "RayTrainWorker")
+    return {str(one["Address"]["NodeID"]) for one in actors if one["ActorClassName"].endswith(kinds)}
+
+
+def test_a_gang_lives_on_one_node_and_goes_with_it_uncharged(
+    cluster: Any,
+    add_node: Callable[..., Any],
+    drive: Callable[..., Tally],
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    source = {"source": "markov", "options": {"vocab_size": 8, "tokens": 60_000}}
+    grid = {"type": "points", "points": [{"size": 10_000, "tokens": 400 * BATCH}]}
+    declared = {"name": "s", "corpus": source, "context": 32, "families": ["llama"], "grid": grid, "workers": 2}
+    corpus = prepare(make_source("markov", None, source["options"]), "bytes", store.root)
+    plan = plan_study(Study.model_validate(declared | {"training": {"batch_tokens": BATCH}}), corpus)
+    (cell_id,) = [one.cell.id for one in plan.cells]
+    with monkeypatch.context() as armed:
+        armed.setenv("ESCALA_FAULT", "log.after_write:hang@17")  # its cell comes no further than a third
+        node = add_node(2)
+    lived_on: list[set[str]] = []
+
+    def held(_: Progress) -> bool:
+        return bool(attempt_epochs(store, cell_id)) and len(read_metrics(store, cell_id)) == 17
+
+    def kill() -> None:
+        lived_on.append(gang_nodes(ray))
+        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        add_node(2)
+
+    tally = drive(plan, cluster.address, Watch((held, kill)))
+    assert (tally.finished, tally.failed, tally.stopped) == (1, {}, None)
+    assert lived_on == [{node.node_id}]
+    ((kind, why),) = ends(store, plan)
+    assert (kind, "its node died" in why) == ("preemption", True), why
+    assert read_json(store.attempt(cell_id, 1) / "heartbeat.json")["resumed_from"] > 0
+
+
 def test_a_node_that_joins_gets_work_and_one_that_is_drained_is_left_with_a_checkpoint(
     cluster: Any,
-    add_node: Callable[[], Any],
+    add_node: Callable[..., Any],
     make_plan: Callable[[int], Plan],
     drive: Callable[..., Tally],
     store: Store,
@@ -258,6 +302,27 @@ def test_a_node_that_joins_gets_work_and_one_that_is_drained_is_left_with_a_chec
     assert_whole(store, plan)
 
 
+def test_a_run_whose_last_node_is_gone_says_what_waits_and_does_not_wait_for_ever(
+    cluster: Any,
+    add_node: Callable[..., Any],
+    make_plan: Callable[[int], Plan],
+    drive: Callable[..., Tally],
+    store: Store,
+    hold: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shortage, "JOIN_SECONDS", 1.0)
+    node, plan = add_node(), make_plan(2)
+    kill = Watch((at_work(1), lambda: os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGKILL)))
+    tally = drive(plan, cluster.address, kill)
+    asked = "2 cells wait for 1 worker with 0 GPU and 1 CPU"
+    assert tally.stopped is not None
+    assert tally.stopped.startswith(f"{asked}, and no node that holds that joined in 1s. Add such a node")
+    assert [said for said in kill.said if said.startswith(f"note: {asked}, and no node holds that now: waiting")]
+    assert (tally.finished, tally.planned, tally.failed) == (0, 2, {})
+    assert {kind for kind, _ in ends(store, plan)} <= {"preemption"}
+
+
 def test_what_no_node_can_ever_hold_is_refused_and_the_largest_node_is_named(
     cluster: Any, make_plan: Callable[[int], Plan], drive: Callable[..., Tally], store: Store
 ) -> None:
@@ -269,7 +334,7 @@ def test_what_no_node_can_ever_hold_is_refused_and_the_largest_node_is_named(
 
 def test_where_a_node_has_another_folder_in_the_stores_place_no_cell_goes_there_and_no_run_begins(
     cluster: Any,
-    add_node: Callable[[], Any],
+    add_node: Callable[..., Any],
     make_plan: Callable[[int], Plan],
     drive: Callable[..., Tally],
     store: Store,

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from commandline import ROOT
 
-from cluster import driver, pool
-from cluster.connection import cluster_nodes
+from cluster import connection, driver, pool
+from cluster.connection import cluster_nodes, gpu_bytes, start_ray
 from cluster.driver import Tally, run_study
-from cluster.placement import Node, demand_of
+from cluster.placement import Demand, Fleet, Node, demand_of
+from cluster.pool import Pool
 from sweeps.corpora import make_source, prepare
+from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
 from sweeps.memory import demand as bytes_of
 from sweeps.store import Store, open_store
@@ -150,3 +152,45 @@ def test_a_budget_of_gpu_hours_ends_a_run_and_holds_over_the_next(
     assert used[0] >= 0.4 * tally.finished
     again = drive(make_plan(4, SIZES[:1], limits={"gpu_hours": 1e-5}))
     assert (again.finished, again.planned) == (0, tally.planned)
+
+
+def test_the_memory_of_a_gpu_is_told_by_a_node_that_another_study_fills(
+    gpu_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "GPU_SECONDS", 300.0)
+    ray = start_ray(gpu_address)
+    try:
+        node = next(one for one in cluster_nodes(ray) if one.gpus)
+        assert [one.id for one in cluster_nodes(ray, barred=[node.id])].count(node.id) == 0
+
+        class Other:
+            def here(self) -> str:
+                return str(ray.get_runtime_context().get_node_id())
+
+        others = [ray.remote(num_cpus=4, num_gpus=1)(Other).remote() for _ in range(2)]
+        assert node.id in ray.get([one.here.remote() for one in others])
+        assert gpu_bytes(ray, node.id) == 0, "a logical GPU has none"
+    finally:
+        ray.shutdown()
+
+
+def pool_of(monkeypatch: pytest.MonkeyPatch, node: Node) -> Pool:
+    monkeypatch.setattr(pool, "cluster_nodes", lambda _, **__: [node])
+    return Pool(None, Fleet(), 1, 1, False)
+
+
+def test_a_study_that_trained_on_gpus_is_not_moved_to_cpus_where_the_last_gpu_is_away(
+    make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = make_plan(1).cells[0]
+    made = pool_of(monkeypatch, Node("head", 8))
+    with pytest.raises(InputError, match=r"have trained on a GPU \(H100\), and no node at head:6379 has one now. Add"):
+        made.meet_gpus("H100", lambda _: False, "head:6379")
+    assert made.meet_gpus(None, lambda _: False, "head:6379") == []
+    (said,) = made.meet_gpus(None, lambda _: True, "head:6379")
+    assert said.startswith("no node with a GPU is up, so cells train on CPUs")
+    assert made.demand(one) == Demand(1)
+    assert made.meet_gpus("H100", lambda _: True, "head:6379") == []
+    assert made.demand(one) == Demand(1, 1.0), "the autoscaler is asked for a GPU"
+    (said,) = pool_of(monkeypatch, Node("gpus", 8, 2)).meet_gpus("H100", lambda _: False, "head:6379")
+    assert said == "no node tells the memory of its GPUs, so each cell gets a whole one"

@@ -132,8 +132,8 @@ def test_stacks_of_trunks_and_branches_survive_a_killed_worker(
 ) -> None:
     monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
-    points = [{"size": 10_000, "tokens": 256 * steps} for steps in (100, 400)]
-    plan = make_plan(stack=3, grid={"type": "points", "points": points})
+    points = [{"size": 10_000, "tokens": 256 * steps} for steps in (100, 1_600)]  # the kill hits the last 1,400
+    plan = make_plan(stack=3, corpus=SOURCE | {"repeat": True}, grid={"type": "points", "points": points})
     killed: list[int] = []
 
     def watch(progress: Progress) -> None:
@@ -145,7 +145,7 @@ def test_stacks_of_trunks_and_branches_survive_a_killed_worker(
     tally = run_study(store, plan, b"", watch=watch, address=ray_address, workers=1, checkpoint_seconds=0.2)
     assert killed
     assert (tally.finished, tally.failed, tally.stopped) == (6, {}, None)
-    trunks = {one.cell.seed: one.cell.id for one in plan.cells if one.cell.steps == 400}
+    trunks = {one.cell.seed: one.cell.id for one in plan.cells if one.cell.steps == 1_600}
     for one in plan.cells:
         result = cell_state(store, one.cell.id).result
         assert result is not None

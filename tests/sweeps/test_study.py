@@ -128,6 +128,7 @@ seeds: []
         ("limits: {flops: 0}", "limits.flops: found 0; "),
         ("limits: {gpu_hours: 0.0}", "limits.gpu_hours: found 0.0; "),
         ("limits: {cells: 1.5}", "limits.cells: found 1.5; "),
+        ("limits: {priority: 0.5}", "limits.priority: found 0.5; "),
         ("limits: {gpu_hour: 5}", 'limits.gpu_hour: unknown key (did you mean "gpu_hours"?)'),
     ],
 )
