@@ -263,7 +263,7 @@ def test_gp_asks_apart_from_trials_that_run(store: Store, make_plan: Callable[..
     drive(store, plan, most=STARTUP_TRIALS)
     Searching(store, plan).grow(4)  # all at once: none knows how another ends
     asked = sorted(math.log10(rate) for rate in settings(store, plan)[STARTUP_TRIALS:])
-    assert min(b - a for a, b in itertools.pairwise(asked)) > 0.01, "decades"
+    assert min(b - a for a, b in itertools.pairwise(asked)) > 1e-3, "decades"
 
 
 # --- budget ------------------------------------------------------------------------------------------------------
