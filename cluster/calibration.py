@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.connection import cluster_nodes, start_ray
+from cluster.connection import cluster_nodes, start_ray, stop_ray
 from cluster.hardware import kind_of, local_kind, processor
 from cluster.leftovers import descendants, end_processes
 from cluster.placement import Demand, Fleet
@@ -86,7 +86,7 @@ def calibrate(
             f"a worker died while it timed ({str(error).splitlines()[0]}). Try fewer: --workers."
         ) from None
     finally:
-        ray.shutdown()
+        stop_ray(ray)
         if address == "local":
             end_processes(family | (descendants() - before))
     return [_keep(store, kind, found) for kind, found in sorted(answers.items())]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.connection import start_ray
+from cluster.connection import start_ray, stop_ray
 from cluster.doctor import LOW_DISK_BYTES, Finding
 from cluster.nodeprobe import Probes, Report, caution, obstacle, this_process
 from cluster.nodes import has_autoscaler, living_nodes
@@ -44,7 +44,7 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
         for report in reports:
             findings += examine(report, here, root)
     finally:
-        ray.shutdown()
+        stop_ray(ray)
     return [*findings, _auth(address), _mlflow(store, tracking_uri)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from cluster.claims import Claim
-from cluster.connection import start_ray
+from cluster.connection import start_ray, stop_ray
 from cluster.control import read_wish
 from cluster.estimate import predicted_seconds
 from cluster.hands import Hand, Task, display_name, take_up
@@ -203,7 +203,7 @@ class _Run:
                 if self.gate is not None and self.members is not None:
                     self.gate.close()
                     self.members.close()
-            ray.shutdown()
+            stop_ray(ray)
             end_processes(self.family)
 
     def _meet_cluster(self, ray: Any, address: str) -> None:

@@ -1,6 +1,11 @@
-"""An address at which no cluster answers is said at once, in one sentence."""
+"""An address at which no cluster answers is said at once, in one sentence; and leaving Ray does not end the process."""
+
+import os
+import subprocess
+import sys
 
 import pytest
+from commandline import ROOT
 from faultproxy import free_port
 
 from cluster import connection
@@ -19,3 +24,42 @@ def test_a_cluster_that_has_ended_is_said_at_once_where_ray_still_has_a_note_of_
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would retry for a minute"))
     with pytest.raises(InputError, match=rf":{port}, which is 'auto' here: .*Connection refused.*correct --address"):
         connection._start("auto", None)
+
+
+LEAVING = """
+import gc, threading
+from cluster.connection import start_ray, stop_ray
+
+class Knot:
+    pass
+
+def allocate():  # as the mirror's thread does: now and then it makes Python collect
+    while True:
+        kept = [[] for _ in range(100)]
+
+ray, shutdown, found = start_ray("local", 1), None, []
+knot = Knot()
+knot.itself, knot.reference = knot, ray.put(1)
+del knot
+gc.callbacks.append(lambda phase, _: found.append(phase) if shutdown else None)
+threading.Thread(target=allocate, daemon=True).start()
+original = ray.shutdown
+
+def shutdown_watched():
+    global shutdown
+    shutdown = True
+    original()
+    shutdown = False
+
+ray.shutdown = shutdown_watched
+stop_ray(ray)
+print(len(found), gc.isenabled())
+"""
+
+
+def test_no_garbage_is_collected_while_ray_shuts_down_which_would_end_the_process() -> (
+    None
+):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    run = subprocess.run([sys.executable, "-c", LEAVING], env=environment, capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, "0 True\n"), run.stderr

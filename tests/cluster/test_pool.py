@@ -171,7 +171,7 @@ def test_the_memory_of_a_gpu_is_told_by_a_node_that_another_study_fills(
         assert node.id in ray.get([one.here.remote() for one in others])
         assert gpu_bytes(ray, node.id) == 0, "a logical GPU has none"
     finally:
-        ray.shutdown()
+        stop_ray(ray)
 
 
 def pool_of(monkeypatch: pytest.MonkeyPatch, node: Node) -> Pool:
