@@ -57,9 +57,7 @@ print(len(found), gc.isenabled())
 """
 
 
-def test_no_garbage_is_collected_while_ray_shuts_down_which_would_end_the_process() -> (
-    None
-):
+def test_no_garbage_is_collected_while_ray_shuts_down_which_would_end_the_process() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     run = subprocess.run([sys.executable, "-c", LEAVING], env=environment, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout) == (0, "0 True\n"), run.stderr

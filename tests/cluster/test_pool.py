@@ -15,7 +15,7 @@ import pytest
 from commandline import ROOT
 
 from cluster import connection, driver, pool
-from cluster.connection import cluster_nodes, gpu_bytes, start_ray
+from cluster.connection import cluster_nodes, gpu_bytes, start_ray, stop_ray
 from cluster.driver import Tally, run_study
 from cluster.placement import Demand, Fleet, Node, demand_of
 from cluster.pool import Pool
