@@ -174,7 +174,12 @@ def test_an_edited_recipe_begins_a_search_of_its_own(store: Store, make_plan: Ca
 
 def test_a_setting_that_makes_no_cell_fails_its_trial_alone(store: Store, make_plan: Callable[..., Plan]) -> None:
     space = {"cooldown_fraction": {"categorical": [0.2, 0.9, 0.3]}}
-    broken = make_plan(space=space, training={"schedule": "wsd", "warmup_tokens": 20_000}, trials=8)
+    broken = make_plan(
+        space=space,
+        training={"schedule": "wsd", "warmup_tokens": 20_000},
+        trials=8,
+        start=[{"cooldown_fraction": f} for f in (0.9, 0.2, 0.3)],
+    )
     drive(store, broken)
     states = {(one.setting["cooldown_fraction"], one.state) for one in trials(store, broken)}
     assert states == {(0.2, "COMPLETE"), (0.3, "COMPLETE"), (0.9, "FAIL")}
