@@ -179,11 +179,8 @@ def _ladder(
 
 
 def _split(width: int, heads_per_kv: int) -> tuple[int, float]:
-    """(heads, misfit) for a width, heads 0 where it does not split well into heads of 16, 32, 64 or 128; below a width
-    of 32 into two, of 8 at least. Attention costs by the head: narrow ones make a step of a small model up to twice as
-    long.
-    """
-    ideal = min(max(8, width // 2), 16) if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
+    """(heads, misfit) for a width, heads 0 where it does not split well into heads of 8, 16, 32, 64 or 128."""
+    ideal = 8 if width < 64 else 16 if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
     even = 2 if width < 512 else 8  # rotary turns pairs; wide models want what attention kernels like
     best = (0, math.inf)
     for head_dim in range(even, 2 * ideal, even):
