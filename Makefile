@@ -10,8 +10,10 @@ demo: .venv/demo
 	$(BIN)/escala fit quickstart
 	$(BIN)/escala report quickstart
 
+# What of the tests; by default all.
+TESTS ?=
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
