@@ -22,10 +22,14 @@ GPU_SECONDS = 120.0
 """How long a node gets to start a process, import torch and tell the memory of a GPU."""
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: no other machine can join."""
+_mode_is_ours = False
+"""Whether RAY_AUTH_MODE was set for the Ray that was started last from this process, and not by the user."""
 
 
 def start_ray(address: str, workers: int | None = None) -> Any:
     """Start Ray on this machine ("local") or join a cluster; returns the ray module. InputError where it fails."""
+    global _mode_is_ours
+    told = "RAY_AUTH_MODE" in os.environ
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray keeps its auth token under HOME; where that cannot be written, one that lives as long as this process will do.
@@ -38,6 +42,7 @@ def start_ray(address: str, workers: int | None = None) -> Any:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
     with _on_loopback() if address == "local" else nullcontext():
         ray = _start(address, workers)
+    _mode_is_ours = not told and "RAY_AUTH_MODE" in os.environ
     _protect_token()  # Ray makes one where there was none, for everybody to read
     return ray
 
@@ -76,7 +81,7 @@ def _start(address: str, workers: int | None) -> Any:
 
 
 def stop_ray(ray: Any) -> None:
-    """Leave a cluster, or end a Ray of one's own.
+    """Leave a cluster, or end a Ray of one's own. This process may join another then, with token or without.
 
     A reference to one of Ray's objects that dies while Ray shuts down ends this process at once, with exit code 1 and
     without a word; and a garbage collection, which may find one, comes in whatever thread allocates. So all garbage
@@ -90,6 +95,18 @@ def stop_ray(ray: Any) -> None:
     finally:
         if collects:
             gc.enable()
+    if _mode_is_ours:
+        _forget_token(ray)
+
+
+def _forget_token(ray: Any) -> None:
+    """A Ray of one's own turned token auth on in this process; a cluster without would take its driver for dead."""
+    global _mode_is_ours
+    _mode_is_ours = False
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray._raylet.Config.initialize("")  # Ray's own copies of the mode and of the token
+    ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+    del os.environ["RAY_AUTH_MODE"]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from commandline import ROOT
 from faultproxy import free_port
 
 from cluster import connection
+from cluster.connection import start_ray, stop_ray
 from sweeps.errors import InputError
 
 
@@ -61,3 +62,19 @@ def test_no_garbage_is_collected_while_ray_shuts_down_which_would_end_the_proces
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     run = subprocess.run([sys.executable, "-c", LEAVING], env=environment, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout) == (0, "0 True\n"), run.stderr
+
+
+def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_that_had_one(
+    ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Worker:
+        def answer(self) -> int:
+            return 42
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    stop_ray(start_ray("local", 1))
+    ray = start_ray(ray_address)
+    try:
+        assert ray.get(ray.remote(num_cpus=1)(Worker).remote().answer.remote(), timeout=120) == 42
+    finally:
+        stop_ray(ray)
