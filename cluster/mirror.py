@@ -1,9 +1,10 @@
 """The mirror: ships the logs of cells to MLflow, one run per cell and study, without training ever waiting for it.
 
-One thread in the driver reads complete log lines, sends them in batches and keeps what the server acknowledged in the
-study's mirror.json. The first committed value of a (cell, key, step) wins: rows that an earlier attempt has logged are
-not sent again. A batch that is sent twice has the same timestamps and adds nothing, so delivery is exactly once: after
-a fault, a lost reply or a crash the mirror goes back to the last acknowledged offset and sends again.
+A thread in the driver reads complete log lines, sends them in batches, of several cells at once, and keeps what the
+server acknowledged in the study's mirror.json. The first committed value of a (cell, key, step) wins: rows that an
+earlier attempt has logged are not sent again. A batch that is sent twice has the same timestamps and adds nothing, so
+delivery is exactly once: after a fault, a lost reply or a crash the mirror goes back to the last acknowledged offset
+and sends again.
 
 A cell that the server refuses rests for a while and is named; the others go on. A server that is gone is asked again
 after 2, 4, ... 60 seconds, and gets what it missed.
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
+SENDERS = 4
+"""Cells that are sent to a server at once: what a pass waits for is the server and the way to it. The database in a
+store takes one writer."""
+TURN = 16
+"""Cells between two looks at whether to go on."""
 BATCH = 950
 """Metrics a request: MLflow takes 1,000 metrics, params and tags together."""
 INTERVAL_SECONDS = 2.0
@@ -77,6 +84,7 @@ class Mirror:
         self._rows = Rows(store)
         self._rests: dict[str, _Rest] = {}
         self._found: dict[str, list[Run]] | None = None
+        self._searching = threading.Lock()
         self._replaced: dict[str, list[Run]] = {}
         self._reached: Reached | None = None
         self._saved = self._looked = float("-inf")
@@ -182,32 +190,44 @@ class Mirror:
         if not self._state["parent"] and not self._attempt("the study's run", self._show_parent, faults):
             return False
         order = sorted(self._open, key=lambda cell_id: (cell_id in self._rests, cell_id))
-        for number, cell_id in enumerate(order):
-            rest = self._rests.get(cell_id)
-            if rest and not final and time.monotonic() < rest.until:
-                faults.append(rest.fault)
-                continue
-            if not self._holds(faults):
-                return False
-            if self._stopping.is_set() and not final:
-                return True
-            count = len(faults)
-            answers = self._attempt(f"cell {cell_id}", partial(self._sync_cell, cell_id), faults)
-            if len(faults) == count:
-                self._rests.pop(cell_id, None)
-            else:
-                self._rows.forget(cell_id)  # it gave out what was not acknowledged
-                self._state["doubtful"][cell_id] = time.time()
-                self._changed = True
-                if not answers:
+        gone = threading.Event()
+        # its threads are daemons, unlike those of concurrent.futures: one that hangs does not keep the process
+        with ThreadPool(SENDERS if self.tracking_uri.startswith("http") else 1) as senders:
+            for first in range(0, len(order), TURN):
+                turn = order[first : first + TURN]
+                told = senders.imap(partial(self._sync_or_rest, final=final, gone=gone), turn)
+                for number, found in enumerate(told, first + 1):
+                    faults += found
+                    if progress:
+                        progress("bringing MLflow up to date", number / len(order))
+                if gone.is_set() or not self._holds(faults):
                     return False
-                seconds = min(2 * rest.seconds, LONGEST_SECONDS) if rest else INTERVAL_SECONDS
-                self._rests[cell_id] = _Rest(time.monotonic() + seconds, seconds, faults[-1])
-            if time.monotonic() - self._saved > SAVE_SECONDS:
-                self._attempt("mirror.json", self._save, faults)
-            if progress:
-                progress("bringing MLflow up to date", (number + 1) / len(order))
+                if self._stopping.is_set() and not final:
+                    return True
+                if time.monotonic() - self._saved > SAVE_SECONDS:
+                    self._attempt("mirror.json", self._save, faults)
         return True
+
+    def _sync_or_rest(self, cell_id: str, *, final: bool, gone: threading.Event) -> list[str]:
+        """Sync a cell, unless it rests; what did not get through. Sets `gone` where the server does not answer."""
+        faults: list[str] = []
+        rest = self._rests.get(cell_id)
+        if rest and not final and time.monotonic() < rest.until:
+            return [rest.fault]
+        if gone.is_set() or not self.holds() or (self._stopping.is_set() and not final):
+            return []
+        if not self._attempt(f"cell {cell_id}", partial(self._sync_cell, cell_id), faults):
+            gone.set()
+        if not faults:
+            self._rests.pop(cell_id, None)
+            return []
+        self._rows.forget(cell_id)  # it gave out what was not acknowledged
+        self._state["doubtful"][cell_id] = time.time()
+        self._changed = True
+        if not gone.is_set():
+            seconds = min(2 * rest.seconds, LONGEST_SECONDS) if rest else INTERVAL_SECONDS
+            self._rests[cell_id] = _Rest(time.monotonic() + seconds, seconds, faults[-1])
+        return faults
 
     def _attempt(self, what: str, work: Callable[[], None], faults: list[str]) -> bool:
         """Do one thing; a fault is noted under its name. False where the server does not answer any more."""
@@ -333,8 +353,9 @@ class Mirror:
 
     def _take_run(self, cell_id: str) -> Json:
         """The cell's one run, noted; found by its tag where a fault came between its making and our note of it."""
-        if self._found is None:
-            self._found = self._search()
+        with self._searching:
+            if self._found is None:
+                self._found = self._search()
         doubtful = cell_id in self._state["doubtful"]
         run = keep_one(self._client, self._runs_of(cell_id) if doubtful else self._found.get(cell_id, []))
         new = run is None
