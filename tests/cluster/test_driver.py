@@ -20,9 +20,17 @@ from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
 from sweeps.records import read_json, write_json
-from sweeps.store import Store, attempt_epochs, begin_attempt, cell_state, forgive, open_store, read_end
-
-from sweeps.store import read_metrics, record_error  # isort: skip
+from sweeps.store import (
+    Store,
+    attempt_epochs,
+    begin_attempt,
+    cell_state,
+    forgive,
+    open_store,
+    read_end,
+    read_metrics,
+    record_error,
+)
 from sweeps.study import Study
 from sweeps.units import flops as in_words
 
@@ -381,6 +389,15 @@ def test_a_limit_of_cells_at_once_is_kept(make_plan: Callable[..., Plan], drive:
 
     assert drive(plan, watch).finished == 3
     assert most == 1
+
+
+def test_a_budget_of_gpu_hours_is_said_to_hold_nothing_back_where_cells_train_on_cpus(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally]
+) -> None:
+    said: list[str] = []
+    tally = drive(make_plan(1, 40, limits={"gpu_hours": 1e-9}), lambda progress: said.extend(progress.ended))
+    assert (tally.finished, tally.stopped) == (1, None)
+    assert [one for one in said if "limits.gpu_hours holds nothing back: cells train on CPUs" in one]
 
 
 def test_a_budget_of_flops_ends_the_run_in_words_and_a_larger_one_goes_on(
