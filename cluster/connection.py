@@ -40,8 +40,14 @@ def start_ray(address: str, workers: int | None = None) -> Any:
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
-    with _on_loopback() if address == "local" else nullcontext():
-        ray = _start(address, workers)
+    _tell_ray_the_mode()
+    try:
+        with _on_loopback() if address == "local" else nullcontext():
+            ray = _start(address, workers)
+    except BaseException:
+        if not told:
+            os.environ.pop("RAY_AUTH_MODE", None)
+        raise
     _mode_is_ours = not told and "RAY_AUTH_MODE" in os.environ
     _protect_token()  # Ray makes one where there was none, for everybody to read
     return ray
@@ -87,6 +93,7 @@ def stop_ray(ray: Any) -> None:
     without a word; and a garbage collection, which may find one, comes in whatever thread allocates. So all garbage
     goes before, and none while it lasts.
     """
+    global _mode_is_ours
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -95,18 +102,24 @@ def stop_ray(ray: Any) -> None:
     finally:
         if collects:
             gc.enable()
-    if _mode_is_ours:
-        _forget_token(ray)
+    if _mode_is_ours:  # and not that of the next, nor of this process's children
+        os.environ.pop("RAY_AUTH_MODE", None)
+        _mode_is_ours = False
 
 
-def _forget_token(ray: Any) -> None:
-    """A Ray of one's own turned token auth on in this process; a cluster without would take its driver for dead."""
-    global _mode_is_ours
-    _mode_is_ours = False
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    ray._raylet.Config.initialize("")  # Ray's own copies of the mode and of the token
+def _tell_ray_the_mode() -> None:
+    """Ray keeps copies of the mode and of the token: those of a Ray of one's own, which turns token auth on, or of what
+    was set before. A cluster without would take such a driver for dead."""
+    if "ray" not in sys.modules:  # it will read them at its import
+        return
+    import ray
+
+    told = "RAY_AUTH_MODE" in os.environ
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray._raylet.Config.initialize("")
     ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
-    del os.environ["RAY_AUTH_MODE"]
+    if not told:
+        del os.environ["RAY_AUTH_MODE"]
 
 
 @contextmanager

@@ -13,9 +13,9 @@ after 2, 4, ... 60 seconds, and gets what it missed.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -24,6 +24,7 @@ from cluster.cellruns import STATUS, difference_tag, peoples_tags, run_name, run
 from cluster.parent import parent_run, show_parent
 from cluster.rows import Chunk, Rows
 from cluster.tracking import Reached, find_runs, is_gone, keep_one, reach, words
+from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.records import Json, read_json, write_json
 from sweeps.store import CellState, Store, cell_state, read_cell, read_plan, read_quarantine
@@ -84,7 +85,6 @@ class Mirror:
         self._rows = Rows(store)
         self._rests: dict[str, _Rest] = {}
         self._found: dict[str, list[Run]] | None = None
-        self._searching = threading.Lock()
         self._replaced: dict[str, list[Run]] = {}
         self._reached: Reached | None = None
         self._saved = self._looked = float("-inf")
@@ -189,32 +189,66 @@ class Mirror:
     def _sync_cells(self, final: bool, faults: list[str], progress: Callable[[str, float], None] | None) -> bool:
         if not self._state["parent"] and not self._attempt("the study's run", self._show_parent, faults):
             return False
+        if self._found is None and not self._cells.keys() >= self._open:
+            count, answers = len(faults), self._attempt("the runs in MLflow", self._find_runs, faults)
+            if len(faults) > count:
+                return answers
         order = sorted(self._open, key=lambda cell_id: (cell_id in self._rests, cell_id))
-        gone = threading.Event()
-        # its threads are daemons, unlike those of concurrent.futures: one that hangs does not keep the process
-        with ThreadPool(SENDERS if self.tracking_uri.startswith("http") else 1) as senders:
-            for first in range(0, len(order), TURN):
-                turn = order[first : first + TURN]
-                told = senders.imap(partial(self._sync_or_rest, final=final, gone=gone), turn)
-                for number, found in enumerate(told, first + 1):
-                    faults += found
-                    if progress:
-                        progress("bringing MLflow up to date", number / len(order))
-                if gone.is_set() or not self._holds(faults):
-                    return False
-                if self._stopping.is_set() and not final:
-                    return True
-                if time.monotonic() - self._saved > SAVE_SECONDS:
-                    self._attempt("mirror.json", self._save, faults)
+        gone, done = threading.Event(), 0
+
+        def tell() -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress("bringing MLflow up to date", done / len(order))
+
+        for first in range(0, len(order), TURN):
+            self._sync_turn(order[first : first + TURN], final, gone, tell, faults)
+            if gone.is_set() or not self._holds(faults):
+                return False
+            if self._stopping.is_set() and not final:
+                return True
+            if time.monotonic() - self._saved > SAVE_SECONDS:
+                self._attempt("mirror.json", self._save, faults)
         return True
 
-    def _sync_or_rest(self, cell_id: str, *, final: bool, gone: threading.Event) -> list[str]:
+    def _sync_turn(
+        self, turn: Sequence[str], final: bool, gone: threading.Event, tell: Callable[[], None], faults: list[str]
+    ) -> None:
+        """Sync these cells, several at once where a server takes them; what did not get through goes to `faults`."""
+        cells, lock = iter(turn), threading.Lock()
+
+        def work() -> None:
+            for cell_id in cells:  # each goes to one thread
+                found = self._sync_or_rest(cell_id, final, gone)
+                with lock:
+                    faults.extend(found)
+                    tell()
+
+        others: list[threading.Thread] = []
+        try:
+            with suppress(RuntimeError):  # no room for more threads: this one does it all
+                while self.tracking_uri.startswith("http") and len(others) < min(SENDERS, len(turn)) - 1:
+                    # a daemon, unlike those of concurrent.futures: a request that hangs does not keep the process
+                    one = threading.Thread(target=work, name="escala-sender", daemon=True)
+                    one.start()
+                    others.append(one)
+            work()
+            for one in others:
+                one.join()
+        except BaseException:  # Ctrl-C: what is under way may end, nothing more begins
+            gone.set()
+            for one in others:
+                one.join(INTERVAL_SECONDS)
+            raise
+
+    def _sync_or_rest(self, cell_id: str, final: bool, gone: threading.Event) -> list[str]:
         """Sync a cell, unless it rests; what did not get through. Sets `gone` where the server does not answer."""
         faults: list[str] = []
         rest = self._rests.get(cell_id)
         if rest and not final and time.monotonic() < rest.until:
             return [rest.fault]
-        if gone.is_set() or not self.holds() or (self._stopping.is_set() and not final):
+        if gone.is_set() or not self._holds([]) or (self._stopping.is_set() and not final):
             return []
         if not self._attempt(f"cell {cell_id}", partial(self._sync_cell, cell_id), faults):
             gone.set()
@@ -242,10 +276,19 @@ class Mirror:
         return True
 
     def _holds(self, faults: list[str]) -> bool:
-        if self.holds():
-            return True
-        faults.append("another driver has taken the study over; this one writes nothing more to MLflow")
+        try:
+            if self.holds():
+                return True
+            faults.append("another driver has taken the study over; this one writes nothing more to MLflow")
+        except (InputError, OSError) as error:
+            faults.append(f"whether another driver has taken the study over cannot be told: {error}")
         return False
+
+    def _must_hold(self) -> None:
+        """Before each request of a cell, since this process may have slept in the one before."""
+        lost: list[str] = []
+        if not self._holds(lost):
+            raise ConnectionError(lost[0])
 
     def _say(self, faults: Sequence[str]) -> None:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -287,6 +330,7 @@ class Mirror:
             self._ship_log(cell_id, kept, state)
             status = STATUS.get(state.state, "KILLED")
             if kept.get("status") != status:
+                self._must_hold()
                 if status == "RUNNING":
                     self._client.update_run(kept["run_id"], status=status)
                 else:
@@ -334,6 +378,7 @@ class Mirror:
             said = tags if tags and batch is batches[-1] else {}
             if not (batch or given or said):
                 continue
+            self._must_hold()
             fault("mirror.before_log_batch")
             self._client.log_batch(
                 kept["run_id"],
@@ -353,11 +398,9 @@ class Mirror:
 
     def _take_run(self, cell_id: str) -> Json:
         """The cell's one run, noted; found by its tag where a fault came between its making and our note of it."""
-        with self._searching:
-            if self._found is None:
-                self._found = self._search()
         doubtful = cell_id in self._state["doubtful"]
-        run = keep_one(self._client, self._runs_of(cell_id) if doubtful else self._found.get(cell_id, []))
+        known = (self._found or {}).get(cell_id, [])
+        run = keep_one(self._client, self._runs_of(cell_id) if doubtful else known)
         new = run is None
         if run is None:
             mark = read_quarantine(self.store, self.study).get(cell_id)
@@ -394,6 +437,9 @@ class Mirror:
         found = find_runs(self._client, self._state["experiment_id"], f"tags.`escala.cell` = '{cell_id}'")
         replaced = {run.info.run_id for run in self._replaced.get(cell_id, [])}
         return [run for run in found if run.info.run_id not in replaced]
+
+    def _find_runs(self) -> None:
+        self._found = self._search()
 
     def _search(self) -> dict[str, list["Run"]]:
         """All runs of the planned cells, by cell."""

@@ -11,6 +11,7 @@ Every point is listed in POINTS, so that a test can try them all: a crash that n
 import errno
 import os
 import signal
+import threading
 import time
 
 POINTS = {
@@ -63,11 +64,14 @@ def arm(text: str) -> None:
 
 
 def _trip(point: str) -> None:
-    action, left = _armed[point]
-    if left > 1:
-        _armed[point] = (action, left - 1)
+    with _counting:
+        action, left = _armed.get(point, ("", 0))
+        if left > 1:
+            _armed[point] = (action, left - 1)
+        else:
+            _armed.pop(point, None)
+    if left != 1:
         return
-    del _armed[point]
     if action == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "hang":
@@ -89,4 +93,5 @@ def _read(text: str) -> dict[str, tuple[str, int]]:
     return armed
 
 
+_counting = threading.Lock()
 _armed = _read(os.environ.get("ESCALA_FAULT", ""))

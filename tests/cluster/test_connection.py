@@ -78,3 +78,33 @@ def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_that_had_on
         assert ray.get(ray.remote(num_cpus=1)(Worker).remote().answer.remote(), timeout=120) == 42
     finally:
         stop_ray(ray)
+
+
+@pytest.mark.parametrize(("told", "mode"), [(None, 0), ("token", 1), ("disabled", 0)])
+def test_ray_is_told_the_mode_of_now_not_that_of_a_ray_before(
+    told: str | None, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._raylet import Config, get_authentication_mode
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled" if mode else "token")
+    Config.initialize("")
+    assert get_authentication_mode() != mode
+    if told is None:
+        monkeypatch.delenv("RAY_AUTH_MODE")
+    else:
+        monkeypatch.setenv("RAY_AUTH_MODE", told)
+    connection._tell_ray_the_mode()
+    assert get_authentication_mode() == mode
+    assert os.environ.get("RAY_AUTH_MODE") == told
+
+
+def test_a_ray_that_does_not_start_leaves_no_token_mode_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # as ray.init does before it starts anything
+        raise InputError("no room")
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(connection, "_start", fails)
+    with pytest.raises(InputError, match="no room"):
+        start_ray("local")
+    assert "RAY_AUTH_MODE" not in os.environ

@@ -24,6 +24,7 @@ from mirroring import (
 
 import cluster.mirror as mirrors
 from cluster.sync import sync_study
+from sweeps.errors import InputError
 from sweeps.records import append_rows, read_json
 from sweeps.store import Store
 
@@ -182,6 +183,34 @@ def test_a_mirror_that_dies_or_loses_a_reply_at_any_point_is_carried_on_by_the_n
     assert ended.returncode == (-9 if action == "crash" else 1), ended.stderr
     assert sync_study(store, name, mlflow_server.uri) is None
     assert_exact(mlflow_server, store, name)
+
+
+def test_where_no_more_threads_can_be_had_one_sends_all(
+    study: tuple[Store, str], mlflow_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store, name = study
+    mirror = connected(store, name, mlflow_server.uri)
+    with monkeypatch.context() as patched:
+        patched.setattr(mirrors.threading.Thread, "start", refused)
+        assert mirror.sync()
+    assert mirror.fault is None
+    assert_exact(mlflow_server, store, name)
+
+
+def test_where_it_cannot_be_told_whose_the_study_is_nothing_is_written_and_that_is_said(
+    study: tuple[Store, str], mlflow_server: Server
+) -> None:
+    def unreadable() -> bool:
+        raise InputError("driver-0.json cannot be read")
+
+    store, name = study
+    mirror = connected(store, name, mlflow_server.uri, holds=unreadable)
+    assert not mirror.sync()
+    assert "cannot be told: driver-0.json cannot be read" in str(mirror.fault)
+    assert active_runs(mlflow_server, name) == []
 
 
 def test_a_superseded_mirror_writes_nothing_more(
