@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sweeps.accounting import Shape
+from sweeps.attention import pad_heads
 from sweeps.cell import Cell
 from sweeps.families import Family, build_model
 from sweeps.parametrisation import LAYOUTS, Parametrisation, TensorFactors, factors, role
@@ -21,6 +22,7 @@ def make_model(family: Family, cell: Cell) -> torch.nn.Module:
     """The cell's model with its initial weights, on the CPU. Raises InputError as `build_model` does."""
     model = build_model(family, cell.shape, init_std=cell.init_std, seed=cell.seed, options=dict(cell.options))
     parametrise(model, cell.family, cell.shape, cell.parametrisation)
+    pad_heads(model)
     return model
 
 

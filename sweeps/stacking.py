@@ -6,22 +6,19 @@ table's, row by row: own rate and decay, a checkpoint in solo format, and a memb
 stepped any more. What a stack must never do is let a number of one member reach another.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import scaled_dot_product_attention
 
+from sweeps.attention import stackable
 from sweeps.cell import Optimizer
 from sweeps.losses import Loss, MeanLoss
 from sweeps.parametrisation import TensorFactors
 from sweeps.table import Table
-
-ATTENTION = "escala_stacked"
-"""Our attention's name in transformers."""
 
 
 class Solo:
@@ -100,7 +97,7 @@ class Stack:
         parts = batches.split(micro_batch, dim=1)
         total: torch.Tensor | None = None
         for part in parts:
-            with amplify, _stackable(self.models[0]):
+            with amplify, stackable(self.models[0]):
                 losses = torch.vmap(partial(functional_call, self._loss))(self._parameters, (part,))
             if len(parts) > 1:
                 losses = losses * (part.shape[1] / batches.shape[1])
@@ -127,68 +124,3 @@ def _load(model: torch.nn.Module, table: Table, row: int, state: Mapping[str, An
 def precision(name: str, device: torch.device) -> AbstractContextManager[Any]:
     """float32 throughout, or bfloat16 matmuls over float32 weights."""
     return torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
-
-
-# --- attention ---------------------------------------------------------------------------------------------------
-
-
-class _Folded(torch.autograd.Function):
-    """Fused attention of all members as one larger batch: on a CPU it has no batching rule and would loop."""
-
-    @staticmethod
-    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        raise AssertionError("only for use under vmap")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, query: Any, key: Any, value: Any, scale: float) -> Any:
-        query, key, value = (
-            (one.movedim(axis, 0) if axis is not None else one.expand(info.batch_size, *one.shape)).flatten(0, 1)
-            for one, axis in zip((query, key, value), in_dims, strict=False)
-        )
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
-        return mixed.unflatten(0, (info.batch_size, -1)), 0
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention over (sequences, heads, tokens, head_dim), as transformers calls it."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _Folded.apply(query, key, value, scale).transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def _stackable(model: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile the model, if it is one of transformers', attends through `_Folded` and runs experts without loops
-    whose length depends on the data."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa":
-        yield
-        return
-    _register()
-    config._attn_implementation, config._experts_implementation = ATTENTION, "batched_mm"
-    try:
-        yield
-    finally:
-        config._attn_implementation, config._experts_implementation = "sdpa", "eager"
-
-
-def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    if ATTENTION not in AttentionInterface().valid_keys():
-        AttentionInterface.register(ATTENTION, _attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)

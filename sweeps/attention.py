@@ -1,0 +1,133 @@
+"""Attention of the library's models, where Escala's own way to the fused kernel is faster or the only one.
+
+- Heads of 6, 10 or 14 are not whole vectors of a CPU, and its fused attention takes up to twice as long over them: they
+  are padded to 16 with zeros, which add nothing to a product.
+- The members of a stack: fused attention on a CPU has no batching rule under `vmap` and would loop over them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+PADDED, STACKED = "escala_padded", "escala_stacked"
+"""Our attentions' names in transformers."""
+LANES = 16
+"""What narrow heads are padded to."""
+
+
+def pays_to_pad(head_dim: int) -> bool:
+    """Whether fused attention on a CPU is faster over heads padded to `LANES`."""
+    return head_dim < LANES and head_dim % 4 != 0
+
+
+def pad_heads(model: torch.nn.Module) -> None:
+    """Let a model of transformers' attend over padded heads while it is on a CPU, if its heads are of such a width."""
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", 0)
+    if getattr(config, "_attn_implementation", None) == "sdpa" and heads and pays_to_pad(config.hidden_size // heads):
+        _register()
+        config._attn_implementation = PADDED
+
+
+@contextmanager
+def stackable(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile the model, if it is one of transformers', attends through `_Folded` and runs experts without loops
+    whose length depends on the data."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if before not in ("sdpa", PADDED):
+        yield
+        return
+    _register()
+    config._attn_implementation, config._experts_implementation = STACKED, "batched_mm"
+    try:
+        yield
+    finally:
+        config._attn_implementation, config._experts_implementation = before, "eager"
+
+
+class _Folded(torch.autograd.Function):
+    """Fused attention of all members as one larger batch."""
+
+    @staticmethod
+    def forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        raise AssertionError("only for use under vmap")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, query: Any, key: Any, value: Any, scale: float) -> Any:
+        query, key, value = (
+            (one.movedim(axis, 0) if axis is not None else one.expand(info.batch_size, *one.shape)).flatten(0, 1)
+            for one, axis in zip((query, key, value), in_dims, strict=False)
+        )
+        return _causal(query, key, value, scale).unflatten(0, (info.batch_size, -1)), 0
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention over (sequences, heads, tokens, head_dim)."""
+    width = query.shape[-1]
+    if query.device.type == "cpu" and pays_to_pad(width):
+        query, key, value = (pad(one, (0, LANES - width)) for one in (query, key, value))
+    mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    return mixed[..., :width]
+
+
+def _padded(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it."""
+    if query.device.type != "cpu":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    mixed = _causal(*_grouped(query, key, value), _scale(query, scaling))
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _stacked(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it, under vmap."""
+    mixed = _Folded.apply(*_grouped(query, key, value), _scale(query, scaling))
+    return mixed.transpose(1, 2).contiguous(), None
+
+
+def _grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values that several heads share, once for each of these."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return query, key, value
+
+
+def _scale(query: torch.Tensor, scaling: float | None) -> float:
+    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    for name, function in ((PADDED, _padded), (STACKED, _stacked)):
+        if name not in AttentionInterface().valid_keys():
+            AttentionInterface.register(name, function)
+            AttentionMaskInterface.register(name, sdpa_mask)
