@@ -18,6 +18,7 @@ from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops
 from sweeps.evaluation import evaluate, spread_windows
 from sweeps.families import FAMILIES, build_model
+from sweeps.models import make_model
 from sweeps.records import read_json
 from sweeps.schedules import evaluation_steps
 from sweeps.stacking import Solo
@@ -99,7 +100,7 @@ def test_the_final_loss_is_over_as_many_tokens_as_the_cell_asks_for(corpus: Corp
     windows = spread_windows(corpus.validation_windows(CONTEXT), CONTEXT, cell.validation_tokens)
     assert outcome.document_tokens is not None
     assert outcome.document_tokens.sum() == len(windows) * CONTEXT == cell.validation_tokens
-    model = build_model(FAMILIES["llama"], cell.shape, init_std=0.05, seed=0)
+    model = make_model(FAMILIES["llama"], cell)  # with the attention that training has
     model.load_state_dict(io.last_state["model"])
     whole = evaluate(model, corpus, CONTEXT, torch.device("cpu"), torch.no_grad())
     assert outcome.val_loss_final == pytest.approx(whole.subset_loss(windows, CONTEXT), rel=1e-9)
