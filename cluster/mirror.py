@@ -248,7 +248,7 @@ class Mirror:
         rest = self._rests.get(cell_id)
         if rest and not final and time.monotonic() < rest.until:
             return [rest.fault]
-        if gone.is_set() or not self._holds([]) or (self._stopping.is_set() and not final):
+        if gone.is_set() or self._lost() is not None or (self._stopping.is_set() and not final):
             return []
         if not self._attempt(f"cell {cell_id}", partial(self._sync_cell, cell_id), faults):
             gone.set()
@@ -276,19 +276,22 @@ class Mirror:
         return True
 
     def _holds(self, faults: list[str]) -> bool:
+        if (why := self._lost()) is not None:
+            faults.append(why)
+        return why is None
+
+    def _lost(self) -> str | None:
+        """Why nothing more may be written, if so."""
         try:
-            if self.holds():
-                return True
-            faults.append("another driver has taken the study over; this one writes nothing more to MLflow")
+            held = self.holds()
         except (InputError, OSError) as error:
-            faults.append(f"whether another driver has taken the study over cannot be told: {error}")
-        return False
+            return f"whether another driver has taken the study over cannot be told: {error}"
+        return None if held else "another driver has taken the study over; this one writes nothing more to MLflow"
 
     def _must_hold(self) -> None:
         """Before each request of a cell, since this process may have slept in the one before."""
-        lost: list[str] = []
-        if not self._holds(lost):
-            raise ConnectionError(lost[0])
+        if (why := self._lost()) is not None:
+            raise ConnectionError(why)
 
     def _say(self, faults: Sequence[str]) -> None:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -415,9 +418,9 @@ class Mirror:
             fault("mirror.before_create_run")
             run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
             fault("mirror.after_create_run")
-            if not self.holds():  # it was frozen since it looked, and its successor may have made one
+            if (why := self._lost()) is not None:  # it was frozen since it looked, and its successor may have made one
                 self._client.delete_run(run.info.run_id)
-                raise ConnectionError("another driver has taken the study over")
+                raise ConnectionError(why)
             self._state["quarantine"] |= {cell_id: marked} if marked else {}
         kept = {"run_id": run.info.run_id, "attempt": 0, "offset": 0, "state": None, "status": run.info.status}
         kept["params"] = not new and bool(run.data.params)

@@ -5,8 +5,9 @@
 - The members of a stack: fused attention on a CPU has no batching rule under `vmap` and would loop over them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     return mixed[..., :width]
 
 
-def _padded(
+def _attend(
+    causal: Callable[..., torch.Tensor],
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -86,27 +88,9 @@ def _padded(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it."""
-    if query.device.type != "cpu":
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-    mixed = _causal(*_grouped(query, key, value), _scale(query, scaling))
-    return mixed.transpose(1, 2).contiguous(), None
-
-
-def _stacked(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """As transformers calls it, under vmap."""
-    mixed = _Folded.apply(*_grouped(query, key, value), _scale(query, scaling))
-    return mixed.transpose(1, 2).contiguous(), None
+    """As transformers calls it, but for `causal`: the way to attend."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return causal(*_grouped(query, key, value), scale).transpose(1, 2).contiguous(), None
 
 
 def _grouped(
@@ -119,15 +103,11 @@ def _grouped(
     return query, key, value
 
 
-def _scale(query: torch.Tensor, scaling: float | None) -> float:
-    return float(query.shape[-1] ** -0.5) if scaling is None else scaling
-
-
 def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    for name, function in ((PADDED, _padded), (STACKED, _stacked)):
+    for name, causal in ((PADDED, _causal), (STACKED, _Folded.apply)):
         if name not in AttentionInterface().valid_keys():
-            AttentionInterface.register(name, function)
+            AttentionInterface.register(name, partial(_attend, causal))
             AttentionMaskInterface.register(name, sdpa_mask)

@@ -1,5 +1,4 @@
-"""Padded heads compute what plain ones do, in every family, alone and in a stack, and where nothing is gained no model
-has them."""
+"""Padded heads compute what plain ones do, in every family, and where nothing is gained no model has them."""
 
 from typing import Any
 
