@@ -3,6 +3,7 @@
 Imports are inside the commands, so that `escala --help` answers at once and nothing that only plans loads torch.
 """
 
+import gc
 import json
 import os
 import sys
@@ -546,6 +547,7 @@ def main() -> None:
     """Run the command line. Bad input is one message on stderr and exit code 2."""
     from sweeps.errors import InputError
 
+    gc.set_threshold(50_000)  # pandas, MLflow and Ray make a million objects that stay, as sweeps/loading.py says
     try:
         app()
     except BrokenPipeError:
@@ -560,6 +562,8 @@ def main() -> None:
     except KeyboardInterrupt:
         say("interrupted", file=sys.stderr)
         sys.exit(1)
+    finally:
+        gc.freeze()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ It writes to the store and returns a few words; losses never travel through Ray.
 from pathlib import Path
 from typing import Any
 
+from sweeps.devices import keep_freed_memory
+from sweeps.loading import loading
 from sweeps.store import Store
 
 
@@ -16,14 +18,13 @@ class Worker:
         """`memory_share`: of its GPU's memory, where it has one. `own_trainer`: a study's own trains its cells."""
         # Imported when the worker starts, so that its first cell does not wait for it. The models' code takes longer
         # than all else together, and a trainer that Escala does not know may have no use for it.
-        import torch
+        with loading():
+            import torch
 
-        if not own_trainer:
-            import transformers.modeling_utils  # noqa: F401
+            if not own_trainer:
+                import transformers.modeling_utils  # noqa: F401
 
-            import sweeps.training  # noqa: F401
-        from sweeps.devices import keep_freed_memory
-
+                import sweeps.training  # noqa: F401
         keep_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(memory_share)
