@@ -124,7 +124,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
     note = (
         f"<p class=note>Tuned: the {tuned} the {names} tried at a size. Default: "
         f"{escape(default)}. Compute: how many times more of it the default needs to reach the tuned loss along the "
-        "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95 % intervals.</p>"
+        "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95% intervals.</p>"
     )
     head = [*labels, "N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
     return title + f"<p>{best_worth(found)}</p>" + note + page.table(head, rows) + _verdicts(found.verdicts)

@@ -38,7 +38,7 @@ ERROR_BOUND = 0.02
 """Mean error of a predicted loss up to which a ratio counts as supported: half of what Choshen et al. call good."""
 HOLDS = 0.6
 """Intervals hold where at least so much of what their level promises lies inside. Runs at one cut miss together, so a
-share near the level cannot be asked for: on simulated studies of a law that holds, 5 % of ratios fell below this."""
+share near the level cannot be asked for: on simulated studies of a law that holds, 5% of ratios fell below this."""
 RESAMPLES = 200
 _TOO_POOR = ("too_few_runs", "too_few_levels", "one_path")
 """Refusals that are about the number and placing of the runs that were fitted."""
@@ -136,7 +136,7 @@ class Backtest:
         return error, inside, sum(weights)
 
     def supports(self, law: str) -> float:
-        """The largest ratio up to which a law's mean error stays within 2 % and its intervals hold; see `at_ratio`.
+        """The largest ratio up to which a law's mean error stays within 2% and its intervals hold; see `at_ratio`.
 
         Intervals hold where the share of runs inside them is at least .6 of their level. 1.0 if the smallest ratio
         fails already; NaN where fewer than three runs could be scored at every ratio, or where the number is refused.

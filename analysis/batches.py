@@ -33,7 +33,7 @@ class CriticalBatch:
     group: {"family", "N"}. target: nats per token. points: batch_tokens, learning_rate (the best at that batch; NaN
     where it changes with length), tokens, steps, error (standard error of ln tokens), fitted (tokens; NaN for small
     batches that took more than larger ones). batch: B_crit in tokens; tokens, steps: E_min and S_min. beyond_linear:
-    the batch whose steps exceed linear scaling from the best batch of the sweep by 20 % (Zhang et al. 2024), by
+    the batch whose steps exceed linear scaling from the best batch of the sweep by 20% (Zhang et al. 2024), by
     interpolation and without the curve. scatter: of ln tokens about the curve.
     draws: ln B_crit and ln E_min under noise, (resamples, 2).
     """

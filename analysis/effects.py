@@ -18,7 +18,7 @@ from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Verdict
 RESAMPLES = 1000
 """Of the noise, on a grid."""
 FORESTS = 20
-"""Resamples of a search's trials, each with a forest of its own seed: a 95 % interval is then all but their range."""
+"""Resamples of a search's trials, each with a forest of its own seed: a 95% interval is then all but their range."""
 TREES, TREES_RESAMPLED = 64, 8
 """Of the forest on all trials, and of those on resamples: Optuna takes 2 s over 64 trees of 400 trials."""
 BEST, LEAST_BEST = 0.1, 5
@@ -27,7 +27,7 @@ BEST, LEAST_BEST = 0.1, 5
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one evaluator says. Shares are fractions with their spread: a 95 % interval over noise or resamples.
+    """What one evaluator says. Shares are fractions with their spread: a 95% interval over noise or resamples.
 
     evaluator: its name. region: what its numbers are about, the whole space or the better part of the trials.
     shares: by parameter, of the loss's variance that the parameter explains alone (on a grid of the variance beyond
@@ -147,7 +147,7 @@ def surrogate_effects(
     )
     best = Evaluation(
         evaluator=f"PED-ANOVA (Optuna {version})",
-        region=f"the best {100 * quantile:.0f} % of the settings against all",
+        region=f"the best {100 * quantile:.0f}% of the settings against all",
         shares=_spread(names, np.array(ped), level),
     )
     return fanova, best

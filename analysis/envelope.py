@@ -109,7 +109,7 @@ def fit_curve_envelope(
     curves: one row per logged point with cell, N, D, C (of the whole run), tokens and the column `loss` (nats per
         token); compute so far is the column `flops`, else C tokens / D.
     constant_rate: whether the rate was constant. By default the logged `learning_rate` tells: a curve is constant if,
-        from where it first comes within 1 % of its peak (the end of warm-up), it never leaves that again. Points of
+        from where it first comes within 1% of its peak (the end of warm-up), it never leaves that again. Points of
         the warm-up are left out. True or False overrule it.
     params, targets: as for `fit_envelope`. resamples: of the bootstrap over cells, those of one trunk together:
         where each size has one curve it drops whole sizes, and its intervals are wide rather than narrow.

@@ -59,7 +59,7 @@ def fit(
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.
     objective: of the residuals of ln loss: huber, lad (least absolute deviations), l2, student (4 degrees of freedom).
     threshold: Huber's, and the scale of Student's t, in ln loss; by default 1.5 times the noise, measured between
-        seeds, else robustly from the residuals. 1e-3 is Hoffmann's, which at .5 % noise is nearly lad.
+        seeds, else robustly from the residuals. 1e-3 is Hoffmann's, which at .5% noise is nearly lad.
     raw: residuals of the response itself in place of its logarithm.
     fixed: parameters held at a value. drop_worst: leave out so many of the worst-fitting runs (a verdict says so).
     resample: where intervals come from. noise: a parametric bootstrap with the seeds' noise, or the residuals' scale;

@@ -35,7 +35,7 @@ class Forecast:
 
     budget, C: the budget left out and its realised compute, FLOPs. extrapolation: C over the dearest C fitted.
     N_predicted, N_found: the best size; N_error = found / predicted - 1; N_inside: whether the two agree within their
-    95 % intervals taken together (None where either has none). sizes: the losses, size by size; intervals are for a
+    95% intervals taken together (None where either has none). sizes: the losses, size by size; intervals are for a
     new run, noise included. loss_*: the same at the minimum. isoflop, chinchilla: the fits without that budget.
     """
 

@@ -135,7 +135,7 @@ def pictures(found: Hyperparameters) -> list[Picture]:
         )
         every.append(Picture(name="critical-batch", figure=batch_curves(found.batches.sweeps), caption=caption))
     for order, one in enumerate(found.importances):
-        caption = f"Which hyperparameters the loss depends on, {_place(one.group)}. Lines are 95 % intervals."
+        caption = f"Which hyperparameters the loss depends on, {_place(one.group)}. Lines are 95% intervals."
         every.append(Picture(name=f"importance-{order}", figure=importance_bars(one), caption=caption))
     for kind, (audit, _) in found.audits.items():
         if np.isfinite(audit.cells["ratio"].astype(float)).any():
@@ -152,7 +152,7 @@ def _sweep_pictures(found: Sensitivity) -> Iterator[Picture]:
     yield Picture(
         name="learning-rates",
         figure=sweep_plots.fans(found.optima),
-        caption="Final loss against learning rate. Filled points are fitted, diamonds the optima with 95 % intervals; "
+        caption="Final loss against learning rate. Filled points are fitted, diamonds the optima with 95% intervals; "
         "crosses on the upper edge are runs that diverged.",
     )
     axes = found.optima[0].axes
@@ -167,7 +167,7 @@ def _sweep_pictures(found: Sensitivity) -> Iterator[Picture]:
             name=f"best-{axis.replace('_', '-')}",
             figure=sweep_plots.optimum_moves(found, axis),
             caption=f"The best {sweep_page.WORDS[axis]} against size, tokens and, where it varies, the batch, with "
-            "95 % intervals. The dashed line is the fitted power law with its 95 % band, the other variables at a "
+            "95% intervals. The dashed line is the fitted power law with its 95% band, the other variables at a "
             "middle value of theirs.",
         )
 
@@ -182,7 +182,7 @@ def _transfer_words(one: Transfer) -> str:
     widths = one.optima["width"]
     return (
         f"From width {widths.min():.0f} to {widths.max():.0f} the best learning rate of {name} "
-        f"{'moves' if one.moves else 'stays'}: it goes as width<sup>{one.slope.value:.2f}</sup> (95 % interval "
+        f"{'moves' if one.moves else 'stays'}: it goes as width<sup>{one.slope.value:.2f}</sup> (95% interval "
         f"{page.interval(one.slope.interval)})."
     )
 
@@ -197,7 +197,7 @@ def _transfer_section(transfers: Sequence[Transfer]) -> str:
             )
     note = "<p class=note>A parametrisation transfers when the interval of its power of width holds 0.</p>"
     lines = "".join(f"<p>{_transfer_words(one)}</p>" for one in transfers)
-    table = page.table(["parametrisation", "width", "best learning rate", "95 % interval"], rows)
+    table = page.table(["parametrisation", "width", "best learning rate", "95% interval"], rows)
     said = page.verdicts((one.parametrisation, v) for one in transfers for v in one.verdicts)
     return "<h3>Does the best learning rate stay when a model grows wider?</h3>" + lines + note + table + said
 
@@ -231,7 +231,7 @@ def _batch_section(found: CriticalBatches, noise: Sequence[NoiseScale]) -> str:
         ]
         for one in found.sweeps
     ]
-    head = ["N", "target loss", "critical batch (tokens)", "fewest tokens", "20 % beyond linear"]
+    head = ["N", "target loss", "critical batch (tokens)", "fewest tokens", "20% beyond linear"]
     scales = [[human(one.group["N"]), human(one.group["batch_tokens"]), page.estimate(one.batch)] for one in noise]
     told = page.table(["N", "batch (tokens)", "noise scale (tokens)"], scales) if scales else ""
     said: list[Verdict] = [*found.verdicts, *(v for one in found.sweeps for v in one.verdicts)]

@@ -36,7 +36,7 @@ def importance_bars(result: Importance) -> Figure:
         axes.grid(visible=False, axis="y")
         axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6), xlim=(0.0, 1.16))
         axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}%"))
     for axes, one in zip(panels, evaluations):
         shares: dict[str, Estimate] = {**one.shares, **one.interactions, "rest": one.rest}
         for place, name in enumerate(rows):
@@ -50,13 +50,13 @@ def importance_bars(result: Importance) -> Figure:
             if np.isfinite(share.interval).all():
                 axes.plot(share.interval, [place, place], color=INK, lw=1.4, solid_capstyle="butt")
                 end = max(end, share.interval[1])
-            axes.text(end + 0.015, place, f"{100 * share.value:.2g} %", va="center", fontsize=8, color=INK)
+            axes.text(end + 0.015, place, f"{100 * share.value:.2g}%", va="center", fontsize=8, color=INK)
         name = one.evaluator.replace(" (", "\n(")
         axes.set_title(f"{name}\n{one.region}", fontsize=9, loc="left")
     if evaluations:
         spread = any(np.isfinite(one.interval).all() for e in evaluations for one in e.shares.values())
         share_of = "share of the loss's variance" if len(evaluations) == 1 else "share"
-        picture.supxlabel(share_of + (" (line: 95 %)" if spread else " (no spread: no replicates)"), fontsize=9)
+        picture.supxlabel(share_of + (" (line: 95%)" if spread else " (no spread: no replicates)"), fontsize=9)
     else:
         message = next((v.message for v in result.verdicts if v.severity == "refuse"), "no importance")
         panels[0].text(0.5, 0.5, message, transform=panels[0].transAxes, ha="center", color=GREY, wrap=True, fontsize=9)
@@ -92,8 +92,8 @@ def batch_curves(sweeps: Sequence[CriticalBatch]) -> Figure:
         axes.plot(one.batch.value, height, "D", color=INK, mfc="white", ms=6, zorder=5)
         if np.isfinite(one.beyond_linear.value):
             axes.plot(one.beyond_linear.value, 1.2 * y.min(), "x", color=ORANGE, ms=7, mew=1.6, zorder=5)
-    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="B_crit, 95 % (at 2 E_min)")
-    axes.plot([], [], "x", color=ORANGE, ms=7, mew=1.6, label="20 % beyond linear scaling")
+    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="B_crit, 95% (at 2 E_min)")
+    axes.plot([], [], "x", color=ORANGE, ms=7, mew=1.6, label="20% beyond linear scaling")
     axes.set(xscale="log", yscale="log", xlabel="batch (tokens a step)", ylabel="tokens to the target loss")
     human_ticks(axes)
     human_ticks(axes, "y")

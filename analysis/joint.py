@@ -26,7 +26,7 @@ from analysis.resampling import trunk_labels
 MIN_PAIRS = 5
 """Fewer pairs than this cannot tell how much of their noise is shared."""
 PATH_SPREAD = 0.2
-"""Runs within about 20 % of one line in (ln C, ln D/N) show nothing across it."""
+"""Runs within about 20% of one line in (ln C, ln D/N) show nothing across it."""
 MIN_WIDE = 12
 """Runs of both recipes together that a surface of two terms needs; fewer get the one of a single term."""
 MIN_BEND = 10.0
@@ -279,7 +279,7 @@ def _descend(
 
 
 def bend(joint: Joint, straight: Solution, freedom: float) -> tuple[Joint, Solution]:
-    """The same with a term of c^2 in g, where its t value is clear (0.1 %): a line would then be wrong at its ends."""
+    """The same with a term of c^2 in g, where its t value is clear (0.1%): a line would then be wrong at its ends."""
     if freedom < MIN_BEND:
         return joint, straight
     bent = replace(joint, powers=np.vstack([joint.powers, (2, 0)]))

@@ -19,7 +19,7 @@ from analysis.solver import Solution, descend
 from analysis.verdicts import Verdict, plural
 
 PATH_SPREAD = 0.2
-"""Runs within about 20 % of one line in (ln N, ln D) cannot tell two terms apart."""
+"""Runs within about 20% of one line in (ln N, ln D) cannot tell two terms apart."""
 RANK = 1e-7
 """Singular values of the scaled Jacobian below this share of the largest are no information."""
 OUTLIER_SHARE, OUTLIER_SCALES = 0.03, 3.0
@@ -112,7 +112,7 @@ def _edges(problem: Problem, robust: Robust, best: Solution) -> list[Verdict]:
             held.append(mask)
     _, values = descend(problem, robust, np.array(starts), held=np.array(held), rounds=150)
     worse = likelihood_drop(problem, robust, values, best.objective).reshape(len(free), 2)
-    limit = chdtri(1, 0.05) / 2.0  # 1.92: the profile-likelihood bound at 95 %
+    limit = chdtri(1, 0.05) / 2.0  # 1.92: the profile-likelihood bound at 95%
     names, terms = problem.law.names, problem.law.terms
     at_edge = np.minimum(theta - problem.lower, problem.upper - theta) <= 1e-6 * width
     verdicts: dict[str, Verdict] = {}
@@ -181,7 +181,7 @@ def _open_draws(problem: Problem, thetas: np.ndarray) -> list[Verdict]:
 def _outliers(
     problem: Problem, robust: Robust, best: Solution, rows: pd.DataFrame, steady: np.ndarray
 ) -> tuple[list[Verdict], dict[str, Any]]:
-    """Take out the k worst-fitting runs together, k up to 3 %, and see what moves by more than its error afterwards.
+    """Take out the k worst-fitting runs together, k up to 3%, and see what moves by more than its error afterwards.
 
     steady: (K,), the parameters that stand; the others move anyhow.
     """

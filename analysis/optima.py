@@ -22,7 +22,7 @@ from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, c
 
 HEIGHT = 0.01
 """Settings whose ln loss is at most this above the lowest are fitted, whatever their number. On Step Law's grids the
-vertex of 1 % costs .09 % of the loss over the cell's best run, that of 2 % .15 %: the valley is no quadratic."""
+vertex of 1% costs .09% of the loss over the cell's best run, that of 2% .15%: the valley is no quadratic."""
 NOISES = 4.0
 """... or at most so many standard deviations of one run between seeds, where those are more."""
 

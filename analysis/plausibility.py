@@ -180,7 +180,7 @@ def _check_one_recipe(table: pd.DataFrame, taken: Mapping[str, str], variables: 
     held = "; ".join(f"{c}: {', '.join(map(str, table[c].dropna().unique()[:3]))}, ..." for c in blamed)
     value = table[first].dropna().iloc[0]
     message = (
-        f"runs of equal N and D differ in loss by {100 * worst:.2g} % (median) with {', '.join(blamed)}, which no law "
+        f"runs of equal N and D differ in loss by {100 * worst:.2g}% (median) with {', '.join(blamed)}, which no law "
         f"of N and D can fit ({held}). Several recipes, or unfinished runs? Then fit one: --where "
         f"'{quoted(first)}={value}'. A hyperparameter of which the best counts? --columns learning_rate=... or "
         f"batch_tokens=... Repeats? --columns seed=..."

@@ -102,7 +102,7 @@ def isoflop_curves(fit: Fit) -> Figure:
             low, high = closed(budget.N.interval, (budget.sizes[0], budget.sizes[-1]))
             axes.plot([low, high], [budget.loss.value] * 2, color=INK, lw=1.6, zorder=4)
             axes.plot(budget.N.value, budget.loss.value, "D", color=INK, mfc="white", ms=6, zorder=5)
-    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="minimum, 95 %")
+    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="minimum, 95%")
     axes.set_xscale("log")
     axes.set(xlabel="parameters N", ylabel="final validation loss (nats per token)")
     human_ticks(axes)
@@ -111,7 +111,7 @@ def isoflop_curves(fit: Fit) -> Figure:
 
 
 def optimum_paths(fit: Fit) -> Figure:
-    """N* and D* against compute: the fitted power laws, their 95 % bands, and the slopes of Hoffmann et al. 2022."""
+    """N* and D* against compute: the fitted power laws, their 95% bands, and the slopes of Hoffmann et al. 2022."""
     picture = Figure(figsize=(WIDTH, 3.6))
     picture.set_layout_engine("constrained", wspace=0.06)
     panels = picture.subplots(1, 2)
@@ -130,7 +130,7 @@ def optimum_paths(fit: Fit) -> Figure:
                     slopes, levels = fit.draws[f"{name}_exponent"], fit.draws[f"{name}_coefficient"]
                     paths = np.log(levels)[:, None] + slopes[:, None] * np.log(grid)
                     low, high = np.nanquantile(paths, [0.025, 0.975], axis=0)
-                    axes.fill_between(grid, np.exp(low), np.exp(high), color=BAND, alpha=0.18, lw=0, label="95 % band")
+                    axes.fill_between(grid, np.exp(low), np.exp(high), color=BAND, alpha=0.18, lw=0, label="95% band")
             centre = np.exp(np.log(C).mean()), np.exp(np.log(values).mean())
             axes.plot(
                 grid,
@@ -142,9 +142,7 @@ def optimum_paths(fit: Fit) -> Figure:
             )
             bars = [closed(getattr(b, name).interval, (v, v)) for b, v in zip(kept, values)]
             spread = np.abs(np.array(bars).T - values)
-            axes.errorbar(
-                C, values, spread, fmt="o", color=INK, ms=5, capsize=2, lw=1.0, label="minima, 95 %", zorder=4
-            )
+            axes.errorbar(C, values, spread, fmt="o", color=INK, ms=5, capsize=2, lw=1.0, label="minima, 95%", zorder=4)
             axes.legend(frameon=False, fontsize=8, loc="upper left")
         axes.set(xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel=label)
         human_ticks(axes, "y")
@@ -189,9 +187,7 @@ def residuals(fit: Fit, runs: pd.DataFrame) -> Figure:
     sd = fit.noise.get("sd", np.nan) if fit.provenance["settings"].get("scale") != "response" else np.nan
     axes.axhline(0.0, color=INK, lw=0.8)
     if np.isfinite(sd):
-        axes.axhspan(
-            -196.0 * sd, 196.0 * sd, color=GREY, alpha=0.15, lw=0, label=f"noise, 95 % ({fit.noise['source']})"
-        )
+        axes.axhspan(-196.0 * sd, 196.0 * sd, color=GREY, alpha=0.15, lw=0, label=f"noise, 95% ({fit.noise['source']})")
         axes.legend(frameon=False, loc="best", fontsize=8)
     colour = COLOURS(norm(used["N"])) if sized else BAND
     axes.scatter(used[axis], percent, c=colour, s=24, zorder=3, edgecolors="white", lw=0.4)
@@ -212,7 +208,7 @@ def forecast(result: Forecast) -> Figure:
     if len(N):
         spread = np.abs(np.array([closed(s.interval, (s.predicted, s.predicted)) for s in result.sizes]).T - predicted)
         axes.errorbar(
-            N, predicted, spread, fmt="s", color=BAND, mfc="white", ms=6, capsize=3, lw=1.2, label="forecast, 95 %"
+            N, predicted, spread, fmt="s", color=BAND, mfc="white", ms=6, capsize=3, lw=1.2, label="forecast, 95%"
         )
         axes.plot(N, [s.measured for s in result.sizes], "o", color=INK, ms=5, label="measured")
     best = result.N_predicted
@@ -220,7 +216,7 @@ def forecast(result: Forecast) -> Figure:
         low, high = best.interval
         if np.isfinite([low, high]).all():
             axes.axvspan(low, high, color=BAND, alpha=0.12, lw=0)
-        axes.axvline(best.value, color=BAND, ls="--", lw=1.2, label="forecast N*, 95 %")
+        axes.axvline(best.value, color=BAND, ls="--", lw=1.2, label="forecast N*, 95%")
     if np.isfinite(result.N_found.value):
         axes.axvline(result.N_found.value, color=INK, lw=1.2, label="found N*")
     axes.set(xscale="log", xlabel="parameters N", ylabel="final validation loss (nats per token)")
@@ -228,7 +224,7 @@ def forecast(result: Forecast) -> Figure:
     human_ticks(axes)
     handles, labels = axes.get_legend_handles_labels()
     named = dict(zip(labels, handles))
-    order = [k for k in ("measured", "forecast, 95 %", "found N*", "forecast N*, 95 %") if k in named]
+    order = [k for k in ("measured", "forecast, 95%", "found N*", "forecast N*, 95%") if k in named]
     axes.legend(
         [named[k] for k in order], order, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5)
     )

@@ -1,7 +1,7 @@
 """Profile likelihoods: how much worse a law fits when one parameter is held away from its best value.
 
 The parameter is held on a grid, all others are fitted anew, and the interval is where the log-likelihood has fallen by
-no more than half a chi-square quantile (1.920729 at 95 %; Venzon & Moolgavkar 1988). Unlike a standard error it knows
+no more than half a chi-square quantile (1.920729 at 95%; Venzon & Moolgavkar 1988). Unlike a standard error it knows
 valleys and one-sided bounds. What it guards against: such an interval means something only for a likelihood. A Huber
 sum with a fixed threshold is none, and its "rise by 1.92" depends on the threshold's unit; here the scale of the noise
 is fitted at every point, so that the unit drops out.
@@ -88,7 +88,7 @@ def profile(
     likelihood: of the residuals of ln loss, its scale fitted at every point: gaussian (the log-likelihood is
         -n/2 ln sum r^2), laplace (-n ln sum |r|) or student (4 degrees of freedom; for runs with outliers).
     level: of the interval. The chi-square limit is that of many runs: with 25 runs and 5 parameters an interval of
-        95 % holds about 92 %.
+        95% holds about 92%.
     points: values on the grid, half of them on each side of the best. loss, raw, fixed: as for `analysis.fit`.
 
     Returns a Profile; runs that cannot bear the law give a refused one. Raises InputError for an unknown law,

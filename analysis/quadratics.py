@@ -145,7 +145,7 @@ def skewed(surfaces: Sequence[Surface]) -> list[Verdict]:
     """A caution where the valleys are steeper on one side, in all groups alike: by how much their vertices are off.
 
     The cubic term that all groups share, by regression of what the quadratics leave on what they leave of x^3 (t test
-    at .1 %), and what it does to the vertices to first order.
+    at .1%), and what it does to the vertices to first order.
     """
     across, own, squares, freedom, shifts = 0.0, 0.0, 0.0, -1, []
     for s in surfaces:

@@ -39,7 +39,7 @@ UNSURE = 0.35
 OWN = "its own sweep"
 """The source whose cells are the lowest of the very grids that the optima were found on."""
 Z = 1.959964
-"""Half the width of a 95 % interval in standard deviations."""
+"""Half the width of a 95% interval in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def _answer(finding: _Finding) -> str:
     if np.isfinite([a, b]).all():
         growth = (
             f"Between {flops(kept[0].C)} and {flops(kept[-1].C)} FLOPs the best size grows as C<sup>{a:.2f}</sup> "
-            f"(95 % interval {page.interval(path.intervals['N_exponent'])}) and the best token count as "
+            f"(95% interval {page.interval(path.intervals['N_exponent'])}) and the best token count as "
             f"C<sup>{b:.2f}</sup> ({page.interval(path.intervals['D_exponent'])})."
         )
     else:
@@ -157,7 +157,7 @@ def _answer_of_law(law: Fit, runs: pd.DataFrame) -> str:
     tokens = law.decisions["D_exponent"]
     return (
         f"By the Chinchilla law fitted to {law.n_runs} runs, the best size grows as C<sup>{exponent.value:.2f}</sup> "
-        f"(95 % interval {page.interval(exponent.interval)}) and the best token count as "
+        f"(95% interval {page.interval(exponent.interval)}) and the best token count as "
         f"C<sup>{tokens.value:.2f}</sup> ({page.interval(tokens.interval)}). At {flops(target['C'])} FLOPs, the "
         f"dearest run, that is {target['tokens_per_parameter'].value:.3g} tokens per parameter "
         f"({page.interval(target['tokens_per_parameter'].interval)}): {human(target['N'].value)} parameters on "
@@ -226,7 +226,7 @@ def _law_table(law: Fit) -> str:
         rows.append([label, page.number(estimate.value), page.interval(estimate.interval) if known else page.DASH])
     note = f"fitted to {law.n_runs} runs; loss in nats per token, N in parameters, D in tokens."
     return f"<h3>The loss surface: L = E + A/N<sup>α</sup> + B/D<sup>β</sup></h3><p class=note>{note}</p>" + page.table(
-        ["", "value", "95 % interval"], rows
+        ["", "value", "95% interval"], rows
     )
 
 
@@ -245,9 +245,9 @@ def _noise(finding: _Finding) -> str:
         closest = float(pairs["difference"].abs().min())
         lines.append(
             f"Scored on the same {int(pairs['documents'].median())} validation documents, neighbouring sizes can be "
-            f"told apart to <b>{pairs['paired_error'].median():.2f} %</b> of the loss (paired standard error, median "
-            f"of {len(pairs)} pairs; the closest pair differs by {closest:.2f} %). The error that all "
-            f"cells share, because these documents are a sample, is {pairs['level_error'].median():.2f} %."
+            f"told apart to <b>{pairs['paired_error'].median():.2f}%</b> of the loss (paired standard error, median "
+            f"of {len(pairs)} pairs; the closest pair differs by {closest:.2f}%). The error that all "
+            f"cells share, because these documents are a sample, is {pairs['level_error'].median():.2f}%."
         )
     return "<h3>How big is the noise?</h3>" + "".join(f"<p>{line}</p>" for line in lines)
 
@@ -267,7 +267,7 @@ def _forecast(found: Forecast | None) -> str:
         inside = sum(bool(s.inside) for s in found.sizes)
         lines.append(
             f"Loss: off by <b>{found.mean_absolute_error:.2%}</b> on average over {len(found.sizes)} sizes, {inside} "
-            "of them inside their 95 % interval"
+            "of them inside their 95% interval"
             + (f"; at the minimum {found.loss_error:+.2%}." if np.isfinite(found.loss_error) else ".")
         )
     lines += [escape(v.message[0].upper() + v.message[1:]) for v in found.verdicts]
@@ -317,7 +317,7 @@ def _score(score: Score | None) -> str:
 
 
 def _hit(inside: bool | None) -> str:
-    return {True: ", within their 95 % intervals", False: ", <b>beyond</b> their 95 % intervals", None: ""}[inside]
+    return {True: ", within their 95% intervals", False: ", <b>beyond</b> their 95% intervals", None: ""}[inside]
 
 
 def _verdicts(fits: Sequence[Fit]) -> str:
@@ -334,7 +334,7 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
             page.picture(
                 plots.isoflop_curves(path),
                 "Final loss against size at each compute budget. Lines are the fitted parabolas, diamonds their minima "
-                "with 95 % intervals. Hollow points on dashed lines belong to a refused budget; crosses are sizes too "
+                "with 95% intervals. Hollow points on dashed lines belong to a refused budget; crosses are sizes too "
                 "far from the minimum to be fitted.",
             )
         )
@@ -342,7 +342,7 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
             parts.append(
                 page.picture(
                     plots.optimum_paths(path),
-                    "Best size and best token count against compute, with the fitted power law and its 95 % band "
+                    "Best size and best token count against compute, with the fitted power law and its 95% band "
                     "unless it is refused; an interval's end that the noise leaves open is not drawn. The "
                     "dashed line has the slope published by Hoffmann et al. (2022, approach 2), drawn through the "
                     "centre of the minima.",

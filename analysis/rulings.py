@@ -44,7 +44,7 @@ def judge_rule(runs: pd.DataFrame, rules: Mapping[str, Ruling]) -> pd.DataFrame:
 
 def _interpolated(group: Group, ruled: Mapping[str, float]) -> float:
     """Along the rates of the two batches beside the ruled one, then between them: on a grid that is unambiguous, where
-    a triangulation draws one diagonal or the other (on Step Law's grids that moves single cells by .05 %). Settings
+    a triangulation draws one diagonal or the other (on Step Law's grids that moves single cells by .05%). Settings
     that form no grid are triangulated."""
     points = group.points[group.points["count"] > 0]
     x, y = np.log(points[list(ruled)].to_numpy(dtype=float)), points["loss"].to_numpy()

@@ -80,7 +80,7 @@ def rungs_section(found: Sequence[tuple[str, Correlation]]) -> str:
         "<p class=note>Spearman's rank correlation of a trial's loss at a shorter length, a share of the full one, "
         "with that at full length, over the trials that went on by lot: those chosen for a loss would flatter it.</p>"
     )
-    head = ["", "rung", "trials", "rank correlation", "95 % interval", ""]
+    head = ["", "rung", "trials", "rank correlation", "95% interval", ""]
     return "<h3>Do shorter runs tell which settings are good?</h3>" + note + page.table(head, rows)
 
 

@@ -108,7 +108,7 @@ def sensitivity(
     eps: the plateau is where the fitted loss is within this fraction of the lowest.
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.
     resamples, level, seed: of the noisy copies behind the intervals.
-    method: of the laws. quadratic: through the vertices, weighted by their noise. near-best: all runs within .25 % of
+    method: of the laws. quadratic: through the vertices, weighted by their noise. near-best: all runs within .25% of
         the lowest loss of their (N, D), which is how Step Law and DeepSeek fitted theirs.
 
     Groups without an optimum come back refused, with the reason and a remedy. Raises InputError for an unknown axis or

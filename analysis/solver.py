@@ -41,7 +41,7 @@ class Solution:
 
     @property
     def agreeing(self) -> int:
-        """Starts that came within 0.1 % of the best objective."""
+        """Starts that came within 0.1% of the best objective."""
         return int((self.ends <= self.objective * 1.001 + 1e-30).sum())
 
 

@@ -125,7 +125,7 @@ def _laws(found: Sensitivity) -> str:
             )
     if not rows:
         return ""
-    return "<h3>How the optimum moves</h3>" + page.table(["", "", "95 % interval", "fitted over", "optima"], rows)
+    return "<h3>How the optimum moves</h3>" + page.table(["", "", "95% interval", "fitted over", "optima"], rows)
 
 
 def _verdicts(found: Sensitivity) -> str:

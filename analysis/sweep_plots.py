@@ -45,7 +45,7 @@ MOST = 8
 
 def fans(optima: Iterable[Optimum]) -> Figure:
     """Loss against learning rate: a curve per size and a panel per token count, or the other way round where that takes
-    fewer panels; each optimum with its 95 % interval."""
+    fewer panels; each optimum with its 95% interval."""
     known = [one for one in optima if "learning_rate" in one.axes]
     counts = {name: len({one.group[name] for one in known}) for name in ("D", "N")}
     panel, curve = ("D", "N") if counts["D"] <= counts["N"] else ("N", "D")
@@ -68,7 +68,7 @@ def fans(optima: Iterable[Optimum]) -> Figure:
 
 def heat_map(optimum: Optimum) -> Figure:
     """Excess of the loss over the fitted lowest, in percent, at each learning rate and batch that was tried; with the
-    optimum, its interval and the region in which the loss is within 1 % of the best."""
+    optimum, its interval and the region in which the loss is within 1% of the best."""
     picture = Figure(figsize=(WIDTH * 0.78, 4.0), layout="constrained")
     axes = picture.subplots()
     dress(axes)
@@ -98,8 +98,8 @@ def heat_map(optimum: Optimum) -> Figure:
             low, high = closed(estimate.interval, (estimate.value, estimate.value))
             ends = ([low, high], [other.value] * 2)
             axes.plot(*(reversed(ends) if swap else ends), color=INK, lw=1.4)
-        axes.plot(rate.value, batch.value, "D", color=INK, mfc="white", ms=7, ls="", label="optimum, 95 %")
-        axes.plot(*_region(optimum), color=INK, lw=1.0, ls="--", label="within 1 % of the best")
+        axes.plot(rate.value, batch.value, "D", color=INK, mfc="white", ms=7, ls="", label="optimum, 95%")
+        axes.plot(*_region(optimum), color=INK, lw=1.0, ls="--", label="within 1% of the best")
     axes.set(xscale="log", yscale="log", xlabel=AXES["learning_rate"], ylabel=AXES["batch_tokens"])
     axes.margins(0.12)
     log_ticks(axes, "x", lambda v: f"{v:g}")
@@ -112,8 +112,8 @@ def heat_map(optimum: Optimum) -> Figure:
 
 
 def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
-    """The optimum against N, D and, where it varies, the batch, with its 95 % intervals; and the fitted power law with
-    its 95 % band, the other variables at a middle value of theirs."""
+    """The optimum against N, D and, where it varies, the batch, with its 95% intervals; and the fitted power law with
+    its 95% band, the other variables at a middle value of theirs."""
     known = [one for one in found.optima if not one.refused and axis in one.best]
     levels = {name: sorted({one.group[name] for one in known if name in one.group}) for name in ("N", "D", BATCH)}
     names = [name for name, values in levels.items() if len(values) > 1] or ["N"]
@@ -243,7 +243,7 @@ def _moves(axes: Axes, group: Sequence[Optimum], name: str, axis: str, colour: o
 
 
 def _line(axes: Axes, law: OptimumLaw, name: str, held: dict[str, float]) -> None:
-    """The law along one variable, the others held, over the range that it was fitted in, with its 95 % band."""
+    """The law along one variable, the others held, over the range that it was fitted in, with its 95% band."""
     if name not in law.powers:
         return
     grid = np.geomspace(*law.range[name], 50)

@@ -140,9 +140,9 @@ class Worth:
         N, D = (human(float(self.group[v])) for v in ("N", "D"))
         start = f"tuning at {N} parameters on {D} tokens"
         if not self.told_apart:
-            return f"{start} gains nothing that can be told from noise ({self.percent.value:.2f} % of the loss)"
+            return f"{start} gains nothing that can be told from noise ({self.percent.value:.2f}% of the loss)"
         more = "at least " if self.at_least else ""
-        parts = [f"{more}{self.percent.value:.2f} % of the loss{_range(self.percent, '{:.2f}')}"]
+        parts = [f"{more}{self.percent.value:.2f}% of the loss{_range(self.percent, '{:.2f}')}"]
         if np.isfinite(self.compute.value):
             parts.append(f"{self.compute.value:.3g} times the compute{_range(self.compute, '{:.3g}')}")
         if np.isfinite(self.size.estimate.value):

@@ -87,7 +87,7 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     """The noise that the intervals of a fit are built on, and what has to be said about it.
 
     Seed noise where it was measured, unless the runs scatter about the law significantly more than seeds do (F test,
-    5 %): then the law, or the tuning of the cells, is off by more than noise, and intervals from seed noise alone
+    5%): then the law, or the tuning of the cells, is off by more than noise, and intervals from seed noise alone
     would be too narrow. Residuals where no seeds were replicated.
     """
     known = residual_freedom > 0 and np.isfinite(residual_sd)

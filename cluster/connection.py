@@ -36,7 +36,7 @@ def start_ray(address: str, workers: int | None = None) -> Any:
     if "RAY_AUTH_MODE" not in os.environ and not os.access(Path.home(), os.W_OK):
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    if address == "local":  # its workers inherit it: large pages, which a step on a CPU runs 2 to 6 % faster on
+    if address == "local":  # its workers inherit it: large pages, which a step on a CPU runs 2 to 6% faster on
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))

@@ -252,7 +252,7 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
 
     source: of a fit to a table, {"table", "columns", "where"}; columns by their role.
     """
-    share = f"{100 * fit.level:g} % interval"
+    share = f"{100 * fit.level:g}% interval"
     left_out = f", {len(fit.excluded)} left out" if fit.excluded else ""
     yield Text.assemble((fit.law, "bold"), f" fitted to {fit.n_runs} of {fit.planned} runs{left_out}")
     if source:

@@ -21,7 +21,7 @@ class Device:
     pattern: str
     """A regular expression found in the name that the driver gives the device."""
     watts: float
-    """Its published power limit, not a measurement. The mean draw of dense training is 60 to 90 % of it."""
+    """Its published power limit, not a measurement. The mean draw of dense training is 60 to 90% of it."""
     dollars_per_hour: float | None = None
     """A public cloud's list price, on demand; None where none is on record."""
     source: str = ""

@@ -142,11 +142,11 @@ def sharing(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def sharing_words(told: dict[str, Any]) -> str:
-    """`15 cells branch off 9 trunks: 6.2e12 of 9.8e12 FLOPs are spent (37 % saved)`."""
+    """`15 cells branch off 9 trunks: 6.2e12 of 9.8e12 FLOPs are spent (37% saved)`."""
     cells = f"{told['branches']} cell{'s branch' if told['branches'] > 1 else ' branches'} off {told['trunks']}"
     return (
         f"{cells} trunk{'s' if told['trunks'] > 1 else ''}: {flops(told['C_spent'])} of {flops(told['C'])} FLOPs are "
-        f"spent ({100 * told['saved']:.0f} % saved)"
+        f"spent ({100 * told['saved']:.0f}% saved)"
     )
 
 

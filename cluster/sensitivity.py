@@ -20,7 +20,7 @@ def sensitivity_tables(
 
     timescales: of the weight decay, where that was varied.
     """
-    share = f"{100 * found.level:g} % interval"
+    share = f"{100 * found.level:g}% interval"
     refused = sum(one.refused for one in found.optima)
     lost = f", {refused} of them refused" if refused else ""
     blown = f" ({found.diverged} diverged)" if found.diverged else ""
@@ -29,7 +29,7 @@ def sensitivity_tables(
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""
         yield Text(f"{source['table']}{kept}: {read}", style="dim")
-    within = f"within {100 * found.eps:g} %"
+    within = f"within {100 * found.eps:g}%"
     table = plain_table("group", "of", "best", share, within, "sensitivity", "settings", "verdict")
     for one in found.optima[:_SHOWN]:
         said = next((v.code for v in one.verdicts if v.severity == "refuse"), "")

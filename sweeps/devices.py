@@ -113,7 +113,7 @@ def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1, workers: in
 def keep_freed_memory() -> bool:
     """Have glibc keep what a step frees for the next step, for this process; False where the C library is another.
 
-    By default large blocks go back to the kernel, which hands them out again page by page, zeroed: 2 to 5 % of the
+    By default large blocks go back to the kernel, which hands them out again page by page, zeroed: 2 to 5% of the
     time of a step on a CPU. Numbers do not change.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None

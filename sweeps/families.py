@@ -344,7 +344,7 @@ def _transformers_model(family: Family, shape: Shape, init_std: float, options: 
         pad_token_id=None,
     )
     # Eager experts: plain matmuls per expert, which run for every width, precision and device. The library's grouped
-    # kernel refuses narrow models, was no more than 12 % faster on a CPU, and is chosen by what hardware is there.
+    # kernel refuses narrow models, was no more than 12% faster on a CPU, and is chosen by what hardware is there.
     return AutoModelForCausalLM.from_config(
         config, attn_implementation="sdpa", experts_implementation="eager", dtype=torch.float32
     )

@@ -217,7 +217,7 @@ def _stable_share(schedule: str, cooldown_fraction: float) -> float:
 
 
 def _default_warmup(N: int, tokens: int, stable: float) -> float:
-    """min(N, 10 % of D); but N for cells that can share a trunk, so as not to follow D, where half of what is stable
+    """min(N, 10% of D); but N for cells that can share a trunk, so as not to follow D, where half of what is stable
     holds it. stable: tokens before the rate falls."""
     return N if stable / 2 >= N else min(N, 0.1 * tokens)
 

@@ -65,7 +65,7 @@ class ScheduleFields(Declared):
     """What shapes the learning rate over a run, beside the schedule's name."""
 
     warmup_tokens: Annotated[Number, Field(ge=0)] | None = None
-    """Linear warm-up. Default min(N, 10 % of D); of wsd and constant, whose cells share trunks, N where that fits."""
+    """Linear warm-up. Default min(N, 10% of D); of wsd and constant, whose cells share trunks, N where that fits."""
     final_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.1
     """The last learning rate as a fraction of the peak (cosine, linear, wsd)."""
     cooldown_fraction: Annotated[Number, AfterValidator(_inside)] = 0.2

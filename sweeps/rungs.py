@@ -32,7 +32,7 @@ class Correlation:
     rho: float | None
     """None below four pairs, or where all are equal."""
     interval: tuple[float, float] | None
-    """95 %: Fisher's z with the variance (1 + rho^2 / 2) / (pairs - 3) of Bonett and Wright (2000)."""
+    """95%: Fisher's z with the variance (1 + rho^2 / 2) / (pairs - 3) of Bonett and Wright (2000)."""
 
     @property
     def is_refuted(self) -> bool:

@@ -59,7 +59,7 @@ def stable_steps(cell: Cell) -> int:
 
 
 def evaluation_steps(steps: int) -> set[int]:
-    """The steps of the evaluations during a run: ten a decade, evenly in log tokens, from 1 % of the run on.
+    """The steps of the evaluations during a run: ten a decade, evenly in log tokens, from 1% of the run on.
 
     The last step is not among them: the final evaluation covers it.
     """

@@ -57,7 +57,7 @@ class _Rung:
 
 
 def shape_for(family: Family, target: float, *, vocab_size: int, context: int, options: Options | None = None) -> Shape:
-    """The shape whose `Parameters.active` is `target`, within 8 % below a million parameters and 3 % above.
+    """The shape whose `Parameters.active` is `target`, within 8% below a million parameters and 3% above.
 
     The same arguments always give the same shape. Raises InputError below the family's minimum for this vocabulary
     and context (the message says it) and above what the widest shape holds.
@@ -132,7 +132,7 @@ def _shape_for(
             size = rung.size(depth, mlp_width)
             if not low <= size <= high:
                 continue
-            # 5 % in the MLP ratio weighs as much as 1 % in N and as 3.5 % in depth
+            # 5% in the MLP ratio weighs as much as 1% in N and as 3.5% in depth
             cost = (
                 2 * math.log(depth / ideal_depth) ** 2
                 + math.log(mlp_width / ideal_mlp) ** 2
@@ -182,7 +182,7 @@ def _split(width: int, heads_per_kv: int) -> tuple[int, float]:
     """(heads, misfit) for a width, heads 0 where it does not split well into heads of 8, 16, 32, 64 or 128.
 
     Few heads of 16 in place of many of 8 would take .5 to .8 of a CPU's time for widths below 64, but seeds then differ
-    two to four times as much (the quickstart's replicates: by .6 and 1.2 % of the loss, one standard deviation).
+    two to four times as much (the quickstart's replicates: by .6 and 1.2% of the loss, one standard deviation).
     """
     ideal = 8 if width < 64 else 16 if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
     even = 2 if width < 512 else 8  # rotary turns pairs; wide models want what attention kernels like

@@ -31,7 +31,7 @@ KINDS = ("pystdlib", "folder", "jsonl", "parquet", "hf", "markov")
 
 # What of the standard library is left out, and why: tests are mostly literals made to be odd; installed packages and
 # files written when Python was built or set up differ between machines; generated tables are not written by people,
-# and pydoc_data/topics.py alone would be 7 % of the text.
+# and pydoc_data/topics.py alone would be 7% of the text.
 SKIPPED_FOLDERS = re.compile(r"tests?|idle_test|site-packages|dist-packages|lib-dynload|config-.*|__pycache__|\..*")
 SKIPPED_FILES = re.compile(r"_sysconfigdata.*|sitecustomize\.py|usercustomize\.py|\..*")
 GENERATED = re.compile(rb"(auto-?|automatically |file is )generated|do not edit|mapping codec", re.IGNORECASE)

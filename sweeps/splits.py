@@ -5,7 +5,7 @@
 2. A document's SHA-256 decides its side: below VALIDATION_SHARE it is for validation, smallest hashes first while the
    validation text stays within VALIDATION_BYTES; the two smallest always are. A document on the validation side gives
    its first VALIDATION_DOCUMENT_BYTES and the rest is used nowhere, so that many documents share the weight evenly
-   and errors clustered by document are small. To tell neighbouring sizes apart to .1 % of the loss takes about 300
+   and errors clustered by document are small. To tell neighbouring sizes apart to .1% of the loss takes about 300
    documents (the report shows the error measured), so a corpus of a few hundred gives nearly half of them; one of
    many megabytes gives VALIDATION_BYTES, a small part.
 3. The split is counted in bytes, before any tokenizer: a BPE learns from the training side only, and all tokenizers

@@ -72,7 +72,7 @@ def test_what_was_read_and_found_is_printed_within_the_width(door) -> None:
     text = " ".join(run.out.split())
     assert "chinchilla fitted to 16 of 16 runs" in text
     assert "N = 1e6*size_m" in text
-    for word in ("alpha", "N_exponent", "at C = 1e23", "D/N", "95 % interval", "extrapolation:"):
+    for word in ("alpha", "N_exponent", "at C = 1e23", "D/N", "95% interval", "extrapolation:"):
         assert word in text, word
 
 

@@ -61,7 +61,7 @@ def test_optima_laws_and_what_cannot_be_said_are_printed(door) -> None:
     run = door("sensitivity", "fan.csv", "--columns", "lr=eta", "--eps", 0.02)
     assert run.code == 0
     text = " ".join(run.out.split())
-    for words in ("135 runs in 5 groups", "learning_rate = eta", "within 2 %", "power of N", "not_identifiable"):
+    for words in ("135 runs in 5 groups", "learning_rate = eta", "within 2%", "power of N", "not_identifiable"):
         assert words in text, words
 
 

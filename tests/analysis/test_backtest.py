@@ -293,7 +293,7 @@ def test_chinchilla_runs_are_predicted_to_a_percent_or_two() -> None:
 
 
 def test_overtrained_runs_are_predicted_as_well_as_their_authors_say() -> None:
-    # Gadre et al. 2024 report .7 % for RedPajama's two largest models, from five small runs.
+    # Gadre et al. 2024 report .7% for RedPajama's two largest models, from five small runs.
     table = pd.read_csv(published("gadre-overtraining/runs.csv")).query("train_dataset == 'rpj'")
     found = backtest(table.assign(C=6.0 * table["N"] * table["D"]), ["gadre"], loss="loss_c4_val").table()
     dearest = found[(found["cut"] == found["cut"].max()) & found["refused"].isna()]

@@ -85,7 +85,7 @@ def test_two_samples_of_one_recipe_are_worth_the_same() -> None:
         low, high = found.flops.value.interval
         held += low <= 1.0 <= high
         logs.append(np.log(found.flops.value.value))
-    # 24 draws: fewer than 18 would have a chance of 1 % at 85 %.
+    # 24 draws: fewer than 18 would have a chance of 1% at 85%.
     assert held >= 18
     assert abs(np.mean(logs)) < 3 * 0.017 / np.sqrt(24)
 

@@ -185,7 +185,7 @@ def test_a_search_is_judged_by_two_named_evaluators_with_spread() -> None:
     assert fanova.evaluator.startswith("fANOVA (Optuna 5.")
     assert ped.evaluator.startswith("PED-ANOVA (Optuna 5.")
     assert fanova.region == "the whole space"
-    assert ped.region == "the best 10 % of the settings against all"
+    assert ped.region == "the best 10% of the settings against all"
     for one in (fanova, ped):
         ranked = sorted(one.shares, key=lambda name: -one.shares[name].value)
         assert ranked[0] == "learning_rate"

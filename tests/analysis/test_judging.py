@@ -147,7 +147,7 @@ def test_noise_from_residuals() -> None:
 
 
 def test_residuals_exceed_noise() -> None:
-    """Cells are off the law by 2 %, both seeds alike."""
+    """Cells are off the law by 2%, both seeds alike."""
     off = np.exp(0.02 * np.random.default_rng(1).standard_normal(len(N)))
     table = grid().assign(loss=lambda t: t["loss"] * np.tile(off, 2))
     found = judged(table)
@@ -188,7 +188,7 @@ def test_one_outlier() -> None:
 
 
 def test_two_outliers_that_mask_each_other() -> None:
-    """Both seeds of a corner cell are 5 % off: no single run moves the fit by its error, both together do."""
+    """Both seeds of a corner cell are 5% off: no single run moves the fit by its error, both together do."""
     sizes, tokens = (v.ravel() for v in np.meshgrid(np.geomspace(3e7, 3e9, 6), np.geomspace(1e9, 1e11, 6)))
     table = grid(N=sizes, D=tokens, seed=1)
     table.loc[[0, 36], "loss"] *= 1.05
@@ -237,7 +237,7 @@ def test_a_floor_that_is_not_seen() -> None:
 
 
 def test_an_exponent_that_the_noise_leaves_open() -> None:
-    """The runs happen to lie near the law, but equal runs are said to differ by 2 %: then a weak term is open."""
+    """The runs happen to lie near the law, but equal runs are said to differ by 2%: then a weak term is open."""
     found = judged(grid(law=BES | {"A": 30.0}), noise=0.02)
     assert said(found) == {("open_interval", "caution", "parameter", "alpha")}
 

@@ -44,7 +44,7 @@ def test_log_loss_of_the_notebook_refit() -> None:
 
 
 def test_rounding_an_exponent_shifts_the_data_term() -> None:
-    """Why constants of two digits are not for evaluation: .2849 as .28 is 13 % of B / D^beta at 1e11 tokens."""
+    """Why constants of two digits are not for evaluation: .2849 as .28 is 13% of B / D^beta at 1e11 tokens."""
     kept, rounded = (value("chinchilla", TEX | {"E": 0.0, "A": 0.0, "beta": b}, N=1.0, D=1e11) for b in (0.2849, 0.28))
     assert rounded / kept - 1 == pytest.approx(0.132140, abs=1e-6)
 

@@ -75,7 +75,7 @@ def test_isoflop_picture_marks_minima_and_refusals() -> None:
     found = fit(table, "isoflop")
     figure = plots.isoflop_curves(found)
     drawn(figure)
-    assert labels(figure) == {"1e11 (refused)", "4e11", "1.6e12", "6.4e12", "minimum, 95 %"}
+    assert labels(figure) == {"1e11 (refused)", "4e11", "1.6e12", "6.4e12", "minimum, 95%"}
     lines = {line.get_label(): line for line in figure.axes[0].lines}
     assert lines["1e11 (refused)"].get_markerfacecolor() == "white"
     assert lines["4e11"].get_markerfacecolor() != "white"
@@ -85,14 +85,14 @@ def test_isoflop_picture_marks_minima_and_refusals() -> None:
 def test_paths_show_fit_band_and_the_published_slope() -> None:
     figure = plots.optimum_paths(fit(budgets_table(BUDGETS, seeds=3, noise=0.002), "isoflop"))
     drawn(figure)
-    assert {"fit: C^0.50", "95 % band", "Hoffmann et al.: C^0.49", "Hoffmann et al.: C^0.51"} <= labels(figure)
+    assert {"fit: C^0.50", "95% band", "Hoffmann et al.: C^0.49", "Hoffmann et al.: C^0.51"} <= labels(figure)
 
 
 def test_paths_of_a_refused_power_law_show_the_minima_alone() -> None:
     figure = plots.optimum_paths(fit(budgets_table(BUDGETS[:2], seeds=2, noise=0.002), "isoflop"))
     drawn(figure)
     assert not any(label.startswith("fit") for label in labels(figure))
-    assert "minima, 95 %" in labels(figure)
+    assert "minima, 95%" in labels(figure)
 
 
 def test_residuals_are_percent_of_the_fitted_loss() -> None:
@@ -279,7 +279,7 @@ def test_backtest_lines_are_mean_errors_and_misses_are_hollow() -> None:
 def test_forecast_picture(good_store) -> None:
     figure = plots.forecast(forecast_dearest(load_runs("demo", good_store)))
     drawn(figure)
-    assert labels(figure) == {"measured", "forecast, 95 %", "found N*", "forecast N*, 95 %"}
+    assert labels(figure) == {"measured", "forecast, 95%", "found N*", "forecast N*, 95%"}
 
 
 def test_pictures_of_one_size_or_nothing_do_not_crash() -> None:

@@ -66,7 +66,7 @@ def page(good_store) -> Page:
 def test_answer_gives_exponents_intervals_and_tokens_per_parameter(page) -> None:
     answer = page.text.split("The best size at each budget")[0]
     assert "How should compute be split between parameters and tokens?" in answer
-    assert re.search(r"best size grows as C 0\.\d\d \(95 % interval 0\.\d+ to 0\.\d+\)", answer)
+    assert re.search(r"best size grows as C 0\.\d\d \(95% interval 0\.\d+ to 0\.\d+\)", answer)
     assert re.search(r"[\d.]+ tokens per parameter \([\d.]+ to [\d.]+\)", answer)
     assert "Provisional" not in answer
 

@@ -303,7 +303,7 @@ def test_too_few_rows_are_counted_with_what_they_lack(tmp_path) -> None:
 def test_several_recipes_in_one_table_are_told_apart(tmp_path) -> None:
     both = pd.concat([RUNS.assign(data="a", lr=1e-3), RUNS.assign(data="b", lr=1e-3, loss=1.05 * RUNS["loss"])])
     message = faulty(tmp_path, both)
-    assert "differ in loss by 4.9 % (median) with data" in message
+    assert "differ in loss by 4.9% (median) with data" in message
     assert "--where 'data=a'" in message
     one = keep_rows(read_table(write(tmp_path, both)), {"data": "b"})
     assert check_table(one) == []

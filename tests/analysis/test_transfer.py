@@ -52,7 +52,7 @@ def test_intervals_cover_planted_slopes_as_often_as_they_say() -> None:
         (one,) = transfer(table({"standard": -0.5}, seed=seed), resamples=300)
         low, high = one.slope.interval
         covered += low <= -0.5 <= high
-    assert covered >= 52, "95 % of 60 is 57; fewer than 52 has a chance below 1 %"
+    assert covered >= 52, "95% of 60 is 57; fewer than 52 has a chance below 1%"
 
 
 def test_optima_at_the_edge_do_not_enter_and_too_few_of_them_give_no_slope() -> None:

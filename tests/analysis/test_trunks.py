@@ -29,7 +29,7 @@ def table(seed: int, *, common: float = 0.004, own: float = 0.002, seeds: int = 
 
 
 def share_that_hold(trials: int, name: str, *, trunks: bool) -> tuple[float, float]:
-    """How many of the 95 % intervals of a parameter hold its value, and their mean width in ln."""
+    """How many of the 95% intervals of a parameter hold its value, and their mean width in ln."""
     hold, width = 0, 0.0
     for seed in range(trials):
         found = fit(table(seed, trunks=trunks), "chinchilla", resamples=60, seed=seed, resample="rows")
@@ -152,4 +152,4 @@ def test_branches_and_shapes_of_one_trunk_are_no_replicates() -> None:
     ]
     noise = seed_noise(pd.concat(shapes), "loss")
     assert noise is not None
-    assert noise.sd < 0.002, "a shape that does 10 % worse is a setting, no chance"
+    assert noise.sd < 0.002, "a shape that does 10% worse is a setting, no chance"

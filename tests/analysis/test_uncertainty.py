@@ -49,7 +49,7 @@ def test_few_degrees_of_freedom_make_heavy_tails() -> None:
     few = Noise(sd=1.0, freedom=3, source="seeds").draw(generator, 20000)
     many = Noise(sd=1.0, freedom=300, source="seeds").draw(generator, 20000)
     given = Noise(sd=1.0, freedom=np.inf, source="given").draw(generator, 5)
-    assert np.quantile(few, 0.975) == pytest.approx(np.sqrt(3 / 0.215795), rel=0.05)  # chi-square, 2.5 %, 3 degrees
+    assert np.quantile(few, 0.975) == pytest.approx(np.sqrt(3 / 0.215795), rel=0.05)  # chi-square, 2.5%, 3 degrees
     assert np.std(many) < 0.06
     assert given.tolist() == [1.0] * 5
 

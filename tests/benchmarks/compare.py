@@ -1,4 +1,4 @@
-"""How often the intervals of a comparison hold, and how often a gain of 25 % is seen, on simulated studies.
+"""How often the intervals of a comparison hold, and how often a gain of 25% is seen, on simulated studies.
 
 The runs follow the law of Besiroglu et al. 2024 at 100M to 1.6B parameters and 2B to 32B tokens (the 5x5 grid), with
 lognormal seed noise, of which pairs share half of the variance. Nothing here is asserted by the tests.
@@ -25,7 +25,7 @@ LEVEL, GAIN = 0.9, 1.25
 
 
 def run(place: Place, replicates: int = 60) -> list[Row]:
-    """Both figures of every world, with the bounds of the 5x5 grid at .5 % noise."""
+    """Both figures of every world, with the bounds of the 5x5 grid at .5% noise."""
     output = timed([sys.executable, str(Path(__file__).resolve()), str(replicates)]).output
     rows = []
     for world in map(json.loads, output.splitlines()):
@@ -34,7 +34,7 @@ def run(place: Place, replicates: int = 60) -> list[Row]:
         note = f"{replicates} replicates, width {world['width']:.3f} of ln, refused {world['refused']:.0%}"
         held, told = world["held"], world["told"]
         target = {"target": 0.85, "at_least": True} if bound else {}
-        rows.append(Row(what=f"compare {where}: 90 % intervals of equals with 1", measured=held, note=note, **target))
+        rows.append(Row(what=f"compare {where}: 90% intervals of equals with 1", measured=held, note=note, **target))
         target = {"target": 0.8, "at_least": True} if bound else {}
         rows.append(Row(what=f"compare {where}: gain of {GAIN} seen", measured=told, **target))
     return rows

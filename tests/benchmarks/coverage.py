@@ -2,12 +2,12 @@
 
 Run as a program, it prints one JSON line per figure: the fields of a `measuring.Row`.
 
-The law is Chinchilla's with the constants of Besiroglu et al. 2024, ln loss has a seed noise of .5 %, C = 6 N D. Of
-the noise a fit knows what a study gives it: three seeds at the two cheapest cells. Intervals are nominal 90 % (those
-of isoFLOP fits 95 %), for alpha, beta, and N and L of the optimum at ten times the dearest run. `width` is the median
+The law is Chinchilla's with the constants of Besiroglu et al. 2024, ln loss has a seed noise of .5%, C = 6 N D. Of
+the noise a fit knows what a study gives it: three seeds at the two cheapest cells. Intervals are nominal 90% (those
+of isoFLOP fits 95%), for alpha, beta, and N and L of the optimum at ten times the dearest run. `width` is the median
 width of the intervals over that of the Cramer-Rao bound, which knows the noise and the law exactly. Two worlds that
 no fit here describes are shown without a bound: an off-centre grid under a law with alpha far from beta, which bends
-the isoFLOP parabola, and a learning rate that costs the largest models 5 %.
+the isoFLOP parabola, and a learning rate that costs the largest models 5%.
 """
 
 import dataclasses
@@ -124,7 +124,7 @@ def replicate(name: str, law: str, seed: int) -> list[tuple[float, float]]:
 
 
 def _truth(name: str):
-    """The four quantities as they are, and the widths of their 90 % intervals at the Cramer-Rao bound.
+    """The four quantities as they are, and the widths of their 90% intervals at the Cramer-Rao bound.
 
     Widths of N and L are those of their logarithms. The bound is that of the covariance of an unbiased estimate,
     noise^2 (J'J)^-1, carried to the quantities by their gradient (central differences).
@@ -177,7 +177,7 @@ def _bounded(name: str, found) -> list[Row]:
     covered, of_all, answered, widths = _summary(name, found)
     rows = [
         Row(
-            what=f"{name}, {what}: off the nominal 90 %",
+            what=f"{name}, {what}: off the nominal 90%",
             measured=100.0 * abs(covered[j] - LEVEL),
             unit="points",
             target=5.0,
@@ -197,7 +197,7 @@ def _bounded(name: str, found) -> list[Row]:
 
 def _unbounded(name: str, law: str, found) -> list[Row]:
     covered, of_all, answered, widths = _summary(name, found)
-    world = {"off-centre": "isoFLOP 8x7 3x off-centre, alpha .31, beta .43", "penalty": "5x5, 5 % lost at large N"}
+    world = {"off-centre": "isoFLOP 8x7 3x off-centre, alpha .31, beta .43", "penalty": "5x5, 5% lost at large N"}
     return [
         Row(
             what=f"{world[name]}; {law}, {what}",

@@ -4,7 +4,7 @@ Run as a program, it prints one JSON line per figure: the fields of a `measuring
 
 The problem is that of Besiroglu et al. 2024: the Chinchilla law, 240 rows, Huber at 1e-3 on ln loss, the 4500 starts
 of Hoffmann et al. 2022, 4000 bootstrap refits by row. The rows are Epoch AI's points where $ESCALA_DATA, or
-shared/data beside the repository, holds them, else a synthetic table of the same law with 1 % noise. The SciPy loop
+shared/data beside the repository, holds them, else a synthetic table of the same law with 1% noise. The SciPy loop
 is L-BFGS-B with a numerical gradient from one start after another, as the published code runs it; it is timed on a
 sample of starts and refits, in the same process, and multiplied up.
 """
@@ -71,7 +71,7 @@ def _table(rows: int = 240):
     N = np.exp(generator.uniform(np.log(4e7), np.log(1.6e10), rows))
     D = np.exp(generator.uniform(np.log(1e9), np.log(1e12), rows))
     loss = CHINCHILLA({"N": N, "D": D}, CHINCHILLA.published["Besiroglu et al. 2024"])
-    return N, D, loss * np.exp(0.01 * generator.standard_normal(rows)), "synthetic, 1 % noise"
+    return N, D, loss * np.exp(0.01 * generator.standard_normal(rows)), "synthetic, 1% noise"
 
 
 def _problem(rows: int = 240):

@@ -93,7 +93,7 @@ def fidelity(place: Place) -> list[Row]:
             what="stacked against solo, whole runs: mean difference over its standard error",
             measured=abs(statistics.mean(differences)) / error,
             target=2.07,
-            note=f"{len(differences)} seeds, 600 steps; 2.07: 95 % of a t with 23 degrees of freedom",
+            note=f"{len(differences)} seeds, 600 steps; 2.07: 95% of a t with 23 degrees of freedom",
         ),
         Row(
             what="the same: spread of the differences over that of seeds",

@@ -9,7 +9,7 @@ from sweeps.devices import peak_flops
 
 
 def test_h100_hours_cost_what_the_reference_says() -> None:
-    seconds = 84.2602 * 3600  # 1.2e20 FLOPs at 40 % of 989e12
+    seconds = 84.2602 * 3600  # 1.2e20 FLOPs at 40% of 989e12
     used = hardware.energy("NVIDIA H100 80GB HBM3", seconds)
     assert used.value == pytest.approx(70.7786 / 1.2, rel=1e-4), "at 700 W, before cooling"
     paid = hardware.money("NVIDIA H100 80GB HBM3", seconds)

@@ -75,7 +75,7 @@ def test_the_plan_shows_who_branches_off_whom_and_what_is_saved(escala: Escala) 
     assert told["totals"]["C_missing"] == told["totals"]["C_spent"] < told["totals"]["C"]
     text = escala("plan", path, "--store", "store").stdout
     assert f"4 cells branch off 2 trunks: {sharing_words(told['shared']).split(': ')[1]}." in text
-    assert f"({100 * saved:.0f} % saved)" in text
+    assert f"({100 * saved:.0f}% saved)" in text
     short = next(row for row in branches if row["D"] == 20_480)
     assert f"{short['trunk'][:8]} at 15.4k" in text
 
