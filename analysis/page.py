@@ -13,6 +13,8 @@ from analysis.verdicts import Estimate, Interval, Verdict
 from sweeps.units import flops, human
 
 DASH = "–"
+FEW = 3
+"""So many verdicts of a kind are shown in full."""
 
 
 def png(figure: Figure) -> bytes:
@@ -69,19 +71,28 @@ def interval(bounds: Interval) -> str:
 
 
 def verdicts(said: Iterable[tuple[str, Verdict]]) -> str:
-    """Verdicts as a list, each once, refusals first; a label, such as the law, tells who said it. Empty for none."""
+    """Verdicts as a list, each once, refusals first; a label, such as the law, tells who said it. Of more than `FEW` of
+    a kind all but the first are folded away. Empty for none."""
     seen: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
     for label, verdict in said:
         seen.setdefault((verdict.severity, verdict.message), (verdict, []))[1].append(label)
     order = {"refuse": 0, "caution": 1, "info": 2}
-    items = []
+    kinds: dict[tuple[str, str], list[str]] = {}
     for verdict, labels in sorted(seen.values(), key=lambda entry: order[entry[0].severity]):
         who = ", ".join(filter(None, dict.fromkeys(labels)))
-        code = escape(f"{who}: {verdict.code}" if who else verdict.code)
-        items.append(
+        code = f"{who}: {verdict.code}" if who else verdict.code
+        kinds.setdefault((verdict.severity, code), []).append(
             f"<li><span class={verdict.severity}>{verdict.severity}</span> {escape(verdict.message)} "
-            f"<span class=code>{code}</span></li>"
+            f"<span class=code>{escape(code)}</span></li>"
         )
+    items = []
+    for first, *others in kinds.values():
+        items.append(first)
+        if len(others) >= FEW:  # the first speaks for them
+            more = f"<summary>and {len(others)} more like it</summary>"
+            items.append(f"<li class=more><details>{more}<ul class=verdicts>{''.join(others)}</ul></details></li>")
+        else:
+            items += others
     return f"<ul class=verdicts>{''.join(items)}</ul>" if items else ""
 
 
@@ -114,6 +125,8 @@ th:first-child,td:first-child,table.facts td{text-align:left}
 table.facts td:first-child{color:#6a6a70;white-space:nowrap}
 ul.verdicts{padding:0;list-style:none;max-width:52rem}
 ul.verdicts li{margin:.45rem 0;padding-left:5rem;text-indent:-5rem}
+ul.verdicts li.more{text-indent:0}.more summary{cursor:pointer;color:#6a6a70;font-size:.86rem}
+.more ul.verdicts{margin-left:-5rem}
 .info,.caution,.refuse{display:inline-block;width:4.3rem;margin-right:.7rem;text-indent:0;text-align:center;
  border-radius:.25rem;font-size:.76rem;font-weight:600}
 .info{background:#e8eef7;color:#23508f}.caution{background:#fdf0d9;color:#8a4b00}.refuse{background:#fbe3e1;color:#a1231a}
