@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cluster.connection import tell_ray_the_mode
 from sweeps.errors import InputError
 
 PROBE_SECONDS = 10.0
@@ -119,7 +120,8 @@ def connect(address: str) -> Dashboard:
     found = _ask(address, {})
     wants_token = found is None
     if found is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, which reads it once
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        tell_ray_the_mode()
         found = _ask(address, _token_header(address))
     if found is None:
         raise InputError(f"{address} does not see the token that was sent: does a proxy drop its header?")

@@ -93,7 +93,7 @@ def test_ray_is_told_the_mode_of_now_not_that_of_a_ray_before(
         monkeypatch.delenv("RAY_AUTH_MODE")
     else:
         monkeypatch.setenv("RAY_AUTH_MODE", told)
-    connection._tell_ray_the_mode()
+    connection.tell_ray_the_mode()
     assert get_authentication_mode() == mode
     assert os.environ.get("RAY_AUTH_MODE") == told
 
