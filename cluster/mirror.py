@@ -13,29 +13,27 @@ after 2, 4, ... 60 seconds, and gets what it missed.
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster import quarantine
+from cluster.acknowledged import Acknowledged
 from cluster.cellruns import STATUS, difference_tag, peoples_tags, run_name, run_params, state_tags
 from cluster.parent import parent_run, show_parent
 from cluster.rows import Chunk, Rows
+from cluster.senders import SENDERS, send
 from cluster.tracking import Reached, find_runs, is_gone, keep_one, reach, words
 from sweeps.errors import InputError
 from sweeps.faults import fault
-from sweeps.records import Json, read_json, write_json
-from sweeps.store import CellState, Store, cell_state, read_cell, read_plan, read_quarantine
+from sweeps.records import Json
+from sweeps.store import CellState, Store, cell_state, read_cell, read_quarantine
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-SENDERS = 4
-"""Cells that are sent to a server at once: what a pass waits for is the server and the way to it. The database in a
-store takes one writer."""
 TURN = 16
 """Cells between two looks at whether to go on."""
 BATCH = 950
@@ -75,19 +73,13 @@ class Mirror:
         """Whether the study is still this process's own; where not, nothing more is written."""
         self.fault: str | None = None
         """What did not get through in the last pass, for people to see."""
-        self._path = store.study(study) / "mirror.json"
-        self._entries: dict[str, Json] = {}
-        self._planned: int | None = None
-        self._open: set[str] = set()
-        self._state = self._read_state()
-        self._changed = False
-        self._replan()
+        self._record = Acknowledged(store, study, self.tracking_uri)
         self._rows = Rows(store)
         self._rests: dict[str, _Rest] = {}
         self._found: dict[str, list[Run]] | None = None
         self._replaced: dict[str, list[Run]] = {}
         self._reached: Reached | None = None
-        self._saved = self._looked = float("-inf")
+        self._looked = float("-inf")
         self._progressed = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="escala-mirror", daemon=True)
@@ -103,17 +95,14 @@ class Mirror:
 
     def is_complete(self) -> bool:
         """Whether every cell that has ended is in MLflow already, by the mirror's own record."""
-        ended = (cell_id for cell_id in self._open if (self.store.cell(cell_id) / "result.json").exists())
-        return not self._state["doubtful"] and next(ended, None) is None
+        ended = (cell_id for cell_id in self._record.open if (self.store.cell(cell_id) / "result.json").exists())
+        return not self._record.doubtful and next(ended, None) is None
 
     def connect(self) -> None:
         """Reach the tracking server, or make the embedded database, and merge quarantines. InputError where the
         server is not there."""
         reached = reach(self.store, self.study, self.tracking_uri)
-        before = self._state["experiment_id"], self._state.get("created")
-        if before != (reached.experiment_id, reached.created):  # another database than last time: everything goes again
-            named = {"experiment_id": reached.experiment_id, "created": reached.created}
-            self._state, self._open = self._new_state() | named, set(self._entries)
+        self._record.meet(reached.experiment_id, reached.created)
         self._reached = reached
         faults: list[str] = []
         self._attempt("quarantine", self.merge_quarantine, faults)
@@ -148,7 +137,7 @@ class Mirror:
         """
         look = final or time.monotonic() - self._looked >= LOOK_SECONDS
         faults: list[str] = []
-        self._attempt("plan.json", self._replan, faults)
+        self._attempt("plan.json", self._record.replan, faults)
         if answers := self._holds(faults):
             if look:
                 self._attempt("quarantine", self.merge_quarantine, faults)
@@ -164,13 +153,13 @@ class Mirror:
     def merge_quarantine(self) -> None:
         """Merge the tags `escala.quarantine` with the store's marks: who changed one last is heard. Raises MLflow's
         errors."""
-        runs = {cell_id: kept["run_id"] for cell_id, kept in self._cells.items()}
-        merged = self._state["quarantine"]
+        runs = {cell_id: kept["run_id"] for cell_id, kept in self._record.cells.items()}
+        merged = self._record.quarantine
         before = dict(merged)
         try:
-            quarantine.merge(self._client, self._state["experiment_id"], self.store, self.study, runs, merged)
+            quarantine.merge(self._client, self._record.experiment_id, self.store, self.study, runs, merged)
         finally:
-            self._changed |= merged != before
+            self._record.changed |= merged != before
 
     def rebuild(self) -> None:
         """Forget what MLflow holds of the planned cells, so that the next pass makes every run anew from the store and
@@ -178,23 +167,21 @@ class Mirror:
         self.merge_quarantine()
         self._replaced = self._search()
         self._found, self._rows, self._rests = {}, Rows(self.store), {}
-        self._state["cells"], self._open = {}, set(self._entries)
-        if self._state["parent"]:
-            self._state["parent"]["sent"] = {}
-        self._changed = True
+        self._record.forget_all()
         self._save()
 
     # --- a pass --------------------------------------------------------------------------------------------------
 
     def _sync_cells(self, final: bool, faults: list[str], progress: Callable[[str, float], None] | None) -> bool:
-        if not self._state["parent"] and not self._attempt("the study's run", self._show_parent, faults):
+        if not self._record.parent and not self._attempt("the study's run", self._show_parent, faults):
             return False
-        if self._found is None and not self._cells.keys() >= self._open:
+        if self._found is None and not self._record.cells.keys() >= self._record.open:
             count, answers = len(faults), self._attempt("the runs in MLflow", self._find_runs, faults)
             if len(faults) > count:
                 return answers
-        order = sorted(self._open, key=lambda cell_id: (cell_id in self._rests, cell_id))
+        order = sorted(self._record.open, key=lambda cell_id: (cell_id in self._rests, cell_id))
         gone, done = threading.Event(), 0
+        senders = SENDERS if self.tracking_uri.startswith("http") else 1  # the database in a store takes one writer
 
         def tell() -> None:
             nonlocal done
@@ -203,44 +190,15 @@ class Mirror:
                 progress("bringing MLflow up to date", done / len(order))
 
         for first in range(0, len(order), TURN):
-            self._sync_turn(order[first : first + TURN], final, gone, tell, faults)
+            sync = partial(self._sync_or_rest, final=final, gone=gone)
+            faults += send(order[first : first + TURN], sync, senders=senders, gone=gone, tell=tell)
             if gone.is_set() or not self._holds(faults):
                 return False
             if self._stopping.is_set() and not final:
                 return True
-            if time.monotonic() - self._saved > SAVE_SECONDS:
+            if time.monotonic() - self._record.saved > SAVE_SECONDS:
                 self._attempt("mirror.json", self._save, faults)
         return True
-
-    def _sync_turn(
-        self, turn: Sequence[str], final: bool, gone: threading.Event, tell: Callable[[], None], faults: list[str]
-    ) -> None:
-        """Sync these cells, several at once where a server takes them; what did not get through goes to `faults`."""
-        cells, lock = iter(turn), threading.Lock()
-
-        def work() -> None:
-            for cell_id in cells:  # each goes to one thread
-                found = self._sync_or_rest(cell_id, final, gone)
-                with lock:
-                    faults.extend(found)
-                    tell()
-
-        others: list[threading.Thread] = []
-        try:
-            with suppress(RuntimeError):  # no room for more threads: this one does it all
-                while self.tracking_uri.startswith("http") and len(others) < min(SENDERS, len(turn)) - 1:
-                    # a daemon, unlike those of concurrent.futures: a request that hangs does not keep the process
-                    one = threading.Thread(target=work, name="escala-sender", daemon=True)
-                    one.start()
-                    others.append(one)
-            work()
-            for one in others:
-                one.join()
-        except BaseException:  # Ctrl-C: what is under way may end, nothing more begins
-            gone.set()
-            for one in others:
-                one.join(INTERVAL_SECONDS)
-            raise
 
     def _sync_or_rest(self, cell_id: str, final: bool, gone: threading.Event) -> list[str]:
         """Sync a cell, unless it rests; what did not get through. Sets `gone` where the server does not answer."""
@@ -256,8 +214,8 @@ class Mirror:
             self._rests.pop(cell_id, None)
             return []
         self._rows.forget(cell_id)  # it gave out what was not acknowledged
-        self._state["doubtful"][cell_id] = time.time()
-        self._changed = True
+        self._record.doubtful[cell_id] = time.time()
+        self._record.changed = True
         if not gone.is_set():
             seconds = min(2 * rest.seconds, LONGEST_SECONDS) if rest else INTERVAL_SECONDS
             self._rests[cell_id] = _Rest(time.monotonic() + seconds, seconds, faults[-1])
@@ -270,7 +228,7 @@ class Mirror:
         except Exception as error:  # of MLflow, its database, the network or the disk: none of them may end the thread
             faults.append(f"{what}: {words(error)}")
             try:
-                self._client.get_experiment(self._state["experiment_id"])
+                self._client.get_experiment(self._record.experiment_id)
             except Exception:
                 return False
         return True
@@ -299,28 +257,28 @@ class Mirror:
 
     def _settle(self) -> None:
         """After a request whose outcome is unknown: leave the cell one run, and say its state again."""
-        for cell_id, since in list(self._state["doubtful"].items()):
-            kept = self._cells.get(cell_id)
+        for cell_id, since in list(self._record.doubtful.items()):
+            kept = self._record.cells.get(cell_id)
             keep_one(self._client, self._runs_of(cell_id), kept and kept["run_id"])
             if kept and kept.get("closed"):
                 kept |= {"closed": False, "state": None, "status": None}
-                self._open.add(cell_id)
+                self._record.open.add(cell_id)
             if time.time() - since > SETTLED_SECONDS:
-                del self._state["doubtful"][cell_id]
-            self._changed = True
+                del self._record.doubtful[cell_id]
+            self._record.changed = True
 
     def _show_parent(self, final: bool = False) -> None:
         """The study's own run: made where there is none, its files and its status up to date."""
-        kept = self._state["parent"]
+        kept = self._record.parent
         if not kept:
-            kept |= parent_run(self._client, self._state["experiment_id"], self.study)
-            self._changed = True
-        status = "FINISHED" if not self._open else "KILLED" if final else "RUNNING"
+            kept |= parent_run(self._client, self._record.experiment_id, self.study)
+            self._record.changed = True
+        status = "FINISHED" if not self._record.open else "KILLED" if final else "RUNNING"
         before = repr(kept)
         try:
             show_parent(self._client, self.store, self.study, kept, status)
         finally:
-            self._changed |= repr(kept) != before
+            self._record.changed |= repr(kept) != before
 
     # --- one cell ------------------------------------------------------------------------------------------------
 
@@ -328,7 +286,7 @@ class Mirror:
         state = cell_state(self.store, cell_id)
         if not (state.attempts or state.result):
             return
-        kept = self._cells.get(cell_id) or self._take_run(cell_id)
+        kept = self._record.cells.get(cell_id) or self._take_run(cell_id)
         try:
             self._ship_log(cell_id, kept, state)
             status = STATUS.get(state.state, "KILLED")
@@ -339,7 +297,7 @@ class Mirror:
                 else:
                     self._client.set_terminated(kept["run_id"], status=status)
                 kept["status"] = status
-                self._changed = True
+                self._record.changed = True
         except Exception as error:
             if is_gone(error):  # deleted in MLflow: files win, the cell gets another run
                 self._forget(cell_id)
@@ -347,8 +305,8 @@ class Mirror:
         for run in self._replaced.pop(cell_id, []):
             self._client.delete_run(run.info.run_id)
         if state.result is not None:
-            kept["closed"] = self._changed = True
-            self._open.discard(cell_id)
+            kept["closed"] = self._record.changed = True
+            self._record.open.discard(cell_id)
             self._rows.forget(cell_id)
 
     def _ship_log(self, cell_id: str, kept: Json, state: CellState) -> None:
@@ -361,12 +319,12 @@ class Mirror:
         tags: dict[str, str] = {}
         if kept["state"] != [state.state, state.attempts]:
             record = read_cell(self.store, cell_id)
-            tags = state_tags(self.store, self.study, self._entries[cell_id], state, record)
+            tags = state_tags(self.store, self.study, self._record.entries[cell_id], state, record)
         first, count = _differing(kept, last)
         if count != kept.get("told", 0):
             tags |= difference_tag(first, count)
         self._ship(cell_id, kept, last, tags)
-        kept["state"], kept["trunk"] = [state.state, state.attempts], self._entries[cell_id].get("trunk")
+        kept["state"], kept["trunk"] = [state.state, state.attempts], self._record.entries[cell_id].get("trunk")
         if count:
             kept["told"] = count
 
@@ -376,7 +334,7 @@ class Mirror:
 
         batches = [chunk.metrics[start : start + BATCH] for start in range(0, len(chunk.metrics), BATCH)] or [[]]
         for batch in batches:
-            labels = self._entries[cell_id]["labels"]
+            labels = self._record.entries[cell_id]["labels"]
             given = {} if kept.get("params", True) else run_params(read_cell(self.store, cell_id), labels)
             said = tags if tags and batch is batches[-1] else {}
             if not (batch or given or said):
@@ -392,16 +350,16 @@ class Mirror:
             fault("mirror.after_log_batch")
             kept["params"] = True
             self._progressed = time.monotonic()
-            self._changed = True
+            self._record.changed = True
         if chunk.differences:
             kept["first_difference"], kept["differences"] = _differing(kept, chunk)
         if (kept["attempt"], kept["offset"]) != (chunk.epoch, chunk.end):
             kept |= {"attempt": chunk.epoch, "offset": chunk.end}
-            self._changed = True
+            self._record.changed = True
 
     def _take_run(self, cell_id: str) -> Json:
         """The cell's one run, noted; found by its tag where a fault came between its making and our note of it."""
-        doubtful = cell_id in self._state["doubtful"]
+        doubtful = cell_id in self._record.doubtful
         known = (self._found or {}).get(cell_id, [])
         run = keep_one(self._client, self._runs_of(cell_id) if doubtful else known)
         new = run is None
@@ -410,34 +368,33 @@ class Mirror:
             marked = quarantine.mark_tags(mark) if mark else {}
             tags = {"escala.cell": cell_id, "escala.study": self.study, "mlflow.source.name": "escala"}
             tags |= {
-                "mlflow.parentRunId": self._state["parent"]["run_id"],
+                "mlflow.parentRunId": self._record.parent["run_id"],
                 **marked,
                 **peoples_tags(self._replaced.get(cell_id, [])),
             }
-            name = run_name(read_cell(self.store, cell_id), self._entries[cell_id]["labels"], self._varied)
+            labels = self._record.entries[cell_id]["labels"]
+            name = run_name(read_cell(self.store, cell_id), labels, self._record.varied)
             fault("mirror.before_create_run")
-            run = self._client.create_run(self._state["experiment_id"], tags=tags, run_name=name)
+            run = self._client.create_run(self._record.experiment_id, tags=tags, run_name=name)
             fault("mirror.after_create_run")
             if (why := self._lost()) is not None:  # it was frozen since it looked, and its successor may have made one
                 self._client.delete_run(run.info.run_id)
                 raise ConnectionError(why)
-            self._state["quarantine"] |= {cell_id: marked} if marked else {}
+            self._record.quarantine.update({cell_id: marked} if marked else {})
         kept = {"run_id": run.info.run_id, "attempt": 0, "offset": 0, "state": None, "status": run.info.status}
         kept["params"] = not new and bool(run.data.params)
-        self._cells[cell_id] = kept
-        self._changed = True
+        self._record.cells[cell_id] = kept
+        self._record.changed = True
         return kept
 
     def _forget(self, cell_id: str) -> None:
-        self._cells.pop(cell_id, None)
-        self._state["quarantine"].pop(cell_id, None)
+        self._record.forget(cell_id)
         if self._found is not None:
             self._found.pop(cell_id, None)
-        self._changed = True
 
     def _runs_of(self, cell_id: str) -> list["Run"]:
         """The cell's runs as they are in MLflow now, without those that a rebuild replaces."""
-        found = find_runs(self._client, self._state["experiment_id"], f"tags.`escala.cell` = '{cell_id}'")
+        found = find_runs(self._client, self._record.experiment_id, f"tags.`escala.cell` = '{cell_id}'")
         replaced = {run.info.run_id for run in self._replaced.get(cell_id, [])}
         return [run for run in found if run.info.run_id not in replaced]
 
@@ -447,59 +404,19 @@ class Mirror:
     def _search(self) -> dict[str, list["Run"]]:
         """All runs of the planned cells, by cell."""
         found: dict[str, list[Run]] = {}
-        for run in find_runs(self._client, self._state["experiment_id"], "tags.`escala.cell` != ''"):
-            if run.data.tags["escala.cell"] in self._entries:
+        for run in find_runs(self._client, self._record.experiment_id, "tags.`escala.cell` != ''"):
+            if run.data.tags["escala.cell"] in self._record.entries:
                 found.setdefault(run.data.tags["escala.cell"], []).append(run)
         return found
-
-    # --- mirror.json ---------------------------------------------------------------------------------------------
 
     @property
     def _client(self) -> "MlflowClient":
         assert self._reached is not None, "connect first"
         return self._reached.client
 
-    @property
-    def _cells(self) -> dict[str, Any]:
-        cells: dict[str, Any] = self._state["cells"]
-        return cells
-
-    def _read_state(self) -> Json:
-        try:
-            state = read_json(self._path)
-        except FileNotFoundError:
-            state = {}
-        same = state.get("tracking_uri") == self.tracking_uri
-        return self._new_state() | (state if same else {})
-
-    def _replan(self) -> None:
-        """Where the plan on record has changed, as that of a search does, know its cells; and say anew what that
-        changes of cells that are in MLflow: whose trunk they share."""
-        path = self.store.study(self.study) / "plan.json"
-        stamp = path.stat().st_mtime_ns if path.exists() else None
-        if self._planned is not None and stamp == self._planned:
-            return
-        plan = read_plan(self.store, self.study)
-        self._entries = {entry["id"]: entry for entry in plan["cells"]}
-        self._varied = tuple(plan["study"].get("vary", ()))
-        self._planned = stamp
-        for cell_id, kept in self._cells.items():
-            if cell_id in self._entries and kept.get("trunk") != self._entries[cell_id].get("trunk"):
-                kept |= {"closed": False, "state": None}
-                self._changed = True
-        self._open = {cell_id for cell_id in self._entries if not self._cells.get(cell_id, {}).get("closed")}
-
-    def _new_state(self) -> Json:
-        empty: Json = {"cells": {}, "quarantine": {}, "parent": {}, "doubtful": {}}
-        return {"tracking_uri": self.tracking_uri, "experiment_id": None, **empty}
-
     def _save(self) -> None:
-        """Note what was acknowledged. What a crash leaves unnoted is sent again and adds nothing."""
-        if self._changed and self.holds():
-            fault("mirror.before_state")
-            write_json(self._path, self._state)
-            self._changed, self._saved = False, time.monotonic()
-            fault("mirror.after_state")
+        if self._record.changed and self.holds():
+            self._record.save()
 
 
 def _differing(kept: Json, chunk: Chunk) -> tuple[Sequence[Any], int]:

@@ -94,7 +94,7 @@ def test_an_outage_is_caught_up_and_asked_after_less_and_less_often(
     assert read_json(store.study(name) / "mirror.json")["cells"][cell]["offset"] < size_of_log(store, cell)
     proxy.up()
     finish(store, cell)
-    wait_for(lambda: mirror.fault is None and not mirror._open)
+    wait_for(lambda: mirror.fault is None and not mirror._record.open)
     mirror.stop()
     assert mirror.fault is None
     assert_exact(mlflow_server, store, name)
