@@ -2,6 +2,7 @@
 
 - Heads of 6, 10 or 14 are not whole vectors of a CPU, and its fused attention takes up to twice as long over them: they
   are padded to 16 with zeros, which add nothing to a product.
+- A forward pass that is traced: the library would trace a mask too, where it otherwise leaves it out.
 - The members of a stack: fused attention on a CPU has no batching rule under `vmap` and would loop over them.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-PADDED, STACKED = "escala_padded", "escala_stacked"
+PADDED, UNMASKED, STACKED = "escala_padded", "escala_unmasked", "escala_stacked"
 """Our attentions' names in transformers."""
 LANES = 16
 """What narrow heads are padded to."""
@@ -31,6 +32,20 @@ def pad_heads(model: torch.nn.Module) -> None:
     if getattr(config, "_attn_implementation", None) == "sdpa" and heads and pays_to_pad(config.hidden_size // heads):
         _register()
         config._attn_implementation = PADDED
+
+
+@contextmanager
+def unmasked(model: torch.nn.Module) -> Iterator[None]:
+    """Meanwhile a model of transformers' attends without a mask: to what came before, as it does anyway."""
+    config: Any = model.config
+    before = config._attn_implementation
+    if before == "sdpa":  # ours know of no mask
+        _register()
+        config._attn_implementation = UNMASKED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 @contextmanager
@@ -93,6 +108,19 @@ def _attend(
     return causal(*_grouped(query, key, value), scale).transpose(1, 2).contiguous(), None
 
 
+def _attend_unmasked(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, None, **options)
+
+
 def _grouped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,7 +135,8 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    for name, causal in ((PADDED, _causal), (STACKED, _Folded.apply)):
+    padded, stacked = partial(_attend, _causal), partial(_attend, _Folded.apply)
+    for name, attend in ((PADDED, padded), (UNMASKED, _attend_unmasked), (STACKED, stacked)):
         if name not in AttentionInterface().valid_keys():
-            AttentionInterface.register(name, partial(_attend, causal))
+            AttentionInterface.register(name, attend)
             AttentionMaskInterface.register(name, sdpa_mask)

@@ -18,8 +18,10 @@ from sweeps.memory import LOGITS_BYTES
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """Tokens (sequences, context + 1) -> mean nats per token; eager or compiled."""
-LINEAR_HEADS = {"gpt2", "gpt_neox", "llama", "qwen3", "granite", "mixtral"}
-"""Model types of transformers whose logits are hidden states times the head's matrix, over `logits_scaling`."""
+DENSE = {"gpt2", "gpt_neox", "llama", "qwen3", "granite"}
+"""Model types of transformers that do the same operations whatever their data."""
+LINEAR_HEADS = DENSE | {"mixtral"}
+"""Model types whose logits are hidden states times the head's matrix, over `logits_scaling`."""
 
 
 class MeanLoss(torch.nn.Module):
@@ -46,14 +48,24 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int | N
     limit = _limit(tokens, plain_bytes)
     head = _linear_head(model)
     if head is None or not _is_large(head[1], inputs, limit):
-        logits = _wide(model(inputs).logits).flatten(0, 1)
-        entropy: torch.Tensor = _MeanEntropy.apply(logits[None], targets.flatten()[None])[0]
-        return entropy[0]
+        return mean_entropy(model(inputs).logits, targets)
     body, weight, scaling = head
     hidden = body(input_ids=inputs).last_hidden_state.flatten(0, 1)
     loss: torch.Tensor
     loss, _, _ = _ChunkedLoss.apply(hidden[None], weight[None], targets.flatten()[None], scaling, limit)
     return loss[0]
+
+
+def mean_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean nats per token of logits (sequences, context, vocabulary)."""
+    entropy: torch.Tensor = _MeanEntropy.apply(_wide(logits).flatten(0, 1)[None], targets.flatten()[None])[0]
+    return entropy[0]
+
+
+def plain_logits(model: torch.nn.Module, tokens: torch.Tensor) -> bool:
+    """Whether `mean_loss` takes the model's own logits, at once, of tokens (sequences, context + 1)."""
+    head = _linear_head(model)
+    return head is None or not _is_large(head[1], tokens[:, :-1], _limit(tokens, None))
 
 
 @torch.no_grad()
@@ -75,18 +87,26 @@ def token_losses(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int 
     return torch.cat(each).view(targets.shape)
 
 
+def is_dense(model: torch.nn.Module) -> bool:
+    """Whether it is a model of transformers' own that does the same operations whatever its data."""
+    return _type_of(model) in DENSE
+
+
+def _type_of(model: torch.nn.Module) -> str | None:
+    """The type of a model of transformers'; None of any other, also of a user's own subclass, which may do anything."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "model_type", None) if type(model).__module__.startswith("transformers.") else None
+
+
 def _linear_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor, float] | None:
     """The model's body, its head's matrix (vocabulary, width) and what the logits are divided by; None if unknown."""
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in LINEAR_HEADS or not type(model).__module__.startswith(
-        "transformers."
-    ):
-        return None  # also a user's own subclass, whose logits may be anything
+    if _type_of(model) not in LINEAR_HEADS:
+        return None
     known: Any = model
     head = known.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         return None
-    return known.base_model, head.weight, float(getattr(config, "logits_scaling", 1.0))
+    return known.base_model, head.weight, float(getattr(known.config, "logits_scaling", 1.0))
 
 
 def _limit(tokens: torch.Tensor, plain_bytes: int | None) -> int:

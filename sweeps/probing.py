@@ -18,6 +18,7 @@ from sweeps.models import make_model, tensor_factors
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import LEAST_GAIN, known_gain, note_gain
 from sweeps.store import Store, read_cell
+from sweeps.tracing import traced
 
 WARM_TURNS, PROBE_TURNS = 2, 7
 
@@ -50,7 +51,7 @@ def probe(cells: Sequence[Cell], device: torch.device) -> float:
 
     models = [make_model(family, one).to(device).train() for one in (cell, *cells)]
     factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
-    solo = Solo(models[0], cell.optimizer, factors=factors)
+    solo = Solo(models[0], cell.optimizer, traced(models[0], cell, device, cell.sequences), factors)
     stack = Stack(models[1:], [one.optimizer for one in cells], factors)
     generator = torch.Generator().manual_seed(0)
     size = (len(cells), cell.sequences, cell.shape.context + 1)

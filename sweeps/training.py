@@ -35,6 +35,7 @@ from sweeps.replicas import Replicated
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
+from sweeps.tracing import traced
 from sweeps.trainer import Outcome, TrainerIO
 
 if TYPE_CHECKING:
@@ -182,13 +183,14 @@ def _suited_loss(
     device: torch.device,
     ranks: Ranks | None,
 ) -> Loss:
-    """The loss of a model as a function of tokens, compiled where that pays. The first attempt of a cell finds out
-    what its device bears and keeps it in the numerics; later ones follow it. Ranks do what all of them bear."""
+    """The loss of a model as a function of tokens, compiled where that pays, else as a graph where it has one. The
+    first attempt of a cell finds out what its device bears and keeps it in the numerics; later ones follow it. Ranks
+    do what all of them bear."""
     eager, numerics = MeanLoss(model), io.numerics
     shape = (numerics.micro_batch, cell.shape.context + 1)
     if io.numerics_kept:
         if not numerics.compile:
-            return eager
+            return traced(model, cell, device, numerics.micro_batch) or eager
         return maybe_compile(model, torch.zeros(shape, dtype=torch.int64, device=device), 0, amplify, chosen=True)[0]
 
     def amplified(tokens: torch.Tensor) -> torch.Tensor:
@@ -207,7 +209,7 @@ def _suited_loss(
             found = eager, False
     if (micro_batch, found[1]) != (numerics.micro_batch, numerics.compile):
         io.choose(micro_batch=micro_batch, compile=found[1])
-    return found[0]
+    return found[0] if found[1] else traced(model, cell, device, micro_batch) or eager
 
 
 @dataclass
