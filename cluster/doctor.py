@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sweeps.errors import InputError
-from sweeps.store import open_store
+from sweeps.store import check_room, open_store
 
 TESTED = {"torch": "2.13", "transformers": "5.23", "ray": "2.60", "mlflow": "3.17", "optuna": "5.0", "pandas": "3.1"}
 """The versions that constraints.txt pins, to their minor number."""
@@ -69,11 +69,13 @@ def _auth() -> Finding:
 
 
 def _store(store: Path) -> Iterator[Finding]:
-    if not (store / "store.json").exists():
-        yield Finding("store", True, f"none yet at {store}", "the first plan or run makes it.")
-        return
+    path = store.expanduser().resolve()
     try:
-        place = open_store(store)
+        if not (path / "store.json").exists():
+            check_room(path)
+            yield Finding("store", True, f"none yet at {path}", "the first plan or run makes it.")
+            return
+        place = open_store(path)
     except InputError as error:
         yield Finding("store", False, str(error))
         return

@@ -48,14 +48,14 @@ class Worker:
         from sweeps.attempt import run_attempts
         from sweeps.probing import pays
 
-        store = Store(Path(root))
-        if probe and len(cell_ids) > 1 and not pays(store, cell_ids):
+        store, base = Store(Path(root)), Path(base_dir) if base_dir else None
+        if probe and len(cell_ids) > 1 and not pays(store, cell_ids, base):
             return []
         ended = run_attempts(
             store,
             cell_ids,
             study=study,
-            base_dir=Path(base_dir) if base_dir else None,
+            base_dir=base,
             checkpoint_seconds=checkpoint_seconds,
             driver=driver,
             threads=threads,

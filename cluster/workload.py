@@ -15,8 +15,9 @@ from cluster.scheduling import Job
 from cluster.simulation import Edge
 from sweeps.devices import PEAK_BFLOAT16_FLOPS
 from sweeps.errors import InputError, nearest
-from sweeps.grids import Plan, examples
+from sweeps.grids import Plan, first_trials
 from sweeps.planned import PlannedCell
+from sweeps.samplers import most_trials
 from sweeps.store import Store
 from sweeps.timing import AROUND_SECONDS
 
@@ -88,7 +89,7 @@ def workload(
     cells, trials = list(plan.cells), 1
     notes: tuple[str, ...] = ()
     if plan.study.search is not None:
-        cells, trials = examples(plan), plan.study.search.trials
+        cells, trials = first_trials(plan), most_trials(plan.study.search)
         notes = (f"{trials} trials are taken to be asked all at once, and to train in full.",)
     seconds, times = _seconds(store, plan, cells, device, mfu, hardware)
     gpus = sum(node.gpus for node in nodes)
@@ -130,8 +131,11 @@ def _seconds(
     hardware: str | None,
 ) -> tuple[dict[str, float], str]:
     """Seconds by cell id on one GPU, and where they come from."""
-    why = ""
-    if device is None and mfu is None and plan.study.search is None:
+    why, searches = "", plan.study.search is not None
+    if hardware is not None and (device is not None or mfu is not None or searches):
+        other = "a search" if searches else "--device or --mfu"
+        raise InputError(f"--hardware: a calibration does not go with {other}, whose times are assumed. Take it out.")
+    if device is None and mfu is None and not searches:
         calibration = find_calibration(store, hardware)
         if calibration is not None:
             known, _ = cells_seconds(plan, calibration)

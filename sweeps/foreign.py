@@ -1,24 +1,26 @@
 """Foreign cells: finished runs from elsewhere, as cells of a study of their own.
 
 A foreign cell has an identity that is the row it was read from, a result and no attempts. Its id is the hash of that
-row, so the same table imported again adds nothing. The failure it guards against: a run whose recipe nobody here knows
-passes for one that Escala trained. So its record says "foreign", what was not told stays unknown, and the study that
-holds it trains nothing.
+row and of how it was read: the same table imported again adds nothing, and read otherwise it replaces what it was. The
+failure it guards against: a run whose recipe nobody here knows passes for one that Escala trained. So its record says
+"foreign", what was not told stays unknown, and the study that holds it trains nothing.
 
     cell.json    {"format", "id", "identity": {"foreign": {"run", "conventions", "row"}}, "counts": {...}}
     result.json  {"format", "cell", "foreign": true, "state": "finished", "val_loss_final", "tokens", "imported", ...}
 """
 
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from sweeps.errors import InputError
-from sweeps.records import timestamp, write_json
-from sweeps.store import FORMAT, STUDY_NAME, Store, read_plan, study_names
+from sweeps.records import disk_error, timestamp, write_json
+from sweeps.store import FORMAT, STUDY_NAME, Store, quarantine_cell, read_cell, read_plan, read_quarantine, study_names
 
 COUNTS = ("N", "N_nonembedding", "N_nonembedding_head", "N_total")
 _FIELDS = ("family", "seed", "data_seed", "batch_tokens", "corpus", "tokenizer", "precision")
@@ -35,6 +37,8 @@ class Imported:
     """Rows whose cells the study had already."""
     repeated: int
     """Rows that are equal to another row of the table in everything."""
+    replaced: int
+    """Cells of the study that were the same rows, read in another way: other conventions or columns."""
 
 
 def is_foreign(record: Mapping[str, Any]) -> bool:
@@ -74,21 +78,50 @@ def import_runs(
                 f"study {name} of {store.root} trains cells of its own: finished runs are imported into a study apart. "
                 "Give another name with --study."
             )
-    entries = {entry["id"]: entry for entry in before["cells"]}
-    seen: set[str] = set()
-    new = total = 0
-    for one in rows:
-        total += 1
-        cell_id = _write_cell(store, one, conventions)
-        labels = {key: one["run"][key] for key in ("budget",) if one["run"].get(key) is not None}
-        new += cell_id not in entries
-        entries.setdefault(cell_id, {"id": cell_id, "labels": labels})
-        seen.add(cell_id)
-    if new:
-        study = before.get("study") or {"name": name, "question": f"What do the runs of {source} say?"}
-        plan = {"format": FORMAT, "planned": timestamp(), "foreign": True, "study": study, "corpus": {}}
-        write_json(store.study(name) / "plan.json", {**plan, "cells": list(entries.values())})
-    return Imported(new, len(seen) - new, total - len(seen))
+    rows = list(rows)
+    if small := next((one["run"]["D"] for one in rows if one["run"]["D"] < 1), None):
+        raise InputError(f"found a run of {small:g} tokens. Are these billions? Then write --columns 'D=D*1e9'.")
+    found = {_write_cell(store, one, conventions): one for one in rows}
+    with _plan_lock(store, name):
+        before = read_plan(store, name) if name in study_names(store) else before
+        old = {entry["id"]: entry for entry in before["cells"]}
+        again = {_row_key(one["row"]): cell_id for cell_id, one in found.items()}
+        replaced = {cell_id: again.get(_row(store, cell_id)) for cell_id in old.keys() - found.keys()}
+        kept = {cell_id: entry for cell_id, entry in old.items() if replaced.get(cell_id) is None}
+        entries = dict(kept)
+        for cell_id, one in found.items():
+            labels = {key: one["run"][key] for key in ("budget",) if one["run"].get(key) is not None}
+            entries.setdefault(cell_id, {"id": cell_id, "labels": labels})
+        if entries.keys() != old.keys():
+            study = before.get("study") or {"name": name, "question": f"What do the runs of {source} say?"}
+            plan = {"format": FORMAT, "planned": timestamp(), "foreign": True, "study": study, "corpus": {}}
+            write_json(store.study(name) / "plan.json", {**plan, "cells": list(entries.values())})
+    for cell_id, mark in read_quarantine(store, name).items():
+        if (now := replaced.get(cell_id)) is not None:
+            quarantine_cell(store, name, now, mark["why"], mark["who"])
+    known = len(found.keys() & old.keys())
+    return Imported(len(found) - known, known, len(rows) - len(found), len(old) - len(kept))
+
+
+@contextmanager
+def _plan_lock(store: Store, name: str) -> Iterator[None]:
+    """One import into a study at a time, so that no runs of another are lost."""
+    path = store.study(name) / "import.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise disk_error(path, error) from error
+
+
+def _row(store: Store, cell_id: str) -> str:
+    return _row_key(read_cell(store, cell_id)["identity"]["foreign"]["row"])
+
+
+def _row_key(row: Any) -> str:
+    return json.dumps(row, sort_keys=True)
 
 
 def _write_cell(store: Store, one: Mapping[str, Any], conventions: Mapping[str, str]) -> str:

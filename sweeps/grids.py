@@ -135,6 +135,11 @@ def examples(plan: Plan) -> list[PlannedCell]:
     return [place.plan(setting) for place in plan.places for setting in corners(plan.study)]
 
 
+def first_trials(plan: Plan) -> list[PlannedCell]:
+    """The cells of one trial of a search at every place, at the first end of its space."""
+    return [place.plan(corners(plan.study)[0]) for place in plan.places]
+
+
 def corners(study: Study) -> list[dict[str, Any]]:
     """The settings at which a place is planned to see whether it can be: both ends of what is searched, if anything."""
     if study.search is None:

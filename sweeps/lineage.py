@@ -73,11 +73,13 @@ def what_prevents(cells: Iterable[Cell]) -> tuple[str, ...]:
             groups.setdefault(key, []).append(cell)
     found: set[str] = set()
     for members in groups.values():
-        lengths = {one.tokens for one in members}
+        shortest, longest = (pick(members, key=lambda one: one.tokens) for pick in (min, max))
         keys = {lineage(one) for one in members}
-        if len(lengths) > 1 and len(keys) >= len(members) > 1:
-            first = _past(members[0])
-            found |= {name for one in members[1:] for name, _, _ in differences(first, _past(one))}
+        if longest.tokens > shortest.tokens and len(keys) >= len(members):
+            # the longest that differs in least, since a study may vary something at every length
+            past, most = _past(shortest), longest.tokens
+            names = [{name for name, _, _ in differences(past, _past(one))} for one in members if one.tokens == most]
+            found |= min(names, key=len)
     return tuple(sorted(found))
 
 

@@ -116,14 +116,16 @@ def plan_cell(
         eps=value("eps"),
         clip_norm=value("clip_norm"),
     )
-    cooldown_fraction = value("cooldown_fraction")
-    stable = _stable_share(recipe["schedule"], cooldown_fraction) * tokens
+    # What a schedule does not use is that of the defaults, so that equal runs are one cell.
+    defaults, kind = Training(), recipe["schedule"]
+    cooldown_fraction = value("cooldown_fraction") if kind == "wsd" else float(defaults.cooldown_fraction)
+    stable = _stable_share(kind, cooldown_fraction) * tokens
     schedule = Schedule(
-        name=recipe["schedule"],
+        name=kind,
         warmup_tokens=int(value("warmup_tokens", _default_warmup(counts["N"], tokens, stable))),
-        final_fraction=value("final_fraction"),
+        final_fraction=value("final_fraction") if kind != "constant" else float(defaults.final_fraction),
         cooldown_fraction=cooldown_fraction,
-        cooldown_shape=recipe["cooldown_shape"] if recipe["schedule"] == "wsd" else "sqrt",
+        cooldown_shape=recipe["cooldown_shape"] if kind == "wsd" else defaults.cooldown_shape,
     )
     if stable and schedule.warmup_tokens > stable:
         raise ValueError(
@@ -207,7 +209,7 @@ def _counts(shape: accounting.Shape) -> dict[str, int]:
 
 def _validation_tokens(study: Study, corpus: CorpusInfo) -> int:
     """Whole windows; 0 where the study wants no fewer than there are."""
-    wanted = round((study.validation_tokens or 0) / study.context)
+    wanted = max(1, round(study.validation_tokens / study.context)) if study.validation_tokens else 0
     return wanted * study.context if wanted < corpus.validation_windows(study.context) else 0
 
 

@@ -7,6 +7,7 @@ models or batches it only takes more memory. What a probe found is kept in the s
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -23,8 +24,10 @@ from sweeps.tracing import traced
 WARM_TURNS, PROBE_TURNS = 2, 7
 
 
-def pays(store: Store, cell_ids: Sequence[str]) -> bool:
+def pays(store: Store, cell_ids: Sequence[str], base_dir: Path | None = None) -> bool:
     """Whether these cells train faster as one program on this device: by an earlier probe, or by one made now.
+
+    A family of the user's own is looked up from `base_dir`; None allows no such code.
 
     A probe takes a second or so for models that small. What cannot be stacked at all (a model of the user's own that
     `vmap` does not take) does not pay.
@@ -34,18 +37,18 @@ def pays(store: Store, cell_ids: Sequence[str]) -> bool:
     gain = known_gain(store, cells[0], len(cells), device)
     if gain is None:
         try:
-            gain, why = probe(cells, torch.device(device)), None
+            gain, why = probe(cells, torch.device(device), base_dir), None
         except (RuntimeError, NotImplementedError, InputError) as error:
             gain, why = 0.0, f"{type(error).__name__}: {error}"
         note_gain(store, cells[0], len(cells), device, gain, why=why)
     return gain >= LEAST_GAIN
 
 
-def probe(cells: Sequence[Cell], device: torch.device) -> float:
+def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = None) -> float:
     """How many times faster these cells make a step together than one by one, forward, backward and optimizer: the
     median over turns of both."""
     cell = cells[0]
-    family = find_family(cell.family)
+    family = find_family(cell.family, allow_code=base_dir is not None, base_dir=base_dir or Path())
     choose_numerics(cell, stack=len(cells))  # raises where their memory does not suffice
     amplify = precision(cell.precision, device)
 

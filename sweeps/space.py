@@ -12,6 +12,8 @@ from pydantic import Field, field_validator, model_validator
 
 from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 
+MOST_VALUES = 10_000
+"""As many as a list may have: more are a range."""
 SAMPLERS = ("tpe", "gp", "qmc", "cmaes", "random", "grid")
 SamplerName = Literal["tpe", "gp", "qmc", "cmaes", "random", "grid"]
 
@@ -81,11 +83,13 @@ class Axis(Declared):
         if self.categorical is not None:
             return list(self.categorical)
         low, high = self.bounds()
-        if self.whole is not None:
-            return list(range(self.whole[0], self.whole[1] + 1, int(self.step or 1)))
-        if self.step is None:
+        step = self.step if self.whole is None else int(self.step or 1)
+        if step is None or (high - low) / step >= MOST_VALUES:
             return None
-        return [low + index * self.step for index in range(round((high - low) / self.step) + 1)]
+        if self.whole is not None:
+            return list(range(self.whole[0], self.whole[1] + 1, int(step)))
+        # rounded, to know a value again that a start setting names
+        return [float(f"{low + index * step:.12g}") for index in range(round((high - low) / step) + 1)]
 
 
 class Search(Declared):
@@ -157,7 +161,7 @@ def why_not(sampler: str, space: Mapping[str, Axis], rungs: list[float]) -> str 
     if sampler == "cmaes" and len(space) < 2:
         return "needs a space of at least two hyperparameters"
     if sampler == "grid" and endless:
-        return f"needs a list of values, and {', '.join(endless)} has none: give a step, or categorical"
+        return f"needs a list of values, and {', '.join(endless)} has none: give a (larger) step, or categorical"
     if sampler in ("gp", "cmaes") and rungs:
         return "learns nothing from trials that end at a rung"
     return None

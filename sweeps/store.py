@@ -122,10 +122,7 @@ def open_store(root: str | Path, *, create: bool = True) -> Store:
     if not marker.exists():
         if not create:
             raise InputError(f"no Escala store at {path}. Name one with --store or ESCALA_STORE, or run a study first.")
-        if path.is_dir() and any(not one.name.startswith(".store.json.") for one in path.iterdir()):  # a crash's
-            raise InputError(
-                f"{path} is a folder with other things in it, not an Escala store. Name an empty or new one."
-            )
+        check_room(path)
         write_json(marker, {"format": FORMAT, "created": timestamp()})
     found = read_json(marker).get("format")
     if not isinstance(found, int) or found > FORMAT:
@@ -136,6 +133,14 @@ def open_store(root: str | Path, *, create: bool = True) -> Store:
     if create and not os.access(path, os.W_OK):
         raise InputError(f"the store {path} is not writable. Change its permissions, or name another with --store.")
     return Store(path)
+
+
+def check_room(path: Path) -> None:
+    """InputError where something is in the place of a store that is to be made."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file, not an Escala store. Name an empty folder or a new one.")
+    if path.is_dir() and any(not one.name.startswith(".store.json.") for one in path.iterdir()):  # a crash's
+        raise InputError(f"{path} is a folder with other things in it, not an Escala store. Name an empty or new one.")
 
 
 def read_metrics(store: Store, cell_id: str) -> list[Json]:

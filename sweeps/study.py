@@ -336,6 +336,11 @@ class Study(Declared):
     def _families_by_name(cls, value: Any) -> Any:
         value = _listed(value)
         if isinstance(value, list):
+            if strange := [one for one in value if not isinstance(one, str)]:
+                raise ValueError(
+                    f"a list names families; found {strange[0]!r}. With options, write "
+                    "families: {llama: {heads_per_kv: 4}}"
+                )
             value = {name: {} for name in value}
         if value == {}:
             raise ValueError("name at least one family")
@@ -372,11 +377,17 @@ class Study(Declared):
 
     @field_validator("vary", mode="after")
     @classmethod
-    def _known_hyperparameters(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _known_hyperparameters(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        grid = info.data.get("grid")
+        points = grid.points if isinstance(grid, PointsGrid) else []
         for name, variation in value.items():
             check_hyperparameter(name)
             if not isinstance(variation, Factors):
                 check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
+                if any(name in point.training for point in points):
+                    raise ValueError(
+                        f"{name} is set at a point of the grid too; take it out there, or vary its {{times: ..}}"
+                    )
             elif name in NO_NUMBERS:
                 raise ValueError(f"{name} is no number, so it has no multiples; list its values")
         return value

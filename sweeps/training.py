@@ -26,6 +26,7 @@ from sweeps.cell import Cell
 from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops, probe_micro_batch
+from sweeps.errors import InputError
 from sweeps.evaluation import Evaluation, evaluate, spread_windows
 from sweeps.families import find_family
 from sweeps.losses import Loss, MeanLoss
@@ -118,6 +119,8 @@ def train_together(
     clock = _Clock()
     with clock("build"):
         family = find_family(cell.family, allow_code=ios[0].base_dir is not None, base_dir=ios[0].base_dir or Path())
+        if str(family.version) != cell.family_version:
+            raise InputError(f"family {cell.family}: it has changed since this cell was planned. Run the study again.")
         place = "cpu" if numerics.sharded else device  # whole it would not fit there
         models = [make_model(family, one).to(place).train() for one in cells]
         factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)

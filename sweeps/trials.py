@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,8 +48,13 @@ class Group:
 
     @cached_property
     def recipe_cells(self) -> frozenset[str]:
-        """The ids of the cells of the recipe's own setting, at full length."""
-        return frozenset(place.plan().cell.id for place in self.places)
+        """The ids of the cells of the recipe's own setting, at full length. What is searched may have no value there
+        that makes a cell."""
+        found = set()
+        for place in self.places:
+            with suppress(ValueError):
+                found.add(place.plan().cell.id)
+        return frozenset(found)
 
 
 def groups(plan: Plan) -> tuple[Group, ...]:
@@ -110,10 +116,9 @@ def start_settings(search: Search, group: Group) -> list[dict[str, Any]]:
     for given in search.start:
         setting = dict(given)
         for name, distribution in space.items():
-            own = {_own_value(place, name) for place in group.places}
-            if name not in setting and len(own) > 1:
-                raise InputError(f"search: start names no {name}, and the recipe's differs between places. Name it.")
-            value = setting.setdefault(name, next(iter(own)))
+            if name not in setting:
+                setting[name] = _common_value(group, name)
+            value = setting[name]
             try:
                 inside = distribution._contains(distribution.to_internal_repr(value))
             except ValueError:
@@ -122,6 +127,17 @@ def start_settings(search: Search, group: Group) -> list[dict[str, Any]]:
                 raise InputError(f"search: start has {name} {value!r}, which is not in the space ({distribution}).")
         found.append(setting)
     return found
+
+
+def _common_value(group: Group, name: str) -> Any:
+    """The recipe's value of a hyperparameter at every place of a group."""
+    try:
+        own = {_own_value(place, name) for place in group.places}
+    except ValueError as error:
+        raise InputError(f"search: start names no {name}, and the recipe's makes no cell ({error}). Name it.") from None
+    if len(own) > 1:
+        raise InputError(f"search: start names no {name}, and the recipe's differs between places. Name it.")
+    return own.pop()
 
 
 def _own_value(place: Place, name: str) -> Any:

@@ -91,6 +91,17 @@ def test_doctor_finds_the_installed_set(escala: Escala) -> None:
     assert all(finding["ok"] for finding in findings)
 
 
+def test_doctor_says_where_no_store_can_be_made(escala: Escala) -> None:
+    (escala.folder / "full").mkdir()
+    (escala.folder / "full" / "letters").touch()
+    (escala.folder / "file").touch()
+    for place, words in (("full", "a folder with other things in it"), ("file", "is a file, not an Escala store")):
+        findings = json.loads(escala("doctor", "--json", "--store", place, ok=1).stdout)
+        (store,) = (finding for finding in findings if finding["what"] == "store")
+        assert not store["ok"]
+        assert words in store["found"]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -1,6 +1,8 @@
 """Finished runs from elsewhere: imported, read by every verb, exported."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,7 +11,8 @@ from commandline import TINY, Escala, refused
 
 import analysis
 from analysis.laws import CHINCHILLA
-from sweeps.store import Store, open_store
+from sweeps.foreign import import_runs
+from sweeps.store import Store, open_store, read_plan
 
 LAW = {"E": 1.8, "A": 482.0, "B": 2085.0, "alpha": 0.35, "beta": 0.37}
 
@@ -79,6 +82,44 @@ def test_importing_again_adds_nothing_and_more_rows_add_only_themselves(escala: 
     assert {p: p.stat().st_mtime_ns for p in (escala.folder / "s").rglob("*")} == before
     assert "5 runs imported, 10 were there" in escala("import", "b.csv", "--study", "lit", "--store", "s").stdout
     assert len(analysis.load_runs("lit", escala.folder / "s")) == 15
+
+
+def test_rows_that_are_read_anew_replace_themselves_and_stay_in_quarantine(escala: Escala) -> None:
+    table().to_csv(escala.folder / "runs.csv", index=False)
+    escala("import", "runs.csv", "--study", "lit", "--store", "s")
+    cells = json.loads(escala("status", "lit", "--store", "s", "--json").stdout)["cells"]
+    escala("quarantine", cells[0]["id"], "--reason", "typo", "--store", "s")
+    told = escala("import", "runs.csv", "--study", "lit", "--store", "s", "--n-is", "N_total").stdout
+    assert "note: 15 of them replace the same rows, which were read in another way before." in told
+    runs = analysis.load_runs("lit", escala.folder / "s")
+    assert len(runs) == 15
+    assert runs["N_total"].notna().all()
+    assert runs["excluded"].notna().sum() == 1
+
+
+def test_imports_at_once_lose_no_runs(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "s")
+    halves = [
+        [{"run": {"N": 1e4 + i, "D": 1e5, "C": 6e9, "loss": 3.0}, "row": {"i": i}} for i in part]
+        for part in (range(10), range(10, 20))
+    ]
+
+    def late() -> Iterator[dict[str, Any]]:
+        """The second import comes while the first reads its table."""
+        yield halves[0][0]
+        import_runs(store, "lit", halves[1], {"N": "unknown", "C": "unknown"}, "b.csv")
+        yield from halves[0][1:]
+
+    import_runs(store, "lit", late(), {"N": "unknown", "C": "unknown"}, "a.csv")
+    assert len(read_plan(store, "lit")["cells"]) == 20
+
+
+def test_tokens_in_billions_are_asked_about(escala: Escala) -> None:
+    frame = table()
+    frame.assign(tokens=frame["tokens"] / 1e15).to_csv(escala.folder / "runs.csv", index=False)
+    said = escala("import", "runs.csv", "--study", "lit", "--store", "s", ok=2).stderr
+    assert "Are these billions? Then write --columns 'D=D*1e9'" in said
+    assert not list((escala.folder / "s").glob("cells/*"))
 
 
 def test_what_n_and_c_mean_is_kept_and_a_derived_c_is_marked(escala: Escala) -> None:

@@ -248,8 +248,15 @@ def test_a_search_is_simulated_as_all_its_trials(escala: Escala) -> None:
         + "search: {space: {learning_rate: {log: [1e-4, 1e-1]}}, trials: 5}\n"
     )
     told = json.loads(escala("simulate", escala.study(searched), "--gpus", 2, "--json", "--store", "store").stdout)
-    assert told["cells"] % 5 == 0 < told["cells"]
+    assert told["cells"] == 5 * 7, "the tiny study's seven places"
     assert any("5 trials" in note for note in told["notes"])
+    settings = "search: {space: {weight_decay: {categorical: [0.1, 0.2, 0.3]}}, sampler: grid}\n"
+    grid = escala.study(TINY.replace("name: tiny", "name: listed") + settings)
+    told = json.loads(escala("simulate", grid, "--gpus", 2, "--json", "--store", "store").stdout)
+    assert told["cells"] == 3 * 7, "no more than the grid has settings"
+    assert "does not go with a search" in refused(
+        escala, "simulate", grid, "--gpus", 2, "--hardware", "abacus", "--store", "store"
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,6 +275,7 @@ def test_a_search_is_simulated_as_all_its_trials(escala: Escala) -> None:
         (("--gpus", 4, "--preempt", "inf"), "--preempt: found inf; a finite number"),
         (("--gpus", 4, "--checkpoint-seconds", "inf"), "--checkpoint-seconds: found inf"),
         (("--gpus", 4, "--hardware", "abacus"), "no calibration 'abacus'"),
+        (("--gpus", 4, "--hardware", "abacus", "--device", "H100"), "--hardware: a calibration does not go with"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(escala: Escala, options: tuple[object, ...], said: str) -> None:

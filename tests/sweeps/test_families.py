@@ -11,12 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from small import make_cell, put
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sweeps.accounting import Shape, forward_flops, parameters
+from sweeps.attempt import run_attempt
+from sweeps.cell import Cell
+from sweeps.corpora import Corpus
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES, Family, build_model, find_family, resolve_options
+from sweeps.probing import pays
 from sweeps.sizes import LATTICE, minimum_size, shape_for
+from sweeps.stacks import known_gain
+from sweeps.store import Store
 
 ROOT = Path(__file__).parents[2]
 VARIANTS: list[tuple[str, dict[str, float]]] = [
@@ -257,6 +264,13 @@ def breaks():
 """
 
 
+def own_cell(own: Path, corpus: Corpus, seed: int) -> Cell:
+    family = find_family("mine.py:bag", allow_code=True, base_dir=own)
+    shape = shape_for(family, 1e4, vocab_size=corpus.info.vocab_size, context=32)
+    told = {"family": family.name, "family_version": str(family.version), "options": (("tied", False),)}
+    return make_cell(corpus, 3, shape=shape, seed=seed, **told)
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     (tmp_path / "mine.py").write_text(OWN_FAMILY)
@@ -286,6 +300,30 @@ def test_an_edited_file_is_a_new_family(own: Path) -> None:
     after = find_family("mine.py:bag", allow_code=True, base_dir=own)
     assert after.version != before.version
     assert after.mlp_ratio == 3
+
+
+def test_no_cell_is_trained_with_a_file_that_was_edited_since_it_was_planned(
+    own: Path, corpus: Corpus, store: Store
+) -> None:
+    cells = [own_cell(own, corpus, seed) for seed in (0, 1)]
+    assert run_attempt(store, put(store, cells[0]), study="s", base_dir=own).state == "finished"
+    (own / "mine.py").write_text(OWN_FAMILY.replace("bias=False", "bias=True"))
+    edited = run_attempt(store, put(store, cells[1]), study="s", base_dir=own)
+    assert edited.state == "code"
+    assert "mine.py:bag: it has changed since this cell was planned" in (edited.reason or "")
+
+
+def test_members_of_a_family_of_ones_own_are_probed(own: Path, corpus: Corpus, store: Store) -> None:
+    text = OWN_FAMILY.replace(
+        "self.table(input_ids))", "self.table(input_ids) + sum(m(self.table.weight[0]).mean() for m in self.mix))"
+    )
+    (own / "mine.py").write_text(text)  # a stack wants every parameter used
+    cells = [own_cell(own, corpus, seed) for seed in (0, 1)]
+    ids = [put(store, cell) for cell in cells]
+    pays(store, ids, own)
+    gain = known_gain(store, cells[0], 2, "cpu")
+    assert gain is not None
+    assert gain > 0, "a stack that was tried has a gain, if below 1"
 
 
 @pytest.mark.parametrize(

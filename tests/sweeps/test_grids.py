@@ -465,3 +465,18 @@ def test_what_keeps_lengths_from_sharing_a_trunk_is_named_with_its_remedy() -> N
         if "share no trunk" in text
     ]
     assert "learning_rate follows C, warmup_tokens differs between their lengths. Let them be numbers" in told
+
+
+def test_what_a_schedule_does_not_use_makes_no_other_cell() -> None:
+    def ids_of(**training: Any) -> set[str]:
+        return ids(points(POINT, training={"batch_tokens": 640} | training))
+
+    assert ids_of(schedule="cosine", cooldown_fraction=0.3, cooldown_shape="linear") == ids_of(schedule="cosine")
+    assert ids_of(schedule="constant", final_fraction=0.5) == ids_of(schedule="constant")
+    assert ids_of(schedule="wsd", cooldown_fraction=0.3) != ids_of(schedule="wsd")
+    assert ids_of(schedule="cosine", final_fraction=0.5) != ids_of(schedule="cosine")
+
+
+def test_fewer_validation_tokens_than_a_window_are_one_window_and_not_all() -> None:
+    long = {"context": 32_768, "training": {"batch_tokens": 32_768}}
+    assert only(points(POINT, **long, validation_tokens=10_000)).cell.validation_tokens == 32_768

@@ -73,6 +73,10 @@ def test_what_follows_the_length_prevents_sharing_and_is_named(corpus: Corpus) -
     assert what_prevents(free) == ()
     assert what_prevents(bound) == ("optimizer.learning_rate",)
     assert plan_branches(bound) == {}
+    varied = [
+        wsd(corpus, steps, learning_rate=rate, init_std=steps / 400) for steps in (20, 40) for rate in (0.01, 0.02)
+    ]
+    assert what_prevents(varied) == ("init_std",), "a rate that is varied at every length is no reason"
 
 
 @given(

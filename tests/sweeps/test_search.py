@@ -241,6 +241,25 @@ def test_a_grid_asks_every_setting_once(store: Store, make_plan: Callable[..., P
     assert sorted(found) == sorted((b, s) for b in (64, 128, 192, 256) for s in ("cosine", "wsd"))
 
 
+def test_a_grid_that_begins_with_one_of_its_settings_asks_all_the_others(
+    store: Store, make_plan: Callable[..., Plan]
+) -> None:
+    space = {"weight_decay": {"linear": [0, 0.4], "step": 0.1}}
+    plan = make_plan(space=space, sampler="grid", trials=5, start=[{"weight_decay": 0.3}])
+    drive(store, plan)
+    found = [one.setting["weight_decay"] for one in trials(store, plan)]
+    assert found[0] == 0.3
+    assert sorted(found) == [0.0, 0.1, 0.2, 0.3, 0.4]
+
+
+def test_a_recipe_that_makes_no_cell_where_nothing_is_searched_stops_no_trial(
+    store: Store, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan({"batch_tokens": 1_000_000}, space={"batch_tokens": {"log": [64, 256]}}, trials=3)
+    drive(store, plan)
+    assert [one.fault for one in trials(store, plan)] == [None, None, None]
+
+
 def test_qmc_fills_the_space_from_its_first_trials_on(store: Store, make_plan: Callable[..., Plan]) -> None:
     plan = make_plan(sampler="qmc", trials=8)
     drive(store, plan, idle=8)

@@ -1,12 +1,14 @@
 """What a study file says of a search is refused, in a sentence, where no sampler could take it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from searched import make_corpus, search_plan
 
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
+from sweeps.space import Axis
 from sweeps.studyfile import load_study
 from sweeps.trials import groups
 
@@ -73,6 +75,24 @@ def test_what_is_searched_stands_nowhere_else(tmp_path: Path) -> None:
 def test_a_start_setting_outside_the_space_is_a_sentence(corpus: CorpusInfo) -> None:
     with pytest.raises(InputError, match=r"start has learning_rate 0\.5, which is not in the space"):
         groups(search_plan(corpus, start=[{"learning_rate": 0.5}]))
+
+
+def test_a_start_setting_that_must_name_what_the_recipe_cannot_give_is_a_sentence(corpus: CorpusInfo) -> None:
+    space = {"batch_tokens": {"log": [64, 256]}, "learning_rate": {"log": [1e-3, 1e-1]}}
+    plan = search_plan(corpus, {"batch_tokens": 1_000_000}, space=space, start=[{"learning_rate": 0.01}])
+    with pytest.raises(InputError, match=r"start names no batch_tokens, and the recipe's makes no cell .* Name it\."):
+        groups(plan)
+    named = [{"learning_rate": 0.01, "batch_tokens": 128}]
+    assert groups(search_plan(corpus, {"batch_tokens": 1_000_000}, space=space, start=named))
+
+
+@pytest.mark.parametrize("axis", [{"int": [0, 10**12]}, {"linear": [0, 1], "step": 1e-5}])
+def test_a_range_of_too_many_values_is_not_listed(axis: dict[str, Any]) -> None:
+    assert Axis.model_validate(axis).values() is None
+
+
+def test_values_are_those_that_a_person_would_write() -> None:
+    assert Axis.model_validate({"linear": [0, 0.4], "step": 0.1}).values() == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
 def test_rungs_want_a_trunk_that_the_full_run_shares(corpus: CorpusInfo) -> None:

@@ -122,6 +122,12 @@ seeds: []
         ("vary: {cooldown_fraction: [0.1, 1.5]}", "cooldown_fraction: found 1.5; the cooldown is a share of the run"),
         ("vary: {cooldown_shape: {times: [2]}}", "cooldown_shape is no number, so it has no multiples"),
         ("families: {}", "at least one family"),
+        ("families: [{llama: {tied: true}}]", "With options, write families: {llama: {"),
+        ("families: [[llama]]", "a list names families; found ['llama']"),
+        (
+            "grid: {type: points, points: [{size: 1e4, tokens: 9, training: {beta1: 0.9}}]}\nvary: {beta1: [0.8, 0.7]}",
+            "beta1 is set at a point of the grid too; take it out there, or vary its {times: ..}",
+        ),
         ("seeds: [-1]", "greater than or equal to 0"),
         ("limits: {cells: 0}", "limits.cells: found 0; "),
         ("limits: {gpus: -1}", "limits.gpus: found -1; "),
