@@ -20,7 +20,7 @@ from cluster.arguments import (
     JsonOption,
     RefitOption,
     StoreOption,
-    StudyArgument,
+    StudyFileArgument,
     TrackingOption,
 )
 from cluster.terminal import say, visible
@@ -41,7 +41,7 @@ DashboardOption = Annotated[
 
 @app.command(rich_help_panel=CLUSTER)
 def submit(
-    study: StudyArgument,
+    study: StudyFileArgument,
     address: DashboardOption,
     store: Annotated[
         Path, typer.Option("--store", envvar="ESCALA_STORE", help="The store as the cluster's nodes see it: /...")
@@ -246,7 +246,7 @@ def _redacted(stream: TextIO) -> Iterator[Callable[[str], None]]:
 
 @app.command(rich_help_panel=CLUSTER)
 def simulate(
-    study: StudyArgument,
+    study: StudyFileArgument,
     gpus: Annotated[int, typer.Option(help="GPUs of the simulated cluster.")],
     nodes: Annotated[int, typer.Option(help="Nodes among which they are shared evenly.")] = 1,
     mtbf: Annotated[

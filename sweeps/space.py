@@ -115,6 +115,14 @@ class Search(Declared):
     start: list[dict[str, Any]] = Field(default_factory=list)
     """Settings that are tried first; what one does not name has the recipe's own value."""
 
+    @field_validator("start", mode="after")
+    @classmethod
+    def _numbers_as_such(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {name: one if isinstance(one, bool) else parse_number(one) for name, one in setting.items()}
+            for setting in value
+        ]
+
     @field_validator("rungs", mode="after")
     @classmethod
     def _rungs_ascend(cls, value: list[float]) -> list[float]:

@@ -95,6 +95,11 @@ def test_values_are_those_that_a_person_would_write() -> None:
     assert Axis.model_validate({"linear": [0, 0.4], "step": 0.1}).values() == [0.0, 0.1, 0.2, 0.3, 0.4]
 
 
+def test_a_start_setting_may_be_written_as_its_choice_is(corpus: CorpusInfo) -> None:
+    space = {"learning_rate": {"categorical": ["1e-3", "1e-2"]}}  # as YAML 1.1 reads them
+    assert groups(search_plan(corpus, space=space, start=[{"learning_rate": "1e-2"}]))
+
+
 def test_rungs_want_a_trunk_that_the_full_run_shares(corpus: CorpusInfo) -> None:
     with pytest.raises(InputError, match="found schedule cosine"):
         groups(search_plan(corpus, rungs=[0.5]))
