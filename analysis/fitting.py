@@ -15,7 +15,7 @@ from analysis import judging
 from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import Law, find_law
-from analysis.problems import OBJECTIVES, Objective, Problem, Robust, make_problem
+from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixed, make_problem
 from analysis.resampling import Way, dependent_runs, draw_thetas, root_weights, trunk_labels
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
@@ -86,9 +86,7 @@ def fit(
             selection, targets=targets, method=ISOFLOP[law], resamples=resamples or 2000, level=level, seed=seed
         )
     form = find_law(law)
-    for name in fixed or {}:
-        if name not in form.names:
-            raise InputError(f"{law} has no parameter {name!r}{nearest(name, form.names)}: {', '.join(form.names)}.")
+    check_fixed(form, fixed or {})
     selection = _with_noise(
         select(runs, loss, form.variables, form.response, [c for c in (cluster, weights) if c]), noise
     )

@@ -106,10 +106,7 @@ def optimum_laws(
     for kind, members in kinds.items():
         labels = dict(kind)
         for axis in members[0].axes:
-            words = [str(v) if k in ("family", "parametrisation") else f"{k}={v:g}" for k, v in kind if k in named]
-            laws["/".join([*([" ".join(words)] if words else []), axis])] = _law(
-                axis, members, labels, _recipe(runs, labels, axis), level, seed
-            )
+            laws[_name(kind, named, axis)] = _law(axis, members, labels, _recipe(runs, labels, axis), level, seed)
     return laws
 
 
@@ -139,7 +136,6 @@ def near_best_laws(
             near = points[points["loss"] <= (1.0 + tolerance) * points["loss"].min()]
             rows.append(near.assign(N=group.key["N"], D=group.key["D"]))
         kept = pd.concat(rows, ignore_index=True)
-        words = [str(v) if k in ("family", "parametrisation") else f"{k}={v:g}" for k, v in kind if k in named]
         generator = np.random.default_rng(seed)
         counts = generator.multinomial(len(kept), np.full(len(kept), 1.0 / len(kept)), size=resamples).astype(float)
         for axis in swept.axes:
@@ -153,9 +149,8 @@ def near_best_laws(
                 said.append(_too_few(axis, len(members), 0))
             y = np.log(kept[axis].to_numpy(dtype=float))
             draws = weighted(x, np.tile(y, (resamples, 1)), counts) if not refused(said) else np.empty((0, 0))
-            key = "/".join([*([" ".join(words)] if words else []), axis])
             best = weighted(x, y[None], np.ones((1, len(y))))[0]
-            laws[key] = OptimumLaw(
+            laws[_name(kind, named, axis)] = OptimumLaw(
                 **law, **_numbers(table, at, best, draws, level, said), optima=len(kept), verdicts=tuple(said)
             )
     return laws
@@ -332,6 +327,17 @@ def _telling(kinds: Mapping[tuple[Any, ...], Any]) -> set[str]:
         for k, v in kind:
             values.setdefault(k, set()).add(v)
     return {k for k, v in values.items() if k == "family" or len(v) > 1}
+
+
+def _name(kind: tuple[tuple[str, Any], ...], named: set[str], axis: str) -> str:
+    """A law's name: "llama/learning_rate", "llama optimizer=lion weight_decay=0.1/learning_rate"."""
+    words = []
+    for k, v in kind:
+        if k in named and k in ("family", "parametrisation"):
+            words.append(str(v))
+        elif k in named:
+            words.append(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}")  # a schedule is a word
+    return f"{' '.join(words)}/{axis}" if words else axis
 
 
 def _recipe(runs: pd.DataFrame, labels: Mapping[str, Any], axis: str) -> dict[str, Any]:

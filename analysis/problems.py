@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.laws import Law, Parameter
+from analysis.laws import LAWS, Law, Parameter
+from sweeps.errors import InputError, nearest
 
 OBJECTIVES = ("huber", "lad", "l2", "student")
 Objective = Literal["huber", "lad", "l2", "student"]
@@ -218,6 +219,24 @@ def make_problem(
         fixed=held,
         weights=None if weights is None else np.asarray(weights, dtype=float) / np.mean(weights),
     )
+
+
+def check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
+    """InputError for a parameter that the law lacks, a value that it cannot have, or where nothing is left to fit."""
+    positive = {term.coefficient for term in law.terms} | {p.name for p in law.parameters if p.log}
+    floors = {term.coefficient for term in law.terms if not term.features}
+    for name, value in fixed.items():
+        if name not in law.names:
+            raise InputError(f"{law.name} has no parameter {name!r}{nearest(name, law.names)}: {', '.join(law.names)}.")
+        if not np.isfinite(value):
+            raise InputError(f"{name} is fixed at {value}; it must be a finite number.")
+        if name in positive and value <= 0:
+            alike = [o for o in LAWS.values() if (o.variables, o.response) == (law.variables, law.response)]
+            without = [o.name for o in alike if name in floors and name not in o.names]
+            other = f" A law without it is {' or '.join(without)}." if without else ""
+            raise InputError(f"{name} is fixed at {value:g}; in {law.name} it must be a positive number.{other}")
+    if set(law.names) <= set(fixed):
+        raise InputError(f"all of {', '.join(law.names)} are fixed, so nothing is left to fit; leave one of them free.")
 
 
 # --- starts ------------------------------------------------------------------------------------------------------

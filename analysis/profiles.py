@@ -17,7 +17,7 @@ import pandas as pd
 from analysis import judging
 from analysis.fitting import Settings, problem_of
 from analysis.laws import find_law
-from analysis.problems import STUDENT_FREEDOM, Problem, Robust
+from analysis.problems import STUDENT_FREEDOM, Problem, Robust, check_fixed
 from analysis.selection import select
 from analysis.solver import descend, solve
 from analysis.verdicts import NAN, OPEN, Interval, Verdict, clean, refused
@@ -95,11 +95,12 @@ def profile(
     parameter, likelihood or number, and for a missing column.
     """
     form = find_law(law)
-    for name in (parameter, *(fixed or {})):
-        if name not in form.names:
-            raise InputError(f"{law} has no parameter {name!r}{nearest(name, form.names)}: {', '.join(form.names)}.")
+    if parameter not in form.names:
+        listed = ", ".join(form.names)
+        raise InputError(f"{law} has no parameter {parameter!r}{nearest(parameter, form.names)}: {listed}.")
     if parameter in (fixed or {}):
         raise InputError(f"{parameter} is fixed, so it has no profile; leave it out of fixed.")
+    check_fixed(form, fixed or {})
     if likelihood not in get_args(Likelihood):
         allowed = get_args(Likelihood)
         raise InputError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.uncertainty import SEEDS, SETTINGS, Noise, seed_noise
+from analysis.uncertainty import DESIGN, SEEDS, SETTINGS, Noise, seed_noise
 from analysis.verdicts import Verdict, budget_name, plural
 from sweeps.errors import InputError
 
@@ -19,6 +19,8 @@ PENDING = ("planned", "running", "failed")
 """States of cells that may yet give a loss."""
 FEW_STEPS = 300
 """Below so many optimiser steps the loss says more about warmup than about N and D."""
+DIGITS = 4
+"""Significant digits of the response from which on equal rows are taken for one run that is listed twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +86,19 @@ def select(
     named = ", ".join(c for c in numeric if c != "y")
     reason = reason.where(reason.notna() | ~broken, f"{named} or the {response} is missing or not positive")
 
-    # 2. of several settings at one size and token count, the best one
-    usable = table[reason.isna()]
-    beaten = _beaten_settings(usable) if {"N", "D"} <= set(table.columns) else table.index[:0]
+    # 2. a row that the table lists twice is one run
+    repeated = _listed_twice(table[reason.isna()], (*variables, *needed))
+    if len(repeated):
+        reason = reason.where(~table.index.isin(repeated), "listed twice: another row has the same setting and loss")
+        message = (
+            f"{plural(len(repeated), 'row')} repeat another row's setting and {response} to the last digit; one counts."
+        )
+        verdicts.append(Verdict("repeated_losses", "info", "fit", None, message, {"runs": len(repeated)}))
+
+    # 3. of several settings at one size and token count, the best one (one of accuracy over loss wants all models)
+    tuned = response == "loss" and not {"N", "D", "C"}.isdisjoint(variables)
+    known = tuned and {"N", "D"} <= set(table.columns)
+    beaten = _beaten_settings(table[reason.isna()], variables) if known else table.index[:0]
     if len(beaten):
         reason = reason.where(~table.index.isin(beaten), "a better setting was tried at this size and token count")
         message = (
@@ -108,7 +120,7 @@ def select(
     if pending:
         message = f"{pending} of {len(table)} planned cells are still to come; the fit may move as they do."
         verdicts.append(Verdict("partial", "info", "fit", None, message, {"runs": pending}))
-    others = reason[~table.index.isin(beaten) & reason.notna()]
+    others = reason[~table.index.isin([*beaten, *repeated]) & reason.notna()]
     if "state" in table.columns:
         others = others[~table.loc[others.index, "state"].isin(PENDING)]
     verdicts += left_out(others)
@@ -187,8 +199,29 @@ def left_out(reasons: pd.Series) -> list[Verdict]:
     return [Verdict("excluded_runs", "info", "fit", None, message, evidence)]
 
 
-def _beaten_settings(rows: pd.DataFrame) -> pd.Index:
-    """The rows whose hyperparameters did worse, in the mean over seeds, than others at the same size and tokens."""
+def _listed_twice(rows: pd.DataFrame, names: Sequence[str]) -> pd.Index:
+    """The rows equal to an earlier one in all that tells runs apart (and the columns `names`) and in the response.
+
+    Only where the response has 4 digits or more: with fewer, runs whose seeds are not told agree by chance. With 4,
+    one pair in thirty still does at a noise of .3%, and losing that costs less than counting a table twice. By the
+    median row, since 2.9 may be 2.900 without its zeros.
+    """
+    if rows.empty or rows["y"].map(_digits).median() < DIGITS:
+        return rows.index[:0]
+    own = dict.fromkeys((*names, *DESIGN, *SEEDS, "budget", "y"))
+    return rows.index[rows.duplicated([c for c in own if c in rows.columns])]
+
+
+def _digits(value: float) -> int:
+    """How many significant digits a number is given with, less zeros at its end."""
+    return len(f"{value:.15g}".partition("e")[0].replace(".", "").strip("0"))
+
+
+def _beaten_settings(rows: pd.DataFrame, variables: Sequence[str]) -> pd.Index:
+    """The rows whose hyperparameters did worse, in the mean over seeds, than others at the same size and tokens.
+
+    The same place is also where the other variables of the law are equal: at each of them a study may tune anew.
+    """
     settings = [c for c in SETTINGS if c in rows.columns and rows[c].notna().any()]
     if not settings or rows.empty:
         return rows.index[:0]
@@ -197,6 +230,9 @@ def _beaten_settings(rows: pd.DataFrame) -> pd.Index:
     family = rows["family"] if "family" in rows.columns else pd.Series("", rows.index)
     place = pd.DataFrame({"family": family, "N": rows["N"], "budget": budget})
     place["D"] = rows["D"].where(budget.isna())
+    for name in variables:
+        if name not in ("N", "D", "C"):
+            place[name] = rows[name].astype(float).map("{:.3g}".format)  # unique tokens round to batches as D does
     at = place.groupby(list(place.columns), dropna=False).ngroup()
     setting = rows[settings].groupby(settings, dropna=False).ngroup()
     mean = rows["loss"].groupby([at, setting]).transform("mean")

@@ -37,11 +37,12 @@ class Group:
     """The runs of one group as settings.
 
     key: what is equal in it: N, D, and family, parametrisation, batch_tokens ... where there are such columns.
-    columns: one value per setting, by batch and rate: learning_rate, batch_tokens (as written; NaN unknown), loss (in
-        nats, geometric mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the
-        others), squares (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the
-        loss, at most that at the start, which a run counts as whose state is diverged, wherever it ended; NaN where a
-        diverged run has no loss and the start is not known).
+    columns: one value per setting, by batch and rate: learning_rate, batch_tokens (as written, or the mean of those
+        that were merged, equal to the last digit in all settings at that level; NaN unknown), loss (in nats, geometric
+        mean over its runs that did not diverge, NaN where all did), count (of those), diverged (of the others), squares
+        (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the loss, at most
+        that at the start, which a run counts as whose state is diverged, wherever it ended; NaN where a diverged run
+        has no loss and the start is not known).
     start: loss of the untrained model in nats, NaN unknown.
     """
 
@@ -106,10 +107,11 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
     if "batch_tokens" not in rows.columns:
         rows["batch_tokens"] = NAN
         _refuse_unread_batch(rows)
-    for axis in AXES:
-        rows[f"ln {axis}"] = np.log(rows[axis].astype(float))
+    written = {axis: rows[axis].to_numpy(dtype=float) for axis in AXES}
     for name in ("N", "D", *AXES):
         rows[name] = merged(rows[name].to_numpy(dtype=float))
+    for axis in AXES:
+        rows[f"apart {axis}"] = np.log(written[axis] / rows[axis])
     always = [c for c in _ALWAYS if c in rows.columns and rows[c].notna().any()]
     base = rows.groupby([*always, "N", "D"], dropna=False).ngroup().to_numpy()
     keys, moving = _divide(rows, base)
@@ -121,6 +123,8 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
     always += keys
     described = ["N", "D", *(a for a in AXES if a not in chosen and rows[a].notna().any())]
     rows, repeated = _without_repeats(rows)
+    for axis in AXES:
+        rows[f"level {axis}"] = _levels(rows, axis)
     groups = [_group(part, [*always, *described]) for _, part in rows.groupby("at")]
     groups.sort(key=lambda g: g.order)
     return Swept(
@@ -234,6 +238,15 @@ def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]
     return rows[~again].reset_index(drop=True), tuple(rows.loc[again, "cell"].astype(str))
 
 
+def _levels(rows: pd.DataFrame, axis: str) -> pd.Series:
+    """One value for all rows of a group whose rates, or batches, were merged: the geometric mean of those written.
+
+    It is the same to the last digit in all settings at it, however many seeds each of them has, so that levels can be
+    compared and counted; and it is the value as written where there is but one.
+    """
+    return rows[axis] * np.exp(rows.groupby(["at", axis])[f"apart {axis}"].transform("mean"))
+
+
 def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     first = rows.iloc[0]
     known = {k: first[k] for k in names if not pd.isna(first[k])}
@@ -255,7 +268,7 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     capped = np.where(ended, np.fmin(measured, start), start)
     total = np.diff(np.append(starts, len(order)))
     columns = {
-        **{a: np.exp(np.add.reduceat(rows[f"ln {a}"].to_numpy()[order], starts) / total) for a in AXES},
+        **{a: rows[f"level {a}"].to_numpy(dtype=float)[order][starts] for a in AXES},
         "loss": np.exp(np.where(count > 0, mean, NAN)),
         "count": count,
         "diverged": total - count,

@@ -27,11 +27,14 @@ SETTINGS = (
     *("optimizer", "init_std", "beta1", "eps", "clip_norm", "final_fraction"),
 )
 """Hyperparameters that a study may vary at fixed N and D: all that a recipe has, else one would pass for a seed."""
-_DESIGN = (
+DESIGN = (
     *("family", "N", "D", "C", *SETTINGS, "steps", "width", "depth", "heads", "mlp_width"),
     *("corpus", "tokenizer", "context"),
     *("U", "experts", "x", "S1", "S2"),  # what laws vary beside N, D and C
 )
+"""What tells runs apart beside their seeds."""
+MANY = 1e9
+"""Degrees of freedom of a noise that was given: scipy's F distribution is NaN for infinitely many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +73,7 @@ def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None
         return None
     kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
     kept = kept[np.isfinite(kept[loss]) & (kept[loss] > 0)]
-    keys = [c for c in _DESIGN if c in kept.columns and kept[c].notna().any()]
+    keys = [c for c in DESIGN if c in kept.columns and kept[c].notna().any()]
     if not keys or kept.empty:
         return None
     groups = kept.assign(_log=np.log(kept[loss])).groupby(keys, dropna=False)
@@ -104,7 +107,8 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     if not known or residual_sd <= seeds.sd:
         return seeds, []
     ratio = (residual_sd / seeds.sd) ** 2 if seeds.sd > 0 else np.inf
-    if seeds.sd > 0 and fdtrc(residual_freedom, seeds.freedom, ratio) >= 0.05:
+    freedom = min(seeds.freedom, MANY)
+    if seeds.sd > 0 and fdtrc(residual_freedom, freedom, ratio) >= 0.05:
         return seeds, []
     between = "between seeds" if seeds.source == "seeds" else "of their noise"
     message = (

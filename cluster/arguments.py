@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DEFAULT_STORE = Path("escala-store")
 
+StudyFileArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped study.")]
 StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped or finished study.")]
 CellArgument = Annotated[str, typer.Argument(help="A cell's id, or the beginning of it.")]
 StoreOption = Annotated[
@@ -101,9 +102,9 @@ def fit_options(
     """The arguments of `analysis.fit` that were asked for. A parabola per budget has no use for some of them."""
     from sweeps.errors import InputError
 
-    asked: dict[str, Any] = {"objective": objective, "threshold": delta, "drop_worst": drop_worst, "cluster": cluster}
-    asked |= {"weights": weights, "loss_targets": for_loss}
-    asked = {k: v for k, v in asked.items() if v}
+    asked: dict[str, Any] = {"objective": objective, "threshold": delta, "cluster": cluster, "weights": weights}
+    asked |= {"drop_worst": drop_worst or None, "loss_targets": for_loss or None}  # 0 and none are their defaults
+    asked = {k: v for k, v in asked.items() if v is not None}  # any other 0 was asked for, and a fit refuses it
     if law in ("isoflop", "akima") and asked:
         names = {
             "objective": "--loss",
@@ -117,4 +118,4 @@ def fit_options(
         asked["resample"] = "rows"
     if level != 0.95:
         asked["level"] = level
-    return asked | ({"resamples": bootstrap} if bootstrap else {}) | ({"seed": seed} if seed else {})
+    return asked | ({"resamples": bootstrap} if bootstrap is not None else {}) | ({"seed": seed} if seed else {})

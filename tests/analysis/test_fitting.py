@@ -9,6 +9,7 @@ import pytest
 from analysis import fit
 from analysis.allocation import closed_form, optimum
 from analysis.laws import CHINCHILLA
+from cluster.arguments import fit_options
 from sweeps.errors import InputError
 from tests.analysis.synthetic import LAW, codes, surface
 
@@ -195,6 +196,31 @@ def test_bad_arguments_are_input_errors(bad) -> None:
         fit(replicated(), **bad)
 
 
+@pytest.mark.parametrize(
+    ("law", "fixed", "words"),
+    [
+        ("chinchilla", {"E": 0.0}, "E is fixed at 0; in chinchilla it must be a positive number.*without it is kaplan"),
+        ("chinchilla", {"A": -1.0}, r"A is fixed at -1; .* must be a positive number\.$"),
+        ("data_constrained", {"RD": 0.0}, "RD is fixed at 0; .* must be a positive number"),
+        ("chinchilla", {"alpha": float("nan")}, "alpha is fixed at nan; it must be a finite number"),
+        ("chinchilla", {"E": float("inf")}, "E is fixed at inf; it must be a finite number"),
+        ("chinchilla", BES, "nothing is left to fit"),
+        ("chinchilla", {"alhpa": 0.3}, 'did you mean "alpha"'),
+    ],
+)
+def test_parameters_are_only_fixed_at_values_that_they_can_have(law, fixed, words) -> None:
+    with pytest.raises(InputError, match=words):
+        fit(replicated().assign(U=1e9), law, fixed=fixed)
+
+
+def test_an_option_of_zero_is_not_taken_for_one_that_was_not_given() -> None:
+    options = fit_options("chinchilla", None, 0.0, 0, None, None, None, [], 0.95, 0)
+    assert options == {"threshold": 0.0}
+    with pytest.raises(InputError, match=r"threshold is 0\.0; it must be a positive number"):
+        fit(replicated(), **options)
+    assert fit_options("isoflop", None, None, 0, None, None, None, [], 0.95, 0) == {}
+
+
 def test_missing_column_is_named_with_those_found() -> None:
     with pytest.raises(InputError, match=r"lacks D.*has .*N.*loss"):
         fit(replicated().drop(columns="D"))
@@ -212,7 +238,8 @@ def test_small_study_under_its_own_counter() -> None:
 def test_weights_count_like_runs_that_stand_there_several_times() -> None:
     table = replicated(noise=0.004).assign(w=1.0)
     table.loc[:3, "w"] = 3.0
-    repeated = pd.concat([table, table.iloc[:4], table.iloc[:4]], ignore_index=True)
+    again = [table.iloc[:4].assign(seed=seed) for seed in (2, 3)]  # of equal seeds they would be listed twice
+    repeated = pd.concat([table, *again], ignore_index=True)
     options = {"threshold": 0.01, "noise": 0.004, "resamples": 50}
     weighted = fit(table, weights="w", **options)
     assert weighted.params == pytest.approx(fit(repeated, **options).params, rel=1e-4)

@@ -184,6 +184,16 @@ def test_values_that_differ_by_rounding_are_one_and_chains_are_not() -> None:
     assert len(np.unique(merged(1.006 ** np.arange(10)))) == 5
 
 
+def test_seeds_do_not_make_two_levels_of_one_batch() -> None:
+    batches = [131_072.0, 262_144.0]
+    once = pd.concat([one().assign(batch_tokens=b, loss=lambda t, b=b: t["loss"] * b**0.01) for b in batches])
+    few = once[once["learning_rate"] < 0.02]
+    again = [few.assign(loss=few["loss"] * (1 + 1e-4 * k)) for k in (1, 2)]
+    (found,) = sensitivity(pd.concat([once, *again]), axes=["learning_rate", "batch_tokens"]).optima
+    assert sorted(found.points["batch_tokens"].unique()) == batches
+    assert "2 batch sizes with a loss (1.311e+05, 2.621e+05)" in found.verdicts[-1].message
+
+
 def test_runs_that_blew_up_are_taken_for_diverged_but_slow_ones_are_not() -> None:
     rates = np.array([1e-4, 0.0025, 0.005, 0.01, 0.02, 0.04])
     groups = swept_groups(one(rates, [5.5, 3.1, 3.0, 3.05, 3.2, 7.0]))

@@ -203,7 +203,13 @@ def test_wrong_input_is_named(arguments, words) -> None:
         profile(surface(*GRID), *arguments[:2], **options)
 
 
-@pytest.mark.parametrize("options", [{"level": 0.3}, {"points": 3}, {"fixed": {"E": 1.0}}, {"fixed": {"Z": 1.0}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"level": 0.3}, {"points": 3}, {"fixed": {"E": 1.0}}, {"fixed": {"Z": 1.0}}),
+        *({"fixed": {"A": 0.0}}, {"fixed": {"alpha": np.nan}}),
+    ],
+)
 def test_numbers_that_make_no_sense_are_refused(options) -> None:
     with pytest.raises(InputError):
         profile(surface(*GRID), "chinchilla", "E", **options)

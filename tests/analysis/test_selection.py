@@ -56,6 +56,53 @@ def test_batch_sizes_of_one_budget_are_compared_though_tokens_round_apart() -> N
     assert set(select(pd.concat([one, two])).rows["batch_tokens"]) == {512.0}
 
 
+def test_settings_tuned_anew_at_each_value_of_another_variable_are_not_compared() -> None:
+    tables = [
+        surface(N, D).assign(U=D / part, learning_rate=rate, loss=lambda t, part=part: t["loss"] * part**0.01)
+        for part, rate in ((1, 1e-3), (4, 7e-4), (16, 5e-4))
+    ]
+    table = pd.concat(tables)
+    assert len(select(table, variables=("N", "D", "U")).rows) == 48
+    worse = table.assign(learning_rate=0.1, loss=table["loss"] * 1.01)
+    chosen = select(pd.concat([table, worse]), variables=("N", "D", "U"))
+    assert len(chosen.rows) == 48
+    assert chosen.rows["learning_rate"].max() < 0.1
+    budget = (6 * N * D).round(-6)
+    one = surface(N, D).assign(U=D, budget=budget, batch_tokens=512.0)
+    two = surface(N, D * 1.0002).assign(U=D * 1.0002, budget=budget, batch_tokens=1024.0)
+    two["loss"] *= 1.01  # the tokens of one budget, rounded to its batches
+    rows = select(pd.concat([one, two]), variables=("N", "D", "U")).rows
+    assert set(rows["batch_tokens"]) == {512.0}
+
+
+def test_a_law_of_other_things_takes_all_settings() -> None:
+    table = pd.concat([surface(N, D).assign(learning_rate=rate) for rate in (0.01, 0.02)])
+    table["loss"] *= np.where(table["learning_rate"] > 0.01, 1.01, 1.0)
+    accuracy = table.assign(accuracy=1.0 / table["loss"])
+    assert len(select(accuracy, "accuracy", ("loss",), "accuracy").rows) == 32
+    assert len(select(table.assign(x=N.tolist() * 2), variables=("x",)).rows) == 32
+    assert len(select(table, variables=("C",)).rows) == 16
+
+
+def test_a_row_that_is_listed_twice_is_one_run() -> None:
+    table = surface(N, D, noise=0.003).round({"loss": 3}).assign(seed=0)
+    twice = pd.concat([table, table])
+    chosen = select(twice)
+    pd.testing.assert_frame_equal(chosen.rows, select(table).rows)
+    assert [(v.code, v.severity) for v in chosen.verdicts] == [("repeated_losses", "info")]
+    assert {e["reason"] for e in chosen.excluded} == {"listed twice: another row has the same setting and loss"}
+    assert len(chosen.rows) + len(chosen.excluded) == chosen.planned == 32
+
+
+def test_equal_losses_of_different_runs_are_kept() -> None:
+    table = surface(N, D, noise=0.003)
+    assert len(select(pd.concat([table.assign(seed=0), table.assign(seed=1)])).rows) == 32
+    assert len(select(pd.concat([table, table.assign(width=64)])).rows) == 32
+    assert len(select(pd.concat([table, table.assign(loss=table["loss"] * 1.001)])).rows) == 32  # seeds without a name
+    rounded = table.round({"loss": 2})  # to three digits two runs agree by chance
+    assert len(select(pd.concat([rounded, rounded])).rows) == 32
+
+
 def test_missing_compute_is_taken_as_six_n_d_and_said() -> None:
     chosen = select(surface(N, D).drop(columns="C"))
     assert (chosen.rows["C"] == 6 * N * D).all()

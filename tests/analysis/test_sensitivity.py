@@ -89,6 +89,24 @@ def test_noise_widens_the_sensitivity_by_its_own_size() -> None:
     assert low < found.sensitivity.value < high < low + 0.05
 
 
+def test_a_batch_is_one_level_however_many_seeds_its_rates_have() -> None:
+    once = one(SEVEN, WORTSMAN, loss_at_start=10.8, seed=0)
+    again = [once[1:4].assign(seed=k, loss=once["loss"] * (1 + 1e-4 * k)) for k in (1, 2)]
+    expected = sensitivity(pd.concat([once, *again]))
+    found = sensitivity(pd.concat([once, *again]).assign(batch_tokens=131_072.0))  # ln 131072 is no round number
+    assert found.range == expected.range == pytest.approx((0.001, 0.064))
+    assert found.optima[0].sensitivity.value == expected.optima[0].sensitivity.value
+
+
+def test_batches_that_were_merged_are_one_level() -> None:
+    table = one(SEVEN, WORTSMAN, loss_at_start=10.8)
+    found = sensitivity(table.assign(batch_tokens=np.where(np.arange(7) % 2, 500_000.0, 499_712.0)))
+    assert found.range == pytest.approx((0.001, 0.064))
+    assert found.optima[0].sensitivity.value == pytest.approx(1.26, abs=1e-9)
+    (batch,) = found.optima[0].points["batch_tokens"].unique()
+    assert 499_712 < batch < 500_000
+
+
 # --- laws --------------------------------------------------------------------------------------------------------
 
 
@@ -100,6 +118,14 @@ def test_planted_powers_in_size_and_tokens_come_back() -> None:
         assert low < power < high < low + 0.05
     assert law.range["N"] == (SIZES[0], SIZES[-1])
     assert law.predict(N=1e6, D=2e8) == pytest.approx(best_rate(1e6, 2e8), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["quadratic", "near-best"])
+def test_settings_in_words_that_were_crossed_have_a_law_each(method) -> None:
+    crossed = [fan(seeds=1, family="llama").assign(optimizer=name, precision="bf16") for name in ("adamw", "lion")]
+    laws = sensitivity(pd.concat(crossed), method=method, resamples=50).laws
+    assert list(laws) == ["llama optimizer=adamw/learning_rate", "llama optimizer=lion/learning_rate"]
+    assert laws["llama optimizer=lion/learning_rate"].recipe["optimizer"] == "lion"
 
 
 def test_a_power_that_the_design_does_not_tell_is_left_out() -> None:

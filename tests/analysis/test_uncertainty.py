@@ -64,6 +64,13 @@ def test_residuals_replace_seeds_only_where_they_are_clearly_larger() -> None:
     assert judge_noise(None, np.nan, 0)[1][0].code == "noise_unknown"
 
 
+def test_residuals_a_little_above_a_given_noise_do_not_replace_it() -> None:
+    given = Noise(sd=0.01, freedom=np.inf, source="given")
+    assert judge_noise(given, 0.012, 10) == (given, [])  # chi-square of 14.4 with 10 degrees: a chance of .16
+    noise, (verdict,) = judge_noise(given, 0.014, 10)  # 19.6: .03
+    assert (noise.source, verdict.code) == ("residuals", "residuals_exceed_noise")
+
+
 def test_interval_leaves_out_nan_and_keeps_infinity() -> None:
     draws = np.concatenate([np.linspace(0, 1, 1001), [np.nan] * 50])
     assert interval(draws) == pytest.approx((0.025, 0.975))
