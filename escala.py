@@ -24,6 +24,7 @@ from cluster.arguments import (
     RefitOption,
     StoreOption,
     StudyArgument,
+    StudyFileArgument,
     TrackingOption,
     existing_store,
     fit_options,
@@ -60,7 +61,7 @@ PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
 
 @app.command(rich_help_panel=PLAN)
 def plan(
-    study: StudyArgument,
+    study: StudyFileArgument,
     store: StoreOption = DEFAULT_STORE,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Predict the time on so many workers. Default: this machine's.")
@@ -123,7 +124,7 @@ def plan(
 
 @app.command(rich_help_panel=PLAN)
 def calibrate(
-    study: StudyArgument,
+    study: StudyFileArgument,
     store: StoreOption = DEFAULT_STORE,
     address: AddressOption = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Time on so many workers at once. Default: all.")] = None,
@@ -156,7 +157,7 @@ def calibrate(
 
 @app.command(rich_help_panel=PLAN)
 def run(
-    study: StudyArgument,
+    study: StudyFileArgument,
     store: StoreOption = DEFAULT_STORE,
     address: AddressOption = "local",
     tracking_uri: TrackingOption = None,
@@ -324,6 +325,8 @@ def sensitivity(
 
     Where the weight decay was varied, its best timescale too (batch / (rate x decay x D), a fraction of the run).
     """
+    from dataclasses import replace
+
     import analysis
     from analysis.expressions import split_definitions
     from cluster.display import patience
@@ -333,6 +336,9 @@ def sensitivity(
     runs, source, home = _read_runs(study, columns, conditions, "sensitivity", store, tracking_uri)
     with patience("measuring sensitivity"):
         found = analysis.sensitivity(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
+        # After it: what it refuses itself, such as a batch that was not read, it says best.
+        said = analysis.check_table(runs, "sensitivity") if source else []
+        found = replace(found, verdicts=(*said, *found.verdicts))
         known = {"weight_decay", "batch_tokens"} <= set(runs.columns)
         timescales = analysis.decay_timescales(runs) if known else ()
     if home is not None:
@@ -402,6 +408,8 @@ def import_table(
         for what, found in conventions.items()
     )
     say(f"{study}: {told.new} runs imported, {told.known} were there; {said}.")
+    if told.replaced:
+        say(f"note: {told.replaced} of them replace the same rows, which were read in another way before.")
     if told.repeated:
         say(f"note: {told.repeated} rows are equal to another row in everything and count once.")
     if left_out:

@@ -147,12 +147,13 @@ def predict(
     draws = {name: value[:, None] for name, value in found.draws.items()}
     own = {key: found.noise[key] for key in ("sd", "freedom", "source", "groups")}
     scales = Noise(**own).draw(generator, len(next(iter(draws.values()))))
+    # The noise of a fit of raw losses is in nats, and the draws are of ln loss.
+    raw = found.provenance.get("settings", {}).get("scale") == "response"
+    divisor = (1.0 if seeds is None else np.sqrt(seeds)) * (predicted if raw else np.ones(len(rows)))
     tail = (1.0 - found.level) / 2.0
     for part in np.array_split(np.arange(len(rows)), 1 + len(rows) // 5000):
         copies = form.log_response({name: value[part] for name, value in variables.items()}, draws)
-        errors = (
-            generator.standard_normal(copies.shape) * scales[:, None] / (1.0 if seeds is None else np.sqrt(seeds[part]))
-        )
+        errors = generator.standard_normal(copies.shape) * scales[:, None] / divisor[part]
         low[part], high[part] = np.exp(np.quantile(copies + errors, (tail, 1.0 - tail), axis=0))
     return predicted, low, high
 

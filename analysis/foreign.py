@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis.conventions import SIZES
 from analysis.tables import keep_rows, read_table
+from analysis.uncertainty import SEEDS
 from sweeps.errors import InputError
 from sweeps.records import write_bytes
 
@@ -54,7 +55,8 @@ def read_foreign(
     table = keep_rows(read_table(path, given, "chinchilla"), where or {})
     taken = table.attrs.get("columns", {})
     conventions = {"N": n_is or _counted(taken.get("N", "")), "C": c_is or _computed(table, taken)}
-    names = [name for name in (*_KEPT, *_ALSO, *SIZES) if name in table.columns]
+    words = [c for c in (*SEEDS, "context") if c in table.columns and not pd.api.types.is_numeric_dtype(table[c])]
+    names = [name for name in (*_KEPT, *_ALSO, *SIZES) if name in table.columns and name not in words]
     needed = table[["N", "D", "C", "loss"]].astype("float64")
     whole = ((needed > 0) & np.isfinite(needed)).all(axis=1)
     whole &= table["state"].isin(("finished", "")) if "state" in table.columns else True

@@ -107,8 +107,8 @@ def importance(
     follow another. Settings with several runs are averaged. cap: what a diverged run counts as, and the most that any
     run does, nats; by default the mean `loss_at_start` where known, else the highest loss of the others. A table that
     tells no states has runs that diverged where the loss is infinite, or blown up beyond the best rate. Rows that are
-    left out for another reason than divergence, and early rungs of a search, do not count. Numbers that are not
-    supported are refused by verdicts.
+    left out for another reason than divergence or have no loss, and early rungs of a search, do not count. Numbers that
+    are not supported are refused by verdicts.
     Raises InputError for a column that is not there.
     """
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
@@ -119,8 +119,9 @@ def importance(
     every = with_states(runs).reset_index(drop=True)
     runs, lost = _counted(every, loss)
     named, verdicts = _parameters(runs, parameters)
-    if "excluded" in every.columns:
-        verdicts += left_out(every.loc[~every.index.isin(runs.index), "excluded"].dropna())
+    empty = every[loss].isna().map({True: "the loss is missing", False: None})
+    why = every["excluded"].astype(object).where(every["excluded"].notna(), empty) if "excluded" in every else empty
+    verdicts += left_out(why[~why.index.isin(runs.index)].dropna())
     table, capped, source = _capped(runs, lost, named, loss, cap)
     diverged = int(lost.sum())
     if diverged:
@@ -225,13 +226,13 @@ def _counted(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.Series]:
     """The runs that finished or diverged, and which of them diverged."""
     runs = with_states(runs)
     values = runs[loss].astype(float)
-    finite = values.abs() < np.inf
+    finite = values.abs() < np.inf  # a missing loss is neither finite nor diverged: the run may only have failed
     if "state" in runs.columns:
         diverged = runs["state"] == "diverged"
     else:
         rates = runs["learning_rate"].astype(float) if "learning_rate" in runs.columns else pd.Series(0.0, runs.index)
         lowest = values[finite].min()
-        diverged = ~finite | ((values > BLOWN_UP * lowest) & (rates > rates[values == lowest].max()))
+        diverged = (values.abs() == np.inf) | ((values > BLOWN_UP * lowest) & (rates > rates[values == lowest].max()))
     kept = diverged | (finite & runs["excluded"].isna() if "excluded" in runs.columns else finite)
     if "rung" in runs.columns:
         kept &= ~(runs["rung"].astype(float) < 1.0)

@@ -20,6 +20,13 @@ from sweeps.errors import InputError
 DOUBTFUL, DIFFERENT = 0.01, 0.02
 """Differences in ln loss, at equal N and D, between values of a column that are cautioned against and refused.
 Seeds differ by about .005."""
+FEW = 0.2
+"""Share of the rows up to which numbers that are not positive are marks of failed runs, not logarithms."""
+_GROUPS = (
+    *("family", "parametrisation", "corpus", "tokenizer", "context"),
+    *("width", "depth", "heads", "mlp_width"),
+)
+"""What divides the groups of a sweep beside its settings."""
 
 
 def check_table(table: pd.DataFrame, law: str = "chinchilla") -> list[Verdict]:
@@ -29,10 +36,13 @@ def check_table(table: pd.DataFrame, law: str = "chinchilla") -> list[Verdict]:
     size, token count, compute or loss has: they are logarithms, or marks for failed runs), or the same in every row;
     fewer usable rows than a fit of the law needs; numbers in another unit; several recipes in one table. Rows in which
     a number is missing are no mistake, since a run may have failed: a fit leaves them out and names them.
+    law: for "sensitivity" see `_check_sweep`.
     Returns a caution where a column may tell recipes apart, to be shown with the fit. Raises InputError.
     """
     variables, response, least = needs(law)
     taken: Mapping[str, str] = table.attrs.get("columns", {})
+    if law == "sensitivity":
+        return _check_sweep(table, taken)
     needed = (*variables, response)
     shown = [c for c in dict.fromkeys((*needed, "C")) if c in table.columns]
     for name in shown:
@@ -56,6 +66,22 @@ def check_table(table: pd.DataFrame, law: str = "chinchilla") -> list[Verdict]:
     return []
 
 
+def _check_sweep(table: pd.DataFrame, taken: Mapping[str, str]) -> list[Verdict]:
+    """The same for a table of sweeps, which may hold one size and few runs, and names the runs that it leaves out:
+    units are judged by the runs that count, recipes at equal hyperparameters and shapes, which divide its groups."""
+    counted = table[table["excluded"].isna()] if "excluded" in table.columns else table
+    numbers = counted[["N", "D", "loss"]].astype(float)
+    for name in numbers.columns:
+        if (numbers[name] <= 0).mean() > FEW:
+            _check_numbers(counted, name, taken)
+    counted = counted[((numbers > 0) & np.isfinite(numbers)).all(axis=1)]
+    if counted.empty:
+        return []
+    for fault in _unit_faults(counted, [c for c in ("N", "D", "loss", "C") if c in table.columns], taken):
+        raise InputError(fault)
+    return _check_one_recipe(counted, taken, {"N", "D", *_GROUPS})
+
+
 def _from(name: str, taken: Mapping[str, str]) -> str:
     source = taken.get(name, name)
     return name if source == name else f"{name} (from {source})"
@@ -68,24 +94,25 @@ def _check_numbers(table: pd.DataFrame, name: str, taken: Mapping[str, str]) -> 
         raw = table[source].dropna().tolist()[:3] if source in table.columns and source != name else []
         held = f" It holds {', '.join(map(repr, raw))}." if raw else ""
         raise InputError(f"{_from(name, taken)} holds no number in any row.{held} --columns {name}=... names another.")
-    wrong = np.flatnonzero(values <= 0)
+    wrong = np.flatnonzero(values < 0 if name == "S2" else values <= 0)  # S2 is 0 at a constant rate
     if len(wrong):
         rows = ", ".join(f"{table['cell'].iloc[i] if 'cell' in table.columns else i}: {values[i]:g}" for i in wrong[:5])
         more = ", ..." if len(wrong) > 5 else ""
         mend = (
             f"Is it a logarithm? Then write {name}=exp({quoted(taken.get(name, name))}), or 10**."
-            if len(wrong) > 0.2 * len(values)
+            if len(wrong) > FEW * len(values)
             else "Leave a failed run's number empty, and it is left out by name."
         )
-        raise InputError(
-            f"{_from(name, taken)} is not positive in {len(wrong)} of {len(values)} rows ({rows}{more}). {mend}"
-        )
+        what = "negative" if name == "S2" else "not positive"
+        raise InputError(f"{_from(name, taken)} is {what} in {len(wrong)} of {len(values)} rows ({rows}{more}). {mend}")
 
 
 def _unit_faults(table: pd.DataFrame, shown: Sequence[str], taken: Mapping[str, str]) -> Iterator[str]:
     """Sentences on columns whose numbers look like another unit, the most telling first."""
-    logs = {name: np.log(table[name].to_numpy(dtype=float)) for name in shown}
-    logs = {name: v[np.isfinite(v)] for name, v in logs.items()}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = {name: np.log(table[name].to_numpy(dtype=float)) for name in shown}
+    logs = {name: v[np.isfinite(v)] for name, v in logs.items() if np.isfinite(v).any()}
+    shown = list(logs)
     low, middle, high = ({name: float(np.exp(f(v))) for name, v in logs.items()} for f in (np.min, np.median, np.max))
 
     def again(name: str) -> str:
@@ -160,7 +187,8 @@ def _power(number: float) -> str:
 def _check_one_recipe(table: pd.DataFrame, taken: Mapping[str, str], variables: set[str]) -> list[Verdict]:
     """Refuse, or doubt, a table in which runs of equal size, tokens and settings differ with another column."""
     known = {*taken, *taken.values(), *SETTINGS, "cell", "trunk", "C_assumed", "excluded", "state", "reason"}
-    place = table[[c for c in (*SETTINGS, *sorted(variables - {"N", "D"})) if c in table.columns]]
+    settings = dict.fromkeys((*SETTINGS, *sorted(variables - {"N", "D"})))
+    place = table[[c for c in settings if c in table.columns]]
     place = place.assign(N=np.log(table["N"]).round(2), D=np.log(table["D"]).round(1))
     at = place.groupby(list(place.columns), dropna=False).ngroup()
     log_loss = pd.Series(np.log(table["loss"].to_numpy(dtype=float)), table.index)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtri
 
 from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
@@ -38,8 +39,6 @@ UNSURE = 0.35
 """Standard deviation of ln curvature where fewer than three optima tell it: a factor of 2 either way."""
 OWN = "its own sweep"
 """The source whose cells are the lowest of the very grids that the optima were found on."""
-Z = 1.959964
-"""Half the width of a 95% interval in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,16 +176,16 @@ def from_sweep(
         for o in sorted(own, key=lambda o: -o.loss.value):  # of several at one place, the best comes last and counts
             N, D, batch = (float(o.group.get(k, NAN)) for k in ("N", "D", "batch_tokens"))
             bend = math.log(_bend(o, axis)) if _bend(o, axis) > 0 else NAN
-            places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis]), bend))
+            places.append((N, D, batch if axis != "batch_tokens" else NAN, *_log(o.best[axis], found.level), bend))
         references[axis] = Reference(
             hyperparameter=axis,
             source=source,
             family=family,
             parametrisation=parametrisation,
             places=tuple(places),
-            log_value=_log(law.value) if law else (NAN, NAN),
+            log_value=_log(law.value, found.level) if law else (NAN, NAN),
             at=dict(law.at) if law else {},
-            powers={k: _plain(v) for k, v in law.powers.items()} if law else {},
+            powers={k: _plain(v, found.level) for k, v in law.powers.items()} if law else {},
             range={k: (float(v[0]), float(v[1])) for k, v in law.range.items()} if law else {},
             curvature=_curvature([_bend(o, axis) for o in own]),
             fitted=fitted,
@@ -228,7 +227,7 @@ def from_store(
             if law.get("refused") or not same:
                 continue
             try:
-                one = _from_record(law, record.get("optima", []), name, record.get("noise") or {})
+                one = _from_record(law, record, name)
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(
                     f"{path} is not the record of fitted optima that it should be ({error!r}): run escala "
@@ -241,11 +240,10 @@ def from_store(
     return {axis: reference for axis, (_, reference) in found.items()}
 
 
-def _from_record(
-    law: Mapping[str, Any], optima: Sequence[Mapping[str, Any]], study: str, noise: Mapping[str, Any]
-) -> Reference:
+def _from_record(law: Mapping[str, Any], record: Mapping[str, Any], study: str) -> Reference:
     """One law of optimum.json, with the curvature and the reach of the optima behind it."""
-    axis = str(law["hyperparameter"])
+    axis, level = str(law["hyperparameter"]), float(record.get("level") or 0.95)
+    optima: Sequence[Mapping[str, Any]] = record.get("optima", [])
     own = [o for o in optima if not o.get("refused") and axis in o.get("axes", ())]
     own = [o for o in own if o.get("group", {}).get("family", law["family"]) == law["family"]]
     kind = law.get("parametrisation") or "standard"
@@ -266,16 +264,17 @@ def _from_record(
         source=f"study {study}",
         family=law["family"],
         parametrisation=law.get("parametrisation"),
-        log_value=_log(Estimate(value=float(law["value"]), interval=_pair(intervals.get("value")))),
+        log_value=_log(Estimate(value=float(law["value"]), interval=_pair(intervals.get("value"))), level),
         at={k: float(v) for k, v in law["at"].items()},
         powers={
-            k: _plain(Estimate(value=float(v), interval=_pair(intervals.get(k)))) for k, v in law["powers"].items()
+            k: _plain(Estimate(value=float(v), interval=_pair(intervals.get(k))), level)
+            for k, v in law["powers"].items()
         },
         range={k: _pair(v) for k, v in law["range"].items()},
         curvature=_curvature(curvatures),
         fitted=fitted,
         flanks=flanks,
-        noise=_number(noise.get("sd")),
+        noise=_number((record.get("noise") or {}).get("sd")),
         recipe=dict(law.get("recipe") or {}),
     )
 
@@ -300,15 +299,20 @@ def _pair(bounds: Any) -> Interval:
     return _number(low), _number(high)
 
 
-def _log(estimate: Estimate) -> tuple[float, float]:
-    """ln of a positive estimate and its standard deviation, off its interval; NaN where that is open."""
+def _log(estimate: Estimate, level: float) -> tuple[float, float]:
+    """ln of a positive estimate and its standard deviation, off its interval of that level; NaN where that is open."""
     low, high = estimate.interval
     known = np.isfinite([low, high]).all() and low > 0
-    return math.log(estimate.value), (math.log(high / low) / (2 * Z) if known else NAN)
+    return math.log(estimate.value), (math.log(high / low) / _width(level) if known else NAN)
 
 
-def _plain(estimate: Estimate) -> tuple[float, float]:
-    return estimate.value, (estimate.interval[1] - estimate.interval[0]) / (2 * Z)
+def _plain(estimate: Estimate, level: float) -> tuple[float, float]:
+    return estimate.value, (estimate.interval[1] - estimate.interval[0]) / _width(level)
+
+
+def _width(level: float) -> float:
+    """Of an interval, in standard deviations."""
+    return 2.0 * float(ndtri(0.5 + level / 2.0))
 
 
 def _curvature(values: Sequence[float]) -> tuple[float, float]:

@@ -51,6 +51,9 @@ COLUMNS = (
     *("seconds", "seconds_predicted", "tokens_per_second", "attempts"),
     *("search", "trial", "rung", "is_default"),
 )
+LABELS = (*_TEXT, "context")
+"""Columns that tell runs apart, whatever they hold: a context is compared, never computed with."""
+NUMBERS = tuple(name for name in COLUMNS if name not in (*LABELS, "C_assumed"))
 METRICS = (
     *("train_loss", "val_loss", "val_loss_final", "val_bpb_final", "learning_rate", "gradient_norm"),
     "gradient_norm_small",
@@ -219,7 +222,7 @@ def _row(
         "init_std": identity.get("init_std"),
         "batch_tokens": batch,
         "warmup_tokens": schedule.get("warmup_tokens"),
-        "adamw_timescale": batch / (rate * decay * tokens) if rate and decay else None,
+        "adamw_timescale": batch / (rate * decay * tokens) if rate and decay and batch and tokens else None,
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,

@@ -6,6 +6,7 @@ column was taken for is written down (`attrs["columns"]`), and `plausibility` re
 """
 
 import gzip
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,9 @@ import pandas as pd
 
 from analysis.expressions import evaluate
 from analysis.laws import find_law
-from analysis.runs import MAX_EPOCHS
+from analysis.runs import LABELS, MAX_EPOCHS, NUMBERS
 from analysis.selection import with_states
+from analysis.uncertainty import SEEDS
 from sweeps.errors import InputError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz", ".jsonl.gz")
@@ -76,6 +78,10 @@ _TEXT = ("precision", "state")
 _RARE = ("U", "experts", "S1", "S2", "x")
 """Read only for a law that needs them: elsewhere an `x` is a coordinate of somebody's figure."""
 _MEASURED = ("loss", "accuracy", "error")
+_COMPUTED = tuple(
+    name for name in dict.fromkeys((*NAMES, *NUMBERS)) if name not in (*_RARE, *_MEASURED, *_TEXT, *SEEDS)
+)
+"""What the analysis computes with wherever a table has it, whether or not a law needs it. Seeds may be words."""
 _UNITS = {
     **dict.fromkeys(("k", "thousand", "thousands"), 1e3),
     **dict.fromkeys(("m", "million", "millions", "mtok"), 1e6),
@@ -99,13 +105,16 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
     What `columns` does not name is found under the common names of `NAMES`, without regard to case, blanks and the
     path before the last `/` or `.`; an exact match wins. A unit in the name, as in `Model Size (B)`, `tokens_b` or
     `total_gflops`, scales the numbers. D is C / (6 N) where only C is there, N likewise; where C is missing it is the
-    budget, else 6 N D, and the column `C_assumed` says that. Numbers may be written 124M or 1,300,000. Other columns
-    are kept as they are; `cell` is the row's number, from 0. `attrs["columns"]` tells what was taken for what.
+    budget, else 6 N D, and the column `C_assumed` says that. Numbers may be written 124M or 1,300,000. What the
+    analysis computes with is numbers, with NaN for words; where such a column holds words alone, it is kept as
+    `NAME as written`. `excluded` is a reason, or empty for a row that counts. Other columns are kept as they are;
+    `cell` is the row's number, from 0. `attrs["columns"]` tells what was taken for what.
     Where unique tokens or a column `epochs` say that a run repeats its data more than `MAX_EPOCHS` times, `excluded`
     takes it out of laws that do not know repeats, as in `load_runs`. So does a `state` that is not finished.
 
     N in parameters, D and U in tokens, C and budget in FLOPs, losses in nats per token.
-    Raises InputError where the file is no table, an expression cannot be computed, or a needed column cannot be found.
+    Raises InputError where the file is no table, an expression cannot be computed, a needed column cannot be found, or
+    numbers have decimal commas.
     """
     path = Path(path)
     table = _read(path)
@@ -122,8 +131,9 @@ def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: 
         if found is None or (found[0].isna().all() and name not in (*variables, response, *given)):
             continue
         frame[name], taken[name] = found
-    if "seed" in taken and frame["seed"].notna().all():
+    if "seed" in taken and (frame["seed"] % 1 == 0).all():
         frame["seed"] = frame["seed"].astype("int64")
+    frame = _typed(frame, taken)
     taken |= _derive(frame, taken)
     missing = [c for c in (*variables, response) if c not in taken]
     if {"N", "D"} <= set(missing) and "C" in taken:
@@ -158,10 +168,8 @@ def _read(path: Path) -> pd.DataFrame:
         _check_size(path, suffix)
         if suffix.endswith(".parquet"):
             table = pd.read_parquet(path)
-        elif suffix.endswith((".jsonl", ".ndjson")):
-            table = pd.read_json(path, lines=True)
-        elif suffix.endswith(".json"):
-            table = pd.read_json(path)
+        elif suffix.endswith((".jsonl", ".ndjson", ".json")):
+            table = _read_json(path, lines=not suffix.endswith(".json"))
         else:
             table = pd.read_csv(path, sep="\t" if suffix.endswith(".tsv") else ",", skipinitialspace=True)
     except FileNotFoundError:
@@ -173,7 +181,33 @@ def _read(path: Path) -> pd.DataFrame:
         ) from error
     if table.empty:
         raise InputError(f"{path} has no rows.")
-    return table.rename(columns=str)
+    if not isinstance(table.index, pd.RangeIndex):  # R writes the names of rows without a header of their own
+        table = table.reset_index(drop=table.index.name is None)
+    table = table.rename(columns=str)
+    for name in table.columns:  # a configuration in a column is told from others by its words
+        if table[name].dtype == object and table[name].map(_nested).any():
+            table[name] = table[name].map(lambda value: str(value) if _nested(value) else value)
+    return table
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple | set | np.ndarray)
+
+
+def _read_json(path: Path, lines: bool) -> pd.DataFrame:
+    try:
+        return pd.read_json(path, lines=lines)
+    except ValueError as error:
+        if "Value is too" not in str(error):  # "big!" or "small": pandas reads no whole number beyond 64 bits
+            raise
+
+    def whole(text: str) -> float:
+        return int(text) if len(text) < 19 else float(text)
+
+    with gzip.open(path, "rt") if path.name.lower().endswith(".gz") else path.open() as file:
+        if not lines:
+            return pd.DataFrame(json.load(file, parse_int=whole))
+        return pd.DataFrame([json.loads(line, parse_int=whole) for line in file if line.strip()])
 
 
 def _check_size(path: Path, suffix: str) -> None:
@@ -295,18 +329,67 @@ def quoted(column: str) -> str:
     return column if column.isidentifier() else f"`{column}`"
 
 
-_WRITTEN = re.compile(r"\s*([-+]?[\d.,]+(?:[eE][-+]?\d+)?)\s*([kKmMbBtT]?)\s*$")
+_WRITTEN = re.compile(r"\s*([-+]?)([\d.,]*\d[.]?)((?:[eE][-+]?\d+)?)\s*([kKmMbBtT]?)\s*$")
+_POINTS = re.compile(r"\d+(\.\d*)?|\.\d+|[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+"""Digits without commas, or with commas that divide thousands: 0,001 is no thousand."""
 
 
 def _numbers(column: pd.Series) -> pd.Series:
-    """A column as numbers; text that is none becomes NaN. 124M and 1,300,000 are numbers."""
-    numbers = pd.to_numeric(column, errors="coerce").astype("float64")
-    for row in column.index[(numbers.isna() & column.notna()).to_numpy()]:
-        written = _WRITTEN.match(str(column[row]))
-        if written:
-            plain = pd.to_numeric(written[1].replace(",", ""), errors="coerce")
-            numbers[row] = float(plain) * _UNITS.get(written[2].lower(), 1.0)
+    """A column as numbers; text that is none becomes NaN. 124M and 1,300,000 are numbers.
+
+    Raises InputError for a number with a decimal comma, which without its comma would be another number.
+    """
+    numbers, wrong = _parsed(column)
+    if wrong:
+        each = list(dict.fromkeys(wrong))
+        held = ", ".join(each[:3]) + (", ..." if len(each) > 3 else "")
+        raise InputError(
+            f"{column.name} holds {held}: decimal commas are not read, only commas between thousands (1,300,000). "
+            "Write decimal points in the file, 1.5 for 1,5."
+        )
     return numbers
+
+
+def _parsed(column: pd.Series) -> tuple[pd.Series, list[str]]:
+    """A column as numbers, and the texts in it whose commas do not divide thousands."""
+    numbers = pd.to_numeric(column, errors="coerce").astype("float64").to_numpy(copy=True)
+    texts, wrong = column.to_numpy(dtype=object), []
+    for row in np.flatnonzero(np.isnan(numbers) & column.notna().to_numpy()):
+        text = str(texts[row])
+        if not (written := _WRITTEN.match(text)):
+            continue
+        sign, digits, power, unit = written.groups()
+        if _POINTS.fullmatch(digits):
+            numbers[row] = float(sign + digits.replace(",", "") + power) * _UNITS.get(unit.lower(), 1.0)
+        elif "," in digits:
+            wrong.append(text.strip())
+    return pd.Series(numbers, column.index, name=column.name), wrong
+
+
+def _typed(frame: pd.DataFrame, taken: Mapping[str, str]) -> pd.DataFrame:
+    """The frame with numbers where the analysis computes, reasons in `excluded`, and no labels of several types."""
+    for name in _COMPUTED:
+        if name not in frame.columns or name in taken or pd.api.types.is_numeric_dtype(frame[name]):
+            continue
+        numbers = _numbers(frame[name])
+        if numbers.notna().any():
+            frame[name] = numbers
+        elif frame[name].notna().any():  # words: kept to tell recipes apart, under a name that nothing computes with
+            frame = frame.rename(columns={name: f"{name} as written"})
+    for name in LABELS:
+        if name in frame.columns and frame[name].dtype == object:
+            text = frame[name].map(lambda value: isinstance(value, str))
+            if text.any() and not text[frame[name].notna()].all():  # bf16 and 16, which cannot be sorted
+                frame[name] = frame[name].astype(str).where(frame[name].notna(), None)
+    if "context" in frame.columns and not pd.api.types.is_numeric_dtype(frame["context"]):
+        numbers, _ = _parsed(frame["context"])
+        if numbers.notna().equals(frame["context"].notna()):  # else a name, which is only compared
+            frame["context"] = numbers
+    if "excluded" in frame.columns:
+        said = frame["excluded"].astype(object).where(frame["excluded"].notna(), "").astype(str).str.strip()
+        reasons = said.astype(object).mask(said.str.lower().isin(("true", "1", "1.0")), "excluded in the table")
+        frame["excluded"] = reasons.where(~said.str.lower().isin(("", "false", "0", "0.0")), None)
+    return frame
 
 
 def _derive(frame: pd.DataFrame, taken: Mapping[str, str]) -> dict[str, str]:
@@ -340,7 +423,7 @@ def _lack(missing: Sequence[str], table: pd.DataFrame, law: str) -> str:
     words = []
     for name in missing:
         near = [c for c in table.columns if name in hints and re.search(hints[name], c.lower())]
-        near = [c for c in near if not _numbers(table[c]).isna().all()][:6]
+        near = [c for c in near if not _parsed(table[c])[0].isna().all()][:6]
         words.append(f"{name} (could be {', '.join(near)})" if near else name)
     example = ",".join(f"{name}={'COLUMN' if name != 'D' else 'C/(6*N)'}" for name in missing)
     return (

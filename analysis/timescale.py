@@ -68,7 +68,8 @@ def decay_timescales(
     kept = kept[kept["excluded"].isna()] if "excluded" in kept.columns else kept
     kept = kept[kept["search"].isna()] if "search" in kept.columns else kept
     kept = kept.assign(timescale=_timescales(kept))
-    kept = kept[np.isfinite(kept[loss].astype(float)) & kept["timescale"].notna()]
+    values = kept[loss].astype(float)
+    kept = kept[np.isfinite(values) & (values > 0) & kept["timescale"].notna()]
     kept = kept.assign(**{c: merged(kept[c].to_numpy(float)) for c in ("N", "D", "timescale")})
     noise, found = seed_noise(kept, loss), []
     keys = [*(c for c in ("family", "parametrisation") if c in kept.columns and kept[c].notna().any()), "N", "D"]

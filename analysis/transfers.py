@@ -117,6 +117,13 @@ def _line(group: Mapping[str, Any], members: Mapping[float, Optimum], level: flo
     x = np.column_stack([np.ones(len(x)), x - x.mean()])
     y = np.log2([one.best["learning_rate"].value for one in kept.values()])
     copies = np.stack([one.draws["learning_rate"] for one in kept.values()], axis=1) / np.log(2.0)
+    if not len(copies):
+        message = (
+            "no seeds are replicated and no residual freedom is left: the interval of the slope holds what the widths "
+            "scatter about the line, and no noise of a run. Add seeds, or rates."
+        )
+        said.append(Verdict("noise_unknown", "caution", "fit", None, message))
+        copies = np.tile(y, (1000, 1))
     between, weights, freedom = between_groups(x, y, copies.var(axis=0))
     generator = np.random.default_rng(seed)
     scale = np.sqrt(between * freedom / generator.chisquare(freedom, len(copies)))

@@ -317,6 +317,22 @@ def test_optima_from_a_file_are_those_of_the_analysis(tmp_path, measured) -> Non
     assert read.penalty(z, cells) == pytest.approx(own.penalty(z, cells), rel=1e-6)
 
 
+def test_how_sure_an_optimum_is_does_not_depend_on_the_level_of_its_interval(tmp_path) -> None:
+    root = a_study(tmp_path / "store", 1.0)
+    text = {"corpus": CORPUS["fingerprint"], "tokenizer": "bytes", "context": 128}
+    table = sweep(SIZES[:3], (5e7, 1e8, 2e8), seeds=2)
+    deviations = []
+    for level in (0.95, 0.6):
+        found = sensitivity(table, level=level)
+        write_fit(root, "old", found)
+        read = from_store(open_store(root), "demo", "llama", None, text)["learning_rate"]
+        own = from_sweep(found, "llama")["learning_rate"]
+        places = [place[4] for place in own.places]
+        powers = [power[1] for one in (own, read) for power in one.powers.values()]
+        deviations.append([*places, own.log_value[1], read.log_value[1], *powers])
+    assert deviations[1] == pytest.approx(deviations[0], rel=0.2)
+
+
 def test_damaged_file_of_optima_is_named_and_the_report_written_all_the_same(tmp_path, measured) -> None:
     root = a_study(tmp_path / "store", 1.0)
     law = {"hyperparameter": "learning_rate", "family": "llama", "value": "much", "at": {}, "powers": {}, "range": {}}

@@ -261,6 +261,16 @@ def test_the_timescale_of_a_table_follows_from_rate_decay_batch_and_tokens() -> 
         decay_timescales(table.drop(columns=["adamw_timescale", "batch_tokens"]))
 
 
+@pytest.mark.parametrize("mark", [-1.0, 0.0, np.inf, np.nan])
+def test_a_mark_for_a_failed_run_is_no_loss_at_its_timescale(mark) -> None:
+    table = decays(2.3)
+    (sound,) = decay_timescales(table)
+    table.loc[0, "val_loss_final"] = mark  # of two seeds
+    (found,) = decay_timescales(table)
+    assert found.best.value == pytest.approx(sound.best.value, rel=1e-6)
+    assert found.points["count"].sum() == len(table) - 1
+
+
 def test_a_timescale_at_the_edge_is_refused_and_one_decay_is_no_sweep() -> None:
     (found,) = decay_timescales(decays(100.0))
     assert found.refused

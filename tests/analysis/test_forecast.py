@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from analysis import forecast_dearest, load_runs
+from analysis import fit, forecast_dearest, load_runs
+from analysis.forecast import predict
 from tests.analysis.synthetic import budgets_table
 
 BUDGETS = (1e11, 4e11, 1.6e12, 6.4e12)
@@ -75,3 +76,12 @@ def test_forecast_of_a_store(good_store) -> None:
     assert written["N_inside"] is True
     assert len(written["sizes"]) == 5
     assert written["mean_absolute_error"] < 0.01
+
+
+def test_intervals_of_new_runs_are_as_wide_from_a_fit_of_raw_losses_as_from_one_of_their_logarithms() -> None:
+    table = budgets_table(BUDGETS[:3], seeds=3, noise=0.01)
+    widths = []
+    for raw in (False, True):
+        predicted, low, high = predict(fit(table, "chinchilla", raw=raw, resamples=200), table[["N", "D"]])
+        widths.append(np.median((high - low) / predicted))
+    assert widths[1] == pytest.approx(widths[0], rel=0.15), "the noise of the second is in nats"

@@ -179,6 +179,16 @@ def test_runs_that_their_state_says_are_not_finished_do_not_count_and_are_named(
     assert all(word in said.message for word in ("running", "crashed", "killed"))
 
 
+def test_a_run_without_a_loss_has_not_diverged_and_is_named() -> None:
+    table = factorial(seeds=2).rename(columns={"val_loss_final": "loss"})
+    table.loc[[0, 7], "loss"] = [np.nan, np.inf]
+    found = importance(table)
+    assert (found.n_runs, found.diverged) == (47, 1)
+    (said,) = [v for v in found.verdicts if v.code == "excluded_runs"]
+    assert "1 run left out" in said.message
+    assert "the loss is missing" in said.message
+
+
 def test_a_search_is_judged_by_two_named_evaluators_with_spread() -> None:
     result = importance(search())
     fanova, ped = result.evaluations

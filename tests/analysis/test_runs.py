@@ -8,12 +8,14 @@ import pandas as pd
 import pytest
 
 from analysis import fit, load_curves, load_documents, load_runs
+from analysis.foreign import read_foreign
 from analysis.runs import COLUMNS, METRICS
 from analysis.uncertainty import SETTINGS, seed_noise
 from sweeps.errors import InputError
+from sweeps.foreign import import_runs
 from sweeps.recipe import Training
 from sweeps.store import Store, iterate_cells, open_store, read_metrics
-from tests.analysis.synthetic import Run, grid, write_study
+from tests.analysis.synthetic import Run, grid, surface, write_study
 
 MIXED = [
     Run(width=16, budget=1.2e11),
@@ -206,3 +208,17 @@ def test_runs_of_two_optimizers_are_no_replicates(tmp_path: Path) -> None:
     noise = seed_noise(frame)
     assert noise is not None
     assert (noise.freedom, noise.sd) == (2, pytest.approx(0.0, abs=1e-12))
+
+
+def test_imported_runs_of_which_little_is_known_can_be_loaded_and_fitted(tmp_path: Path) -> None:
+    N, D = (a.ravel() for a in np.meshgrid([1e7, 5e7, 2e8, 1e9], [1e9, 4e9, 2e10]))
+    table = surface(N, D, noise=0.003).assign(learning_rate=1e-3, weight_decay=0.1, seed="first", context="long")
+    table.to_csv(tmp_path / "theirs.csv", index=False)
+    store = open_store(tmp_path / "store")
+    rows, conventions, _ = read_foreign(tmp_path / "theirs.csv")
+    import_runs(store, "theirs", rows, conventions, "theirs.csv")
+    runs = load_runs("theirs", store)
+    assert (runs["weight_decay"] == 0.1).all()
+    assert runs[["adamw_timescale", "batch_tokens", "seed", "context"]].isna().all(axis=None), "words are no numbers"
+    assert rows[0]["row"]["context"] == "long"
+    assert not fit(runs, "chinchilla", resamples=10).refused

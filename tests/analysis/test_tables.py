@@ -1,5 +1,8 @@
 """Tables from anywhere: columns are found under the names that people use, and mistakes of unit are refused."""
 
+import gzip
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import check_table, fit, keep_rows, read_table
+import escala
+from analysis import check_table, fit, keep_rows, read_table, sensitivity
 from analysis.expressions import evaluate, split_definitions
+from analysis.foreign import read_foreign
 from sweeps.errors import InputError
+from tests.analysis.fans import fan
 from tests.analysis.synthetic import published, surface
 
 N, D = (a.ravel() for a in np.meshgrid([1e7, 5e7, 2e8, 1e9], [1e9, 4e9, 2e10, 1e11]))
@@ -111,6 +117,94 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path) -> None:
     assert found["N"].tolist() == [124e6, 1.5e9]
     assert found["D"].tolist() == [1.3e9, 1e10]
     assert found["loss"].isna().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("column", "text"),
+    [("N", "1,5B"), ("loss", "4,6563"), ("learning_rate", "0,001"), ("steps", "12,5"), ("D", "1.300,5"), ("D", ",5")],
+)
+def test_decimal_commas_are_refused_and_not_taken_for_thousands(tmp_path, column, text) -> None:
+    frame = RUNS.assign(learning_rate=1e-3, steps=1000).astype({column: object})
+    frame[column] = text
+    with pytest.raises(InputError, match=f"^{column} holds {text}: decimal commas are not read") as caught:
+        read_table(write(tmp_path, frame, "runs.tsv"))
+    assert "Write decimal points in the file" in str(caught.value)
+    frame[column] = ["1,300", *["2,600.5"] * 15]
+    assert read_table(write(tmp_path, frame, "runs.tsv"))[column].tolist() == [1300.0, *[2600.5] * 15]
+
+
+@pytest.mark.parametrize(
+    ("column", "texts", "numbers"),
+    [
+        ("steps", ["1,000", "200"], [1000.0, 200.0]),
+        ("seconds", ["10,000", "none"], [10000.0, np.nan]),
+        ("size", ["10M", "1.5B"], [1e7, 1.5e9]),
+        ("context", ["1,024", "1024"], [1024.0, 1024.0]),
+    ],
+)
+def test_what_is_computed_with_is_numbers_whether_or_not_the_law_needs_it(tmp_path, column, texts, numbers) -> None:
+    found = read_table(write(tmp_path, RUNS.assign(**{column: texts * 8})))
+    assert found[column].tolist() == pytest.approx(numbers * 8, nan_ok=True)
+    assert not fit(found, resamples=10).refused
+
+
+@pytest.mark.parametrize("seeds", [[0.1, 0.2], [np.inf, 1.0]])
+def test_seeds_that_are_no_whole_numbers_stay_as_they_are(tmp_path, seeds) -> None:
+    assert read_table(write(tmp_path, RUNS.assign(seed=seeds * 8)))["seed"].tolist() == seeds * 8
+
+
+@pytest.mark.parametrize("column", ["budget", "weight_decay", "rung", "loss_at_start", "seconds", "size"])
+def test_words_under_the_name_of_a_number_tell_recipes_apart_and_nothing_computes_with_them(tmp_path, column) -> None:
+    both = pd.concat([RUNS.assign(**{column: "small", "lr": 1e-3}), RUNS.assign(**{column: "large", "lr": 2e-3})])
+    found = read_table(write(tmp_path, both), law="sensitivity")
+    assert column not in found.columns
+    assert set(found[f"{column} as written"]) == {"small", "large"}
+    assert fit(found, "isoflop", loss="loss", resamples=10).budgets
+    assert sensitivity(found, resamples=10).refused, "two rates are too few"
+
+
+def test_settings_of_mixed_types_and_whole_configurations_are_words(tmp_path) -> None:
+    rows = RUNS.to_dict("records")
+    for i, row in enumerate(rows):
+        row |= {"precision": "bf16" if i % 2 else 16, "config": {"optimizer": {"lr": 1e-3}}, "tags": ["a", "b"]}
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = read_table(path)
+    assert check_table(found) == []
+    assert fit(found, resamples=10).provenance["precision"] == ["16", "bf16"]
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "runs.json", "runs.jsonl.gz"])
+def test_whole_numbers_of_json_may_be_as_large_as_compute_is(tmp_path, name) -> None:
+    rows = [{"N": int(n), "D": int(d), "C": 6 * int(n) * int(d) * 10**3, "loss": 3.0} for n, d in zip(N, D)]
+    assert max(row["C"] for row in rows) > 2**64
+    text = json.dumps(rows) if name == "runs.json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = read_table(tmp_path / name)
+    assert found["C"].tolist() == [float(row["C"]) for row in rows]
+    assert found["N"].tolist() == N.tolist()
+
+
+@pytest.mark.parametrize("no", [False, 0, 0.0, "", "False"])
+def test_a_mark_of_what_is_excluded_excludes_only_what_it_marks(tmp_path, no) -> None:
+    kept = read_table(write(tmp_path, RUNS.assign(excluded=no)))
+    assert kept["excluded"].isna().all()
+    assert not fit(kept, resamples=10).excluded
+    marked = [True, "an odd one", *[no] * 14] if isinstance(no, str) else [True, *[no] * 15]
+    found = fit(read_table(write(tmp_path, RUNS.assign(excluded=marked))), resamples=10)
+    told = ["excluded in the table", "an odd one"][: 1 + isinstance(no, str)]
+    assert [each["reason"] for each in found.excluded] == told
+
+
+def test_names_of_rows_as_r_writes_them_do_not_hide_a_row_that_is_left_out(tmp_path) -> None:
+    frame = RUNS.assign(loss=RUNS["loss"].where(np.arange(16) != 5)).set_axis([f"run{i}" for i in range(16)])
+    lines = frame[["N", "D", "loss"]].to_csv(na_rep="NA").splitlines()
+    path = tmp_path / "r.csv"
+    path.write_text("\n".join(["N,D,loss", *lines[1:]]))
+    rows, _, left_out = read_foreign(path)
+    assert len(rows) == 15
+    assert left_out == [6]
+    assert rows[0]["run"]["N"] == N[0]
 
 
 def test_perplexity_becomes_a_loss(tmp_path) -> None:
@@ -317,6 +411,53 @@ def test_settings_seeds_and_small_differences_are_no_recipes(tmp_path) -> None:
     doubtful = pd.concat([RUNS.assign(part="a"), RUNS.assign(part="b", loss=1.015 * RUNS["loss"])])
     (verdict,) = check_table(read_table(write(tmp_path, doubtful)))
     assert (verdict.code, verdict.severity) == ("mixed_recipes", "caution")
+
+
+def test_a_constant_rate_has_no_decayed_area_and_is_no_fault(tmp_path) -> None:
+    area, decayed = (a.ravel() for a in np.meshgrid(np.geomspace(1, 100, 8), [0.0, 0.1, 0.3]))
+    frame = pd.DataFrame({"S1": area, "S2": decayed * area, "loss": 2 + 0.5 * area**-0.4 - 0.001 * decayed * area})
+    assert check_table(read_table(write(tmp_path, frame), law="tissue"), "tissue") == []
+    assert "S2 is negative in 8 of 24 rows" in faulty(tmp_path, frame.assign(S2=frame["S2"] - 0.05), law="tissue")
+
+
+SWEEP = fan()
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        (SWEEP.assign(N=SWEEP["N"] / 1e9, D=SWEEP["D"] / 1e9), "that looks like billions; write --columns 'N=1e9*N'"),
+        (SWEEP.assign(D=SWEEP["D"] / 1e6), "that looks like millions of tokens"),
+        (
+            SWEEP.assign(loss=np.exp(1.3 * SWEEP["loss"])),
+            "that looks like a perplexity; write --columns 'loss=log(loss)'",
+        ),
+        (SWEEP.assign(loss=np.log(SWEEP["loss"]) - 1.35), "Is it a logarithm?"),
+        (
+            pd.concat([SWEEP.assign(text="web"), SWEEP.assign(text="code", loss=0.9 * SWEEP["loss"])]),
+            "with text, which no law",
+        ),
+    ],
+)
+def test_sweeps_in_other_units_or_of_two_recipes_are_refused(tmp_path, monkeypatch, capsys, table, sentence) -> None:
+    assert sentence in faulty(tmp_path, table, law="sensitivity")
+    monkeypatch.setattr(sys, "argv", ["escala", "sensitivity", str(tmp_path / "runs.csv")])
+    with pytest.raises(SystemExit) as end:
+        escala.main()
+    assert end.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_sound_sweeps_pass_though_of_one_size_of_several_shapes_and_with_runs_that_failed(tmp_path) -> None:
+    one = SWEEP[SWEEP["N"] == SWEEP["N"].min()]
+    shapes = pd.concat([one.assign(width=64), one.assign(width=128, loss=1.1 * one["loss"])])
+    decays = pd.concat([one.assign(weight_decay=0.1), one.assign(weight_decay=0.2, loss=1.1 * one["loss"])])
+    failed = SWEEP.assign(loss=np.where(np.arange(len(SWEEP)) == 3, -1.0, SWEEP["loss"]))
+    state = ["diverged"] * (len(SWEEP) // 2 + 1) + ["finished"] * (len(SWEEP) - len(SWEEP) // 2 - 1)
+    diverged = SWEEP.assign(state=state, loss=np.where(np.array(state) == "diverged", 1e4, SWEEP["loss"]))
+    ways = pd.concat([one.assign(parametrisation="mup"), one.assign(parametrisation=None, loss=1.1 * one["loss"])])
+    for table in (one, shapes, decays, ways, failed, diverged):
+        assert check_table(read_table(write(tmp_path, table), law="sensitivity"), "sensitivity") == []
 
 
 # --- published tables --------------------------------------------------------------------------------------------

@@ -46,6 +46,15 @@ def test_a_rate_that_stays_is_told_from_one_that_moves() -> None:
     assert list(found["mup"].optima["width"]) == list(WIDTHS)
 
 
+def test_three_rates_without_seeds_have_the_scatter_of_their_widths_for_an_interval_and_say_so() -> None:
+    three = table({"standard": -0.3}, widths=(64, 128, 256, 512), rates=(0.004, 0.012, 0.036), noise=0.001)
+    (one,) = transfer(three[three["seed"] == 0].drop(columns="seed"), resamples=100)
+    low, high = one.slope.interval
+    assert low < one.slope.value < high
+    assert one.slope.value == pytest.approx(-0.3, abs=0.1)
+    assert "noise_unknown" in {v.code for v in one.verdicts}
+
+
 def test_intervals_cover_planted_slopes_as_often_as_they_say() -> None:
     covered = 0
     for seed in range(60):
