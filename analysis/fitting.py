@@ -221,7 +221,7 @@ def fit_law(
 def problem_of(form: Law, rows: pd.DataFrame, settings: Settings, *, centred: bool = True) -> Problem:
     """The solver's problem of a law on selected rows."""
     variables = {name: rows[name].to_numpy(dtype=float) for name in form.variables}
-    weights = rows[settings.weights].to_numpy(dtype=float) if settings.weights else None
+    weights = pd.to_numeric(rows[settings.weights], errors="coerce").to_numpy(dtype=float) if settings.weights else None
     if weights is not None and not ((weights > 0) & (weights < np.inf)).all():
         raise InputError(f"the weights in {settings.weights} must be positive numbers; leave rows without one out.")
     return make_problem(

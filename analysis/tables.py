@@ -20,6 +20,7 @@ from analysis.laws import find_law
 from analysis.runs import LABELS, MAX_EPOCHS, NUMBERS
 from analysis.selection import with_states
 from analysis.uncertainty import SEEDS
+from analysis.written import UNITS, numbers_of, parsed
 from sweeps.errors import InputError, nearest
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz", ".jsonl.gz")
@@ -82,15 +83,6 @@ _COMPUTED = tuple(
     name for name in dict.fromkeys((*NAMES, *NUMBERS)) if name not in (*_RARE, *_MEASURED, *_TEXT, *SEEDS)
 )
 """What the analysis computes with wherever a table has it, whether or not a law needs it. Seeds may be words."""
-_UNITS = {
-    **dict.fromkeys(("k", "thousand", "thousands"), 1e3),
-    **dict.fromkeys(("m", "million", "millions", "mtok"), 1e6),
-    **dict.fromkeys(("b", "bn", "billion", "billions", "g", "gflop", "gflops"), 1e9),
-    **dict.fromkeys(("t", "trillion", "trillions", "tflop", "tflops"), 1e12),
-    **dict.fromkeys(("pflop", "pflops"), 1e15),
-    **dict.fromkeys(("eflop", "eflops"), 1e18),
-    **dict.fromkeys(("zflop", "zflops"), 1e21),
-}
 
 
 def read_table(path: str | Path, columns: Mapping[str, str] | None = None, law: str = "chinchilla") -> pd.DataFrame:
@@ -244,13 +236,13 @@ def _find(
     bare = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "`'\"" else text
     exact = text if text in table.columns else bare if bare in table.columns else None
     if exact is not None:
-        return (table[exact] if name in _TEXT else _numbers(table[exact])), exact
+        return (table[exact] if name in _TEXT else numbers_of(table[exact])), exact
 
     def column(word: str) -> Any:
         if word != name and word in given:
             return _found(word)
         if word in table.columns:
-            return _numbers(table[word])
+            return numbers_of(table[word])
         if word != name and word in NAMES:
             return _found(word)
         raise _unknown(word, table)
@@ -281,13 +273,13 @@ def _columns(table: pd.DataFrame, most: int = 24) -> str:
 def _guess(name: str, table: pd.DataFrame) -> tuple[Any, str] | None:
     """The column with one of the common names."""
     if name in table.columns:
-        return (table[name] if name in _TEXT else _numbers(table[name])), name
+        return (table[name] if name in _TEXT else numbers_of(table[name])), name
     plain = [(column, *_plain(column)) for column in table.columns]
     ways = [{words: (column, scale) for column, words, _, scale in reversed(plain)}]
     ways.append({last: (column, scale) for column, _, last, scale in reversed(plain)})
     if name in ("N", "D", "C", "U"):  # params_b, tokens_millions
-        units = [(column, re.fullmatch(f"(.+)_({'|'.join(_UNITS)})", last)) for column, _, last, _ in reversed(plain)]
-        ways.append({unit[1]: (column, _UNITS[unit[2]]) for column, unit in units if unit})
+        units = [(column, re.fullmatch(f"(.+)_({'|'.join(UNITS)})", last)) for column, _, last, _ in reversed(plain)]
+        ways.append({unit[1]: (column, UNITS[unit[2]]) for column, unit in units if unit})
     for way in ways:
         for alias in NAMES[name]:
             if alias not in way:
@@ -295,7 +287,7 @@ def _guess(name: str, table: pd.DataFrame) -> tuple[Any, str] | None:
             column, scale = way[alias]
             if name in _TEXT:
                 return table[column], column
-            numbers = _numbers(table[column])
+            numbers = numbers_of(table[column])
             if numbers.isna().all():  # a word that means something else here
                 continue
             if name == "loss" and alias.endswith(("ppl", "perplexity")):
@@ -313,8 +305,8 @@ def _plain(column: str) -> tuple[str, str, float]:
     if bracket := re.search(r"\s*[(\[]\s*([^()\[\]]+?)\s*[)\]]$", name):
         name, unit = name[: bracket.start()], bracket[1].replace("^", "e")
         unit = unit.removeprefix("in ").removesuffix(" tokens").removesuffix(" parameters").removesuffix(" params")
-        if unit in _UNITS:
-            scale = _UNITS[unit]
+        if unit in UNITS:
+            scale = UNITS[unit]
         elif power := re.fullmatch(r"(?:1e|10e|x?10\*\*)(\d{1,2})(?: ?flops?)?", unit):
             scale = 10.0 ** int(power[1])
     last = re.split(r"[/.]", name)[-1]
@@ -329,49 +321,12 @@ def quoted(column: str) -> str:
     return column if column.isidentifier() else f"`{column}`"
 
 
-_WRITTEN = re.compile(r"\s*([-+]?)([\d.,]*\d[.]?)((?:[eE][-+]?\d+)?)\s*([kKmMbBtT]?)\s*$")
-_POINTS = re.compile(r"\d+(\.\d*)?|\.\d+|[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
-"""Digits without commas, or with commas that divide thousands: 0,001 is no thousand."""
-
-
-def _numbers(column: pd.Series) -> pd.Series:
-    """A column as numbers; text that is none becomes NaN. 124M and 1,300,000 are numbers.
-
-    Raises InputError for a number with a decimal comma, which without its comma would be another number.
-    """
-    numbers, wrong = _parsed(column)
-    if wrong:
-        each = list(dict.fromkeys(wrong))
-        held = ", ".join(each[:3]) + (", ..." if len(each) > 3 else "")
-        raise InputError(
-            f"{column.name} holds {held}: decimal commas are not read, only commas between thousands (1,300,000). "
-            "Write decimal points in the file, 1.5 for 1,5."
-        )
-    return numbers
-
-
-def _parsed(column: pd.Series) -> tuple[pd.Series, list[str]]:
-    """A column as numbers, and the texts in it whose commas do not divide thousands."""
-    numbers = pd.to_numeric(column, errors="coerce").astype("float64").to_numpy(copy=True)
-    texts, wrong = column.to_numpy(dtype=object), []
-    for row in np.flatnonzero(np.isnan(numbers) & column.notna().to_numpy()):
-        text = str(texts[row])
-        if not (written := _WRITTEN.match(text)):
-            continue
-        sign, digits, power, unit = written.groups()
-        if _POINTS.fullmatch(digits):
-            numbers[row] = float(sign + digits.replace(",", "") + power) * _UNITS.get(unit.lower(), 1.0)
-        elif "," in digits:
-            wrong.append(text.strip())
-    return pd.Series(numbers, column.index, name=column.name), wrong
-
-
 def _typed(frame: pd.DataFrame, taken: Mapping[str, str]) -> pd.DataFrame:
     """The frame with numbers where the analysis computes, reasons in `excluded`, and no labels of several types."""
     for name in _COMPUTED:
         if name not in frame.columns or name in taken or pd.api.types.is_numeric_dtype(frame[name]):
             continue
-        numbers = _numbers(frame[name])
+        numbers = numbers_of(frame[name])
         if numbers.notna().any():
             frame[name] = numbers
         elif frame[name].notna().any():  # words: kept to tell recipes apart, under a name that nothing computes with
@@ -382,7 +337,7 @@ def _typed(frame: pd.DataFrame, taken: Mapping[str, str]) -> pd.DataFrame:
             if text.any() and not text[frame[name].notna()].all():  # bf16 and 16, which cannot be sorted
                 frame[name] = frame[name].astype(str).where(frame[name].notna(), None)
     if "context" in frame.columns and not pd.api.types.is_numeric_dtype(frame["context"]):
-        numbers, _ = _parsed(frame["context"])
+        numbers, _ = parsed(frame["context"])
         if numbers.notna().equals(frame["context"].notna()):  # else a name, which is only compared
             frame["context"] = numbers
     if "excluded" in frame.columns:
@@ -406,7 +361,7 @@ def _derive(frame: pd.DataFrame, taken: Mapping[str, str]) -> dict[str, str]:
 
 def _exclude_repeats(frame: pd.DataFrame, table: pd.DataFrame) -> None:
     unique = _guess("U", table)
-    epochs = next((_numbers(table[c]) for c in table.columns if _plain(c)[1] in ("epochs", "epoch")), None)
+    epochs = next((numbers_of(table[c]) for c in table.columns if _plain(c)[1] in ("epochs", "epoch")), None)
     if unique is not None and "D" in frame.columns:
         epochs = frame["D"] / unique[0]
     if epochs is None or not (epochs > MAX_EPOCHS).any():
@@ -423,7 +378,7 @@ def _lack(missing: Sequence[str], table: pd.DataFrame, law: str) -> str:
     words = []
     for name in missing:
         near = [c for c in table.columns if name in hints and re.search(hints[name], c.lower())]
-        near = [c for c in near if not _parsed(table[c])[0].isna().all()][:6]
+        near = [c for c in near if not parsed(table[c])[0].isna().all()][:6]
         words.append(f"{name} (could be {', '.join(near)})" if near else name)
     example = ",".join(f"{name}={'COLUMN' if name != 'D' else 'C/(6*N)'}" for name in missing)
     return (

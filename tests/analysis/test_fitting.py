@@ -246,3 +246,5 @@ def test_weights_count_like_runs_that_stand_there_several_times() -> None:
     assert weighted.params["B"] != pytest.approx(fit(table, **options).params["B"], rel=1e-3)
     with pytest.raises(InputError, match="must be positive"):
         fit(table.assign(w=-1.0), weights="w")
+    with pytest.raises(InputError, match="must be positive"):
+        fit(table.assign(w="heavy"), weights="w")
