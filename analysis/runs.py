@@ -125,7 +125,7 @@ def load_documents(study: str, store: str | Path | Store | None = None) -> pd.Da
     found = _visible(study, store, None)
     assert found is not None
     frames = []
-    for entry, _, state in _cells(found, study):
+    for entry, _, state in iterate_cells(found, study):
         if state.result is None or state.result.get("foreign"):
             continue
         path = found.attempt(entry["id"], state.result["attempt"]) / "documents.npz"
@@ -291,32 +291,25 @@ def _visible(study: str, store: str | Path | Store | None, tracking_uri: str | N
     return found
 
 
-def _cells(store: Store, study: str) -> Iterator[tuple[Any, Any, Any]]:
-    try:
-        yield from iterate_cells(store, study)
-    except FileNotFoundError as error:
-        raise InputError(f"the store {store.root} lacks the record {error.filename}: plan the study again.") from None
-
-
 def _sources(study: str, store: str | Path | Store | None, tracking_uri: str | None) -> Iterator[tuple[Any, ...]]:
     """(plan entry, cell record, state, reason, attempts, result) of every planned cell."""
     found = _visible(study, store, tracking_uri)
     if found is not None:
-        for entry, cell, state in _cells(found, study):
-            yield entry, cell, state.state, state.reason, state.attempts, state.result
+        for entry, record, at in iterate_cells(found, study):
+            yield entry, record, at.state, at.reason, at.attempts, at.result
         return
     for cell, run in _mirrored(_client(str(tracking_uri)), study):
         tags = run.data.tags
         try:
-            record = _record(tags)
+            told = _record(tags)
         except ValueError as error:
             raise InputError(
                 f"the MLflow run of cell {cell} holds a damaged record ({error}): sync the study again."
             ) from error
-        state, reason = record["state"], record["reason"]
+        state, reason = told["state"], told["reason"]
         if tags.get("escala.quarantine"):  # set in the MLflow UI; counts at once, whether synced back or not
             state, reason = "quarantined", tags["escala.quarantine"]
-        yield record["entry"], record["cell"], state, reason, record["attempts"], record["result"]
+        yield told["entry"], told["cell"], state, reason, told["attempts"], told["result"]
 
 
 def _curves_of_store(store: Store, cells: pd.Series) -> Iterator[tuple[str, list[int], list[dict[str, float]]]]:
@@ -355,7 +348,8 @@ def _mirrored(client: "MlflowClient", study: str) -> "Iterator[tuple[str, Run]]"
         page = client.search_runs([experiment.experiment_id], where, max_results=PAGE_RUNS, page_token=token)
         for run in page:
             cell = run.data.tags["escala.cell"]
-            if cell not in seen and "escala.record" in run.data.tags:
+            dropped = "escala.dropped" in run.data.tags  # the study plans it no more
+            if cell not in seen and "escala.record" in run.data.tags and not dropped:
                 seen.add(cell)
                 yield cell, run
         token = page.token

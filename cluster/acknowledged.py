@@ -3,12 +3,19 @@
 Written now and then. What a crash leaves unnoted is sent again and adds nothing.
 """
 
+import json
 import time
+import zlib
 from typing import Any
 
 from sweeps.faults import fault
 from sweeps.records import Json, read_json, write_json
 from sweeps.store import Store, read_plan
+
+
+def checksum(entry: Json) -> int:
+    """Of all that the plan says of a cell."""
+    return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
 
 
 class Acknowledged:
@@ -66,8 +73,8 @@ class Acknowledged:
             self.open = set(self.entries)
 
     def replan(self) -> None:
-        """Where the plan on record has changed, as that of a search does, know its cells; and say anew what that
-        changes of cells that are in MLflow: whose trunk they share."""
+        """Where the plan on record has changed, as that of a search does, know its cells; and say anew what it says
+        otherwise of cells that are in MLflow, such as whose trunk they share."""
         path = self._store.study(self._study) / "plan.json"
         stamp = path.stat().st_mtime_ns if path.exists() else None
         if self._planned is not None and stamp == self._planned:
@@ -77,10 +84,19 @@ class Acknowledged:
         self.varied = tuple(plan["study"].get("vary", ()))
         self._planned = stamp
         for cell_id, kept in self.cells.items():
-            if cell_id in self.entries and kept.get("trunk") != self.entries[cell_id].get("trunk"):
+            entry = self.entries.get(cell_id)
+            # an older version kept the trunk alone
+            if entry and (
+                kept["entry"] != checksum(entry) if "entry" in kept else kept.get("trunk") != entry.get("trunk")
+            ):
                 kept |= {"closed": False, "state": None}
                 self.changed = True
         self.open = {cell_id for cell_id in self.entries if not self.cells.get(cell_id, {}).get("closed")}
+
+    def dropped(self) -> dict[str, bool]:
+        """Cells with a run that the plan has dropped, or has again since their run said that: whether it has."""
+        found = {cell_id: cell_id not in self.entries for cell_id in self.cells}
+        return {cell_id: gone for cell_id, gone in found.items() if gone != self.cells[cell_id].get("dropped", False)}
 
     def forget(self, cell_id: str) -> None:
         """The cell's run is gone."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from cluster import quarantine
-from cluster.acknowledged import Acknowledged
+from cluster.acknowledged import Acknowledged, checksum
 from cluster.cellruns import STATUS, difference_tag, peoples_tags, run_name, run_params, state_tags
 from cluster.parent import parent_run, show_parent
 from cluster.rows import Chunk, Rows
@@ -44,6 +44,8 @@ LONGEST_SECONDS = 60.0
 LOOK_SECONDS = 30.0
 """Between two looks at what people changed in MLflow, and at the study's own files."""
 SAVE_SECONDS = 5.0
+DROPPED = "escala.dropped"
+"""The tag of a run whose cell the study plans no more."""
 SETTLED_SECONDS = 60.0
 """A request that was given up (after 20 s) may still be carried out; after so long it is not."""
 
@@ -94,9 +96,17 @@ class Mirror:
         return f"{parts.scheme}://{host}{parts.path.rstrip('/')}/#/experiments/{self._reached.experiment_id}"
 
     def is_complete(self) -> bool:
-        """Whether every cell that has ended is in MLflow already, by the mirror's own record."""
-        ended = (cell_id for cell_id in self._record.open if (self.store.cell(cell_id) / "result.json").exists())
-        return not self._record.doubtful and next(ended, None) is None
+        """Whether MLflow shows how every cell stands, by the mirror's own record."""
+        clear = not self._record.doubtful and not self._record.dropped()
+        return clear and all(self._is_shown(cell_id) for cell_id in self._record.open)
+
+    def _is_shown(self, cell_id: str) -> bool:
+        """Whether MLflow shows how a cell stands that has not ended: of one that has, the end is still to be shown."""
+        state, kept = cell_state(self.store, cell_id), self._record.cells.get(cell_id, {})
+        if state.result is None and not state.attempts:
+            return True
+        shown = [state.state, state.attempts], STATUS.get(state.state, "KILLED")
+        return state.result is None and (kept.get("state"), kept.get("status")) == shown
 
     def connect(self) -> None:
         """Reach the tracking server, or make the embedded database, and merge quarantines. InputError where the
@@ -142,6 +152,7 @@ class Mirror:
             if look:
                 self._attempt("quarantine", self.merge_quarantine, faults)
                 self._attempt("doubtful runs", self._settle, faults)
+                self._attempt("cells that are not planned", self._mark_dropped, faults)
             answers = self._sync_cells(final, faults, progress)
             if look and answers:
                 answers = self._attempt("the study's run", partial(self._show_parent, final), faults)
@@ -267,6 +278,21 @@ class Mirror:
                 del self._record.doubtful[cell_id]
             self._record.changed = True
 
+    def _mark_dropped(self) -> None:
+        """A cell that the plan has dropped keeps its run, with a tag by which fits leave it out, until it is back."""
+        for cell_id, gone in self._record.dropped().items():
+            self._must_hold()
+            kept = self._record.cells[cell_id]
+            try:
+                if gone:
+                    self._client.set_tag(kept["run_id"], DROPPED, "true")
+                else:
+                    self._client.delete_tag(kept["run_id"], DROPPED)
+            except Exception as error:
+                if not is_gone(error):  # deleted in MLflow
+                    raise
+            kept["dropped"], self._record.changed = gone, True
+
     def _show_parent(self, final: bool = False) -> None:
         """The study's own run: made where there is none, its files and its status up to date."""
         kept = self._record.parent
@@ -324,7 +350,7 @@ class Mirror:
         if count != kept.get("told", 0):
             tags |= difference_tag(first, count)
         self._ship(cell_id, kept, last, tags)
-        kept["state"], kept["trunk"] = [state.state, state.attempts], self._record.entries[cell_id].get("trunk")
+        kept["state"], kept["entry"] = [state.state, state.attempts], checksum(self._record.entries[cell_id])
         if count:
             kept["told"] = count
 

@@ -3,6 +3,8 @@
 A mark lives in the study's quarantine.json and as the tag `escala.quarantine` on the cell's run. With the value of the
 last merge at hand, a tag that differs from it was changed by a person in MLflow and goes into the store; else what the
 store says goes to the tag. Without that third value a mark that was lifted on one side would come back from the other.
+Where it is not known, as of a server that the study was not mirrored to last, a tag with a name beside it is Escala's
+own, and what the store says holds.
 """
 
 from collections.abc import Mapping
@@ -50,7 +52,7 @@ def merge(
         wanted = mark_tags(mark) if mark else {}
         if tags.get(WHY) == wanted.get(WHY):
             _note(merged, cell_id, tags)
-        elif tags.get(WHY) != before.get(WHY):
+        elif tags.get(WHY) != before.get(WHY) and (cell_id in runs or WHO not in tags):
             if tags:
                 who = tags[WHO] if WHO in tags and tags[WHO] != before.get(WHO) else "MLflow UI"
                 quarantine_cell(store, study, cell_id, tags[WHY], who)

@@ -23,7 +23,7 @@ from sweeps import sources
 from sweeps.errors import InputError
 from sweeps.fitted import fitted_studies
 from sweeps.grids import Plan
-from sweeps.redaction import SECRET_NAMES
+from sweeps.redaction import SECRET_NAMES, redact
 from sweeps.store import study_names
 from sweeps.study import Study
 from sweeps.studyfile import find_study_file, load_study
@@ -119,6 +119,11 @@ def _passed(variables: Sequence[str], environment: dict[str, str]) -> dict[str, 
             )
         if name not in environment:
             raise InputError(f"--env: {name} is not set here, so it has no value to pass on.")
+        if redact(environment[name]) != environment[name]:
+            raise InputError(
+                f"--env: {name} holds what looks like a password or a token, and the Jobs API shows a job's variables "
+                "to everyone who may ask. Set it on the cluster's nodes instead, or pass it on without."
+            )
     return {name: environment[name] for name in variables}
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.cell import Cell, cell_from_identity, differences
+from sweeps.errors import InputError
 from sweeps.records import write_bytes
 from sweeps.schedules import stable_steps
 from sweeps.store import Store, read_cell
@@ -100,7 +101,7 @@ def relatives(store: Store, cell: Cell) -> Iterator[Cell]:
     folder = store.root / "lineages" / (key or "")
     for path in sorted(folder.iterdir()) if key and folder.is_dir() else ():
         if path.name != cell.id and not path.name.startswith("."):
-            with suppress(FileNotFoundError):  # nobody planned it any more, and it was taken away
+            with suppress(InputError):  # nobody planned it any more, and it was taken away
                 yield cell_from_identity(read_cell(store, path.name)["identity"])
 
 

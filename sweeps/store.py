@@ -118,6 +118,11 @@ def open_store(root: str | Path, *, create: bool = True) -> Store:
     Raises InputError where it is missing, cannot be written or was written by a newer format.
     """
     path = Path(root).expanduser().resolve()
+    if strange := sorted({"?", "%"} & set(str(path))):
+        raise InputError(
+            f"the store {path} has {' and '.join(strange)} in its path, which the address of its MLflow database "
+            "cannot hold. Name another folder."
+        )
     marker = path / "store.json"
     if not marker.exists():
         if not create:
@@ -390,8 +395,19 @@ def here() -> Json:
         "host": socket.gethostname(),
         "pid": process.pid,
         "process_started": round(process.create_time(), 1),
+        **_since_boot(process.pid),
         "started": timestamp(),
     }
+
+
+def _since_boot(pid: int) -> Json:
+    """When a process started, in the kernel's ticks since this boot: its time of day moves when the clock is set.
+    Empty where the kernel does not tell."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return {"process_ticks": int(words[19]), "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    except OSError:
+        return {}
 
 
 def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
@@ -401,8 +417,12 @@ def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
         return time.time() - last_sign < SILENCE_SECONDS
     try:
         process = psutil.Process(record["pid"])
-        started = round(process.create_time(), 1)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(started - record["process_started"]) < 1.0
+        since = _since_boot(record["pid"])
+        if since and "process_ticks" in record:
+            same = all(record[name] == value for name, value in since.items())
+        else:  # a record of an older version
+            same = abs(round(process.create_time(), 1) - record["process_started"]) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
 
@@ -447,8 +467,13 @@ def read_plan(store: Store, name: str) -> Json:
 
 
 def read_cell(store: Store, cell_id: str) -> Json:
-    """A cell's record: {"id", "identity": {...}, "counts": {...}}."""
-    return read_json(store.cell(cell_id) / "cell.json")
+    """A cell's record: {"id", "identity": {...}, "counts": {...}}. InputError where it is gone."""
+    try:
+        return read_json(store.cell(cell_id) / "cell.json")
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the store {store.root} lacks the record {error.filename}: run the study again, which writes it anew."
+        ) from None
 
 
 def trunk_of(entry: Json, result: Json | None) -> Json | None:

@@ -23,7 +23,7 @@ def kill(store: Store) -> None:
     """Make the highest claim that of a process that is gone."""
     holder = read_holder(store, "s")
     assert holder is not None
-    write_json(holder.path, read_json(holder.path) | {"process_started": 1.0})
+    write_json(holder.path, read_json(holder.path) | {"process_ticks": 1})
 
 
 def test_one_driver_holds_a_study_and_a_dead_one_is_replaced(store: Store) -> None:

@@ -14,19 +14,22 @@ from faultproxy import FaultProxy, Server
 from mirroring import (
     active_runs,
     assert_exact,
+    begin_cell,
     connected,
     finish,
     log,
     size_of_log,
+    tags_of,
     until_through,
     wait_for,
 )
 
 import cluster.mirror as mirrors
+from analysis import load_runs
 from cluster.sync import sync_study
 from sweeps.errors import InputError
-from sweeps.records import append_rows, read_json
-from sweeps.store import Store
+from sweeps.records import append_rows, read_json, write_json
+from sweeps.store import Attempt, Store, read_plan, record_error
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -235,3 +238,54 @@ def test_a_superseded_mirror_writes_nothing_more(
     assert len(json.loads(noted)["cells"]) == 1, "what it noted while the study was its own"
     assert sync_study(store, name, mlflow_server.uri) is None
     assert_exact(mlflow_server, store, name)
+
+
+def test_what_a_plan_says_anew_of_a_cell_that_is_closed_is_shown(
+    study: tuple[Store, str], mlflow_server: Server
+) -> None:
+    store, name = study
+    until_through(connected(store, name, mlflow_server.uri))
+    plan = read_plan(store, name)
+    for entry in plan["cells"]:
+        entry["seconds_predicted"] = 12.5  # as after a calibration
+    write_json(store.study(name) / "plan.json", plan)
+    until_through(connected(store, name, mlflow_server.uri))
+    for _, run_id in active_runs(mlflow_server, name):
+        record = json.loads(tags_of(mlflow_server, run_id)["escala.record"])
+        assert record["entry"]["seconds_predicted"] == 12.5
+
+
+def test_fits_leave_out_the_runs_of_cells_that_the_study_has_dropped_until_they_are_back(
+    study: tuple[Store, str], mlflow_server: Server, tmp_path: Path
+) -> None:
+    store, name = study
+
+    def cells() -> list[str]:
+        return sorted(load_runs(name, tmp_path / "nowhere", tracking_uri=mlflow_server.uri)["cell"])
+
+    until_through(connected(store, name, mlflow_server.uri))
+    plan, every = read_plan(store, name), sorted(ids(store, name))
+    write_json(store.study(name) / "plan.json", plan | {"cells": plan["cells"][:1]})
+    mirror = connected(store, name, mlflow_server.uri)
+    assert not mirror.is_complete()
+    until_through(mirror)
+    assert cells() == ids(store, name)
+    assert len(active_runs(mlflow_server, name)) == len(every), "none is deleted"
+    assert mirror.is_complete()
+    write_json(store.study(name) / "plan.json", plan)
+    until_through(connected(store, name, mlflow_server.uri))
+    assert cells() == every
+
+
+def test_a_failure_that_a_killed_driver_did_not_tell_is_not_complete(
+    study: tuple[Store, str], mlflow_server: Server
+) -> None:
+    store, name = study
+    cell = begin_cell(store, name)
+    mirror = connected(store, name, mlflow_server.uri)
+    until_through(mirror)
+    record_error(Attempt(store, cell, 0), "code", "on fire")
+    assert not mirror.is_complete()
+    until_through(mirror)
+    assert mirror.is_complete()
+    assert tags_of(mlflow_server, dict(active_runs(mlflow_server, name))[cell])["escala.state"] == "failed"

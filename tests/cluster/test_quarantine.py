@@ -87,3 +87,18 @@ def test_a_mark_that_is_made_while_the_two_are_merged_is_kept(study: tuple[Store
         mark(store, name, ours, "odd")
     mirror.join(30)
     assert {cell: one["why"] for cell, one in read_quarantine(store, name).items()} == {told: "a spike", ours: "odd"}
+
+
+def test_a_mark_that_was_lifted_does_not_come_back_from_the_server_that_was_mirrored_to_before(
+    study: tuple[Store, str], mlflow_server: Server
+) -> None:
+    store, name = study
+    cell = ids(store, name)[0]
+    mark(store, name, cell, "bad data")
+    assert sync_study(store, name, mlflow_server.uri) is None
+    assert sync_study(store, name, None) is None
+    mark(store, name, cell, None)
+    assert sync_study(store, name, mlflow_server.uri) is None
+    assert cell not in read_quarantine(store, name)
+    run_id = dict(active_runs(mlflow_server, name))[cell]
+    assert "escala.quarantine" not in tags_of(mlflow_server, run_id)

@@ -515,13 +515,17 @@ def test_too_much_is_refused_early_with_the_largest_files(escala: Escala, tmp_pa
     [
         (["--store", "store"], "Give the absolute path"),
         (["--env", "AWS_SECRET_ACCESS_KEY"], "is named like a secret"),
+        (["--env", "CORPUS_URL"], "holds what looks like a password"),
         (["--env", "NOT_SET_ANYWHERE"], "is not set here"),
         (["--env", "A=1"], "the name of a variable alone"),
         (["--tracking-uri", "http://me:hunter2@mlflow:5000"], "carries a password"),
         (["--address", "head:8265"], "Did you mean"),
     ],
 )
-def test_what_would_be_lost_or_shown_on_the_cluster_is_refused(escala: Escala, options: list[str], said: str) -> None:
+def test_what_would_be_lost_or_shown_on_the_cluster_is_refused(
+    escala: Escala, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CORPUS_URL", "https://me:hunter2@texts.example/corpus")
     study = escala.study(TINY)
     command = ["submit", study, "--address", NOWHERE, "--store", "/shared/store", *options]
     found = refused(escala, *command)

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from sweeps.store import (
     cell_state,
     commit_result,
     open_store,
+    read_cell,
     read_metrics,
     record_error,
 )
@@ -145,10 +147,32 @@ def test_an_attempt_whose_process_is_gone_is_interrupted_even_if_its_id_is_used_
     record = read_json(attempt.folder / "attempt.json")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    for change in ({"pid": dead.pid}, {"process_started": record["process_started"] - 100}):
-        write_json(attempt.folder / "attempt.json", record | change)
+    older = {name: value for name, value in record.items() if name not in ("process_ticks", "boot")}
+    older |= {"process_started": record["process_started"] - 100}
+    changes = {"pid": dead.pid}, {"process_ticks": record["process_ticks"] - 1}, {"boot": "the one before"}
+    for changed in (*(record | change for change in changes), older):
+        write_json(attempt.folder / "attempt.json", changed)
         state = cell_state(store, "c")
         assert (state.state, state.reason) == ("planned", "attempt 0 was interrupted")
+
+
+def test_a_clock_that_is_set_ends_no_attempt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_attempt(store, "c", {})
+    told = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: told(self) + 3600)
+    assert cell_state(store, "c").state == "running"
+
+
+def test_a_store_where_its_database_has_no_address_is_refused(tmp_path: Path) -> None:
+    for name in ("what?", "50%25"):
+        with pytest.raises(InputError, match="in its path, which the address of its MLflow database cannot hold"):
+            open_store(tmp_path / name)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_cell_whose_record_is_gone_is_named_with_what_to_do(store: Store) -> None:
+    with pytest.raises(InputError, match=r"lacks the record .*cell\.json: run the study again"):
+        read_cell(store, "c")
 
 
 def test_an_attempt_elsewhere_lives_by_its_last_sign(store: Store) -> None:
