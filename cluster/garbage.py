@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.claims import living_drivers
+from cluster.watching import cell_names, is_recorded
 from sweeps.errors import InputError, nearest
 from sweeps.paths import inside
 from sweeps.store import (
+    STUDY_NAME,
     Store,
     attempt_epochs,
     attempt_lives,
@@ -62,7 +64,7 @@ def collectable(store: Store, kinds: Sequence[str] = BY_DEFAULT) -> list[Item]:
     refuse_while_running(store)
     planned = {entry["id"] for name in study_names(store) for entry in read_plan(store, name)["cells"]}
     folder = store.root / "cells"
-    cells = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    cells = set(cell_names(store))
     gone = cells - planned if "cells" in kinds else set()
     old = (folder / name for name in sorted(gone) if _is_old(folder / name, IMPORT_SECONDS))
     found = [Item("cells", path, _size(path)) for path in old]
@@ -79,15 +81,28 @@ def collectable(store: Store, kinds: Sequence[str] = BY_DEFAULT) -> list[Item]:
     return sorted(found, key=lambda item: (order.index(item.kind), str(item.path)))
 
 
-def remove(store: Store, items: Sequence[Item]) -> int:
-    """Take these away; returns the bytes freed. Asks again before each that nobody works on the store. InputError, and
-    nothing goes, where a link leads out of the store."""
+def remove(store: Store, items: Sequence[Item]) -> tuple[int, list[Item]]:
+    """Take these away. Returns the bytes freed, and what was kept since it may not go any more.
+
+    Who was asked may have answered late: a study that grew meanwhile plans a cell again that was listed. So it is asked
+    again before each that nobody works on the store, and what may go is found anew whenever a plan has changed.
+    InputError, and nothing goes, where a link leads out of the store.
+    """
     for item in items:  # the folders of a store may be links to another disk; one below them may lead anywhere
         first, *rest = item.path.relative_to(store.root).parts
         inside(store.root / first if rest else store.root, item.path.parent, "gc")
     freed = 0
+    kept: list[Item] = []
+    kinds = list({item.kind for item in items})
+    known = None
+    still: set[tuple[str, Path]] = set()
     for item in items:
         refuse_while_running(store, attempts=False)
+        if (plans := _plans(store)) != known:
+            known, still = plans, {(one.kind, one.path) for one in collectable(store, kinds)}
+        if (item.kind, item.path) not in still:
+            kept += [item] if os.path.lexists(item.path) else []  # or somebody else took it away
+            continue
         try:
             if item.path.is_dir() and not item.path.is_symlink():
                 shutil.rmtree(item.path)
@@ -98,7 +113,13 @@ def remove(store: Store, items: Sequence[Item]) -> int:
                 f"{item.path} cannot be removed ({error.strerror}); {freed:,} bytes were freed."
             ) from error
         freed += item.size
-    return freed
+    return freed, kept
+
+
+def _plans(store: Store) -> list[tuple[str, int, int]]:
+    """What changes whenever a plan is put on record, which is a new file each time. Cheaper than reading them."""
+    found = [(path, path.stat()) for path in sorted((store.root / "studies").glob("*/plan.json"))]
+    return [(str(path), told.st_ino, told.st_mtime_ns) for path, told in found]
 
 
 def refuse_while_running(store: Store, *, attempts: bool = True) -> None:
@@ -108,14 +129,13 @@ def refuse_while_running(store: Store, *, attempts: bool = True) -> None:
             f"study {name} is being run by process {holder['pid']} on {holder['host']} since {holder['started']}: "
             "nothing is removed from its store meanwhile. Wait for it, or stop it first."
         )
-    folder = store.root / "cells"
-    for path in folder.iterdir() if attempts and folder.exists() else ():
-        if (path / "result.json").exists():
+    for name in cell_names(store) if attempts else ():
+        if (store.cell(name) / "result.json").exists():
             continue
-        for epoch in attempt_epochs(store, path.name):
-            if read_end(store, path.name, epoch) is None and attempt_lives(store, path.name, epoch):
+        for epoch in attempt_epochs(store, name):
+            if read_end(store, name, epoch) is None and attempt_lives(store, name, epoch):
                 raise InputError(
-                    f"attempt {epoch} of cell {path.name} is still alive: nothing is removed meanwhile. Wait for it."
+                    f"attempt {epoch} of cell {name} is still alive: nothing is removed meanwhile. Wait for it."
                 )
 
 
@@ -133,8 +153,8 @@ def _checkpoints(store: Store, cell_id: str) -> Iterator[Item]:
 
 def _trunks(store: Store, planned: set[str], gone: set[str]) -> Iterator[Item]:
     """Permanent checkpoints of lineages whose planned cells have all ended, outside cells that go whole."""
-    for line in sorted((store.root / "lineages").glob("*")):
-        members = {path.name for path in line.iterdir() if not path.name.startswith(".")}
+    for line in sorted((store.root / "lineages").glob("*/")):
+        members = {path.name for path in line.iterdir() if STUDY_NAME.fullmatch(path.name)}
         ended = {name for name in members if (store.cell(name) / "result.json").exists()}
         for name in sorted(ended - gone) if members & planned <= ended else ():
             for epoch in attempt_epochs(store, name):
@@ -146,7 +166,7 @@ def _trunks(store: Store, planned: set[str], gone: set[str]) -> Iterator[Item]:
 def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
     """What is written beside its place (it begins with a dot), and lineages' notes of cells that are gone."""
     for path in sorted((store.root / "lineages").glob("*/*")):
-        if not path.name.startswith(".") and (path.name in gone or not store.cell(path.name).exists()):
+        if STUDY_NAME.fullmatch(path.name) and (path.name in gone or not store.cell(path.name).exists()):
             yield Item("leftovers", path, _size(path))
     places = [store.root]
     while places:
@@ -163,10 +183,8 @@ def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
 def _corpora(store: Store, cells: set[str]) -> Iterator[Item]:
     used = {read_plan(store, name)["corpus"].get("fingerprint") for name in study_names(store)}
     for cell_id in cells:
-        try:
+        if is_recorded(store, cell_id):
             used.add(read_cell(store, cell_id)["identity"].get("corpus"))
-        except FileNotFoundError:  # half a cell, of a plan that was killed
-            continue
     folder = store.root / "corpora"
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.name not in used and not path.name.startswith(".") and _is_old(path):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.claims import living_drivers
-from cluster.control import read_wish
+from cluster.control import read_pause, read_wish
 from cluster.display import cell_table, console, plain_table
 from cluster.ledger import count_states, sharing, sharing_words
 from cluster.terminal import visible
@@ -76,8 +76,8 @@ def watch_study(store: Store, name: str) -> None:
                 searched = search_summary(store, name, rows)
                 drivers = [holder for study, holder in living_drivers(store) if study == name]
                 by = f"driver {drivers[0]['pid']} on {drivers[0]['host']}" if drivers else "no driver runs"
-                wish = read_wish(store, name)
-                by += f", {wish}" if wish is not None and (wish.wish == "pause" or drivers) else ""
+                wish = read_wish(store, name) if drivers else read_pause(store, name)
+                by += f", {wish}" if wish is not None else ""
                 dim = Text(f"{time.strftime('%H:%M:%S')}, {by}; Ctrl-C ends this view, not the study", style="dim")
                 live.update(Group(_newest(rows, name, searched), dim), refresh=True)
                 left = any(one["to_come"] for one in searched) and drivers

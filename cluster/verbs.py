@@ -40,7 +40,7 @@ def status(
     as_json: JsonOption = False,
 ) -> None:
     """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is."""
-    from cluster.control import read_wish
+    from cluster.control import read_pause
     from cluster.ledger import count_states, sharing
     from cluster.watching import status_rows
     from sweeps.errors import InputError
@@ -57,8 +57,8 @@ def status(
         return
     rows = status_rows(place, name)
     searched = search_summary(place, name, rows)
-    wish = read_wish(place, name)
-    paused = str(wish) if wish is not None and wish.wish == "pause" else None
+    stands = read_pause(place, name)
+    paused = None if stands is None else str(stands)
     if as_json:
         told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows)}
         print(json.dumps(told | {"search": searched, "cells": rows}))
@@ -80,7 +80,7 @@ def logs(
 ) -> None:
     """A cell's metric rows, and the traceback of an attempt that failed. With --follow, JSON is one row a line."""
     from cluster import watching
-    from sweeps.store import attempt_epochs, read_metrics
+    from sweeps.store import read_metrics
 
     place = existing_store(store)
     cell_id = find_cell(cell, place)
@@ -94,16 +94,12 @@ def logs(
         except KeyboardInterrupt:
             say()
         return
-    rows = read_metrics(place, cell_id)
+    rows = read_metrics(place, cell_id) + watching.failures(place, cell_id)
     if as_json:
         print(json.dumps(rows))
         return
     if rows:
         say("\n".join(map(_log_line, rows)))
-    for epoch in attempt_epochs(place, cell_id):
-        error = place.attempt(cell_id, epoch) / "error.txt"
-        if error.exists():
-            say(_log_line({"attempt": epoch, "error": error.read_text(errors="replace")}))
 
 
 def _log_line(row: dict[str, Any]) -> str:
@@ -148,18 +144,25 @@ def pause(study: StudyArgument, store: StoreOption = DEFAULT_STORE) -> None:
     place = existing_store(store)
     name = study_name(study, place)
     control.pause(place, name)
-    say(f"{name} is paused; its cells keep checkpoints and stop. Go on with: escala resume {name}")
+    end = control.read_ending(place, name)
+    cells = f"it is {end} too, so its driver ends first" if end else "its cells keep checkpoints and stop"
+    say(f"{name} is paused; {cells}. Go on with: escala resume {name}")
 
 
 @app.command(rich_help_panel=STEER)
 def resume(study: StudyArgument, store: StoreOption = DEFAULT_STORE) -> None:
-    """Lift a pause. A driver that waits goes on; where none is left, run the study again."""
+    """Lift a pause. A driver that waits goes on; where none is left, or it is cancelled, run the study again."""
     from cluster import control
 
     place = existing_store(store)
     name = study_name(study, place)
     driven = control.resume(place, name)
-    say(f"{name} goes on." if driven else f"{name} is no longer paused. No driver waits: run it again.")
+    if driven:
+        say(f"{name} goes on.")
+    elif end := control.read_ending(place, name):
+        say(f"{name} is no longer paused, but its driver ends: {end}. Run it again after that.")
+    else:
+        say(f"{name} is no longer paused. No driver waits: run it again.")
 
 
 @app.command(rich_help_panel=STEER)
@@ -174,7 +177,8 @@ def cancel(
     place = existing_store(store)
     name = study_name(study, place)
     control.cancel(place, name, now=now)
-    say(f"{name}: the cells that run " + ("keep a checkpoint and stop." if now else "end, and no other starts."))
+    still = f" It stays paused: escala resume {name} lifts that." if control.read_pause(place, name) else ""
+    say(f"{name}: the cells that run {'keep a checkpoint and stop' if now else 'end, and no other starts'}.{still}")
 
 
 @app.command(rich_help_panel=STEER)
@@ -319,9 +323,10 @@ def gc(
     items = collectable(place, only or BY_DEFAULT)
     listed = [{"kind": item.kind, "path": str(item.path.relative_to(place.root)), "bytes": item.size} for item in items]
     if as_json:
-        freed = remove(place, items) if yes else 0
+        freed, kept = remove(place, items) if yes else (0, [])
         total = sum(item.size for item in items)
-        print(json.dumps({"items": listed, "bytes": total, "removed": yes, "freed": freed}))
+        told = {"items": listed, "bytes": total, "removed": yes, "freed": freed}
+        print(json.dumps(told | {"kept": [str(item.path.relative_to(place.root)) for item in kept]}))
         return
     from cluster.display import console
 
@@ -333,6 +338,9 @@ def gc(
         say("nothing was removed: pass --yes to remove it.")
         return
     if yes or typer.confirm("Remove all of this?"):
-        say(f"{remove(place, items):,} bytes freed.")
+        freed, kept = remove(place, items)
+        for item in kept:
+            say(f"kept {item.path.relative_to(place.root)}: it is planned again, or in use, since this was listed.")
+        say(f"{freed:,} bytes freed.")
     else:
         say("nothing was removed.")

@@ -4,6 +4,7 @@ All of it is read from the store's files at the moment of asking. The failure it
 a driver's memory shows a dead study as running. What is shown of a running cell is its own last sign of life.
 """
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from sweeps.cell import differences
 from sweeps.errors import InputError
 from sweeps.records import read_json, read_rows
 from sweeps.store import (
+    STUDY_NAME,
     Store,
     attempt_epochs,
     cell_state,
@@ -137,6 +139,16 @@ def follow(store: Store, cell_id: str, poll_seconds: float = 0.5) -> Iterator[Js
         time.sleep(poll_seconds)
 
 
+def failures(store: Store, cell_id: str) -> list[Json]:
+    """The attempts that failed, as `follow` tells them: {"attempt", "error": the whole text}."""
+    found = []
+    for epoch in attempt_epochs(store, cell_id):
+        path = store.attempt(cell_id, epoch) / "error.txt"
+        if path.exists():
+            found.append({"attempt": epoch, "error": path.read_text(errors="replace")})
+    return found
+
+
 def _goes_on(store: Store, cell_id: str) -> bool:
     """Whether more may come: the cell runs, or a driver lives that may yet try it."""
     state = cell_state(store, cell_id)
@@ -172,13 +184,13 @@ def explain(store: Store, cell_id: str) -> Json:
     own = read_cell(store, cell_id)["identity"]
     near: list[tuple[int, str, list[Any]]] = []
     least = None
-    for path in (store.root / "cells").iterdir():
-        if path.name == cell_id or not (path / "cell.json").exists():
+    for name in cell_names(store):
+        if name == cell_id or not is_recorded(store, name):
             continue
-        fields = list(differences(own, read_cell(store, path.name)["identity"]))
+        fields = list(differences(own, read_cell(store, name)["identity"]))
         if least is None or len(fields) <= least:
             least = len(fields)
-            near.append((len(fields), path.name, fields))
+            near.append((len(fields), name, fields))
     tied = {name: fields for count, name, fields in near if count == least}
     plans = planning_studies(store, [cell_id, *tied])
     order = sorted(tied, key=lambda name: (bool(plans[name]), not plans[name].keys() & plans[cell_id].keys(), name))
@@ -230,18 +242,34 @@ def explain_lines(found: Json) -> Iterator[str]:
         yield from (f"  {each['field']}: {each['one']!r} here, {each['other']!r} there" for each in one["fields"])
 
 
+def cell_names(store: Store, prefix: str = "") -> list[str]:
+    """The cells of the store whose ids begin so, sorted: what a file manager or a person left beside them is none."""
+    try:
+        entries = list(os.scandir(store.root / "cells"))
+    except FileNotFoundError:
+        return []
+    found = (one for one in entries if one.name.startswith(prefix) and STUDY_NAME.fullmatch(one.name))
+    return sorted(one.name for one in found if one.is_dir())
+
+
+def is_recorded(store: Store, cell_id: str) -> bool:
+    """Whether it is on record what the cell is: a plan that is killed may leave half a cell."""
+    return (store.cell(cell_id) / "cell.json").exists()
+
+
 def cells_named(store: Store, prefix: str) -> list[str]:
     """The ids that begin with a prefix, sorted."""
-    return sorted(path.name for path in (store.root / "cells").glob(f"{prefix}*")) if prefix.isalnum() else []
+    return cell_names(store, prefix) if prefix.isalnum() else []
 
 
 def ambiguous(store: Store, prefix: str, found: list[str]) -> InputError:
     """Several cells begin with a prefix: what tells them apart."""
     shown = found[:6]
-    identities = [read_cell(store, name)["identity"] for name in shown]
-    fields = list(dict.fromkeys(field for other in identities[1:] for field, _, _ in differences(identities[0], other)))
-    told = (", ".join(f"{field} {_at(one, field)!r}" for field in fields[:6]) for one in identities)
-    lines = [f"  {name}  {words}" for name, words in zip(shown, told)]
+    known = {name: read_cell(store, name)["identity"] for name in shown if is_recorded(store, name)}
+    first, *others = list(known.values()) or [{}]
+    fields = list(dict.fromkeys(field for other in others for field, _, _ in differences(first, other)))
+    told = {name: ", ".join(f"{field} {_at(one, field)!r}" for field in fields[:6]) for name, one in known.items()}
+    lines = [f"  {name}  {told.get(name, 'without a record of what it is')}" for name in shown]
     more = [f"  and {len(found) - 6} more"] if len(found) > 6 else []
     listed = "\n".join([*lines, *more])
     return InputError(f"{len(found)} cells of {store.root} begin with {prefix!r}; give more digits of one:\n{listed}")

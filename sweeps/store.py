@@ -17,7 +17,7 @@
     studies/<name>/{study.yaml, plan.json, quarantine.json, fits/<law>.json, report.html}
     studies/<name>/search/journal.log            the trials of a search, in Optuna's own format (sweeps/trials.py)
     studies/<name>/driver-<k>.json               who drives it (cluster/claims.py)
-    studies/<name>/control.json                  what people wish: pause, drain, cancel (cluster/control.py)
+    studies/<name>/{pause.json, control.json}    what people wish: a pause; a drain or cancel (cluster/control.py)
     studies/<name>/turn.json                     its priority, and whether it waits for room (cluster/turns.py)
     studies/<name>/mirror.json                   what MLflow has acknowledged (cluster/mirror.py)
     hardware/<kind>.json                         how fast a kind of worker is (cluster/calibration.py)

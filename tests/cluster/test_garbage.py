@@ -5,11 +5,14 @@ import os
 import time
 from pathlib import Path
 
+import pytest
 from commandline import Escala, ids, refused
 
+from cluster import garbage, verbs
 from cluster.claims import Claim
-from sweeps.records import encode_row
-from sweeps.store import Store, begin_attempt, record_error
+from cluster.garbage import KINDS, collectable, remove
+from sweeps.records import encode_row, read_json, write_json
+from sweeps.store import Store, begin_attempt, read_cell, record_error
 from tests.analysis.synthetic import Run, write_study
 
 
@@ -87,3 +90,105 @@ def test_gc_is_refused_while_a_driver_or_an_attempt_lives(place: tuple[Escala, S
     attempt = begin_attempt(store, ids(store)[5], {"numerics": {}})
     assert f"attempt 0 of cell {ids(store)[5]} is still alive" in refused(escala, "gc", "--yes", "--store", store.root)
     record_error(attempt, "stopped", "a test")
+
+
+def shrink(store: Store) -> tuple[dict[str, Path], Path]:
+    """Let the study `demo` plan all but its first two cells, which are old. Returns those, with the plan that had
+    them (`write_json(plan, before)` is a study that grows again)."""
+    plan = store.study("demo") / "plan.json"
+    before = read_json(plan)
+    gone = {entry["id"]: old(store.cell(entry["id"])) for entry in before["cells"][:2]}
+    write_json(store.study("demo") / "before.json", before)
+    write_json(plan, before | {"cells": before["cells"][2:]})
+    return gone, plan
+
+
+def grow(store: Store) -> None:
+    write_json(store.study("demo") / "plan.json", read_json(store.study("demo") / "before.json"))
+
+
+def test_a_cell_that_is_planned_again_while_gc_asks_is_kept_and_told(
+    place: tuple[Escala, Store], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, store = place
+    gone, _ = shrink(store)
+    items = collectable(store)
+    assert [item.path.name for item in items] == sorted(gone)
+
+    def answer(_: str) -> bool:
+        grow(store)
+        return True
+
+    monkeypatch.setattr("typer.confirm", answer)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    verbs.gc(None, False, store.root)
+    said = capsys.readouterr().out
+    assert all((path / "result.json").exists() for path in gone.values())
+    assert all(f"kept cells/{name}: it is planned again" in said for name in gone)
+    assert "0 bytes freed" in said
+
+
+def test_a_plan_that_changes_while_gc_removes_keeps_the_cells_and_corpora_that_are_left(
+    place: tuple[Escala, Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = place
+    gone, _ = shrink(store)
+    corpus = store.root / "corpora" / "feedfeedfeedfeed"
+    corpus.mkdir(parents=True)
+    (corpus / "train-00000.bin").write_bytes(b"0" * 300)
+    old(corpus)
+    first, second = sorted(gone)
+    record = read_cell(store, second)  # the one cell that is trained on that corpus
+    write_json(store.cell(second) / "cell.json", record | {"identity": record["identity"] | {"corpus": corpus.name}})
+    old(store.cell(second))
+    items = collectable(store)
+    assert [item.path.name for item in items] == [first, second, corpus.name]
+    really = garbage.shutil.rmtree
+
+    def slowly(path: Path) -> None:
+        really(path)
+        grow(store)
+
+    monkeypatch.setattr(garbage.shutil, "rmtree", slowly)
+    freed, kept = remove(store, items)
+    assert not gone[first].exists()
+    assert (gone[second] / "result.json").exists()
+    assert (corpus / "train-00000.bin").exists()
+    assert (freed, [item.path.name for item in kept]) == (items[0].size, [second, corpus.name])
+
+
+def test_what_somebody_else_took_away_meanwhile_is_not_told_as_kept(place: tuple[Escala, Store]) -> None:
+    _, store = place
+    gone, _ = shrink(store)
+    items = collectable(store)
+    remove(store, items[:1])
+    assert remove(store, items) == (items[1].size, [])
+    assert not any(path.exists() for path in gone.values())
+
+
+def test_what_a_file_manager_leaves_in_the_store_neither_stops_gc_nor_counts_as_a_cell(
+    place: tuple[Escala, Store],
+) -> None:
+    _, store = place
+    gone, _ = shrink(store)
+    (store.root / "lineages" / "0123").mkdir(parents=True)
+    for folder in (store.root / "cells", store.root / "studies", store.root / "lineages", store.root / "lineages/0123"):
+        for name in (".DS_Store", "notes.txt", "a copy"):
+            (folder / name).write_text("x")
+    (store.root / "cells" / "copy of a cell").mkdir()
+    for one in store.root.rglob("*"):
+        os.utime(one, (time.time() - 100,) * 2)  # too young for a killed writer's leftovers, old enough for a cell
+    found = collectable(store, list(KINDS))
+    assert sorted(item.path.name for item in found if item.kind == "cells") == sorted(gone)
+    assert {item.path.name for item in found if item.kind != "cells"} <= {"notes.txt"}, "a lineage's note of no cell"
+    remove(store, found)
+    assert (store.root / "cells" / "notes.txt").exists()
+
+
+def test_half_a_cell_that_a_killed_plan_left_does_not_stop_gc(place: tuple[Escala, Store]) -> None:
+    _, store = place
+    half = store.root / "cells" / "aaaa0000"
+    half.mkdir()
+    assert collectable(store) == [], "it may belong to a plan in the making"
+    old(half)
+    assert [(item.kind, item.path) for item in collectable(store)] == [("cells", half)]

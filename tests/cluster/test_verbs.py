@@ -14,8 +14,12 @@ import pytest
 from commandline import ROOT, TINY, Escala, ids, refused
 
 import analysis
+from cluster import verbs
+from cluster.arguments import find_cell
 from cluster.claims import Claim
-from sweeps.records import append_rows, write_json
+from cluster.watching import cells_named, explain
+from sweeps.errors import InputError
+from sweeps.records import append_rows, read_json, write_json
 from sweeps.store import Store, begin_attempt, commit_result, open_store, read_plan, read_quarantine, record_error
 from tests.analysis.synthetic import Run, write_study
 
@@ -135,6 +139,20 @@ def test_following_ends_at_once_where_nothing_more_can_come_and_at_ctrl_c(place:
     assert (follow.returncode, errors) == (0, "")
 
 
+def test_the_json_of_a_log_tells_of_the_attempts_that_failed(
+    place: tuple[Escala, Store], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, store = place
+    verbs.logs(ids(store)[4], store.root, as_json=True)
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (sorted(told), told["attempt"]) == (["attempt", "error"], 0)
+    assert told["error"].startswith("code: ValueError: it broke")
+    verbs.logs(ids(store)[0], store.root, as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert rows
+    assert all(set(row) == {"time", "tokens", "metrics"} for row in rows)
+
+
 # --- why ---------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +194,24 @@ def test_an_ambiguous_beginning_lists_the_cells_with_what_tells_them_apart(place
         assert "abc0  seed 5" in message
         assert "abc1  seed 6" in message
     assert "no cell" in refused(escala, "why", "zz", "--store", store.root)
+
+
+def test_half_a_cell_is_told_in_a_sentence_and_what_is_no_cell_is_none(place: tuple[Escala, Store]) -> None:
+    _, store = place
+    cells = store.root / "cells"
+    (cells / "abcd0000").mkdir()
+    (cells / "abcdnotes.txt").write_text("no cell")
+    (cells / ".DS_Store").write_text("no cell")
+    copy = cells / "a copy"
+    copy.mkdir()
+    (copy / "cell.json").write_bytes((store.cell(ids(store)[0]) / "cell.json").read_bytes())
+    assert cells_named(store, "abcd") == ["abcd0000"]
+    with pytest.raises(InputError, match=r"lacks the record .*abcd0000.cell\.json"):
+        explain(store, "abcd0000")
+    assert explain(store, ids(store)[1])["nearest"][0]["cell"] == ids(store)[3]
+    write_json(store.cell("abcd0001") / "cell.json", read_json(store.cell(ids(store)[0]) / "cell.json"))
+    with pytest.raises(InputError, match=r"2 cells (.|\n)*abcd0000  without a record of what it is\n  abcd0001"):
+        find_cell("abcd", store)
 
 
 # --- quarantine --------------------------------------------------------------------------------------------------
