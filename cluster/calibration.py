@@ -10,10 +10,10 @@ the machine does for some seconds falls on one round, and the lower quartile of 
 import itertools
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.connection import cluster_nodes, start_ray, stop_ray
 from cluster.hardware import kind_of, local_kind, processor
@@ -230,6 +230,20 @@ def find_calibration(store: Store, name: str | None = None) -> Calibration | Non
             )
         return known[name]
     return known.get(local_kind(), next(iter(known.values())) if len(known) == 1 else None)
+
+
+def pool_calibration(store: Store, device: Literal["cpu", "cuda"], models: Collection[str]) -> Calibration | None:
+    """The calibration of a run's workers: on CPUs that of this machine's processor; on GPUs that of their model, by its
+    full name or as Ray shortens it ("H100").
+
+    None where there is none, a model is not known ("") or they are several: what another device takes is no estimate.
+    """
+    known = read_calibrations(store)
+    if device == "cpu":
+        return known.get(kind_of(processor(), threads=1))
+    words = [f"-{kind_of(model, threads=1)}-" for model in models]
+    fitting = [one for one in known.values() if all(word in f"-{kind_of(one.device, threads=1)}-" for word in words)]
+    return fitting[0] if words and len(fitting) == 1 else None
 
 
 def core_share(calibration: Calibration) -> float | None:

@@ -13,12 +13,13 @@ from typing import Any
 
 import psutil
 
+from cluster.calibration import find_calibration, pool_calibration
 from cluster.claims import Claim
 from cluster.connection import start_ray, stop_ray
 from cluster.control import read_wish
-from cluster.estimate import predicted_seconds
 from cluster.hands import Hand, Task, display_name, take_up
-from cluster.ledger import register
+from cluster.hardware import local_gpus
+from cluster.ledger import register, register_growth
 from cluster.leftovers import descendants, end_processes, runs, settle
 from cluster.mirror import Mirror
 from cluster.nodeprobe import Gate
@@ -37,7 +38,7 @@ from sweeps.errors import InputError
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE
-from sweeps.store import Store, attempt_epochs, cell_state, read_end
+from sweeps.store import CellState, Store, attempt_epochs, cell_state, read_end
 from sweeps.trainer import CHECKPOINT_SECONDS
 
 GIVE_UP_AFTER = 3
@@ -138,8 +139,7 @@ class _Run:
         self.fleet = Fleet()
         limits = self.plan.study.limits.model_dump(exclude={"priority"})
         self.schedule = Schedule(self.fleet, Bounds(units=workers, **limits))
-        seconds = {one: float(told["seconds_predicted"]) for one, told in predicted_seconds(store, self.plan).items()}
-        self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one), seconds)
+        self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one))
         self.usage = Usage(store, self.plan.study.name, claim.number)
         self.schedule.spent_gpu_seconds = self.usage.before
         self.elsewhere = {one.cell.id: one for one in missing}
@@ -184,6 +184,7 @@ class _Run:
             if address != "local":
                 self._meet_nodes(ray)
             self._meet_cluster(ray, address)
+            self._predict()
             self._settle_anew(tally)
             self._grow(tally)
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
@@ -224,6 +225,17 @@ class _Run:
         else:
             self.schedule.check(demands)
         self.demand = min(demands, key=lambda one: (one.all_gpus, one), default=Demand())
+
+    def _predict(self) -> None:
+        """How long cells take on what the cluster has. The plan on record tells it by this machine so far, which may be
+        a head without a GPU."""
+        models = set(local_gpus()) if self.members is None else set()
+        models = models or self.pool.models() or ({self.gpu} if self.gpu else set())
+        found = pool_calibration(self.store, self.pool.device, models)
+        self.search.predict(found)
+        self.queue.extend(self.plan, len(self.plan.cells), self.search.seconds)
+        if found != find_calibration(self.store) and self.claim.holds():
+            register_growth(self.store, self.plan, len(self.plan.cells), self.search.seconds)
 
     def _work(self, ray: Any, tally: Tally) -> None:
         looked = 0.0
@@ -278,7 +290,7 @@ class _Run:
             idle = self.schedule.room(self.demand, self.search.to_come()[0]) - len(self.queue)
         if new := self.search.grow(max(0, idle)):
             self.plan = self.search.plan
-            self.queue.extend(self.plan, len(self.plan.cells) - len(new))
+            self.queue.extend(self.plan, len(self.plan.cells) - len(new), self.search.seconds)
             self._settle(tally, new)
 
     def _left(self) -> int:
@@ -355,8 +367,7 @@ class _Run:
                 self.queue.put(one, first=True)
             return
         if state.state == "failed":
-            tally.failed[cell_id] = state.reason or "unknown"
-            self.failed[cell_id] = one
+            self._note_failed(one, state, tally)
             if note:
                 self._note_failure(state.reason or "unknown")
         elif state.state == "diverged":
@@ -373,6 +384,11 @@ class _Run:
         if cell_id in self.plan.branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {self.plan.branches[cell_id].parent[:8]} left no checkpoint for it)"
         self.ended.append(words)
+
+    def _note_failed(self, one: PlannedCell, state: CellState, tally: Tally) -> None:
+        """A cell has failed, whoever tried it. It is not tried again until a person forgives it."""
+        tally.failed[one.cell.id] = state.reason or "unknown"
+        self.failed[one.cell.id] = one
 
     def _note_failure(self, reason: str) -> None:
         if self.first_failures is None:
@@ -441,10 +457,10 @@ class _Run:
             tally.stopped = self.halt or str(found)
         if self.wish in ("pause", "cancel"):
             self._ask_to_stop(self.halt or str(found))
-        for cell_id, one in list(self.failed.items()):  # forgiven since?
-            if cell_state(self.store, cell_id).state == "planned":
+        for cell_id, one in list(self.failed.items()):  # forgiven since? Another study may have tried it by now
+            if cell_state(self.store, cell_id).state != "failed":
                 del self.failed[cell_id], tally.failed[cell_id]
-                self.queue.put(one)
+                self.elsewhere[cell_id] = one
         if self.elsewhere:
             self._settle_anew(tally)
         self.queue.look()
@@ -477,13 +493,17 @@ class _Run:
         self._settle(tally, others)
 
     def _settle(self, tally: Tally, waiting: list[PlannedCell]) -> None:
-        """Sort cells by what others have left: ended meanwhile, in other hands, or free to be queued."""
+        """Sort cells by what others have left: ended or failed meanwhile, in other hands, or free to be queued."""
         for one in waiting:
             if settle(self.store, one.cell.id, self.plan.study.name, self.claim.number):
-                if (result := cell_state(self.store, one.cell.id).result) is not None:
-                    self.spend(one, result)
+                state = cell_state(self.store, one.cell.id)
+                if state.result is not None:
+                    self.spend(one, state.result)
                     tally.skipped += 1
                     self.flops_done += self.queue.own_flops(one)
+                elif state.state == "failed":
+                    self._note_failed(one, state, tally)
+                    self.ended.append(ended_words(one, state, None))
                 else:
                     self.queue.put(one)
             else:

@@ -9,13 +9,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.calibration import Calibration, core_share, find_calibration
+from cluster.calibration import Calibration, core_share
 from cluster.hardware import Amount, energy, local_gpus, money
 from cluster.placement import Demand, Node
 from cluster.scheduling import Job
 from cluster.simulation import Edge, simulate
 from sweeps.grids import Plan
-from sweeps.store import Store
 from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
 
 BUSY = 0.9
@@ -69,13 +68,12 @@ def cells_seconds(plan: Plan, calibration: Calibration) -> tuple[dict[str, float
     return seconds, reasons
 
 
-def predicted_seconds(store: Store, plan: Plan) -> dict[str, dict[str, float]]:
-    """Cell id -> {"seconds_predicted"}, of the cells for which the store's calibration tells them."""
-    calibration = find_calibration(store)
+def predicted_seconds(plan: Plan, calibration: Calibration | None) -> dict[str, float]:
+    """Seconds by cell id, of the cells for which a calibration tells them."""
     if calibration is None:
         return {}
     seconds, _ = cells_seconds(plan, calibration)
-    return {i: {"seconds_predicted": round(value, 3)} for i, value in seconds.items() if value is not None}
+    return {cell_id: round(value, 3) for cell_id, value in seconds.items() if value is not None}
 
 
 def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], workers: int | None = None) -> Estimate:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cluster.calibration import find_calibration
 from cluster.estimate import predicted_seconds
 from sweeps.faults import fault
 from sweeps.foreign import described
@@ -63,17 +64,18 @@ def compare(store: Store, plan: Plan) -> Change:
 def register(store: Store, plan: Plan, text: bytes) -> None:
     """Put a plan on record: each cell's cell.json, then the study's plan.json and the text of its file."""
     _note_cells(store, plan.cells)
-    seconds = predicted_seconds(store, plan)
+    seconds = predicted_seconds(plan, find_calibration(store))
     fault("plan.before_write")
     write_bytes(store.study(plan.study.name) / "study.yaml", text)
     _write_plan(store, plan, seconds)
 
 
-def register_growth(store: Store, plan: Plan, known: int) -> None:
-    """Put on record the cells that a plan has won since it had `known`: those of a search's new trials."""
+def register_growth(store: Store, plan: Plan, known: int, seconds: Mapping[str, float]) -> None:
+    """Put on record the cells that a plan has won since it had `known`, those of a search's new trials; and how many
+    `seconds` all of its cells are predicted to take, by id."""
     _note_cells(store, plan.cells[known:])
     fault("plan.before_write")
-    _write_plan(store, plan, {})
+    _write_plan(store, plan, seconds)
 
 
 def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
@@ -85,13 +87,13 @@ def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
         note_lineage(store, one.cell)
 
 
-def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, Mapping[str, float]]) -> None:
+def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, float]) -> None:
     record = {
         "format": FORMAT,
         "planned": timestamp(),
         "study": plan.study.model_dump(mode="json", by_alias=True),
         "corpus": asdict(plan.corpus),
-        "cells": [_entry(plan, one) | dict(seconds.get(one.cell.id, {})) for one in plan.cells],
+        "cells": [_entry(plan, one) | _predicted(seconds.get(one.cell.id)) for one in plan.cells],
     }
     record |= {"fitted": {name: fit.to_json() for name, fit in plan.fits.items()}} if plan.fits else {}
     indent = None if plan.places else 1  # that of a search is written for each trial; indenting takes ten times as long
@@ -106,6 +108,10 @@ def _entry(plan: Plan, one: PlannedCell) -> dict[str, Any]:
     return entry | (
         {"trunk": {"cell": branch.parent, "tokens": branch.steps * one.cell.batch_tokens}} if branch else {}
     )
+
+
+def _predicted(seconds: float | None) -> dict[str, float]:
+    return {} if seconds is None else {"seconds_predicted": seconds}
 
 
 def plan_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:

@@ -69,6 +69,13 @@ class Pool:
             self.device = "cuda"
         return []
 
+    def models(self) -> set[str]:
+        """The models of the GPUs, as Ray names them; "" where it does not."""
+        ours = {node.id for node in self._fleet.nodes() if node.gpus}
+        there = [node["Resources"] for node in self._ray.nodes() if node["Alive"] and node["NodeID"] in ours]
+        prefix = "accelerator_type:"
+        return {next((one.removeprefix(prefix) for one in told if one.startswith(prefix)), "") for told in there}
+
     def demand(self, one: PlannedCell) -> Demand:
         """What a cell asks for: a GPU, or a share of one where it fits and cells are many, if there are any."""
         return demand_of(

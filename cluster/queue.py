@@ -37,10 +37,10 @@ class Queue:
         demand: Callable[[PlannedCell], Demand],
         seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """`demand` says what a cell asks for; `seconds`, by id, how long cells are estimated to take."""
+        """`demand` says what a cell asks for; `seconds`, by id, how long cells are estimated to take on one GPU."""
         self.schedule = schedule
         self._store, self._stacking, self._demand = store, plan.study.stack, demand
-        self._seconds = seconds or {}
+        self._seconds: Mapping[str, float] = {}
         self._keys: dict[str, str | None] = {}
         self._cells: dict[str, PlannedCell] = {}
         """Those that wait, by id."""
@@ -48,17 +48,24 @@ class Queue:
         """Branches by the trunk that they wait for."""
         self._alike: dict[str, dict[str, PlannedCell]] = {}
         """Ready cells by stack key."""
-        self.extend(plan)
+        self._timed: bool | None = None
+        """Whether chains are in seconds, and not in FLOPs."""
+        self.extend(plan, seconds=seconds)
 
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def extend(self, plan: Plan, known: int = 0) -> None:
-        """Know the cells of a plan that has grown since it had `known`, before any of them is put."""
-        self._branches, self._own = plan.branches, own_flops(plan)
+    def extend(self, plan: Plan, known: int = 0, seconds: Mapping[str, float] | None = None) -> None:
+        """Know the cells of a plan that has grown since it had `known`, before any of them is put; and the `seconds` of
+        all of its cells, as far as they are told."""
+        self._branches, self._own, self._seconds = plan.branches, own_flops(plan), seconds or {}
+        before, self._timed = self._timed, all(cell_id in self._seconds for cell_id in self._own)
         self._chains = self._lengths(plan)
         for one in plan.cells[known:] if self._stacking != "off" else ():
             self._keys[one.cell.id] = stack_key(one.cell)
+        if self._timed != before:  # what waits was put by the other unit, which must not be held against this one
+            for one in self.drain():
+                self.put(one)
 
     def cells(self) -> Iterator[PlannedCell]:
         """All that wait, those that could begin before those that are held."""
@@ -66,13 +73,14 @@ class Queue:
 
     def put(self, one: PlannedCell, *, first: bool = False) -> None:
         """Add a cell, in its order or as the `first` to be taken."""
-        cell_id = one.cell.id
+        cell_id, demand, seconds = one.cell.id, self._demand(one), self._seconds.get(one.cell.id)
         held = cell_id in self._branches and not self._may_begin(one)
         job = Job(
             id=cell_id,
-            demand=self._demand(one),
+            demand=demand,
             chain=self._chains[cell_id],
-            seconds=self._seconds.get(cell_id),
+            # A gang is taken to be as fast as all its GPUs, as in cluster/workload.py; a share was timed as a whole.
+            seconds=None if seconds is None else seconds / max(1.0, demand.all_gpus),
             flops=self.own_flops(one),
         )
         self._cells[cell_id] = one
@@ -152,9 +160,8 @@ class Queue:
         return self._cells.pop(cell_id)
 
     def _lengths(self, plan: Plan) -> dict[str, float]:
-        """The longest chain that each cell begins: in seconds where all are known, else in FLOPs."""
-        timed = all(cell_id in self._seconds for cell_id in self._own)
-        length = {cell_id: self._seconds[cell_id] if timed else own for cell_id, own in self._own.items()}
+        """The longest chain that each cell begins: in seconds of one GPU where all are known, else in FLOPs."""
+        length = {cell_id: self._seconds[cell_id] if self._timed else own for cell_id, own in self._own.items()}
         before = {cell_id: (trunk, share * length[trunk]) for cell_id, (trunk, share) in waits(plan, self._own).items()}
         return chains(length, before)
 

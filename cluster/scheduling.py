@@ -327,7 +327,12 @@ class Schedule:
             )
         if self.bounds.gpu_hours is not None:
             used = self.spent_gpu_seconds / HOUR
-            said.append(f"of the budget of {self.bounds.gpu_hours:g} GPU-hours {used:.3g} are spent")
+            words = f"of the budget of {self.bounds.gpu_hours:g} GPU-hours {used:.3g} are spent"
+            hours = [job.demand.all_gpus * job.seconds / HOUR for job in jobs if job.seconds is not None]
+            too_long = [one for one in hours if one * HOUR > left.gpu_seconds]
+            if left.gpu_seconds > 0 and too_long:
+                words += f", and the smallest cell that is left is predicted to take {min(too_long):.3g}"
+            said.append(words)
         return f"out of budget: {'; '.join(said)}. Raise it under `limits` in the study file"
 
 

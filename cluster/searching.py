@@ -4,6 +4,10 @@ The order is what makes a kill harmless: a trial is in Optuna's journal before i
 these before a worker has them. What a driver leaves between two of these steps the next one finds and goes on with.
 """
 
+from dataclasses import replace
+
+from cluster.calibration import Calibration, find_calibration
+from cluster.estimate import predicted_seconds
 from cluster.ledger import register_growth
 from sweeps.grids import Plan, examples
 from sweeps.planned import PlannedCell
@@ -17,6 +21,11 @@ class Searching:
     def __init__(self, store: Store, plan: Plan) -> None:
         self._store, self._plan = store, plan
         self._searcher = Searcher(store, plan) if plan.study.search is not None else None
+        self._calibration: Calibration | None = None
+        self.seconds: dict[str, float] = {}
+        """How long the plan's cells are predicted to take, by id."""
+        if self._searcher is not None:
+            self.predict(find_calibration(store))
 
     @property
     def plan(self) -> Plan:
@@ -27,6 +36,10 @@ class Searching:
     def said(self) -> tuple[str, ...]:
         """What people should know of it, in sentences."""
         return tuple(self._searcher.said) if self._searcher else ()
+
+    def predict(self, calibration: Calibration | None) -> None:
+        """From now on cells are predicted to take as long as by this calibration, of what they train on."""
+        self._calibration, self.seconds = calibration, predicted_seconds(self.plan, calibration)
 
     def goes_on(self) -> bool:
         """Whether a trial is not told yet, or more are to be asked."""
@@ -46,9 +59,11 @@ class Searching:
         if idle and len(self._searcher.plan.cells) == known:
             self._searcher.ask(max(idle, self._searcher.search.batch))
         self._searcher.sync()
-        if len(self._searcher.plan.cells) > known:
-            register_growth(self._store, self._searcher.plan, known)
-        return list(self._searcher.plan.cells[known:])
+        plan = self._searcher.plan
+        if len(plan.cells) > known:  # only the new ones are predicted: a search has thousands, and grows by one
+            self.seconds |= predicted_seconds(replace(plan, cells=plan.cells[known:]), self._calibration)
+            register_growth(self._store, plan, known, self.seconds)
+        return list(plan.cells[known:])
 
     def to_come(self) -> tuple[int, float]:
         """Cells and FLOPs of the trials that are not asked yet, as far as they can be told."""

@@ -362,6 +362,28 @@ def test_a_cell_that_another_studys_driver_trains_is_waited_for_and_trained_once
     assert_whole(store, plan, 60)
 
 
+def test_a_run_ends_although_a_cell_that_another_studys_driver_trains_fails_there(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(2, 40)
+    theirs = ids(plan)[0]
+    with Claim(store, "other") as claim:
+        attempt = begin_attempt(store, theirs, {"study": "other", "driver": claim.number})
+        after = 0
+
+        def watch(progress: Progress) -> None:
+            nonlocal after
+            if progress.counts["finished"] == 1:
+                after += 1
+                assert after < 100, "it waits for what has failed"
+            if after == 1:
+                record_error(attempt, "code", "it is on fire")
+
+        tally = drive(plan, watch)
+    assert (tally.finished, tally.planned, tally.stopped) == (1, 0, None)
+    assert tally.failed == {theirs: "code: it is on fire"}
+
+
 def test_a_driver_that_was_replaced_ends_without_touching_a_cell(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:

@@ -240,6 +240,17 @@ def test_gpu_hours_count_what_was_used_and_stop_what_would_use_more() -> None:
     assert "of the budget of 1 GPU-hours 1.11 are spent" in (made.out_of_budget(2000.0) or "")
 
 
+def test_where_only_a_prediction_holds_the_rest_back_its_gpu_hours_are_said() -> None:
+    made = schedule(8, gpu_hours=1.0)
+    made.put(job("gang", TWO, seconds=3600.0))
+    made.put(job("long", seconds=5400.0))
+    assert fill(made) == []
+    assert made.out_of_budget() == (
+        "out of budget: of the budget of 1 GPU-hours 0 are spent, and the smallest cell that is left is predicted to "
+        "take 1.5. Raise it under `limits` in the study file"
+    )
+
+
 def test_a_stack_counts_each_of_its_cells() -> None:
     made = schedule(4, cells=3, flops=35.0)
     for i in range(5):
