@@ -232,6 +232,11 @@ class _Run:
         models = set(local_gpus()) if self.members is None else set()
         models = models or self.pool.models() or ({self.gpu} if self.gpu else set())
         found = pool_calibration(self.store, self.pool.device, models)
+        if found is None and self.pool.device == "cuda" and self.schedule.bounds.gpu_hours is not None:
+            self.ended.append(
+                "note: no calibration tells how long cells take on these GPUs, so limits.gpu_hours is held against "
+                "what was used alone, and those begun last may go beyond it. `escala calibrate` measures it"
+            )
         self.search.predict(found)
         self.queue.extend(self.plan, len(self.plan.cells), self.search.seconds)
         if found != find_calibration(self.store) and self.claim.holds():

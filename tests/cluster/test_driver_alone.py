@@ -265,6 +265,16 @@ def test_cells_on_gpus_are_not_predicted_from_the_processor_of_the_drivers_machi
         assert seconds(ONE, others) == [None], others
 
 
+def test_a_budget_of_gpu_hours_without_predictions_is_said_to_be_of_what_was_used(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(40_000)
+    run = run_of(store, claim, plan, ONE, gpu_hours=5.0)
+    assert [one for one in run.ended if "may go beyond it. `escala calibrate` measures it" in one]
+    calibrate(store, plan.cells[0].cell, H100, HOUR)
+    assert not run_of(store, claim, plan, ONE, gpu_hours=5.0).ended
+
+
 def test_a_pool_knows_its_gpus_by_the_names_that_ray_has_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [Node("a", 8, 8), Node("b", 8, 8), Node("head", 8)]
     monkeypatch.setattr(pool, "cluster_nodes", lambda *_, **__: nodes)
