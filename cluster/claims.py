@@ -17,8 +17,9 @@ from types import TracebackType
 
 from sweeps.errors import InputError
 from sweeps.faults import fault
+from sweeps.life import BEAT_SECONDS, SILENCE_SECONDS, here, is_alive
 from sweeps.records import Json, disk_error, read_json, timestamp, write_beside, write_json
-from sweeps.store import BEAT_SECONDS, SILENCE_SECONDS, Store, here, is_alive
+from sweeps.store import Store
 
 
 @dataclass(frozen=True)

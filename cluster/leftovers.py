@@ -16,9 +16,9 @@ import psutil
 from cluster.claims import driver_lives
 from sweeps.errors import InputError
 from sweeps.faults import fault
+from sweeps.life import SILENCE_SECONDS
 from sweeps.records import Json, read_json
 from sweeps.store import (
-    SILENCE_SECONDS,
     Attempt,
     Store,
     ask_to_stop,

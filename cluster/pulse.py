@@ -6,8 +6,9 @@ Silence is measured by the driver's own clock from the last change that it saw: 
 import os
 import time
 
+from sweeps.life import SILENCE_SECONDS
 from sweeps.records import read_json
-from sweeps.store import SILENCE_SECONDS, Store, attempt_epochs, read_end
+from sweeps.store import Store, attempt_epochs, read_end
 
 HANG_SECONDS = float(os.environ.get("ESCALA_HANG_SECONDS", "1800"))
 """A cell that beats but makes no step for this long hangs. A slow one makes steps."""

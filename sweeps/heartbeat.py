@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sweeps.errors import InputError
+from sweeps.life import BEAT_SECONDS
 from sweeps.records import read_json, write_json
-from sweeps.store import BEAT_SECONDS, Attempt
+from sweeps.store import Attempt
 
 LOOK_SECONDS = 0.5
 

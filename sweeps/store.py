@@ -36,9 +36,7 @@ import fcntl
 import json
 import os
 import re
-import socket
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,10 +44,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from sweeps.errors import InputError
 from sweeps.faults import fault
+from sweeps.life import here, is_alive
 from sweeps.records import (
     Json,
     decode_row,
@@ -67,10 +64,6 @@ from sweeps.redaction import redact
 FORMAT = 1
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a study may be called: its name is that of a folder. So is a cell's id, under the same rule."""
-BEAT_SECONDS = float(os.environ.get("ESCALA_BEAT_SECONDS", "5"))
-"""Between the signs of life of attempts and drivers."""
-SILENCE_SECONDS = 12 * BEAT_SECONDS
-"""Who gave no sign for this long is taken to be dead, or frozen, which comes to the same."""
 
 END_KINDS = ("code", "infrastructure", "out_of_memory", "preemption", "stopped")
 """How an attempt may end without a result. Divergence is a result."""
@@ -386,45 +379,6 @@ def last_sign(store: Store, cell_id: str, epoch: int) -> float:
     folder = store.attempt(cell_id, epoch)
     signs = ("attempt.json", "log.jsonl", "heartbeat.json")
     return max((path.stat().st_mtime for name in signs if (path := folder / name).exists()), default=0.0)
-
-
-def here() -> Json:
-    """Who writes a record: host, process and time, so that `is_alive` can tell whether it lives."""
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "pid": process.pid,
-        "process_started": round(process.create_time(), 1),
-        **_since_boot(process.pid),
-        "started": timestamp(),
-    }
-
-
-def _since_boot(pid: int) -> Json:
-    """When a process started, in the kernel's ticks since this boot: its time of day moves when the clock is set.
-    Empty where the kernel does not tell."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return {"process_ticks": int(words[19]), "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
-    except OSError:
-        return {}
-
-
-def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
-    """Whether the process that wrote `here()` into a record lives: by its id and start time on this host (an id may be
-    used again), elsewhere by its last sign of life (Unix seconds)."""
-    if record["host"] != socket.gethostname():
-        return time.time() - last_sign < SILENCE_SECONDS
-    try:
-        process = psutil.Process(record["pid"])
-        since = _since_boot(record["pid"])
-        if since and "process_ticks" in record:
-            same = all(record[name] == value for name, value in since.items())
-        else:  # a record of an older version
-            same = abs(round(process.create_time(), 1) - record["process_started"]) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False
 
 
 def checkpoint_paths(folder: Path) -> list[Path]:

@@ -10,8 +10,9 @@ import pytest
 from cluster.claims import Claim, driver_lives, read_holder
 from cluster.control import cancel, pause, read_wish, resume
 from sweeps.errors import InputError
+from sweeps.life import SILENCE_SECONDS
 from sweeps.records import read_json, write_json
-from sweeps.store import SILENCE_SECONDS, Store, open_store
+from sweeps.store import Store, open_store
 
 
 @pytest.fixture
