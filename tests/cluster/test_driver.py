@@ -19,6 +19,7 @@ from cluster.turns import Turns
 from sweeps.corpora import make_source, prepare
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
+from sweeps.life import _since_boot
 from sweeps.records import read_json, write_json
 from sweeps.store import (
     Store,
@@ -330,7 +331,7 @@ def test_what_a_dead_driver_left_is_ended_before_its_cell_is_tried_again(
     cell_id = ids(plan)[0]
     left = psutil.Popen(["sleep", "600"])
     attempt = begin_attempt(store, cell_id, {"study": "s", "driver": 0})
-    owner = {"pid": left.pid, "process_started": round(left.create_time(), 1)}
+    owner = {"pid": left.pid, **_since_boot(left.pid)}
     write_json(attempt.folder / "attempt.json", read_json(attempt.folder / "attempt.json") | owner)
     assert cell_state(store, cell_id).state == "running"
     assert drive(plan).finished == 1
