@@ -22,6 +22,8 @@ GPU_SECONDS = 120.0
 """How long a node gets to start a process, import torch and tell the memory of a GPU."""
 LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: no other machine can join."""
+NODE_PROCESS = "RAY_RAYLET_PID"
+"""The process without which Ray's native code sees no use in going on."""
 _mode_is_ours = False
 """Whether RAY_AUTH_MODE was set for the Ray that was started last from this process, and not by the user."""
 
@@ -41,6 +43,7 @@ def start_ray(address: str, workers: int | None = None) -> Any:
     code = str(Path(__file__).resolve().parent.parent)  # where `sweeps` and `cluster` are, for the workers
     others = [one for one in os.environ.get("PYTHONPATH", "").split(os.pathsep) if one not in ("", code)]
     os.environ["PYTHONPATH"] = os.pathsep.join([code, *others])
+    _outlive_ray()
     tell_ray_the_mode()
     try:
         with _on_loopback() if address == "local" else nullcontext():
@@ -106,6 +109,22 @@ def stop_ray(ray: Any) -> None:
     if _mode_is_ours:  # and not that of the next, nor of this process's children
         os.environ.pop("RAY_AUTH_MODE", None)
         _mode_is_ours = False
+
+
+def _outlive_ray() -> None:
+    """Ray ends a process at once, without a word, whose connection to its node breaks while that node's process is
+    dead. A driver knows of none, so Ray looks at its parent instead: that of a driver under nohup, or of a service, is
+    init, which counts as dead. So it is told to look at this process. It reads that once, at its import."""
+    if "ray" in sys.modules:
+        return
+    before = os.environ.get(NODE_PROCESS)
+    os.environ[NODE_PROCESS] = str(os.getpid())
+    import ray  # noqa: F401
+
+    if before is None:
+        del os.environ[NODE_PROCESS]
+    else:
+        os.environ[NODE_PROCESS] = before
 
 
 def tell_ray_the_mode() -> None:

@@ -64,6 +64,34 @@ def test_no_garbage_is_collected_while_ray_shuts_down_which_would_end_the_proces
     assert (run.returncode, run.stdout) == (0, "0 True\n"), run.stderr
 
 
+ORPHAN = """
+import os, subprocess, sys, time
+if sys.argv[1:] != ["child"]:
+    subprocess.Popen([sys.executable, "-c", sys.orig_argv[2], "child"], start_new_session=True)
+    sys.exit()
+import psutil
+while os.getppid() != 1:
+    time.sleep(0.05)
+from cluster.connection import start_ray, stop_ray
+ray = start_ray("local", 1)
+family = psutil.Process().children(recursive=True)
+next(one for one in family if one.name() == "raylet").kill()
+stop_ray(ray)
+print("goes on", flush=True)
+psutil.wait_procs(family, timeout=5)
+for one in family:
+    if one.is_running():
+        one.kill()
+"""
+
+
+def test_a_driver_whose_parent_is_gone_outlives_a_ray_that_died() -> None:
+    """As under nohup, or as a service: Ray would end the process before it has said why."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    run = subprocess.run([sys.executable, "-c", ORPHAN], env=environment, capture_output=True, text=True, timeout=300)
+    assert "goes on\n" in run.stdout, run.stderr
+
+
 def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_that_had_one(
     ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
