@@ -9,7 +9,6 @@ failure it guards against: a run whose recipe nobody here knows passes for one t
     result.json  {"format", "cell", "foreign": true, "state": "finished", "val_loss_final", "tokens", "imported", ...}
 """
 
-import fcntl
 import hashlib
 import json
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.errors import InputError
-from sweeps.records import disk_error, timestamp, write_json
+from sweeps.records import disk_error, locked, timestamp, write_json
 from sweeps.store import FORMAT, STUDY_NAME, Store, quarantine_cell, read_cell, read_plan, read_quarantine, study_names
 
 COUNTS = ("N", "N_nonembedding", "N_nonembedding_head", "N_total")
@@ -109,8 +108,7 @@ def _plan_lock(store: Store, name: str) -> Iterator[None]:
     path = store.study(name) / "import.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(path):
             yield
     except OSError as error:
         raise disk_error(path, error) from error

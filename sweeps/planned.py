@@ -37,6 +37,9 @@ class PlannedCell:
     """The laws from elsewhere that gave its hyperparameters, and where they were taken."""
 
 
+_DEFAULTS = Training()
+
+
 def plan_cell(
     study: Study,
     corpus: CorpusInfo,
@@ -117,15 +120,15 @@ def plan_cell(
         clip_norm=value("clip_norm"),
     )
     # What a schedule does not use is that of the defaults, so that equal runs are one cell.
-    defaults, kind = Training(), recipe["schedule"]
-    cooldown_fraction = value("cooldown_fraction") if kind == "wsd" else float(defaults.cooldown_fraction)
+    kind = recipe["schedule"]
+    cooldown_fraction = value("cooldown_fraction") if kind == "wsd" else float(_DEFAULTS.cooldown_fraction)
     stable = _stable_share(kind, cooldown_fraction) * tokens
     schedule = Schedule(
         name=kind,
         warmup_tokens=int(value("warmup_tokens", _default_warmup(counts["N"], tokens, stable))),
-        final_fraction=value("final_fraction") if kind != "constant" else float(defaults.final_fraction),
+        final_fraction=value("final_fraction") if kind != "constant" else float(_DEFAULTS.final_fraction),
         cooldown_fraction=cooldown_fraction,
-        cooldown_shape=recipe["cooldown_shape"] if kind == "wsd" else defaults.cooldown_shape,
+        cooldown_shape=recipe["cooldown_shape"] if kind == "wsd" else _DEFAULTS.cooldown_shape,
     )
     if stable and schedule.warmup_tokens > stable:
         raise ValueError(

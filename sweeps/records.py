@@ -5,12 +5,14 @@ a disk that refuses, the message says what to do.
 """
 
 import errno
+import fcntl
 import json
 import os
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,14 @@ def sync_folder(folder: Path) -> None:
 
 FREE_SPACE = "free some space, then run again; nothing that was finished is lost"
 """What every message about a full disk says."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time in here, by the lock of a file that is made and stays."""
+    with path.open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def disk_error(path: Path, error: OSError) -> InputError:

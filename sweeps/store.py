@@ -32,7 +32,6 @@ not count.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -51,6 +50,7 @@ from sweeps.records import (
     Json,
     decode_row,
     disk_error,
+    locked,
     read_json,
     read_rows,
     sync_folder,
@@ -111,10 +111,10 @@ def open_store(root: str | Path, *, create: bool = True) -> Store:
     Raises InputError where it is missing, cannot be written or was written by a newer format.
     """
     path = Path(root).expanduser().resolve()
-    if strange := sorted({"?", "%"} & set(str(path))):
+    if strange := re.search("[?]|%[0-9A-Fa-f]{2}", str(path)):
         raise InputError(
-            f"the store {path} has {' and '.join(strange)} in its path, which the address of its MLflow database "
-            "cannot hold. Name another folder."
+            f"the store {path} has {strange[0]} in its path, which the address of its MLflow database cannot hold. "
+            "Name another folder."
         )
     marker = path / "store.json"
     if not marker.exists():
@@ -469,8 +469,7 @@ def release_cell(store: Store, name: str, cell_id: str) -> bool:
 def _quarantine(store: Store, name: str) -> Iterator[dict[str, Json]]:
     """The study's quarantine, to change: one process at a time, so that no mark of another is lost."""
     try:
-        with (store.study(name) / "quarantine.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(store.study(name) / "quarantine.lock"):
             before = read_quarantine(store, name)
             marks = dict(before)
             yield marks
