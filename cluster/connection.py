@@ -146,13 +146,18 @@ def tell_ray_the_mode() -> None:
 def _on_loopback() -> Iterator[None]:
     """What starts in here listens on 127.0.0.1 alone; else each process of Ray would on every interface.
 
-    Ray made this switch for desktops, whose firewalls ask at every start. It is read when Ray is imported and by each
-    of its processes, and is put back, so that a cluster that is started later from here is none of its business."""
-    before = os.environ.get(LOOPBACK)
+    Ray made this switch for desktops, whose firewalls ask at every start. Each of its processes reads it from the
+    environment, and this one did so at its import, whoever imported it. All is put back, so that a cluster that is
+    started or joined later from here is none of its business."""
+    from ray._private import ray_constants
+
+    before, among_many = os.environ.get(LOOPBACK), ray_constants.ENABLE_RAY_CLUSTER
     os.environ.setdefault(LOOPBACK, "0")
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(LOOPBACK, False)
     try:
         yield
     finally:
+        ray_constants.ENABLE_RAY_CLUSTER = among_many
         if before is None:
             del os.environ[LOOPBACK]
 

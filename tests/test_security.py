@@ -137,14 +137,20 @@ def test_sync_writes_no_files_where_the_database_of_a_strangers_store_says(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_a_local_run_listens_on_loopback_alone_and_keeps_its_token_to_itself(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "program"),
+    [("token", [str(ROOT / "escala.py")]), ("disabled", ["-c", "import ray, escala; escala.main()"])],
+)
+def test_a_local_run_listens_on_loopback_alone_and_keeps_its_token_to_itself(
+    tmp_path: Path, mode: str, program: list[str]
+) -> None:
+    """Also in a process that had imported Ray before, as a notebook may."""
     home = tmp_path / "home"
     home.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": mode}
     study = Escala(tmp_path).study(ONE)
-    command = [sys.executable, str(ROOT / "escala.py"), "run", str(study), "--store", str(tmp_path / "store")]
+    command = [sys.executable, *program, "run", str(study), "--store", str(tmp_path / "store")]
     run = subprocess.Popen(
         [*command, "--workers", "1"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
