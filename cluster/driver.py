@@ -6,7 +6,7 @@ another took over.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,25 @@ from cluster.control import read_wish
 from cluster.hands import Hand, Task, display_name, take_up
 from cluster.hardware import local_gpus
 from cluster.ledger import register, register_growth
-from cluster.leftovers import descendants, end_processes, runs, settle
+from cluster.leftovers import descendants, end_processes, runs
 from cluster.mirror import Mirror
 from cluster.nodeprobe import Gate
 from cluster.nodes import IDLE_SECONDS, REPORT_SECONDS, Members, bundle, death, wanted
 from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
-from cluster.progress import Progress, Tail, Tally, ended_words
+from cluster.progress import Progress, Tally
 from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
 from cluster.shortage import Shortage
+from cluster.standing import Standing
 from cluster.turns import Turns
 from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
-from sweeps.records import FREE_SPACE
-from sweeps.store import CellState, Store, attempt_epochs, cell_state, read_end
+from sweeps.store import Store, cell_state
 from sweeps.trainer import CHECKPOINT_SECONDS
 
 GIVE_UP_AFTER = 3
@@ -99,13 +99,14 @@ def run_study(
         try:
             if missing or search.goes_on():
                 run = _Run(
-                    store, search, missing, mirror, claim, watch, base_dir, checkpoint_seconds, give_up_after, workers
+                    store, search, mirror, claim, tally, watch, base_dir, checkpoint_seconds, give_up_after, workers
                 )
                 for one in plan.cells:
                     if (result := states[one.cell.id].result) is not None:
-                        run.know(one, result)
-                run.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
-                run.run(tally, address)
+                        run.standing.know(one, result)
+                run.standing.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
+                run.standing.elsewhere = {one.cell.id: one for one in missing}
+                run.run(address)
             else:
                 mirror.connect()
                 mirror.start()
@@ -123,44 +124,44 @@ class _Run:
         self,
         store: Store,
         search: Searching,
-        missing: list[PlannedCell],
         mirror: Mirror,
         claim: Claim,
+        tally: Tally,
         watch: Callable[[Progress], None],
         base_dir: Path | None,
         checkpoint_seconds: float,
         give_up_after: int,
         workers: int | None,
     ) -> None:
-        self.store, self.mirror, self.claim, self.watch = store, mirror, claim, watch
+        self.store, self.mirror, self.claim, self.tally, self.watch = store, mirror, claim, tally, watch
         self.search, self.plan = search, search.plan
         self.base_dir = str(base_dir) if base_dir else None
-        self.checkpoint_seconds, self.give_up_after, self.limit = checkpoint_seconds, give_up_after, workers
+        self.checkpoint_seconds, self.limit = checkpoint_seconds, workers
         self.fleet = Fleet()
         limits = self.plan.study.limits.model_dump(exclude={"priority"})
         self.schedule = Schedule(self.fleet, Bounds(units=workers, **limits))
         self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one))
         self.usage = Usage(store, self.plan.study.name, claim.number)
         self.schedule.spent_gpu_seconds = self.usage.before
-        self.elsewhere = {one.cell.id: one for one in missing}
-        """Cells that the living driver of another study trains, or that a dead one's workers have not let go of; before
-        it is known how each stands, all."""
-        self.failed: dict[str, PlannedCell] = {}
-        """Looked at now and then: a person may forgive them."""
         self.tasks: dict[Any, Task] = {}
         self.ended: list[str] = []
+        """What to tell people at the next moment."""
+        self.standing = Standing(
+            store,
+            search,
+            self.queue,
+            driver=claim.number,
+            tally=tally,
+            give_up_after=give_up_after,
+            say=self.ended.append,
+        )
         self.begun = 0
         """Units that workers were given."""
-        self.flops_done = 0.0
-        self.first_failures: list[str] | None = []
-        """The first attempts' failures while there is nothing else; None once anything else happened."""
         self.wish: str | None = None
         self.family: set[psutil.Process] = set()
         """The processes of a Ray of this run's own."""
         self.core: list[psutil.Process] = []
         """Of these, the processes without which such a Ray is dead."""
-        self.halt: str | None = None
-        """Why nothing more is to be tried, if so."""
         self.members: Members | None = None
         """The nodes of a cluster that was joined, and what lets them in."""
         self.gate: Gate | None = None
@@ -170,10 +171,8 @@ class _Run:
         self.before: str | None = None
         """The study of others that goes first, if one does."""
         self.shortage = Shortage()
-        self.gpu: str | None = None
-        """On which GPU cells of the study trained before, if they did."""
 
-    def run(self, tally: Tally, address: str) -> None:
+    def run(self, address: str) -> None:
         self.began = time.monotonic()
         before = descendants()  # of whoever called this, and not to be ended with Ray
         ray = start_ray(address, self.limit)
@@ -185,20 +184,20 @@ class _Run:
                 self._meet_nodes(ray)
             self._meet_cluster(ray, address)
             self._predict()
-            self._settle_anew(tally)
-            self._grow(tally)
+            self.standing.sort_anew()
+            self._grow()
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
             self.pool.warm(self.schedule.first(self.slots))
             self.mirror.connect()  # while they load torch; and before any trains, for a server that is not there
             self.mirror.start()
-            self._work(ray, tally)
+            self._work(ray)
         except KeyboardInterrupt:
-            tally.stopped = "interrupted"
-            self._stop_gracefully(ray, tally)
+            self.tally.stopped = "interrupted"
+            self._stop_gracefully(ray)
         except ray.exceptions.RayError as error:  # not a worker's death, which _finish handles: Ray itself is gone
-            tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
+            self.tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
-            tally.planned = len(self.queue) + len(self.elsewhere) + len(self._in_hands())
+            self.tally.planned = len(self.queue) + len(self.standing.elsewhere) + len(self._in_hands())
             self.usage.note(self.schedule)
             with suppress(ray.exceptions.RayError):  # of a cluster that is gone nothing can be taken back
                 if self.gate is not None and self.members is not None:
@@ -213,11 +212,11 @@ class _Run:
         self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred)
         if self.members is not None:
             self.members.follow(self.fleet, [], self.pool.gpu_bytes)
-            notes = self.pool.meet_gpus(self.gpu, self.members.scales, address)
+            notes = self.pool.meet_gpus(self.standing.gpu, self.members.scales, address)
             self.ended += [f"note: {said}" for said in notes]
         if self.pool.device == "cpu" and self.schedule.bounds.gpu_hours is not None:
             self.ended.append("note: limits.gpu_hours holds nothing back: cells train on CPUs, which it does not count")
-        cells = [*self.elsewhere.values(), *self.search.examples()]
+        cells = [*self.standing.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
         if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):  # it is asked (_follow)
@@ -230,7 +229,7 @@ class _Run:
         """How long cells take on what the cluster has. The plan on record tells it by this machine so far, which may be
         a head without a GPU."""
         models = set(local_gpus()) if self.members is None else set()
-        models = models or self.pool.models() or ({self.gpu} if self.gpu else set())
+        models = models or self.pool.models() or ({self.standing.gpu} if self.standing.gpu else set())
         found = pool_calibration(self.store, self.pool.device, models)
         if found is None and self.pool.device == "cuda" and self.schedule.bounds.gpu_hours is not None:
             self.ended.append(
@@ -242,36 +241,36 @@ class _Run:
         if found != find_calibration(self.store) and self.claim.holds():
             register_growth(self.store, self.plan, len(self.plan.cells), self.search.seconds)
 
-    def _work(self, ray: Any, tally: Tally) -> None:
+    def _work(self, ray: Any) -> None:
         looked = 0.0
-        while self.queue or self.tasks or self.elsewhere or self.search.goes_on():
+        while self.queue or self.tasks or self.standing.elsewhere or self.search.goes_on():
             if not self.claim.holds():
-                tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
+                self.tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
                 return
-            if self.halt or time.monotonic() - looked >= LOOK_SECONDS:
+            if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
                 if self.members is not None and (gone := self.members.lost()):
-                    tally.stopped = f"Ray is gone ({gone})"
+                    self.tally.stopped = f"Ray is gone ({gone})"
                     self._let_go(gone)
                     return
-                self._look(tally)
+                self._look()
                 self._follow()
                 if self.shortage.over is not None:
-                    tally.stopped = self.shortage.over
+                    self.tally.stopped = self.shortage.over
                     return
-            if dead := [process.name() for process in self.core if not runs(process)]:
-                tally.stopped = f"Ray is gone (its {dead[0]} died)"  # a call would wait for it for minutes, or for ever
+            if dead := [process.name() for process in self.core if not runs(process)]:  # a call would wait for minutes
+                self.tally.stopped = f"Ray is gone (its {dead[0]} died)"
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
             self.queue.look(hand.one.cell.id for hand in self._in_hands())
-            self._grow(tally)
+            self._grow()
             while self.wish is None and not (self.before and self.tasks):
                 if (unit := self.queue.take(time.monotonic(), self.pool.device)) is None:
                     break
                 self._start(unit)
             if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
-                tally.stopped = why
+                self.tally.stopped = why
                 return
             if self.tasks:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
@@ -280,15 +279,15 @@ class _Run:
                 if done:  # others that have ended too: a turn costs more than they do
                     done, _ = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
                 for task in done:
-                    self._finish(ray, task, tally)
+                    self._finish(ray, task)
             else:
                 time.sleep(POLL_SECONDS)
             for task in self.tasks.values():
                 if (fate := task.fate()) is not None:
                     task.kill(ray, fate)
-            self.watch(self._progress(tally))
+            self.watch(self._progress())
 
-    def _grow(self, tally: Tally) -> None:
+    def _grow(self) -> None:
         """Take in the cells of a search's next trials, where workers have nothing else to do."""
         idle = 0
         if self.search.goes_on() and self.wish is None:
@@ -296,18 +295,18 @@ class _Run:
         if new := self.search.grow(max(0, idle)):
             self.plan = self.search.plan
             self.queue.extend(self.plan, len(self.plan.cells) - len(new), self.search.seconds)
-            self._settle(tally, new)
+            self.standing.sort(new)
 
     def _left(self) -> int:
         """Cells that no worker has, those of a search's trials to come among them."""
-        return len(self.queue) + len(self.elsewhere) + self.search.to_come()[0]
+        return len(self.queue) + len(self.standing.elsewhere) + self.search.to_come()[0]
 
     def _in_hands(self) -> list[Hand]:
         return [hand for task in self.tasks.values() for hand in task.hands]
 
     def _start(self, unit: Unit) -> None:
         hands, others = take_up(self.store, unit.cells)
-        self.elsewhere |= {one.cell.id: one for one in others}
+        self.standing.elsewhere |= {one.cell.id: one for one in others}
         if not hands:
             self.schedule.end(unit.start, unit.start.began)
             return
@@ -327,7 +326,7 @@ class _Run:
         left = self._left() + len(self._in_hands()) + len(unit)
         return threads_for(left, self.slots, self.pool.cores)
 
-    def _finish(self, ray: Any, handle: Any, tally: Tally) -> None:
+    def _finish(self, ray: Any, handle: Any) -> None:
         """A worker is done. What it says is only a hint: the files tell how each cell stands."""
         task = self.tasks.pop(handle)
         self.schedule.end(task.start, time.monotonic())
@@ -344,63 +343,10 @@ class _Run:
             lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
             (self.pool.keep if lives else self.pool.lose)(task.worker)
             for hand in task.hands:
-                self._record_death(hand, kind, hand.pulse.killed or words)
+                self.standing.record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
-            self._settle_state(hand.one, tally, hand.tail, note=index == 0)
+            self.standing.settle(hand.one, hand.tail, note=index == 0)
         self.queue.look([hand.one.cell.id for hand in task.hands])
-
-    def _record_death(self, hand: Hand, kind: str, message: str) -> None:
-        try:
-            hand.record_death(self.plan.study.name, kind, message)
-        except InputError as error:  # the disk is full: what cannot be recorded must not go on
-            self.halt = str(error)
-
-    def _settle_state(self, one: PlannedCell, tally: Tally, tail: Tail, *, note: bool) -> None:
-        """Put a cell where its files say that it belongs."""
-        cell_id = one.cell.id
-        state = cell_state(self.store, cell_id)
-        if state.state in ("planned", "running"):
-            last = attempt_epochs(self.store, cell_id)
-            end = read_end(self.store, cell_id, last[-1]) if last else None
-            if note and end is not None and end[0] not in ("preemption", "stopped"):
-                self._note_failure(f"{end[0]}: {end[1]}")
-            if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
-                self.halt = end[1]
-            if state.state == "running":
-                self.elsewhere[cell_id] = one
-            else:
-                self.queue.put(one, first=True)
-            return
-        if state.state == "failed":
-            self._note_failed(one, state, tally)
-            if note:
-                self._note_failure(state.reason or "unknown")
-        elif state.state == "diverged":
-            tally.diverged += 1
-            self.first_failures = None
-        else:
-            tally.finished += 1
-            self.first_failures = None
-        if state.result is not None:
-            self.flops_done += self.queue.own_flops(one)
-            self.spend(one, state.result)
-        loss = tail.final_loss()
-        words = ended_words(one, state, loss)
-        if cell_id in self.plan.branches and state.result is not None and state.result.get("trunk") is None:
-            words += f" (from the start: its trunk {self.plan.branches[cell_id].parent[:8]} left no checkpoint for it)"
-        self.ended.append(words)
-
-    def _note_failed(self, one: PlannedCell, state: CellState, tally: Tally) -> None:
-        """A cell has failed, whoever tried it. It is not tried again until a person forgives it."""
-        tally.failed[one.cell.id] = state.reason or "unknown"
-        self.failed[one.cell.id] = one
-
-    def _note_failure(self, reason: str) -> None:
-        if self.first_failures is None:
-            return
-        self.first_failures.append("".join(letter for letter in reason if not letter.isdigit()))
-        if len(self.first_failures) >= self.give_up_after and len(set(self.first_failures)) == 1:
-            self.halt = f"given up: the first {self.give_up_after} attempts failed alike ({reason})"
 
     # --- the nodes of a cluster that was joined ----------------------------------------------------------------------
 
@@ -435,7 +381,7 @@ class _Run:
             asked, more_cells = [bundle(self.demand)], self.search.to_come()[0]
             waiting = {self.demand: more_cells} if more_cells else {}
         self.members.ask(asked)
-        idle = not self.tasks and not self.elsewhere
+        idle = not self.tasks and not self.standing.elsewhere
         self.ended += self.shortage.look(self.fleet, waiting, idle=idle, scales=self.members.scales)
 
     def _let_go(self, why: str) -> None:
@@ -451,23 +397,18 @@ class _Run:
 
     # --- what changes seldom -----------------------------------------------------------------------------------------
 
-    def _look(self, tally: Tally) -> None:
+    def _look(self) -> None:
         if self.core:
             self.family |= descendants(self.core)
         found = read_wish(self.store, self.plan.study.name)
         if found is not None and found.driver not in (None, self.claim.number):
             found = None  # it was meant for another driver
-        self.wish = "cancel" if self.halt else found.wish if found else None
+        self.wish = "cancel" if self.standing.halt else found.wish if found else None
         if self.wish in ("drain", "cancel"):
-            tally.stopped = self.halt or str(found)
+            self.tally.stopped = self.standing.halt or str(found)
         if self.wish in ("pause", "cancel"):
-            self._ask_to_stop(self.halt or str(found))
-        for cell_id, one in list(self.failed.items()):  # forgiven since? Another study may have tried it by now
-            if cell_state(self.store, cell_id).state != "failed":
-                del self.failed[cell_id], tally.failed[cell_id]
-                self.elsewhere[cell_id] = one
-        if self.elsewhere:
-            self._settle_anew(tally)
+            self._ask_to_stop(self.standing.halt or str(found))
+        self.standing.look()
         self.queue.look()
         late, self.late = self.late, 0
         for task in self.tasks.values():
@@ -481,44 +422,11 @@ class _Run:
             self.ended.append(f"note: {self.late} of {len(self.tasks)} units have {words}")
         self.usage.note(self.schedule)
 
-    def know(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
-        """A result is there from before this run."""
-        self.spend(one, result)
-        device = (result.get("numerics") or {}).get("device", "cpu")
-        self.gpu = self.gpu if device == "cpu" else device
-
-    def spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
-        """A result is there: its FLOPs are spent, whoever trained it."""
-        self.schedule.spend(float(result.get("flops_spent") or self.queue.own_flops(one)))
-
-    def _settle_anew(self, tally: Tally) -> None:
-        """Sort all cells that no worker of this run has."""
-        others = [*self.elsewhere.values(), *self.queue.drain()]
-        self.elsewhere.clear()
-        self._settle(tally, others)
-
-    def _settle(self, tally: Tally, waiting: list[PlannedCell]) -> None:
-        """Sort cells by what others have left: ended or failed meanwhile, in other hands, or free to be queued."""
-        for one in waiting:
-            if settle(self.store, one.cell.id, self.plan.study.name, self.claim.number):
-                state = cell_state(self.store, one.cell.id)
-                if state.result is not None:
-                    self.spend(one, state.result)
-                    tally.skipped += 1
-                    self.flops_done += self.queue.own_flops(one)
-                elif state.state == "failed":
-                    self._note_failed(one, state, tally)
-                    self.ended.append(ended_words(one, state, None))
-                else:
-                    self.queue.put(one)
-            else:
-                self.elsewhere[one.cell.id] = one
-
     def _ask_to_stop(self, why: str) -> None:
         for hand in self._in_hands():
             hand.ask_to_stop(why)
 
-    def _stop_gracefully(self, ray: Any, tally: Tally) -> None:
+    def _stop_gracefully(self, ray: Any) -> None:
         """Ctrl-C: let the cells that run keep a checkpoint. A second Ctrl-C does not wait."""
         deadline = time.monotonic() + GRACE_SECONDS
         self.wish = "cancel"
@@ -527,31 +435,33 @@ class _Run:
                 self._ask_to_stop("interrupted")
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
                 for task in done:
-                    self._finish(ray, task, tally)
-                self.watch(self._progress(tally))
+                    self._finish(ray, task)
+                self.watch(self._progress())
         except KeyboardInterrupt:
             pass
 
-    def _progress(self, tally: Tally) -> Progress:
+    def _progress(self) -> Progress:
         hands = self._in_hands()
         running = tuple(hand.running() for hand in hands)
         under_way = sum(
             max(0.0, hand.one.counts["flops_per_token"] * hand.tail.tokens - self.queue.shared_flops(hand.one))
             for hand in hands
         )
-        done = self.flops_done + under_way
-        waiting = [*self.queue.cells(), *self.elsewhere.values(), *(hand.one for hand in hands)]
+        done = self.standing.flops_done + under_way
+        waiting = [*self.queue.cells(), *self.standing.elsewhere.values(), *(hand.one for hand in hands)]
         more, flops = self.search.to_come()
         left = sum(self.queue.own_flops(one) for one in waiting) - under_way + flops
         elapsed = time.monotonic() - self.began
         counts = {
-            "finished": tally.finished + tally.skipped,
-            "diverged": tally.diverged,
-            "failed": len(tally.failed),
+            "finished": self.tally.finished + self.tally.skipped,
+            "diverged": self.tally.diverged,
+            "failed": len(self.tally.failed),
             "running": len(hands),
-            "planned": len(self.queue) + len(self.elsewhere),
+            "planned": len(self.queue) + len(self.standing.elsewhere),
         }
         eta = elapsed * left / done if done else None
-        ended, self.ended, total, fault = tuple(self.ended), [], len(self.plan.cells) + more, self.mirror.fault
+        total, fault = len(self.plan.cells) + more, self.mirror.fault
+        ended = tuple(self.ended)
+        self.ended.clear()
         link = self.mirror.link
         return Progress(counts, total, running, eta, self.slots, fault, ended, self.wish, link)

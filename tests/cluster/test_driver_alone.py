@@ -107,6 +107,7 @@ def run_of(
     demand: Demand = Demand(),
     models: Collection[str] = ("H100",),
     gpu_hours: float | None = None,
+    tally: Tally | None = None,
 ) -> _Run:
     """A run that has met a cluster of one node with eight GPUs."""
     search = Searching(store, plan)
@@ -114,7 +115,9 @@ def run_of(
     register(store, search.plan, b"")
     mirror = SimpleNamespace(fault=None, link=None)
     missing = [one for one in search.plan.cells if cell_state(store, one.cell.id).state in ("planned", "running")]
-    run = _Run(store, search, missing, mirror, claim, lambda _: None, None, 60.0, 3, None)  # type: ignore[arg-type]
+    tally = tally or Tally()
+    run = _Run(store, search, mirror, claim, tally, lambda _: None, None, 60.0, 3, None)  # type: ignore[arg-type]
+    run.standing.elsewhere = {one.cell.id: one for one in missing}
     run.schedule.bounds = Bounds(gpu_hours=gpu_hours)
     run.fleet.add(Node("n", 16, 8))
     run.pool, run.demand, run.slots = StubPool(demand, models), demand, 1  # type: ignore[assignment]
@@ -122,10 +125,10 @@ def run_of(
     return run
 
 
-def turn(run: _Run, tally: Tally) -> None:
+def turn(run: _Run) -> None:
     """A turn of the driver's loop in which no worker is asked: what others have taken is all that is there."""
-    run._look(tally)
-    run._grow(tally)
+    run._look()
+    run._grow()
     while (unit := run.queue.take(time.monotonic(), "cpu")) is not None:
         run._start(unit)
 
@@ -158,13 +161,13 @@ def test_a_cell_that_fails_in_another_studys_hands_has_failed_and_is_waited_for_
     plan, tally = make_plan(40_000), Tally()
     cell_id = plan.cells[0].cell.id
     attempt = begin_attempt(store, cell_id, {"study": "other", "driver": other.number})
-    run = run_of(store, claim, plan)
-    turn(run, tally)
-    assert (list(run.elsewhere), tally.failed) == ([cell_id], {})
+    run = run_of(store, claim, plan, tally=tally)
+    turn(run)
+    assert (list(run.standing.elsewhere), tally.failed) == ([cell_id], {})
     record_error(attempt, "code", "it is on fire")
-    turn(run, tally)
+    turn(run)
     assert tally.failed == {cell_id: "code: it is on fire"}
-    assert (len(run.queue), run.elsewhere, list(run.failed)) == (0, {}, [cell_id])
+    assert (len(run.queue), run.standing.elsewhere, list(run.standing.failed)) == (0, {}, [cell_id])
     assert [one for one in run.ended if "failed (code: it is on fire)" in one]
 
 
@@ -176,17 +179,17 @@ def test_a_forgiven_cell_that_another_study_is_quicker_to_train_is_not_said_to_h
     tally = Tally(failed={one.cell.id: "code: it is on fire"})
     mine = {"study": "other", "driver": other.number}
     record_error(begin_attempt(store, one.cell.id, mine), "code", "it is on fire")
-    run = run_of(store, claim, plan)
-    run.failed = {one.cell.id: one}
-    turn(run, tally)
+    run = run_of(store, claim, plan, tally=tally)
+    run.standing.failed = {one.cell.id: one}
+    turn(run)
     assert list(tally.failed) == [one.cell.id]
     forgive(store, one.cell.id, "a test")
     attempt = begin_attempt(store, one.cell.id, mine)
-    turn(run, tally)
-    assert (tally.failed, list(run.elsewhere)) == ({}, [one.cell.id])
+    turn(run)
+    assert (tally.failed, list(run.standing.elsewhere)) == ({}, [one.cell.id])
     commit_result(attempt, {"state": "finished", "reason": None, "val_loss_final": 2.0, "flops_spent": 1.0})
-    turn(run, tally)
-    assert (tally.failed, tally.skipped, run.elsewhere, run.failed) == ({}, 1, {}, {})
+    turn(run)
+    assert (tally.failed, tally.skipped, run.standing.elsewhere, run.standing.failed) == ({}, 1, {}, {})
 
 
 def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before(
@@ -197,12 +200,12 @@ def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before
     make_corpus(tmp_path / "asked")
     (one,) = Searching(open_store(tmp_path / "asked" / "store"), plan).grow(1)
     record_error(begin_attempt(store, one.cell.id, {"study": "other", "driver": 0}), "code", "it is on fire")
-    run = run_of(store, claim, plan)
-    turn(run, tally)
+    run = run_of(store, claim, plan, tally=tally)
+    turn(run)
     assert [entry["id"] for entry in read_plan(store, "s")["cells"]] == [one.cell.id], "the same trial is asked"
-    turn(run, tally)
+    turn(run)
     assert tally.failed == {one.cell.id: "code: it is on fire"}
-    left = [run.search.goes_on(), len(run.queue), len(run.elsewhere)]
+    left = [run.search.goes_on(), len(run.queue), len(run.standing.elsewhere)]
     assert not any(left), "nothing that the loop would wait for"
 
 
@@ -212,10 +215,10 @@ def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before
 def test_the_trials_of_a_search_keep_a_budget_of_gpu_hours_by_their_predicted_times(
     store: Store, claim: Claim, corpus: CorpusInfo
 ) -> None:
-    plan, tally = search_plan(corpus), Tally()
+    plan = search_plan(corpus)
     calibrate(store, examples(plan)[0].cell, H100, HOUR)
     run = run_of(store, claim, plan, ONE, gpu_hours=1.5)
-    run._grow(tally)
+    run._grow()
     assert len(run.queue) > 1
     assert run.queue.take(0.0, "cuda") is not None
     assert run.queue.take(0.0, "cuda") is None, "a second one would come to two GPU-hours"
@@ -224,7 +227,7 @@ def test_the_trials_of_a_search_keep_a_budget_of_gpu_hours_by_their_predicted_ti
     for one in run.plan.cells[:1]:
         end(store, one)
     again = run_of(store, claim, plan, ONE)
-    again._grow(tally)
+    again._grow()
     assert all("seconds_predicted" in entry for entry in read_plan(store, "s")["cells"]), "later growth erases none"
 
 
@@ -249,7 +252,7 @@ def test_cells_on_gpus_are_not_predicted_from_the_processor_of_the_drivers_machi
 
     def seconds(demand: Demand, models: Collection[str] = ()) -> list[float | None]:
         run = run_of(store, claim, plan, demand, models)
-        run._settle_anew(Tally())
+        run.standing.sort_anew()
         (job,) = run.schedule.waiting()
         (entry,) = read_plan(store, "s")["cells"]
         assert entry.get("seconds_predicted") == job.seconds, "what is on record is what is gone by"

@@ -1,0 +1,141 @@
+"""How the cells of a run stand, as their files tell: ended, failed, in others' hands, or free to be queued."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.hands import Hand
+from cluster.leftovers import settle
+from cluster.progress import Tail, Tally, ended_words
+from cluster.queue import Queue
+from cluster.searching import Searching
+from sweeps.errors import InputError
+from sweeps.planned import PlannedCell
+from sweeps.records import FREE_SPACE
+from sweeps.store import Store, attempt_epochs, cell_state, read_end
+
+
+class Standing:
+    """The cells that no worker of a run has, and what came of those that one had."""
+
+    def __init__(
+        self,
+        store: Store,
+        search: Searching,
+        queue: Queue,
+        *,
+        driver: int,
+        tally: Tally,
+        give_up_after: int,
+        say: Callable[[str], None],
+    ) -> None:
+        """`driver` is the number of the run's claim; `say` tells people how a cell ended."""
+        self._store, self._search, self._queue, self._driver = store, search, queue, driver
+        self._tally, self._give_up_after, self._say = tally, give_up_after, say
+        self.elsewhere: dict[str, PlannedCell] = {}
+        """Cells that the living driver of another study trains, or that a dead one's workers have not let go of; and,
+        until it is known how each stands, all."""
+        self.failed: dict[str, PlannedCell] = {}
+        """Looked at now and then: a person may forgive them."""
+        self.flops_done = 0.0
+        self.halt: str | None = None
+        """Why nothing more is to be tried, if so."""
+        self.gpu: str | None = None
+        """On which GPU cells of the study trained before, if they did."""
+        self._first_failures: list[str] | None = []
+        """The first attempts' failures while there is nothing else; None once anything else happened."""
+
+    def know(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
+        """A result is there from before this run."""
+        self._spend(one, result)
+        device = (result.get("numerics") or {}).get("device", "cpu")
+        self.gpu = self.gpu if device == "cpu" else device
+
+    def look(self) -> None:
+        """What people and other studies have changed: a failed cell may be forgiven, and be in other hands by now."""
+        for cell_id, one in list(self.failed.items()):
+            if cell_state(self._store, cell_id).state != "failed":
+                del self.failed[cell_id], self._tally.failed[cell_id]
+                self.elsewhere[cell_id] = one
+        if self.elsewhere:
+            self.sort_anew()
+
+    def sort_anew(self) -> None:
+        """Sort all cells that no worker of this run has."""
+        others = [*self.elsewhere.values(), *self._queue.drain()]
+        self.elsewhere.clear()
+        self.sort(others)
+
+    def sort(self, waiting: list[PlannedCell]) -> None:
+        """Sort cells by what others have left: ended or failed meanwhile, in other hands, or free to be queued."""
+        for one in waiting:
+            if not settle(self._store, one.cell.id, self._search.plan.study.name, self._driver):
+                self.elsewhere[one.cell.id] = one
+                continue
+            state = cell_state(self._store, one.cell.id)
+            if state.result is not None:
+                self._spend(one, state.result)
+                self._tally.skipped += 1
+                self.flops_done += self._queue.own_flops(one)
+            elif state.state == "failed":
+                self._note_failed(one, state.reason)
+                self._say(ended_words(one, state, None))
+            else:
+                self._queue.put(one)
+
+    def record_death(self, hand: Hand, kind: str, message: str) -> None:
+        """A worker died, which a cell is charged with."""
+        try:
+            hand.record_death(self._search.plan.study.name, kind, message)
+        except InputError as error:  # the disk is full: what cannot be recorded must not go on
+            self.halt = str(error)
+
+    def settle(self, one: PlannedCell, tail: Tail, *, note: bool) -> None:
+        """Put a cell that a worker had where its files say that it belongs. `note`: its failure is one to count."""
+        cell_id = one.cell.id
+        state = cell_state(self._store, cell_id)
+        if state.state in ("planned", "running"):
+            last = attempt_epochs(self._store, cell_id)
+            end = read_end(self._store, cell_id, last[-1]) if last else None
+            if note and end is not None and end[0] not in ("preemption", "stopped"):
+                self._count_failure(f"{end[0]}: {end[1]}")
+            if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
+                self.halt = end[1]
+            if state.state == "running":
+                self.elsewhere[cell_id] = one
+            else:
+                self._queue.put(one, first=True)
+            return
+        if state.state == "failed":
+            self._note_failed(one, state.reason)
+            if note:
+                self._count_failure(state.reason or "unknown")
+        elif state.state == "diverged":
+            self._tally.diverged += 1
+            self._first_failures = None
+        else:
+            self._tally.finished += 1
+            self._first_failures = None
+        if state.result is not None:
+            self.flops_done += self._queue.own_flops(one)
+            self._spend(one, state.result)
+        words, branches = ended_words(one, state, tail.final_loss()), self._search.plan.branches
+        if cell_id in branches and state.result is not None and state.result.get("trunk") is None:
+            words += f" (from the start: its trunk {branches[cell_id].parent[:8]} left no checkpoint for it)"
+        self._say(words)
+
+    def _spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
+        """A result is there: its FLOPs are spent, whoever trained it."""
+        self._queue.schedule.spend(float(result.get("flops_spent") or self._queue.own_flops(one)))
+
+    def _note_failed(self, one: PlannedCell, reason: str | None) -> None:
+        """A cell has failed, whoever tried it. It is not tried again until a person forgives it."""
+        self._tally.failed[one.cell.id] = reason or "unknown"
+        self.failed[one.cell.id] = one
+
+    def _count_failure(self, reason: str) -> None:
+        """The first attempts that all fail in the same way end the run."""
+        if self._first_failures is None:
+            return
+        self._first_failures.append("".join(letter for letter in reason if not letter.isdigit()))
+        if len(self._first_failures) >= self._give_up_after and len(set(self._first_failures)) == 1:
+            self.halt = f"given up: the first {self._give_up_after} attempts failed alike ({reason})"
