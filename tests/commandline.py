@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from sweeps.store import Store, read_plan
 
@@ -46,6 +48,18 @@ class Escala:
         path = self.folder / name
         path.write_text(text)
         return path
+
+
+class Said(NamedTuple):
+    """What a command said, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+
+FrontDoor = Callable[..., Said]
+"""The command line in the tests' own process."""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from commandline import TINY, Escala, Finished
+from commandline import TINY, Escala, Finished, FrontDoor, Said
 from faultproxy import Server, start_server
 from hypothesis import HealthCheck, settings
+
+from escala import main
 
 # No test run may reach out, and none may see the user's own settings.
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1")
@@ -29,6 +32,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 @pytest.fixture
 def escala(tmp_path: Path) -> Escala:
     return Escala(tmp_path)
+
+
+@pytest.fixture
+def front_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> FrontDoor:
+    """The command line in this process, in a folder of its own: front_door(*words)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["escala", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -5,43 +5,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from commandline import ROOT
+from commandline import ROOT, FrontDoor
 
-import escala
 from tests.analysis.synthetic import LAW, budgets_table, grid, published, surface, write_study
 
 N, D = (a.ravel() for a in np.meshgrid([5e7, 2e8, 8e8, 3.2e9], [1e9, 4e9, 1.6e10, 6.4e10]))
 
 
 @pytest.fixture
-def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """The front door in this process: door(*words) -> code, out, err. A folder with runs.csv in another's units."""
-    monkeypatch.chdir(tmp_path)
+def door(front_door: FrontDoor) -> FrontDoor:
+    """The front door in a folder with runs.csv in another's units."""
     runs = surface(N, D, noise=0.0003, recipe="plain", cluster=np.repeat(np.arange(8), 2))
     runs.assign(size_m=N / 1e6, flop=runs["C"], ppl=np.exp(runs["loss"]))[
         ["size_m", "flop", "ppl", "recipe", "cluster"]
     ].rename(columns={"flop": "Training FLOP", "cluster": "trunk"}).to_csv("runs.csv", index=False)
     budgets_table([1e18, 1e19, 1e20], noise=0.003).to_csv("budgets.csv", index=False)
-
-    def call(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["escala", *map(str, words)])
-        try:
-            escala.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return SimpleNamespace(code=code, out=said.out, err=said.err)
-
-    return call
+    return front_door
 
 
 COLUMNS = ("--columns", "N=1e6*size_m,D=`Training FLOP`/(6*N)", "--columns", "loss=log(ppl)")

@@ -1,40 +1,23 @@
 """`escala sensitivity` on tables and studies: what a user types, what is printed, and exit code 2 with one sentence."""
 
 import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from commandline import FrontDoor
 
-import escala
 from tests.analysis.fans import best_rate, crossed, fan
 from tests.analysis.synthetic import grid, published, write_study
 
 
 @pytest.fixture
-def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
-    """The front door in this process: door(*words) -> code, out, err. A folder with fan.csv and crossed.csv."""
-    monkeypatch.chdir(tmp_path)
+def door(front_door: FrontDoor) -> FrontDoor:
+    """The front door in a folder with fan.csv and crossed.csv."""
     fan().rename(columns={"learning_rate": "eta", "N": "params", "D": "tokens"}).to_csv("fan.csv", index=False)
     both = crossed().rename(columns={"learning_rate": "lr"})
     both.assign(bs=both["batch_tokens"] / 2048).drop(columns="batch_tokens").to_csv("crossed.csv", index=False)
-
-    def call(*words: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["escala", *map(str, words)])
-        try:
-            escala.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        said = capsys.readouterr()
-        return SimpleNamespace(code=code, out=said.out, err=said.err)
-
-    return call
+    return front_door
 
 
 def test_a_table_with_its_own_names_is_measured(door) -> None:

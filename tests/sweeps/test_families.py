@@ -11,39 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+from lattices import VARIANTS, lattice_shapes
 from small import make_cell, put
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from sweeps.accounting import Shape, forward_flops, parameters
+from sweeps.accounting import forward_flops, parameters
 from sweeps.attempt import run_attempt
 from sweeps.cell import Cell
 from sweeps.corpora import Corpus
 from sweeps.errors import InputError
-from sweeps.families import FAMILIES, Family, build_model, find_family, resolve_options
+from sweeps.families import FAMILIES, build_model, find_family, resolve_options
 from sweeps.probing import pays
-from sweeps.sizes import LATTICE, minimum_size, shape_for
+from sweeps.sizes import shape_for
 from sweeps.stacks import known_gain
 from sweeps.store import Store
 
 ROOT = Path(__file__).parents[2]
-VARIANTS: list[tuple[str, dict[str, float]]] = [
-    *((name, {}) for name in FAMILIES),
-    ("gpt2", {"tied": False}),
-    ("gpt_neox", {"tied": True}),
-    ("llama", {"tied": True, "heads_per_kv": 4}),
-    ("qwen3", {"tied": False, "heads_per_kv": 1}),
-    ("granite", {"tied": False, "heads_per_kv": 8}),
-    ("mixtral", {"tied": True, "heads_per_kv": 1, "experts": 16, "experts_per_token": 1}),
-]
-
-
-def lattice_shapes(family: Family, vocab_size: int, context: int, **options: float) -> list[tuple[float, Shape]]:
-    minimum = minimum_size(family, vocab_size=vocab_size, context=context, options=options)
-    return [
-        (target, shape_for(family, target, vocab_size=vocab_size, context=context, options=options))
-        for target in LATTICE
-        if target >= minimum
-    ]
 
 
 def weight_hash(model: torch.nn.Module) -> str:

@@ -6,30 +6,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lattices import VARIANTS, lattice_shapes
 
-from sweeps.accounting import Shape, parameters
+from sweeps.accounting import parameters
 from sweeps.errors import InputError
-from sweeps.families import FAMILIES, Family, resolve_options
+from sweeps.families import FAMILIES, resolve_options
 from sweeps.sizes import LATTICE, lattice_index, lattice_position, minimum_size, shape_for
-
-VARIANTS: list[tuple[str, dict[str, float]]] = [
-    *((name, {}) for name in FAMILIES),
-    ("gpt2", {"tied": False}),
-    ("gpt_neox", {"tied": True}),
-    ("llama", {"tied": True, "heads_per_kv": 4}),
-    ("qwen3", {"tied": False, "heads_per_kv": 1}),
-    ("granite", {"tied": False, "heads_per_kv": 8}),
-    ("mixtral", {"tied": True, "heads_per_kv": 1, "experts": 16, "experts_per_token": 1}),
-]
-
-
-def lattice_shapes(family: Family, vocab_size: int, context: int, **options: float) -> list[tuple[float, Shape]]:
-    minimum = minimum_size(family, vocab_size=vocab_size, context=context, options=options)
-    return [
-        (target, shape_for(family, target, vocab_size=vocab_size, context=context, options=options))
-        for target in LATTICE
-        if target >= minimum
-    ]
 
 
 def tolerance(target: float) -> float:
