@@ -81,13 +81,17 @@ def resume(store: Store, study: str) -> bool:
 
 
 def cancel(store: Store, study: str, *, now: bool) -> Wish:
-    """End the driver at work: after the cells that run, or `now`, with a checkpoint of each. InputError without one."""
+    """End the driver at work: after the cells that run, or `now`, with a checkpoint of each; who asked for the latter
+    before is not overruled. Returns what holds; InputError without a driver."""
     holder = read_holder(store, study)
     if holder is None or not holder.lives:
         raise InputError(f"no driver is at work on study {study}: there is nothing to cancel.")
     old = _read(_end_path(store, study))
     if old is not None and old.wish == "pause":  # an older version kept it in the file that is written now
         _put(_pause_path(store, study), old)
+    stands = _end_wish(store, study)
+    if stands is not None and stands.wish == "cancel" and not now:
+        return stands
     return _put(_end_path(store, study), Wish("cancel" if now else "drain", person(), timestamp(), holder.number))
 
 

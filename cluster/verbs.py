@@ -176,9 +176,10 @@ def cancel(
 
     place = existing_store(store)
     name = study_name(study, place)
-    control.cancel(place, name, now=now)
+    holds = control.cancel(place, name, now=now).wish
     still = f" It stays paused: escala resume {name} lifts that." if control.read_pause(place, name) else ""
-    say(f"{name}: the cells that run {'keep a checkpoint and stop' if now else 'end, and no other starts'}.{still}")
+    what = "keep a checkpoint and stop" if holds == "cancel" else "end, and no other starts"
+    say(f"{name}: the cells that run {what}.{still}")
 
 
 @app.command(rich_help_panel=STEER)

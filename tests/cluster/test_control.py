@@ -50,6 +50,16 @@ def test_a_paused_study_whose_driver_is_cancelled_stays_paused(store: Store, now
         assert heeded(store) is None
 
 
+def test_a_cancel_without_now_does_not_overrule_one_with_it(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    with Claim(store, "test"):
+        for now, holds in ((False, "drain"), (True, "cancel"), (False, "cancel")):
+            verbs.cancel("test", now=now, store=store.root)
+            assert heeded(store) == holds
+            assert ("keep a checkpoint and stop" in capsys.readouterr().out) == (holds == "cancel")
+    with Claim(store, "test"):
+        assert control.cancel(store, "test", now=False).wish == "drain", "the other was meant for the driver before"
+
+
 def test_a_drain_is_heeded_though_the_study_is_paused_after_it(store: Store) -> None:
     with Claim(store, "test"):
         control.cancel(store, "test", now=False)
