@@ -290,6 +290,7 @@ def _fit(
         decisions={"targets": decisions},
         diagnostics={"source": source, "crossings": crossings, "sizes": len(sizes), "copies_lost": lost},
         draws=line.draws,
+        level=level,
         **known,
     ).settle()
 

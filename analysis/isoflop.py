@@ -159,6 +159,7 @@ def fit_isoflop(
         diagnostics={"method": method, "line": line.params, "accepted": len(kept), "line_stretch": line.stretch},
         budgets=tuple(budgets),
         draws=line.draws,
+        level=level,
     ).settle()
 
 

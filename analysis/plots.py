@@ -102,7 +102,7 @@ def isoflop_curves(fit: Fit) -> Figure:
             low, high = closed(budget.N.interval, (budget.sizes[0], budget.sizes[-1]))
             axes.plot([low, high], [budget.loss.value] * 2, color=INK, lw=1.6, zorder=4)
             axes.plot(budget.N.value, budget.loss.value, "D", color=INK, mfc="white", ms=6, zorder=5)
-    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label="minimum, 95%")
+    axes.plot([], [], "D-", color=INK, mfc="white", ms=6, lw=1.6, label=f"minimum, {fit.level:.0%}")
     axes.set_xscale("log")
     axes.set(xlabel="parameters N", ylabel="final validation loss (nats per token)")
     human_ticks(axes)
@@ -111,7 +111,7 @@ def isoflop_curves(fit: Fit) -> Figure:
 
 
 def optimum_paths(fit: Fit) -> Figure:
-    """N* and D* against compute: the fitted power laws, their 95% bands, and the slopes of Hoffmann et al. 2022."""
+    """N* and D* against compute: the fitted power laws, their bands, and the slopes of Hoffmann et al. 2022."""
     picture = Figure(figsize=(WIDTH, 3.6))
     picture.set_layout_engine("constrained", wspace=0.06)
     panels = picture.subplots(1, 2)
@@ -129,8 +129,10 @@ def optimum_paths(fit: Fit) -> Figure:
                 if f"{name}_exponent" in fit.draws:
                     slopes, levels = fit.draws[f"{name}_exponent"], fit.draws[f"{name}_coefficient"]
                     paths = np.log(levels)[:, None] + slopes[:, None] * np.log(grid)
-                    low, high = np.nanquantile(paths, [0.025, 0.975], axis=0)
-                    axes.fill_between(grid, np.exp(low), np.exp(high), color=BAND, alpha=0.18, lw=0, label="95% band")
+                    tail = (1.0 - fit.level) / 2.0
+                    low, high = np.nanquantile(paths, [tail, 1.0 - tail], axis=0)
+                    band = f"{fit.level:.0%} band"
+                    axes.fill_between(grid, np.exp(low), np.exp(high), color=BAND, alpha=0.18, lw=0, label=band)
             centre = np.exp(np.log(C).mean()), np.exp(np.log(values).mean())
             axes.plot(
                 grid,
@@ -142,7 +144,8 @@ def optimum_paths(fit: Fit) -> Figure:
             )
             bars = [closed(getattr(b, name).interval, (v, v)) for b, v in zip(kept, values)]
             spread = np.abs(np.array(bars).T - values)
-            axes.errorbar(C, values, spread, fmt="o", color=INK, ms=5, capsize=2, lw=1.0, label="minima, 95%", zorder=4)
+            told = f"minima, {fit.level:.0%}"
+            axes.errorbar(C, values, spread, fmt="o", color=INK, ms=5, capsize=2, lw=1.0, label=told, zorder=4)
             axes.legend(frameon=False, fontsize=8, loc="upper left")
         axes.set(xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel=label)
         human_ticks(axes, "y")

@@ -200,3 +200,7 @@ def test_envelope_of_published_end_points_has_a_plausible_exponent() -> None:
     assert not found.refused
     low, high = found.intervals["N_exponent"]
     assert low < 0.5 < high
+
+
+def test_the_fit_names_the_level_of_its_intervals() -> None:
+    assert fit_curve_envelope(curves(), resamples=20, level=0.8).level == 0.8

@@ -282,6 +282,11 @@ def test_level_sets_the_width_of_the_intervals() -> None:
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 
+def test_the_fit_names_the_level_of_its_intervals() -> None:
+    found = fit_isoflop(select(budgets_table(BUDGETS, seeds=3, noise=0.002)), level=0.8)
+    assert found.level == found.to_json()["level"] == 0.8
+
+
 @pytest.mark.parametrize(("option", "word"), [({"method": "akimo"}, "akima"), ({"height": 0.0}, "positive")])
 def test_wrong_options_are_named(option, word) -> None:
     with pytest.raises(InputError, match=word):

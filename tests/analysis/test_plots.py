@@ -88,6 +88,12 @@ def test_paths_show_fit_band_and_the_published_slope() -> None:
     assert {"fit: C^0.50", "95% band", "Hoffmann et al.: C^0.49", "Hoffmann et al.: C^0.51"} <= labels(figure)
 
 
+def test_intervals_of_budgets_are_labelled_with_their_own_level() -> None:
+    narrow = fit(budgets_table(BUDGETS, seeds=3, noise=0.002), "isoflop", level=0.8)
+    assert "minimum, 80%" in labels(plots.isoflop_curves(narrow))
+    assert {"80% band", "minima, 80%"} <= labels(plots.optimum_paths(narrow))
+
+
 def test_paths_of_a_refused_power_law_show_the_minima_alone() -> None:
     figure = plots.optimum_paths(fit(budgets_table(BUDGETS[:2], seeds=2, noise=0.002), "isoflop"))
     drawn(figure)
