@@ -23,6 +23,10 @@ DIGITS = 4
 """Significant digits of the response from which on equal rows are taken for one run that is listed twice."""
 
 
+SAME_TOKENS = 0.02
+"""Two token counts of one size this close, as a share, are one: runs end on whole batches, which round it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """The rows that a fit uses, with the response `y` and the law's variables, and what was said on the way.
@@ -225,11 +229,12 @@ def _beaten_settings(rows: pd.DataFrame, variables: Sequence[str]) -> pd.Index:
     settings = [c for c in SETTINGS if c in rows.columns and rows[c].notna().any()]
     if not settings or rows.empty:
         return rows.index[:0]
-    # Two batch sizes round one budget to slightly different D, so the budget names the cell where there is one.
+    # Two batch sizes round one budget, or one D, to slightly different D: the budget names the cell where there is one.
     budget = rows["budget"] if "budget" in rows.columns else pd.Series(np.nan, rows.index)
     family = rows["family"] if "family" in rows.columns else pd.Series("", rows.index)
     place = pd.DataFrame({"family": family, "N": rows["N"], "budget": budget})
-    place["D"] = rows["D"].where(budget.isna())
+    place["D"] = rows["D"].astype(float).groupby([family, rows["N"]], dropna=False).transform(_without_rounding)
+    place["D"] = place["D"].where(budget.isna())
     for name in variables:
         if name not in ("N", "D", "C"):
             place[name] = rows[name].astype(float).map("{:.3g}".format)  # unique tokens round to batches as D does
@@ -238,6 +243,15 @@ def _beaten_settings(rows: pd.DataFrame, variables: Sequence[str]) -> pd.Index:
     mean = rows["loss"].groupby([at, setting]).transform("mean")
     best = mean.groupby(at).transform("min")
     return rows.index[mean > best]
+
+
+def _without_rounding(tokens: "pd.Series[float]") -> "pd.Series[float]":
+    """Token counts with each that lies within `SAME_TOKENS` of a smaller one made equal to it."""
+    kept: list[float] = []
+    values = np.sort(tokens.unique())
+    for value in values:
+        kept.append(kept[-1] if kept and value <= (1.0 + SAME_TOKENS) * kept[-1] else value)
+    return tokens.map(dict(zip(values, kept)))
 
 
 def _comparable(rows: pd.DataFrame, loss: str) -> list[Verdict]:

@@ -56,6 +56,19 @@ def test_batch_sizes_of_one_budget_are_compared_though_tokens_round_apart() -> N
     assert set(select(pd.concat([one, two])).rows["batch_tokens"]) == {512.0}
 
 
+def test_batch_sizes_of_one_token_count_are_compared_though_whole_batches_round_it() -> None:
+    batches = {4096.0: 1.0, 8192.0: 1.01, 16384.0: 1.03}
+    tables = [
+        surface(N, np.round(D * 20 / batch) * batch, batch_tokens=batch).assign(loss=lambda t, c=cost: c * t["loss"])
+        for batch, cost in batches.items()
+    ]
+    chosen = select(pd.concat(tables, ignore_index=True))
+    assert set(chosen.rows["batch_tokens"]) == {4096.0}
+    assert len(chosen.rows) == 16
+    apart = [surface(N, D * more, batch_tokens=512.0 * more) for more in (1.0, 1.05)]
+    assert len(select(pd.concat(apart, ignore_index=True)).rows) == 32
+
+
 def test_settings_tuned_anew_at_each_value_of_another_variable_are_not_compared() -> None:
     tables = [
         surface(N, D).assign(U=D / part, learning_rate=rate, loss=lambda t, part=part: t["loss"] * part**0.01)
