@@ -103,7 +103,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
             f"the table lacks {', '.join(missing)}{nearest(missing[0], map(str, runs.columns))}; it has "
             f"{', '.join(map(str, runs.columns))}. Read a file of your own with analysis.read_table."
         )
-    rows, left_out = _usable(runs, loss)
+    rows, left_out = _usable(runs, loss, ("N", "D", *(axes or AXES[:1])))
     if "batch_tokens" not in rows.columns:
         rows["batch_tokens"] = NAN
         _refuse_unread_batch(rows)
@@ -150,8 +150,11 @@ def merged(values: np.ndarray, tolerance: float = SAME) -> np.ndarray:
     return np.where(np.isfinite(values) & (values > 0), np.array(kept)[np.maximum(at, 0)], values)
 
 
-def _usable(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
-    """The rows that finished or diverged, with `y` (ln loss, NaN where diverged without one) and `diverged`."""
+def _usable(runs: pd.DataFrame, loss: str, needed: Sequence[str]) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:
+    """The rows that finished or diverged, with `y` (ln loss, NaN where diverged without one) and `diverged`.
+
+    needed: columns without which a row says nothing, even where all rows lack them; another axis may be unknown.
+    """
     table = runs.reset_index(drop=True)
     if "cell" not in table.columns:
         table["cell"] = [f"row {i}" for i in range(len(table))]
@@ -162,7 +165,8 @@ def _usable(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, dict[str, tupl
     reason = reason.mask(diverged | reason.isna(), None)
     if "rung" in table.columns:
         reason = reason.mask(table["rung"].astype(float) < 1.0, "an early rung of a search")
-    axes = table[[c for c in ("N", "D", *AXES) if c in table.columns and table[c].notna().any()]].astype(float)
+    known = [c for c in ("N", "D", *AXES) if c in needed or (c in table.columns and table[c].notna().any())]
+    axes = table[known].astype(float)
     broken = ~((axes > 0) & (axes < np.inf)).all(axis=1)
     reason = reason.mask(reason.isna() & broken, f"{', '.join(axes.columns)} is missing or not positive")
     reason = reason.mask(reason.isna() & ~diverged & ~(values > 0), "the loss is missing or not positive")

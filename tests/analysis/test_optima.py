@@ -243,6 +243,12 @@ def test_rates_that_are_not_positive_are_left_out_and_none_left_is_an_error() ->
         sensitivity(one().assign(learning_rate=0.0))
 
 
+@pytest.mark.parametrize("column", ["N", "D", "learning_rate"])
+def test_a_column_that_is_empty_in_every_row_is_an_error(column) -> None:
+    with pytest.raises(InputError, match=f"{column}.* is missing or not positive"):
+        sensitivity(fan().assign(**{column: np.nan}))
+
+
 def test_early_rungs_of_a_search_are_left_out() -> None:
     table = pd.concat([one(rung=1.0), one(losses=9.0, rung=0.25)], ignore_index=True)
     found = sensitivity(table)
