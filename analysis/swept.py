@@ -258,7 +258,8 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     start = _start(rows)
     rate, batch = (rows[a].to_numpy(dtype=float) for a in AXES)
     order = np.lexsort((rate, batch))
-    changes = np.flatnonzero((np.diff(rate[order]) != 0) | (np.diff(np.nan_to_num(batch[order])) != 0)) + 1
+    apart = [np.diff(np.nan_to_num(axis[order])) != 0 for axis in (rate, batch)]  # an unknown one is the same in all
+    changes = np.flatnonzero(apart[0] | apart[1]) + 1
     starts = np.concatenate([[0], changes])
     diverged = rows["diverged"].to_numpy(dtype=bool)[order]
     measured = rows["measured"].to_numpy(dtype=float)[order]

@@ -249,6 +249,14 @@ def test_a_column_that_is_empty_in_every_row_is_an_error(column) -> None:
         sensitivity(fan().assign(**{column: np.nan}))
 
 
+def test_seeds_at_one_batch_are_one_setting_where_the_rate_is_not_known() -> None:
+    runs = crossed(noise=0.0)
+    runs = runs[runs["learning_rate"] == RATES[4]].assign(learning_rate=np.nan)
+    runs = pd.concat([runs.assign(seed=s, loss=runs["loss"] * (1 + 0.001 * s)) for s in (0, 1)], ignore_index=True)
+    groups = swept_groups(runs, ("batch_tokens",)).groups
+    assert all((g.columns["count"] == 2).all() and len(g.columns["count"]) == 7 for g in groups)
+
+
 def test_early_rungs_of_a_search_are_left_out() -> None:
     table = pd.concat([one(rung=1.0), one(losses=9.0, rung=0.25)], ignore_index=True)
     found = sensitivity(table)
