@@ -10,7 +10,7 @@ an interval over a narrow span, or one that is so wide that it would hold anythi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -84,8 +84,11 @@ def transfer(
     The vertices are those of `analysis.optima`, the interval holds their noise and what they scatter about a line
     beyond it. Raises InputError where the table has no widths, or no usable run.
     """
-    if "width" not in runs.columns or runs["width"].isna().all():
+    widths = runs["width"].astype(float) if "width" in runs.columns else pd.Series(np.nan, runs.index)
+    known = ((widths > 0) & (widths < np.inf)).to_numpy()
+    if not known.any():
         raise InputError("the table has no column width, along which a best learning rate could stay. Name one.")
+    lost, runs = int((~known).sum()), runs[known]
     swept = swept_groups(runs, ("learning_rate",))
     found, _, _ = find_optima(swept.groups, swept.axes, resamples=resamples, level=level, seed=seed, noise=noise)
     kinds: dict[tuple[tuple[str, Any], ...], dict[float, Optimum]] = {}
@@ -94,7 +97,12 @@ def transfer(
         kind = {**{k: v for k, v in one.group.items() if k not in ("N", "width")}, **shape}
         width = kind.pop("width")
         kinds.setdefault(tuple(kind.items()), {})[width] = one
-    return [_line(dict(kind), dict(sorted(members.items())), level, seed) for kind, members in kinds.items()]
+    lines = [_line(dict(kind), dict(sorted(members.items())), level, seed) for kind, members in kinds.items()]
+    if lost:
+        message = f"{plural(lost, 'run')} without a positive width left out."
+        said = Verdict("excluded_runs", "info", "fit", None, message, {"runs": lost})
+        lines = [replace(one, verdicts=(said, *one.verdicts)) for one in lines]
+    return lines
 
 
 def _shape(runs: pd.DataFrame, one: Optimum) -> dict[str, float]:

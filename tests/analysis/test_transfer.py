@@ -91,6 +91,17 @@ def test_depths_and_lengths_are_lines_of_their_own() -> None:
     assert all(len(t.optima) == len(WIDTHS) for t in found)
 
 
+@pytest.mark.parametrize("nothing", [np.nan, 0.0])
+def test_runs_without_a_width_are_left_out_and_counted(nothing) -> None:
+    runs = table({"standard": -0.8})
+    other = runs[runs["width"] == 16].assign(width=nothing)
+    (whole,), (one,) = transfer(runs), transfer(pd.concat([runs, other.assign(N=3e4)], ignore_index=True))
+    assert one.slope == whole.slope
+    assert [v.message for v in one.verdicts if v.code == "excluded_runs"] == [
+        f"{len(other)} runs without a positive width left out."
+    ]
+
+
 def test_a_table_without_widths_is_refused() -> None:
     with pytest.raises(InputError, match="no column width"):
         transfer(table({"mup": 0.0}).drop(columns="width"))
