@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.selection import with_states
 from analysis.swept import merged
 from analysis.uncertainty import interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
+from sweeps.errors import InputError
 
 LEAST_BATCHES = 3
 """A curve of two parameters, and one batch to contradict it."""
@@ -89,15 +91,24 @@ def critical_batches(
     batch and length, where batches were trained for two or more lengths; else along the curves, at the learning rate
     that gets there first, which is only fair where it is not annealed. targets: nats; by default four that all batches
     reach, or most. A loss between seeds that is noisier than the differences of batches shows in the intervals.
+    Rows without a positive N, D, batch and loss do not count. Raises InputError for a missing column.
     """
     found: list[CriticalBatch] = []
     verdicts: list[Verdict] = []
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
-    kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
-    kept = kept[np.isfinite(kept[loss].astype(float)) & kept["batch_tokens"].notna()]
+    if missing := [c for c in ("N", "D", "batch_tokens", loss) if c not in runs.columns]:
+        raise InputError(
+            f"the table lacks {', '.join(missing)}; it has {', '.join(map(str, runs.columns))}. Read a file of "
+            "your own with analysis.read_table, which finds common names."
+        )
+    kept = with_states(runs)
+    kept = kept[kept["excluded"].isna()] if "excluded" in kept.columns else kept
+    numbers = kept[["N", "D", "batch_tokens", loss]].astype(float)
+    kept = kept[((numbers > 0) & np.isfinite(numbers)).all(axis=1)]
     kept = kept.assign(N=merged(kept["N"].to_numpy(float)), D=merged(kept["D"].to_numpy(float)))
     noise = seed_noise(kept, loss)
-    families = kept["family"] if "family" in kept.columns else pd.Series("", index=kept.index)
+    told = kept["family"] if "family" in kept.columns else pd.Series(None, index=kept.index, dtype=object)
+    families = told.astype(object).where(told.notna(), "")
     for order, (key, rows) in enumerate(kept.groupby([families, "N"])):
         if rows["batch_tokens"].nunique() < 2:
             continue

@@ -160,6 +160,28 @@ def test_two_batches_are_too_few() -> None:
     assert all(one.refused for one in result.sweeps)
 
 
+def test_runs_of_no_named_family_have_a_critical_batch() -> None:
+    (one, *_), (named, *_) = (
+        critical_batches(table, resamples=50).sweeps for table in (sweep().assign(family=None), sweep())
+    )
+    assert one.batch == named.batch
+
+
+def test_runs_without_a_loss_of_a_finished_run_do_not_count() -> None:
+    plain = sweep()
+    lost = plain.iloc[:40].assign(val_loss_final=np.tile([-1.0, 0.0, np.nan, np.inf], 10))
+    running = plain.iloc[:40].assign(state="running", val_loss_final=9.0)
+    table = pd.concat([plain.assign(state="finished"), lost, running], ignore_index=True)
+    one, other = (critical_batches(t, resamples=50).sweeps for t in (plain, table))
+    assert [o.batch for o in one] == [o.batch for o in other]
+
+
+@pytest.mark.parametrize("column", ["N", "D", "batch_tokens", "val_loss_final"])
+def test_a_missing_column_is_named(column) -> None:
+    with pytest.raises(InputError, match="lacks " + column.removeprefix("val_").removesuffix("_final")):
+        critical_batches(sweep().drop(columns=column))
+
+
 def test_its_growth_with_tokens_is_found() -> None:
     result = critical_batches(sweep(growth=0.5, noise=5e-4))
     low, high = result.growth["llama"].interval
