@@ -53,9 +53,10 @@ def answer(found: Sensitivity) -> str:
         return f"These runs settle no best learning rate: {escape(_first(found))}"
     parts = []
     for axis in known[0].axes:
-        laws = [law for law in found.laws.values() if law.hyperparameter == axis and not law.refused]
-        kinds = [f" under {escape(law.parametrisation)}" if law.parametrisation else "" for law in laws]
-        moves = [_moves(law) + (kind if len(laws) > 1 else "") for law, kind in zip(laws, kinds)]
+        laws = {k: law for k, law in found.laws.items() if law.hyperparameter == axis and not law.refused}
+        kinds = [_kind(k).removeprefix(law.family or "").strip() for k, law in laws.items()]
+        under = [f" under {escape(kind)}" if kind and len(laws) > 1 else "" for kind in kinds]
+        moves = [_moves(law) + kind for law, kind in zip(laws.values(), under)]
         values = [one.best[axis].value for one in known]
         span = f"{page.number(min(values), 3)} to {page.number(max(values), 3)}"
         text = f"The best {WORDS[axis]} is {span} over {_places(known)}"
@@ -112,11 +113,11 @@ def _table(found: Sensitivity) -> str:
 
 def _laws(found: Sensitivity) -> str:
     rows = []
-    for law in found.laws.values():
+    for key, law in found.laws.items():
         for name, power in law.powers.items():
             rows.append(
                 [
-                    escape(f"{law.family or ''} {law.parametrisation or ''}".strip()),
+                    escape(_kind(key)),
                     f"best {WORDS[law.hyperparameter]} ~ {escape(name)}<sup>{power.value:.2f}</sup>",
                     page.interval(power.interval),
                     " to ".join(page.number(bound, 3) for bound in law.range[name]),
@@ -135,6 +136,11 @@ def _verdicts(found: Sensitivity) -> str:
 
 
 # --- words -------------------------------------------------------------------------------------------------------
+
+
+def _kind(name: str) -> str:
+    """Of which runs a law is, by its name: "llama weight_decay=0.1/learning_rate" is of llama at that decay."""
+    return name.rpartition("/")[0]
 
 
 def _moves(law: OptimumLaw) -> str:

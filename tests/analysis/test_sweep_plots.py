@@ -105,3 +105,12 @@ def test_no_optimum_is_said_and_not_shown(sweep: pd.DataFrame) -> None:
     upper = sensitivity(sweep[sweep["learning_rate"] >= RATES[5]], resamples=100)
     assert upper.refused
     assert answer(upper).startswith("These runs settle no best learning rate: ")
+
+
+def test_laws_of_settings_that_were_crossed_are_told_apart_on_the_page() -> None:
+    runs = pd.concat([fan(weight_decay=decay, family="llama") for decay in (0.01, 0.1)], ignore_index=True)
+    found = sensitivity(runs, resamples=50)
+    for decay in ("0.01", "0.1"):
+        assert f"<td>llama weight_decay={decay}</td>" in section(found)
+        assert f" under weight_decay={decay}" in answer(found)
+    assert " under " not in answer(sensitivity(fan(family="llama"), resamples=50))
