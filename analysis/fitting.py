@@ -16,7 +16,7 @@ from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import Law, find_law
 from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixed, make_problem
-from analysis.resampling import Way, dependent_runs, draw_thetas, root_weights, trunk_labels
+from analysis.resampling import Way, dependent_runs, draw_thetas, group_labels, root_weights, trunk_labels
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise
@@ -151,7 +151,7 @@ def fit_law(
     way: Way = settings.resample if settings.resample != "auto" else "noise"
     trunks = trunk_labels(rows)
     cluster = settings.cluster or ("cell" if trunks is None else "trunk")
-    labels = trunks if cluster == "trunk" and trunks is not None else rows[cluster].astype(str).to_numpy()
+    labels = trunks if cluster == "trunk" and trunks is not None else group_labels(rows, cluster)
     units = len(np.unique(labels))
     many = selection.noise is None and problem.rows >= MANY_ROWS
     if trunks is not None:

@@ -28,8 +28,13 @@ def trunk_labels(rows: pd.DataFrame) -> np.ndarray | None:
     """
     if "trunk" not in rows.columns:
         return None
-    labels = rows["trunk"].where(rows["trunk"].notna(), rows["cell"]).astype(str).to_numpy()
+    labels = group_labels(rows, "trunk")
     return labels if len(np.unique(labels)) < len(labels) else None
+
+
+def group_labels(rows: pd.DataFrame, column: str) -> np.ndarray:
+    """The group of each run by a column, (n,); a run without a value there is a group of its own, named by `cell`."""
+    return rows[column].astype(object).where(rows[column].notna(), rows["cell"]).astype(str).to_numpy()
 
 
 def dependent_runs(labels: np.ndarray, remedy: str) -> Verdict:

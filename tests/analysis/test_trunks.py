@@ -68,6 +68,14 @@ def test_a_run_that_does_not_tell_its_trunk_is_a_unit_of_its_own() -> None:
     assert all(np.isfinite(few.intervals["alpha"])), "13 units bear a bootstrap; two groups and one of nobody would not"
 
 
+@pytest.mark.parametrize("groups", [["a", "a", "b", "b"], [1.0, 1.0, 2.0, 2.0]])
+def test_a_run_without_a_value_in_the_clusters_column_is_a_unit_of_its_own(groups) -> None:
+    rows = table(0, trunks=False).assign(configuration=[*groups, *[None] * 41])
+    few = fit(rows, "chinchilla", resamples=20, cluster="configuration")
+    assert all(np.isfinite(few.intervals["alpha"])), "43 units bear a bootstrap; two groups and one of nobody would not"
+    assert "too_few_units" not in codes(few)
+
+
 @pytest.mark.parametrize("resample", ["noise", "delta"])
 def test_intervals_from_noise_say_that_branches_are_dependent(resample: str) -> None:
     found = fit(table(0), "chinchilla", resamples=20, resample=resample)  # type: ignore[arg-type]
