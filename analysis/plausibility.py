@@ -196,16 +196,18 @@ def _check_one_recipe(table: pd.DataFrame, taken: Mapping[str, str], variables: 
     for column in table.columns:
         if column in known or not 2 <= table[column].nunique(dropna=False) <= max(12, len(table) / 4):
             continue
-        means = log_loss.groupby([at, table[column].astype(str)]).mean().groupby(level=0)
+        words = table[column].astype(object).where(table[column].notna(), "").astype(str)  # a blank is a recipe too
+        means = log_loss.groupby([at, words]).mean().groupby(level=0)
         spread = (means.max() - means.min())[means.count() > 1]
         if len(spread) >= 3 and spread.median() > DOUBTFUL:
             spreads[column] = float(spread.median())
-    words = [c for c in spreads if not pd.api.types.is_numeric_dtype(table[c])]
-    blamed = sorted(words or spreads, key=lambda c: -spreads[c])[:4]
+    named = [c for c in spreads if not pd.api.types.is_numeric_dtype(table[c])]
+    blamed = sorted(named or spreads, key=lambda c: -spreads[c])[:4]
     if not blamed:
         return []
     first, worst = blamed[0], max(spreads[c] for c in blamed)
-    held = "; ".join(f"{c}: {', '.join(map(str, table[c].dropna().unique()[:3]))}, ..." for c in blamed)
+    shown = {c: table[c].astype(object).where(table[c].notna(), "(empty)").unique()[:3] for c in blamed}
+    held = "; ".join(f"{c}: {', '.join(map(str, values))}, ..." for c, values in shown.items())
     value = table[first].dropna().iloc[0]
     message = (
         f"runs of equal N and D differ in loss by {100 * worst:.2g}% (median) with {', '.join(blamed)}, which no law "

@@ -403,6 +403,14 @@ def test_several_recipes_in_one_table_are_told_apart(tmp_path) -> None:
     assert check_table(one) == []
 
 
+def test_a_recipe_whose_name_is_left_empty_is_told_from_the_others(tmp_path) -> None:
+    both = pd.concat([RUNS.assign(data=None), RUNS.assign(data="filtered", loss=1.05 * RUNS["loss"])])
+    message = faulty(tmp_path, both)
+    assert "differ in loss by 4.9% (median) with data" in message
+    assert "data: (empty), filtered" in message
+    assert "--where 'data=filtered'" in message
+
+
 def test_settings_seeds_and_small_differences_are_no_recipes(tmp_path) -> None:
     swept = pd.concat([RUNS.assign(lr=lr, loss=RUNS["loss"] * (1 + 50 * lr)) for lr in (1e-3, 2e-3)])
     assert check_table(read_table(write(tmp_path, swept))) == []
