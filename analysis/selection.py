@@ -71,8 +71,8 @@ def select(
     table["y"] = table[name].astype(float)
     if response == "loss":
         table["loss"] = table["y"]
-    if "cell" not in table.columns:
-        table["cell"] = [f"row {i}" for i in range(len(table))]
+    rank = pd.Series([f"row {i}" for i in range(len(table))], table.index, dtype=object)
+    table["cell"] = table["cell"].astype(object).where(table["cell"].notna(), rank) if "cell" in table.columns else rank
     numeric = [*variables, "y"]
     if {"N", "D"} <= set(table.columns):
         numeric += [c for c in ("N", "D", "C") if c not in numeric]

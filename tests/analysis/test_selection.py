@@ -27,6 +27,16 @@ def test_used_and_left_out_add_up() -> None:
     assert [v.code for v in chosen.verdicts] == ["partial", "excluded_runs"]
 
 
+def test_a_run_without_a_name_is_called_by_its_row() -> None:
+    table = pd.concat([surface(N, D, noise=0.003, seed=k) for k in (1, 2)], ignore_index=True)
+    table["cell"] = [f"run {i}" for i in range(len(table))]
+    table.loc[[3, 4], ["cell", "loss"]] = [[None, 3.0], [None, np.nan]]
+    found = fit(table, resamples=20)
+    assert np.isfinite(found.intervals["E"]).all()
+    assert "row 3" in found.provenance["cells"]
+    assert [e["cell"] for e in found.excluded] == ["row 4"]
+
+
 def test_best_setting_stands_for_its_place_with_all_its_seeds() -> None:
     table = pd.concat(
         [surface(N, D).assign(learning_rate=rate, seed=seed) for rate in (0.01, 0.02) for seed in (0, 1)],
