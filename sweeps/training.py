@@ -303,9 +303,7 @@ class _Runner:
         with self.clock("train"):
             losses = self.program.backward(batch, micro_batch, self.amplify)
             for member in live:
-                cell = member.cell
-                middle = (step - 0.5) * cell.batch_tokens
-                member.rate = cell.optimizer.learning_rate * fraction(cell.schedule, middle, cell.tokens)
+                member.rate = _rate(member.cell, step)
                 self.program.table.set_rate(member.index, member.rate)
                 member.losses.append(losses[member.index])
             norms = self.program.table.step([member.index for member in live])
@@ -375,7 +373,12 @@ class _Runner:
     def finish(self, member: _Member) -> Ending:
         """The final evaluation, the last row, and the outcome."""
         final = self._evaluation(member, self.whole, member.io.progress)
-        progress, row = member.progress, member.progress.row
+        cell, progress = member.cell, member.progress
+        if member.first == cell.steps and progress.row.get("optimizer_step") != cell.steps:
+            # its trunk took every step, and had no row here: what is known without one
+            flops = float(cell.tokens * flops_per_token(cell.shape))
+            progress.row = {"learning_rate": _rate(cell, cell.steps), "flops": flops, "optimizer_step": cell.steps}
+        row = progress.row
         reason = None
         if math.isfinite(final.loss) and final.loss <= progress.start:
             every = self.whole is None
@@ -413,11 +416,16 @@ class _Runner:
             loss_at_start=member.progress.start,
             steps=member.progress.step,
             seconds={part: spent / len(self.program.models) for part, spent in seconds.items()},
-            tokens_per_second=done / max(seconds["train"], 1e-9),
+            tokens_per_second=done / max(seconds["train"], 1e-9) if done else None,
             peak_memory_bytes=_peak_memory_bytes(),
             document_losses=final.document_sums if final else None,
             document_tokens=final.document_tokens if final else None,
         )
+
+
+def _rate(cell: Cell, step: int) -> float:
+    """The learning rate of a step: that of its middle token."""
+    return cell.optimizer.learning_rate * fraction(cell.schedule, (step - 0.5) * cell.batch_tokens, cell.tokens)
 
 
 def _random_state() -> dict[str, Any]:

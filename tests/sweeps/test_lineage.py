@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import make_cell, put
 
+from sweeps.accounting import flops_per_token
 from sweeps.attempt import run_attempt
 from sweeps.cell import Cell, Schedule
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
@@ -132,6 +133,27 @@ def test_a_branch_has_the_bits_of_a_run_from_scratch(store: Store, corpus: Corpu
         for key, value in row["metrics"].items():
             if key != "tokens_per_second":
                 assert there[row["tokens"]][key] == value, (row["tokens"], key)
+
+
+def test_a_branch_that_ends_on_its_trunk_logs_its_own_last_row(store: Store, corpus: Corpus) -> None:
+    """At a constant rate the trunk takes every step of a shorter run, and need have no row where that one ends."""
+    constant = Schedule(name="constant", warmup_tokens=1024, final_fraction=0.1, cooldown_fraction=0.2)
+    long, short = make_cell(corpus, 170, schedule=constant), make_cell(corpus, 85, schedule=constant)
+    planned(store, long, short)
+    assert run_attempt(store, long.id, study="s").state == "finished"
+    assert short.tokens not in {row["tokens"] for row in read_metrics(store, long.id)}
+    assert run_attempt(store, short.id, study="s").state == "finished"
+    result = read_json(store.cell(short.id) / "result.json")
+    assert result["trunk"] == {"cell": long.id, "tokens": short.tokens}
+    assert result["tokens_per_second"] is None, "this attempt trained none"
+    (row,) = read_metrics(store, short.id)
+    assert row["tokens"] == short.tokens
+    metrics = row["metrics"]
+    assert metrics["optimizer_step"] == 85
+    assert metrics["flops"] == short.tokens * flops_per_token(short.shape)
+    assert metrics["learning_rate"] == 0.01
+    assert metrics.keys().isdisjoint({"train_loss", "gradient_norm"}), "the trunk's last are of other steps"
+    assert metrics["val_loss_final"] == result["val_loss_final"]
 
 
 def test_a_branch_whose_trunk_is_gone_trains_what_is_missing(store: Store, corpus: Corpus) -> None:
