@@ -17,6 +17,8 @@ from sweeps.parametrisation import STANDARD, Parametrisation
 
 NUMERICS_VERSION = 1
 """Bumped by hand when the same cell would give other losses; a golden-loss test fails when that is forgotten."""
+MUON_NUMERICS_VERSION = 2
+"""Of muon's cells with a matrix of as many rows as the largest table: version 1 left such layers to AdamW."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,14 @@ class Schedule:
     final_fraction: float
     cooldown_fraction: float
     cooldown_shape: str = "sqrt"
+
+
+def numerics_version(shape: Shape, optimizer: Optimizer) -> int:
+    """The version of the numerics of a cell that is planned now."""
+    rows = max(shape.vocab_size, shape.context if shape.learned_positions else 0)
+    query, key_value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    taken = {shape.width, shape.mlp_width, query, key_value, query + 2 * key_value}
+    return MUON_NUMERICS_VERSION if optimizer.name == "muon" and rows in taken else NUMERICS_VERSION
 
 
 @dataclass(frozen=True, kw_only=True)

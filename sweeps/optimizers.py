@@ -27,13 +27,17 @@ def make_adamw(groups: list[dict[str, Any]], recipe: Optimizer) -> torch.optim.A
 def _hidden_matrices(model: torch.nn.Module) -> set[torch.nn.Parameter]:
     """Matrices, and stacks of them, that are neither a table nor a head.
 
-    A table is the weight of an Embedding; a head has as many rows as the largest table, the tokens'.
+    A table is the weight of an Embedding. The head is the one that the model names; of a module that names none, what
+    has as many rows as the largest table, the tokens'. A model that names its head is never judged by rows: a layer as
+    wide as the vocabulary, 256 of bytes, is no head.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    rows = max((len(table) for table in tables), default=0)
-    heads = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == rows}
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    heads |= {output.weight} if output is not None else set()
+    if output is not None:
+        heads = {output.weight}
+    else:
+        rows = max((len(table) for table in tables), default=0)
+        heads = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == rows}
     return {p for p in model.parameters() if p.ndim in (2, 3)} - tables - heads
 
 

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from sweeps import accounting
-from sweeps.cell import Cell, Optimizer, Schedule
+from sweeps.cell import Cell, Optimizer, Schedule, numerics_version
 from sweeps.corpora import CorpusInfo
 from sweeps.families import Family
 from sweeps.fitted import Fit, FittedRule, fitted_law
@@ -137,6 +137,7 @@ def plan_cell(
             "trunk before the warm-up ends. Lower warmup_tokens or cooldown_fraction, or train longer."
         )
     cell = Cell(
+        numerics_version=numerics_version(shape, optimizer),
         family=family.name,
         family_version=str(family.version),
         options=chosen,

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from plans import only, study
 from small import Killed, MemoryIO, make_cell
 from torch.nn.functional import cross_entropy
 
-from sweeps.cell import Optimizer
+from sweeps.cell import Cell, Optimizer, cell_from_identity
 from sweeps.checkpoints import load, save
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
 from sweeps.families import FAMILIES, build_model, resolve_options
 from sweeps.optimizers import MuonWithAdamW, make_muon
-from sweeps.sizes import shape_for
+from sweeps.sizes import shape_for, shape_of
 from sweeps.training import train
 
 RECIPE = Optimizer(name="muon", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
@@ -61,6 +62,27 @@ def test_muon_takes_every_hidden_matrix_and_adamw_the_rest(family: str) -> None:
                 continue  # a router has too few rows to judge
             size = float(matrix.square().mean().sqrt()) / 0.01
             assert 0.1 < size < 0.3, f"{name}: the size of AdamW's update is about 0.2"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_as_wide_as_the_vocabulary_is_muons_too(family: str) -> None:
+    """Bytes have 256 rows, and so have the matrices of a model that is 256 wide."""
+    shape = shape_of(FAMILIES[family], 256, 2, 32, vocab_size=256, context=16, options=FAMILIES[family].options)
+    model = build_model(FAMILIES[family], shape, init_std=0.05, seed=0, device="meta")
+    muon = {id(tensor) for tensor in make_muon(model, RECIPE).param_groups[0]["params"]}
+    layers = [p for name, p in model.named_parameters() if p.ndim == 2 and (".layers." in name or ".h." in name)]
+    assert len(layers) >= 8
+    assert all(id(one) in muon for one in layers)
+
+
+def test_cells_whose_layers_muon_once_left_to_adamw_have_ids_of_their_own() -> None:
+    def cell(width: int, optimizer: str) -> Cell:
+        grid = {"type": "shapes", "widths": [width], "depths": [2], "head_dim": 32, "tokens": 64_000}
+        return only(study(grid, training={"optimizer": optimizer, "batch_tokens": 640})).cell
+
+    assert [cell(width, "muon").numerics_version for width in (128, 256)] == [1, 2]
+    assert [cell(width, "adamw").numerics_version for width in (128, 256)] == [1, 1]
+    assert cell_from_identity(cell(256, "muon").identity) == cell(256, "muon")
 
 
 def test_the_experts_of_a_layer_are_orthogonalised_one_by_one() -> None:
