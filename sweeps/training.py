@@ -278,6 +278,7 @@ class _Runner:
         with self.clock("build"):
             state = member.io.restore()
         if state is None:
+            torch.manual_seed(member.cell.seed)  # of what a family of one's own may draw in training, such as dropout
             member.progress = Progress(start=self._evaluate(member))
             member.io.log(0, {"val_loss": member.progress.start, "flops": 0.0, "optimizer_step": 0.0})
         else:

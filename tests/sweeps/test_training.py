@@ -17,15 +17,23 @@ from sweeps.attempt import run_attempt
 from sweeps.corpora import Corpus
 from sweeps.devices import peak_flops
 from sweeps.evaluation import evaluate, spread_windows
-from sweeps.families import FAMILIES, build_model
+from sweeps.families import FAMILIES, build_model, find_family
 from sweeps.models import make_model
 from sweeps.records import read_json
 from sweeps.schedules import evaluation_steps
+from sweeps.sizes import shape_for
 from sweeps.stacking import Solo
 from sweeps.store import Store, read_metrics
 from sweeps.training import train
 
 ROOT = Path(__file__).resolve().parents[2]
+DROPPING = """
+from dataclasses import replace
+from sweeps.families import FAMILIES
+def dropping():
+    own = FAMILIES["gpt2"]
+    return replace(own, config=lambda shape, options: own.config(shape, options) | {"resid_pdrop": 0.1})
+"""
 
 
 def test_a_small_model_reaches_the_entropy_rate_of_its_source_from_above(corpus: Corpus) -> None:
@@ -45,6 +53,23 @@ def test_equal_numerics_give_bit_equal_losses(corpus: Corpus) -> None:
     finals = [train(cell, run).val_loss_final for run in runs]
     assert finals[0] == finals[1]
     assert runs[0].rows == runs[1].rows
+
+
+def test_dropout_in_a_family_of_ones_own_follows_the_seed_and_not_what_ran_before(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(DROPPING)
+    family = find_family("own.py:dropping", allow_code=True, base_dir=tmp_path)
+    shape = shape_for(family, 10_000, vocab_size=corpus.info.vocab_size, context=CONTEXT)
+    options = tuple(sorted(family.options.items()))
+    cell = make_cell(corpus, 12, family=family.name, family_version=str(family.version), options=options, shape=shape)
+    losses = []
+    for one in (cell, cell, replace(cell, seed=1)):
+        io = MemoryIO(one, corpus)
+        io.base_dir = tmp_path
+        losses.append(train(one, io).val_loss_final)
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"data_seed": 1}])
