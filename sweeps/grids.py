@@ -217,6 +217,14 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
             f"{len(short)} of {what} have fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
             "their losses may say more about the warm-up than about size. Use a smaller batch_tokens."
         )
+    warming = [one.cell for one in cells if one.cell.schedule.warmup_tokens >= one.cell.tokens]
+    if warming:
+        worst = min(warming, key=lambda cell: cell.tokens / cell.schedule.warmup_tokens)
+        yield (
+            f"{len(warming)} of {what} end before their warm-up does and never train at their learning rate: the "
+            f"shortest has {worst.tokens:,} tokens and warms up over {worst.schedule.warmup_tokens:,}, to "
+            f"{worst.tokens / worst.schedule.warmup_tokens:.2g} of its peak. Lower warmup_tokens, or leave it out."
+        )
     repeated = [one.counts["epochs"] for one in cells if one.counts["epochs"] > 1]
     if repeated:
         yield (

@@ -217,6 +217,20 @@ def test_the_default_warm_up_is_a_tenth_of_the_run_and_at_most_n_tokens() -> Non
     assert large.cell.schedule.warmup_tokens == large.counts["N"] > 1_000_000, "exact above six digits as well"
 
 
+def test_a_warm_up_as_long_as_the_run_is_told() -> None:
+    def warnings(warmup: float) -> list[str]:
+        declared = points(
+            POINT, {"size": 2e4, "tokens": 640_000}, training={"batch_tokens": 64, "warmup_tokens": warmup}
+        )
+        return [text for text in planned(declared).warnings if "warm-up does" in text]
+
+    assert warnings(63_999) == []
+    assert "1 of 2 cells end before their warm-up does" in warnings(64_000)[0]
+    (told,) = warnings(3.2e6)
+    assert "2 of 2 cells end before" in told
+    assert "the shortest has 64,000 tokens and warms up over 3,200,000, to 0.02 of its peak" in told
+
+
 def test_the_default_warm_up_of_cells_that_can_share_a_trunk_does_not_follow_their_length() -> None:
     lengths = [{"size": 2e4, "tokens": tokens} for tokens in (30_720, 64_000, 128_000, 640_000)]
     N = planned(points(*lengths)).cells[0].counts["N"]
