@@ -1,6 +1,6 @@
 """The recipe of a study: how a cell is trained, each number plain or by a rule, and which of it may be varied."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from sweeps.errors import nearest, plain_fault
 from sweeps.fitted import GIVES, FittedRule
@@ -31,6 +32,23 @@ def check_hyperparameter(name: str, *values: Any) -> None:
             Training.model_validate({name: value})
         except ValidationError as error:
             raise ValueError(f"{name}: found {value!r}; {plain_fault(error.errors()[0])}") from None
+
+
+def check_hyperparameters(given: Iterable[tuple[tuple[str | int, ...], str, Any, Iterable[Any]]]) -> None:
+    """Raise a ValidationError of everything that `check_hyperparameter` says of several, each (its place in what is
+    validated, name, what was found there, values): all faults of a file come at once, with their lines."""
+    faults: dict[tuple[Any, str], InitErrorDetails] = {}
+    for place, name, found, values in given:
+        # one at a time, since several may be wrong; without a value it is the name that is looked at
+        singles: list[tuple[Any, ...]] = [(value,) for value in values] or [()]
+        for single in singles:
+            try:
+                check_hyperparameter(name, *single)
+            except ValueError as error:
+                told = PydanticCustomError("value_error", str(error))
+                faults[place, str(error)] = InitErrorDetails(type=told, loc=place, input=found)
+    if faults:
+        raise ValidationError.from_exception_data("recipe", list(faults.values()))
 
 
 def _rule_form(value: Any) -> str:

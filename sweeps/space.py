@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sweeps.recipe import check_hyperparameters
 from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 
 MOST_VALUES = 10_000
@@ -118,10 +119,14 @@ class Search(Declared):
     @field_validator("start", mode="after")
     @classmethod
     def _numbers_as_such(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [
+        parsed = [
             {name: one if isinstance(one, bool) else parse_number(one) for name, one in setting.items()}
             for setting in value
         ]
+        check_hyperparameters(
+            ((index, name), name, one, [one]) for index, setting in enumerate(parsed) for name, one in setting.items()
+        )
+        return parsed
 
     @field_validator("rungs", mode="after")
     @classmethod
@@ -132,6 +137,15 @@ class Search(Declared):
         for one, following in itertools.pairwise(value):
             if rung_step(one) == rung_step(following):
                 raise ValueError(f"{one:g} and {following:g} differ by less than a thousandth of the length; keep one")
+        return value
+
+    @field_validator("space", mode="after")
+    @classmethod
+    def _hyperparameters_with_their_values(cls, value: dict[str, Axis]) -> dict[str, Axis]:
+        check_hyperparameters(
+            ((name,), name, axis.model_dump(by_alias=True, exclude_unset=True), axis.categorical or axis.bounds())
+            for name, axis in value.items()
+        )
         return value
 
     @field_validator("space", mode="after")

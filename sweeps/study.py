@@ -1,6 +1,7 @@
 """A study as a researcher declares it: frozen, validated models (sweeps/studyfile.py reads them from YAML)."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,7 +17,7 @@ from pydantic import (
 from sweeps.errors import InputError
 from sweeps.families import find_family, resolve_options
 from sweeps.fitted import fitted_studies
-from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameter, flat_recipe
+from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameters, flat_recipe
 from sweeps.rules import Count, Declared, Number, Positive, Whole
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
@@ -159,8 +160,7 @@ class Point(Declared):
     @field_validator("training", mode="after")
     @classmethod
     def _known_hyperparameters(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, single in value.items():
-            check_hyperparameter(name, single)
+        check_hyperparameters(((name,), name, single, [single]) for name, single in value.items())
         return flat_recipe(value)
 
     @model_validator(mode="after")
@@ -227,6 +227,18 @@ Variation = Annotated[
     | Annotated[LogVary, Tag("@log")],
     Discriminator(_variation_form),
 ]
+
+
+def _values_of(variation: Any) -> Sequence[Any]:
+    """The values of a variation; none of one by factors, which the recipe's own value must tell."""
+    if isinstance(variation, Factors):
+        return ()
+    return variation.log.values() if isinstance(variation, LogVary) else variation
+
+
+def _plain(variation: Any) -> Any:
+    """A variation as the file has it."""
+    return variation.model_dump(by_alias=True) if isinstance(variation, BaseModel) else variation
 
 
 def _stack_form(value: Any) -> str:
@@ -380,10 +392,9 @@ class Study(Declared):
     def _known_hyperparameters(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         grid = info.data.get("grid")
         points = grid.points if isinstance(grid, PointsGrid) else []
+        check_hyperparameters(((name,), name, _plain(each), _values_of(each)) for name, each in value.items())
         for name, variation in value.items():
-            check_hyperparameter(name)
             if not isinstance(variation, Factors):
-                check_hyperparameter(name, *(variation.log.values() if isinstance(variation, LogVary) else variation))
                 if any(name in point.training for point in points):
                     raise ValueError(
                         f"{name} is set at a point of the grid too; take it out there, or vary its {{times: ..}}"
@@ -404,13 +415,9 @@ class Study(Declared):
     @classmethod
     def _searched_once(cls, value: Search | None, info: ValidationInfo) -> Search | None:
         grid, vary = info.data.get("grid"), info.data.get("vary", {})
-        for name, axis in value.space.items() if value else ():
-            check_hyperparameter(name, *(axis.categorical or axis.bounds()))
+        for name in value.space if value else ():
             if name in vary:
                 raise ValueError(f"{name} stands in vary too; it is varied or searched")
             if isinstance(grid, PointsGrid) and any(name in point.training for point in grid.points):
                 raise ValueError(f"{name} is set at a point of the grid too; take it out there, or here")
-        for setting in value.start if value else ():
-            for name, given in setting.items():
-                check_hyperparameter(name, given)
         return value

@@ -75,6 +75,30 @@ seeds: []
     assert text.startswith("9 faults")
 
 
+def test_all_hyperparameters_at_fault_are_named_each_on_its_line(tmp_path: Path) -> None:
+    grid = (
+        "grid:\n  type: points\n  points:\n  - size: 1e4\n    tokens: 9e4\n    training:\n      lr: 1\n      eps: 0\n"
+    )
+    vary = "vary:\n  learning_rat: [1]\n  beta1: [2, 0.9, 3]\n  epss: {times: [1]}\n  clip_norm: {times: [2]}\n"
+    space = "  space:\n    beta2: {linear: [0, 1]}\n    init: {log: [1, 2]}\n"
+    search = f"search:\n  sampler: tpee\n{space}  start: [{{beta3: 1}}]\n"
+    text = faults(tmp_path, f"name: s\nfamilies: [llama]\n{grid}{vary}{search}")
+    for line, words in [
+        (9, "grid.points[0].training.lr: found 1; unknown hyperparameter 'lr'"),
+        (10, "grid.points[0].training.eps: found 0; eps: found 0; input should be greater than 0"),
+        (12, "vary.learning_rat: found [1]; unknown hyperparameter 'learning_rat' (did you mean \"learning_rate\"?)"),
+        (13, "vary.beta1: found [2, 0.9, 3]; beta1: found 2; input should be less than 1"),
+        (13, "vary.beta1: found [2, 0.9, 3]; beta1: found 3; input should be less than 1"),
+        (14, "vary.epss: found {'times': [1.0]}; unknown hyperparameter 'epss' (did you mean \"eps\"?)"),
+        (17, "search.sampler: found 'tpee'; allowed: tpe, gp"),
+        (19, "search.space.beta2: found {'linear': (0.0, 1.0)}; beta2: found 1.0; input should be less than 1"),
+        (20, "search.space.init: found {'log': (1.0, 2.0)}; unknown hyperparameter 'init'"),
+        (21, "search.start[0].beta3: found 1; unknown hyperparameter 'beta3' (did you mean \"beta2\"?)"),
+    ]:
+        assert f"study.yaml:{line}: {words}" in text
+    assert text.startswith("10 faults")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
