@@ -1,11 +1,13 @@
 """A study as a researcher declares it: frozen, validated models (sweeps/studyfile.py reads them from YAML)."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     Discriminator,
     Field,
     Tag,
@@ -18,7 +20,7 @@ from sweeps.errors import InputError
 from sweeps.families import find_family, resolve_options
 from sweeps.fitted import fitted_studies
 from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameters, flat_recipe
-from sweeps.rules import Count, Declared, Number, Positive, Whole
+from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
 
@@ -214,6 +216,13 @@ class LogVary(Declared):
 
     log: LogRange
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_of_three_forms(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "log" not in value:
+            raise ValueError("a list of values, {times: [a, b]} or {log: {from: a, to: b, points: n}} is wanted")
+        return value
+
 
 def _variation_form(value: Any) -> str:
     if isinstance(value, Factors) or (isinstance(value, dict) and "times" in value):
@@ -272,6 +281,18 @@ class Limits(Declared):
     nothing beyond one unit."""
 
 
+def _option(value: Any) -> Any:
+    """An option's value in one of its two kinds: a union would tell a fault once for each of them."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    plain = value if isinstance(value, bool) else parse_number(value)
+    if not isinstance(plain, int | float) or not math.isfinite(plain):
+        raise ValueError("a number, or true or false, is wanted")
+    return plain
+
+
+Option = Annotated[float | bool, BeforeValidator(_option)]
+
 _FAMILY_FILE = re.compile(r".+\.py:\w+")
 
 
@@ -290,7 +311,7 @@ class Study(Declared):
     validation_tokens: Annotated[Whole, Field(ge=8192)] | None = None
     """Tokens that the final loss is taken over, in windows evenly spread over the validation stream; default: all of
     it. Short cells need not spend most of their time there; their losses compare with each other alone."""
-    families: dict[str, dict[str, Number | bool]]
+    families: dict[str, dict[str, Option]]
     """Family names, each with its options; a list of names will do."""
     grid: Grid
     training: Training = Training()

@@ -134,8 +134,12 @@ def _describe(fault: Mapping[str, Any]) -> str:
         return f"{field}: unknown key{nearest(str(location[-1]), allowed)}; allowed: {', '.join(allowed)}"
     if fault["type"] == "missing":
         return f"{field}: missing; it must be given"
+    if fault["type"] == "union_tag_not_found":  # which form of several is meant
+        forms = [_form_of(model) for model in _models_at(location)]
+        hint = next((f" (found {key!r})" for key in fault["input"] if nearest(str(key), ["type"])), "")
+        return f"{field}.type: missing{hint}; allowed: {', '.join(forms)}"
     found, wanted = repr(fault["input"]), plain_fault(fault)
-    if fault["type"] in ("model_type", "dict_type"):
+    if fault["type"] in ("model_type", "dict_type", "model_attributes_type"):
         keys = _keys_at(location) if fault["type"] == "model_type" else []
         wanted = f"a mapping is wanted{', of the keys ' if keys else ''}{', '.join(keys)}"
     return f"{field}: found {found if len(found) < 80 else found[:77] + '...'}; {wanted}"
@@ -148,6 +152,11 @@ def _is_union_member(location: tuple[str | int, ...], index: int) -> bool:
 
 def _keys_at(location: tuple[str | int, ...]) -> list[str]:
     """The keys that the model at `location` allows."""
+    return [field.alias or name for model in _models_at(location) for name, field in model.model_fields.items()]
+
+
+def _models_at(location: tuple[str | int, ...]) -> list[Any]:
+    """The model at `location`, or all forms that there may be."""
     models: list[Any] = [Study]
     for part in location:
         fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
@@ -155,7 +164,7 @@ def _keys_at(location: tuple[str | int, ...]) -> list[str]:
             models = [model for field in fields for model in _models_in(field)]
         else:
             models = [model for model in models if _form_of(model) == part] or models
-    return [field.alias or name for model in models for name, field in model.model_fields.items()]
+    return models
 
 
 def _models_in(annotation: Any) -> list[Any]:
