@@ -34,10 +34,14 @@ def check_hyperparameter(name: str, *values: Any) -> None:
             raise ValueError(f"{name}: found {value!r}; {plain_fault(error.errors()[0])}") from None
 
 
-def check_hyperparameters(given: Iterable[tuple[tuple[str | int, ...], str, Any, Iterable[Any]]]) -> None:
-    """Raise a ValidationError of everything that `check_hyperparameter` says of several, each (its place in what is
-    validated, name, what was found there, values): all faults of a file come at once, with their lines."""
-    faults: dict[tuple[Any, str], InitErrorDetails] = {}
+Place = tuple[str | int, ...]
+"""Keys and indices in what is validated."""
+
+
+def check_hyperparameters(given: Iterable[tuple[Place, str, Any, Iterable[Any]]]) -> None:
+    """Raise a ValidationError of everything that `check_hyperparameter` says of several, each (its place, name, what
+    was found there, values)."""
+    faults: list[tuple[Place, Any, str]] = []
     for place, name, found, values in given:
         # one at a time, since several may be wrong; without a value it is the name that is looked at
         singles: list[tuple[Any, ...]] = [(value,) for value in values] or [()]
@@ -45,10 +49,20 @@ def check_hyperparameters(given: Iterable[tuple[tuple[str | int, ...], str, Any,
             try:
                 check_hyperparameter(name, *single)
             except ValueError as error:
-                told = PydanticCustomError("value_error", str(error))
-                faults[place, str(error)] = InitErrorDetails(type=told, loc=place, input=found)
-    if faults:
-        raise ValidationError.from_exception_data("recipe", list(faults.values()))
+                faults.append((place, found, str(error)))
+    raise_together(faults)
+
+
+def raise_together(faults: Iterable[tuple[Place, Any, str]]) -> None:
+    """Raise a ValidationError of these faults, where there are any, each (its place, what was found there, what is
+    allowed): all faults of a file come at once, with their lines."""
+    once = {(place, told): found for place, found, told in faults}
+    if once:
+        details = [
+            InitErrorDetails(type=PydanticCustomError("value_error", told), loc=place, input=found)
+            for (place, told), found in once.items()
+        ]
+        raise ValidationError.from_exception_data("study", details)
 
 
 def _rule_form(value: Any) -> str:

@@ -16,8 +16,8 @@ import platform
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,26 @@ DOCUMENT_BYTES = 256 * 1024
 """A longer document is cut into consecutive documents (at a line end where there is one)."""
 
 KINDS = ("pystdlib", "folder", "jsonl", "parquet", "hf", "markov")
+
+_TEXTS = ("text_field", "max_bytes")
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "pystdlib": ("max_bytes",),
+    "folder": ("glob", "max_bytes"),
+    "jsonl": ("glob", *_TEXTS),
+    "parquet": ("glob", *_TEXTS),
+    "hf": ("split", "subset", "revision", *_TEXTS),
+    "markov": ("vocab_size", "order", "tokens", "seed", "document_tokens"),
+}
+"""What each kind of source reads of a `Source`, besides its path."""
+_LIMITS = {
+    "max_bytes": (1, 2**63 - 1),
+    "vocab_size": (2, 65_535),
+    "order": (1, 8),
+    "tokens": (1, 2**40),
+    "seed": (0, 2**63 - 1),
+    "document_tokens": (2, 2**16),
+}
+"""Of the options that are whole numbers: least and most."""
 
 # What of the standard library is left out, and why: tests are mostly literals made to be odd; installed packages and
 # files written when Python was built or set up differ between machines; generated tables are not written by people,
@@ -93,24 +113,40 @@ def make_source(
         raise InputError(f'the corpus source {kind} takes no path, but one is given: "{path}"')
     if kind not in ("pystdlib", "markov") and not path:
         raise InputError(f"the corpus source {kind} needs a path")
-    allowed = {field.name: field.default for field in fields(Source) if field.name not in ("kind", "path")}
-    for key, value in (options or {}).items():
-        if key not in allowed:
-            raise InputError(f'unknown corpus option "{key}"{nearest(key, allowed)}; known: {", ".join(allowed)}')
-        wanted = int if key == "max_bytes" or type(allowed[key]) is int else str
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise InputError(f"corpus option {key} must be of type {wanted.__name__}, found {value!r}")
-    source = Source(kind=kind, path=path, **(options or {}))
-    for key, low, high in (
-        ("vocab_size", 2, 65_535), ("order", 1, 8), ("tokens", 1, 2**40), ("document_tokens", 2, 2**16)
-    ):  # fmt: skip
-        if not low <= getattr(source, key) <= high:
-            raise InputError(f"corpus option {key} must be from {low} to {high}, found {getattr(source, key)}")
-    if source.max_bytes is not None and source.max_bytes < 1:
-        raise InputError(f"corpus option max_bytes must be positive, found {source.max_bytes}")
+    source = Source(kind=kind, path=path, **{key: check_option(kind, key, one) for key, one in (options or {}).items()})
     if path and base_dir and (kind != "hf" or (base_dir / path).exists()):
         source = replace(source, path=str(base_dir / Path(path).expanduser()))
     return source
+
+
+def check_option(kind: str, name: str, value: Any) -> Any:
+    """An option as a source of this kind takes it; a whole number may be written as 1e6.
+
+    Raises InputError for an unknown one, one of another kind, which would change nothing, a wrong type or range.
+    """
+    allowed = OPTIONS[kind]
+    if name not in allowed:
+        others = [other for other, names in OPTIONS.items() if name in names]
+        known = f"{kind} has {', '.join(allowed)}"
+        if others:
+            raise InputError(
+                f"corpus option {name} is of {' and '.join(others)} and would change nothing here; {known}"
+            )
+        raise InputError(f'unknown corpus option "{name}"{nearest(name, allowed)}; {known}')
+    if name not in _LIMITS:
+        if not isinstance(value, str):
+            raise InputError(f"corpus option {name} must be of type str, found {value!r}")
+        return value
+    number = value
+    if isinstance(value, str | float):
+        with suppress(ValueError):
+            number = int(float(value)) if float(value).is_integer() else value
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise InputError(f"corpus option {name} must be of type int, found {value!r}")
+    low, high = _LIMITS[name]
+    if not low <= number <= high:
+        raise InputError(f"corpus option {name} must be from {low} to {high}, found {number}")
+    return number
 
 
 def is_here(source: Source) -> bool:

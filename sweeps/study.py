@@ -19,8 +19,9 @@ from pydantic import (
 from sweeps.errors import InputError
 from sweeps.families import find_family, resolve_options
 from sweeps.fitted import fitted_studies
-from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameters, flat_recipe
+from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameters, flat_recipe, raise_together
 from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
+from sweeps.sources import check_option
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
 
@@ -33,12 +34,26 @@ class CorpusSource(Declared):
     short for source hf with that path."""
     path: str | None = None
     """The folder or file (folder, jsonl, parquet), relative to the study file, or the dataset's name (hf)."""
-    options: dict[str, str | int | float] = {}
+    options: dict[str, Any] = {}
     """Options of the source: text_field (jsonl, parquet, hf), split (hf), vocab_size, order, tokens, seed (markov)."""
     fingerprint: str | None = None
     """Pins the corpus: any other content is an error."""
     repeat: bool = False
     """Allows cells of more than four epochs."""
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _options_of_its_source(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if (kind := info.data.get("source")) is None:
+            return value
+        checked, faults = {}, []
+        for name, given in value.items():
+            try:
+                checked[name] = check_option(kind, name, given)
+            except InputError as error:
+                faults.append(((name,), given, str(error)))
+        raise_together(faults)
+        return checked
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> "CorpusSource":

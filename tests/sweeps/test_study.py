@@ -145,6 +145,9 @@ def test_all_hyperparameters_at_fault_are_named_each_on_its_line(tmp_path: Path)
         ("vary: {cooldown_shape: [sqrt, square]}", "cooldown_shape: found 'square'; allowed: sqrt, linear, cosine"),
         ("vary: {cooldown_fraction: [0.1, 1.5]}", "cooldown_fraction: found 1.5; the cooldown is a share of the run"),
         ("vary: {cooldown_shape: {times: [2]}}", "cooldown_shape is no number, so it has no multiples"),
+        ("corpus: {source: markov, options: {tokns: 9}}", "corpus.options.tokns: found 9; unknown corpus option"),
+        ("corpus: {source: markov, options: {order: 9, tokens: 0}}", "2 faults in the study file"),
+        ("corpus: {source: folder, path: x, options: {max_bytes: true}}", "max_bytes must be of type int, found True"),
         ("grid: {sizes: [1e4]}", "grid.type: missing; allowed: isoflop, ladder, points, shapes"),
         ("grid: {tpye: isoflop}", "grid.type: missing (found 'tpye'); allowed: isoflop"),
         ("grid: isoflop", "grid: found 'isoflop'; a mapping is wanted"),
@@ -206,6 +209,14 @@ def test_files_that_are_no_text_or_too_large_are_refused(tmp_path: Path) -> None
 def test_a_log_range_hits_both_ends_and_is_even_in_the_logarithm() -> None:
     values = LogRange(**{"from": 1e9, "to": 1.6e10, "points": 5}).values()
     assert values == (1e9, 2e9, 4e9, 8e9, 1.6e10)
+
+
+def test_a_corpus_option_may_be_a_number_as_any_other_in_the_file(tmp_path: Path) -> None:
+    for number in ("1e5", "1.0e+5", "100000"):
+        text = f"{GOOD}corpus: {{source: markov, options: {{tokens: {number}}}}}\n"
+        options = load_study(write(tmp_path, text)).corpus.options
+        assert options == {"tokens": 100_000}
+        assert type(options["tokens"]) is int
 
 
 def test_a_hugging_face_dataset_is_named_in_short(tmp_path: Path) -> None:
