@@ -292,6 +292,7 @@ def write(path: Path, content: bytes) -> Path:
         ("folder", "a.txt", b"too small", "1 distinct non-empty documents"),
         ("folder", ".hidden.txt", b"text", "no files that match"),
         ("jsonl", "a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not a line of JSON"),
+        ("jsonl", "a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, r"a\.jsonl:2: not a line of JSON"),
         (
             "jsonl",
             "a.jsonl",
