@@ -24,6 +24,7 @@ from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 from sweeps.sources import check_option
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
+from sweeps.tokenizers import bpe_vocabulary
 
 
 class CorpusSource(Declared):
@@ -369,6 +370,13 @@ class Study(Declared):
         if not STUDY_NAME.fullmatch(value):
             raise ValueError("letters, digits, dot, dash and underscore only, at most 100")
         return value
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _vocabulary_in_range(cls, value: str) -> str:
+        if value.startswith("bpe:"):
+            bpe_vocabulary(value)
+        return value  # a path is looked up when the study is planned
 
     @field_validator("corpus", mode="before")
     @classmethod

@@ -148,6 +148,11 @@ def test_all_hyperparameters_at_fault_are_named_each_on_its_line(tmp_path: Path)
         ("corpus: {source: markov, options: {tokns: 9}}", "corpus.options.tokns: found 9; unknown corpus option"),
         ("corpus: {source: markov, options: {order: 9, tokens: 0}}", "2 faults in the study file"),
         ("corpus: {source: folder, path: x, options: {max_bytes: true}}", "max_bytes must be of type int, found True"),
+        (
+            "tokenizer: bpe:100",
+            "study.yaml:5: tokenizer: found 'bpe:100'; tokenizer \"bpe:100\": the vocabulary size must",
+        ),
+        ("tokenizer: bpe:1e3", "must be a number from 257"),
         ("grid: {sizes: [1e4]}", "grid.type: missing; allowed: isoflop, ladder, points, shapes"),
         ("grid: {tpye: isoflop}", "grid.type: missing (found 'tpye'); allowed: isoflop"),
         ("grid: isoflop", "grid: found 'isoflop'; a mapping is wanted"),
