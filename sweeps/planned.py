@@ -230,7 +230,10 @@ def _default_warmup(N: int, tokens: int, stable: float) -> float:
 
 def _realised(name: str, rule: Any, known: Mapping[str, float], times: Mapping[str, float]) -> float:
     """A hyperparameter's value: a plain number as it stands, one that was computed to six digits and within range."""
-    value = evaluate(rule, known)
+    try:
+        value = evaluate(rule, known)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if name in times:
         value = float(f"{value * times[name]:.6g}")
     if name in times or isinstance(rule, PowerRule | PowerLaw):

@@ -332,6 +332,10 @@ def test_all_faults_of_a_plan_come_at_once() -> None:
         ({"vary": {"final_fraction": {"times": [20]}}}, "final_fraction: found 2.0"),
         ({"training": {"learning_rate": {"value": 1, "at": {"N": 1}, "power": {"N": 1000}}}}, "overflows at N"),
         (
+            {"training": {"batch_tokens": {"value": 1, "at": {"batch_tokens": 1}, "power": {"batch_tokens": 1}}}},
+            "batch_tokens: this rule cannot depend on batch_tokens; allowed here: N, D, C, width, depth",
+        ),
+        (
             {"training": {"learning_rate": {"value": 1e300, "at": {"N": 1}, "power": {"N": 10}}}},
             "learning_rate: found inf; input should be a finite number",
         ),
