@@ -5,6 +5,7 @@ cannot take the space, a rung that no sampler learns from are faults of the file
 """
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,8 @@ from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 
 MOST_VALUES = 10_000
 """As many as a list may have: more are a range."""
+MOST_SETTINGS = 100_000
+"""Of a grid, whose settings are listed each time that one is asked for."""
 SAMPLERS = ("tpe", "gp", "qmc", "cmaes", "random", "grid")
 SamplerName = Literal["tpe", "gp", "qmc", "cmaes", "random", "grid"]
 
@@ -184,6 +187,9 @@ def why_not(sampler: str, space: Mapping[str, Axis], rungs: list[float]) -> str 
         return "needs a space of at least two hyperparameters"
     if sampler == "grid" and endless:
         return f"needs a list of values, and {', '.join(endless)} has none: give a (larger) step, or categorical"
+    count = math.prod(len(axis.values() or []) for axis in space.values())
+    if sampler == "grid" and count > MOST_SETTINGS:
+        return f"would go through {count:,} settings, and {MOST_SETTINGS:,} are the most: give larger steps"
     if sampler in ("gp", "cmaes") and rungs:
         return "learns nothing from trials that end at a rung"
     return None

@@ -53,6 +53,10 @@ def fault_of(tmp_path: Path, search: str, more: str = "") -> str:
             "{space: {learning_rate: {log: [1e-3, 1]}}, sampler: grid}",
             "needs a list of values, and learning_rate has none",
         ),
+        (
+            "{space: {eps: {linear: [1, 400], step: 1}, clip_norm: {linear: [1, 400], step: 1}}, sampler: grid}",
+            "sampler grid would go through 160,000 settings, and 100,000 are the most: give larger steps; take tpe, gp",
+        ),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, sampler: gp, rungs: [0.5]}", "take tpe, qmc, random"),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, rungs: [1.5]}", "more than 0 and less than 1"),
         ("{space: {learning_rate: {log: [1e-3, 1]}}, rungs: [0.0625, 0.0624]}", "less than a thousandth of the length"),
