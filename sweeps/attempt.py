@@ -33,6 +33,8 @@ GPU_TOLERANCE = 1e-3
 OTHER_TOLERANCE = 2e-2
 """And where the numerics are not those of the first computation."""
 
+_LOSSES = ("val_loss_final", "val_bpb_final", "loss_at_start")
+
 
 @dataclass(frozen=True)
 class Ended:
@@ -176,20 +178,44 @@ def _train(tries: Sequence[_Try], base_dir: Path | None, ranks: "Ranks | None") 
     if ranks and tries[0].cell.trainer:
         raise InputError(f"trainer {tries[0].cell.trainer} trains in one process. Leave out workers, or set it to 1.")
     if len(tries) == 1 and tries[0].cell.trainer:
+        name = tries[0].cell.trainer
         try:
-            end: Outcome | Exception | float = _find_trainer(tries[0].cell.trainer, base_dir)(tries[0].cell, ios[0])
+            end: Outcome | Exception = _outcome(name, _find_trainer(name, base_dir)(tries[0].cell, ios[0]))
         except Exception as error:
             end = error
-        tries[0].settle(end if isinstance(end, Outcome | Exception) else Outcome(val_loss_final=float(end)))
+        except SystemExit as error:  # the worker would go with it, and nobody would hear why
+            end = InputError(f"trainer {name} ended its process, sys.exit({error.code!r}). Let it return, or raise.")
+        tries[0].settle(end)
         return
     from sweeps.training import train_together
 
     train_together([one.cell for one in tries], ios, lambda member, end: tries[member].settle(end), ranks)
 
 
+def _outcome(trainer: str, returned: Any) -> Outcome:
+    """What a trainer of one's own has returned. InputError where it is neither a loss nor an Outcome."""
+    found = returned if isinstance(returned, Outcome) else Outcome(val_loss_final=returned)
+    losses = {name: getattr(found, name) for name in _LOSSES}
+    try:
+        if any(isinstance(value, bool | str) for value in losses.values()):
+            raise TypeError
+        plain: dict[str, Any] = {name: float(value) for name, value in losses.items() if value is not None}
+        found = replace(found, **plain)
+    except (TypeError, ValueError, RuntimeError):  # the last of a tensor of several values
+        known = False
+    else:
+        known = found.state == "diverged" or (found.state == "finished" and found.val_loss_final is not None)
+    if not known:
+        raise InputError(
+            f"trainer {trainer} returned {str(returned)[:200]}. Let it return its final validation loss, a number in "
+            "nats per token, or an Outcome that is finished with such a loss, or diverged."
+        )
+    return found
+
+
 def _finite(outcome: Outcome) -> Outcome:
     """An outcome whose losses are finite or None: a trainer of one's own may end with a loss that is lost."""
-    losses = {name: getattr(outcome, name) for name in ("val_loss_final", "val_bpb_final", "loss_at_start")}
+    losses = {name: getattr(outcome, name) for name in _LOSSES}
     lost = {name: value for name, value in losses.items() if value is not None and not math.isfinite(value)}
     if not lost:
         return outcome

@@ -119,6 +119,7 @@ class TrainerIO:
         Pairs of (tokens, key) that are in the log already are not written again. Names that end in _seconds,
         _per_second or mfu are taken to be of the clock and may differ.
         """
+        tokens = _whole(tokens)
         known = self._logged.setdefault(tokens, {})
         fresh = {key: float(value) for key, value in metrics.items() if key not in known}
         for key, value in fresh.items():
@@ -145,6 +146,7 @@ class TrainerIO:
         it is due; the copy is written by a thread. At a branch point it is due and stays. Raises Stopped where the
         attempt must end.
         """
+        tokens = _whole(tokens)
         if self.is_due(tokens, last=last):
             self.keep(tokens, snapshot, last=last)
 
@@ -237,6 +239,17 @@ def _trunk_of(attempt: Path) -> dict[str, Any] | None:
         return read_json(attempt / "trunk.json")
     except FileNotFoundError:
         return None
+
+
+def _whole(tokens: Any) -> int:
+    """Tokens seen as an int, which records and MLflow's steps want; a trainer of one's own may count in numpy's."""
+    try:
+        whole: int | None = int(tokens)
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != tokens:
+        raise ValueError(f"found {tokens!r} tokens seen; a whole number is wanted, such as step * cell.batch_tokens")
+    return whole
 
 
 def _is_clock(key: str) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -306,3 +307,39 @@ def test_a_trainer_of_ones_own_that_ends_with_a_loss_that_is_not_finite_has_dive
     assert (result["state"], result["val_loss_final"]) == ("diverged", None)
     assert result["loss_at_start"] == (None if ending == "float" else 2.0)
     assert not (store.attempt(cell.id, 0) / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("pass", "returned None. Let it return its final validation loss, a number in nats per token, or an Outcome"),
+        ("return {'loss': 2.5}", "returned {'loss': 2.5}. Let it"),
+        ("return 'low'", "returned low. Let it"),
+        ("return Outcome()", "an Outcome that is finished with such a loss, or diverged"),
+        ("return Outcome(state='done', val_loss_final=1.0)", "an Outcome that is finished with such a loss"),
+        ("raise SystemExit(3)", r"ended its process, sys.exit\(3\). Let it return, or raise"),
+        ("io.log(512.5, {'train_loss': 1.0})", "found 512.5 tokens seen; a whole number is wanted"),
+        ("io.checkpoint(None, dict, last=True)", "found None tokens seen; a whole number is wanted"),
+    ],
+)
+def test_what_a_trainer_of_ones_own_must_not_do_is_a_sentence(
+    corpus: Corpus, store: Store, tmp_path: Path, body: str, words: str
+) -> None:
+    (tmp_path / "mine.py").write_text(f"from sweeps.trainer import Outcome\n\ndef train(cell, io):\n    {body}\n")
+    cell = make_cell(corpus, 30, trainer=trainer_identity("mine.py:train", tmp_path))
+    ended = run_attempt(store, put(store, cell), study="s", base_dir=tmp_path)
+    assert ended.state == "code"
+    assert re.search(words, ended.reason or "")
+    assert cell_state(store, cell.id).state == "failed"
+
+
+def test_a_trainer_of_ones_own_may_count_and_measure_in_numpy(corpus: Corpus, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\nfrom sweeps.trainer import Outcome\n\ndef train(cell, io):\n"
+        "    tokens = np.int64(512)\n    io.log(tokens, {'train_loss': np.float32(2)})\n"
+        "    io.checkpoint(tokens, lambda: {'x': 1.0}, last=True)\n    return Outcome(val_loss_final=np.float32(1.5))\n"
+    )
+    cell = make_cell(corpus, 30, trainer=trainer_identity("mine.py:train", tmp_path))
+    assert run_attempt(store, put(store, cell), study="s", base_dir=tmp_path).state == "finished"
+    assert read_json(store.cell(cell.id) / "result.json")["val_loss_final"] == 1.5
+    assert [row["tokens"] for row in read_metrics(store, cell.id)] == [512]
