@@ -240,12 +240,20 @@ def find_family(name: str, *, allow_code: bool = False, base_dir: Path = Path())
 def _call_family(name: str, function: Callable[[], Any], digest: str) -> Family:
     try:
         family = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f'family "{name}" fails with {type(error).__name__}: {error}. Mend it.') from error
     if not isinstance(family, Family):
         raise InputError(f'family "{name}" returned {type(family).__name__}; it must return a sweeps.families.Family.')
     if (family.config is None) == (family.build is None) or "tied" not in family.options:
         raise InputError(f'family "{name}" needs exactly one of config and build, and a "tied" option.')
+    traits = (
+        ("mlp_ratio", 0 < family.mlp_ratio < math.inf, "more than 0"),
+        ("mlp_matrices", family.mlp_matrices in (2, 3), "2 or 3"),
+        ("options", isinstance(family.options["tied"], bool), "a tied of true or false"),
+    )
+    for trait, good, wanted in traits:
+        if not good:
+            raise InputError(f'family "{name}" has {trait} {getattr(family, trait)!r}; {wanted} is wanted.')
     return replace(family, name=name, version=f"{family.version}+{digest}")
 
 

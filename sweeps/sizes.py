@@ -141,13 +141,16 @@ def _shape_for(
             )
             if best is None or cost < best[0]:
                 best = (cost, rung, depth, mlp_width)
-    if best is None:  # the bands leave no gap (tested), but a user's `extra` may
-        raise InputError(
-            f"family {family.name} has no shape within {_tolerance(target):.0%} of {target:,.0f} parameters. "
-            "Choose a neighbouring size."
-        )
-    _, rung, depth, mlp_width = best
-    return _shape(family, rung.width, rung.heads, depth, mlp_width, vocab_size, context, dict(options))
+    if best is not None:
+        _, rung, depth, mlp_width = best
+        shape = _shape(family, rung.width, rung.heads, depth, mlp_width, vocab_size, context, dict(options))
+        if family.extra is None or low <= parameters(shape).active <= high:
+            return shape
+    # the bands leave no gap (tested), but a user's `extra` may, or bend what was taken to be straight
+    raise InputError(
+        f"family {family.name} has no shape within {_tolerance(target):.0%} of {target:,.0f} parameters. Choose a "
+        "neighbouring size; of a family of your own, let its extra grow with depth and with depth x mlp_width alone."
+    )
 
 
 @lru_cache(maxsize=256)
@@ -228,8 +231,24 @@ def _shape(
     )
     if family.extra is None:
         return shape
-    extra_parameters, extra_flops = family.extra(shape)
+    extra_parameters, extra_flops = _extra(family, shape)
     return replace(shape, extra_parameters=extra_parameters, extra_flops=extra_flops)
+
+
+def _extra(family: Family, shape: Shape) -> tuple[int, int]:
+    """What a user's own family counts beside the standard parts. InputError where its function gives no such counts."""
+    assert family.extra is not None
+    try:
+        parameters, flops = family.extra(shape)
+        whole = parameters == int(parameters) and flops == int(flops)
+    except Exception as error:
+        raise InputError(
+            f'family "{family.name}": its extra fails with {type(error).__name__}: {error}. Let it return parameters '
+            "and forward FLOPs per token."
+        ) from error
+    if not whole:
+        raise InputError(f'family "{family.name}": its extra is {parameters}, {flops}; whole numbers are wanted.')
+    return parameters, flops
 
 
 def _tolerance(size: float) -> float:

@@ -58,6 +58,6 @@ def _run(what: str, path: Path, source: bytes, digest: str) -> types.ModuleType:
     sys.modules[module.__name__] = module
     try:
         exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # one that ends the process would end it without a word
         raise InputError(f'{what} "{path}" fails with {type(error).__name__}: {error}. Mend it.') from error
     return module

@@ -244,6 +244,34 @@ def incomplete():
 
 def breaks():
     return 1 / 0
+
+def leaves():
+    raise SystemExit(3)
+
+def with_traits(**traits):
+    return Family(**{"name": "bag", "version": 1, "mlp_ratio": 4, "mlp_matrices": 2, "options": {"tied": False},
+                     "build": Bag, "extra": extra, **traits})
+
+def no_ratio():
+    return with_traits(mlp_ratio=0)
+
+def no_matrices():
+    return with_traits(mlp_matrices=1)
+
+def no_tied():
+    return with_traits(options={"tied": None})
+
+def divides():
+    return with_traits(extra=lambda shape: (1 / 0, 0))
+
+def one_count():
+    return with_traits(extra=lambda shape: 3)
+
+def half():
+    return with_traits(extra=lambda shape: (0.5, 0))
+
+def bent():
+    return with_traits(extra=lambda shape: (shape.depth * shape.mlp_width**2, 0))
 """
 
 
@@ -319,11 +347,30 @@ def test_members_of_a_family_of_ones_own_are_probed(own: Path, corpus: Corpus, s
         ("mine.py:wrong", "returned str; it must return a"),
         ("mine.py:incomplete", "exactly one of config and build"),
         ("mine.py:breaks", "ZeroDivisionError"),
+        ("mine.py:leaves", "fails with SystemExit: 3"),
+        ("mine.py:no_ratio", "has mlp_ratio 0; more than 0 is wanted"),
+        ("mine.py:no_matrices", "has mlp_matrices 1; 2 or 3 is wanted"),
+        ("mine.py:no_tied", "a tied of true or false is wanted"),
     ],
 )
 def test_what_is_wrong_with_a_family_is_said(own: Path, name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         find_family(name, allow_code=True, base_dir=own)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("divides", "its extra fails with ZeroDivisionError: division by zero. Let it return parameters and forward"),
+        ("one_count", "its extra fails with TypeError"),
+        ("half", "its extra is 0.5, 0; whole numbers are wanted"),
+        ("bent", "no shape within 8% of 100,000 parameters"),
+    ],
+)
+def test_what_is_wrong_with_the_counts_of_a_family_is_said(own: Path, function: str, message: str) -> None:
+    family = find_family(f"mine.py:{function}", allow_code=True, base_dir=own)
+    with pytest.raises(InputError, match=message):
+        shape_for(family, 1e5, vocab_size=256, context=32)
 
 
 def test_code_runs_only_when_allowed(own: Path) -> None:
