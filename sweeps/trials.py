@@ -69,12 +69,23 @@ def groups(plan: Plan) -> tuple[Group, ...]:
     for places in found.values():
         words = "study" if search.per == "study" else _words(places[0])
         known = [place.plan(setting).cell.id for place in places for setting in corners(plan.study)]
+        known += [one for place in places for one in _cooled(search, place)]
         text = json.dumps([search.model_dump(mode="json", by_alias=True)["space"], known])
         group = Group(f"{words} {hashlib.sha256(text.encode()).hexdigest()[:8]}", tuple(places))
         _check_rungs(search, group)
         start_settings(search, group)
         made.append(group)
     return tuple(made)
+
+
+def _cooled(search: Search, place: Place) -> list[str]:
+    """The cell of a wsd that the ends of the space do not show: fields of the recipe concern it alone."""
+    axis = search.space.get("schedule")
+    if axis is None or "wsd" not in (axis.categorical or [])[1:-1]:
+        return []
+    with suppress(ValueError):  # a setting between the ends need not make a cell
+        return [place.plan(corners(place.study)[0] | {"schedule": "wsd"}).cell.id]
+    return []
 
 
 def _words(place: Place) -> str:

@@ -172,6 +172,17 @@ def test_an_edited_recipe_begins_a_search_of_its_own(store: Store, make_plan: Ca
     assert len(with_trials(store, make_plan(trials=3)).cells) == 3, "the old one is still there"
 
 
+def test_an_edited_cooldown_begins_a_search_of_its_own_wherever_wsd_stands(make_plan: Callable[..., Plan]) -> None:
+    def plan(schedules: list[str], cooldown: float) -> Plan:
+        return make_plan({"cooldown_fraction": cooldown}, space={"schedule": {"categorical": schedules}}, trials=6)
+
+    for schedules in (["cosine", "wsd"], ["cosine", "wsd", "linear"]):
+        names = {groups(plan(schedules, cooldown))[0].name for cooldown in (0.2, 0.4)}
+        assert len(names) == 2, f"{schedules}: trials of another cooldown are not those of this recipe"
+    apart = {groups(plan(["cosine", "constant", "linear"], cooldown))[0].name for cooldown in (0.2, 0.4)}
+    assert len(apart) == 1, "of no trial's concern"
+
+
 def test_a_setting_that_makes_no_cell_fails_its_trial_alone(store: Store, make_plan: Callable[..., Plan]) -> None:
     space = {"cooldown_fraction": {"categorical": [0.2, 0.9, 0.3]}}
     broken = make_plan(
