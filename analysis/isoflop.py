@@ -18,14 +18,13 @@ import pandas as pd
 
 from analysis.frontier import Counter, flop_counter, line_targets, line_through_minima
 from analysis.resampling import dependent_runs, trunk_labels
+from analysis.runs import shared_budgets
 from analysis.selection import Selection, provenance
 from analysis.uncertainty import SEEDS, Noise, interval, judge_noise
 from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span, plural
 from sweeps.errors import InputError, nearest
 
 Method = Literal["parabola", "akima"]
-SAME_BUDGET = 0.05
-"""Runs of a table without a budget column share one where their ln C is this close to the next."""
 WIDE = 4.0
 """A parabola is a good likeness of a Chinchilla curve within this factor of its minimum."""
 HEIGHT, ENOUGH = 0.15, 5
@@ -193,16 +192,7 @@ def _spline_noise(seeds: Noise | None, rows: pd.DataFrame) -> tuple[Noise, list[
 def _with_budgets(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     """The rows that belong to a budget. Without a budget column, runs of nearly equal C share one."""
     if "budget" not in rows.columns:
-        order = np.argsort(rows["C"].to_numpy())
-        logs = np.log(rows["C"].to_numpy()[order])
-        cluster = np.concatenate([[0], np.cumsum(np.diff(logs) > SAME_BUDGET)]).astype(int)[: len(logs)]
-        width = pd.Series(logs).groupby(cluster).agg(np.ptp) if len(logs) else pd.Series(dtype=float)
-        center = pd.Series(logs).groupby(cluster).mean() if len(logs) else pd.Series(dtype=float)
-        # A chain of neighbours that spreads is a cloud of runs, not a budget.
-        named = [float(f"{np.exp(center[c]):.4g}") if width[c] <= 4 * SAME_BUDGET else NAN for c in cluster]
-        budget = np.empty(len(rows))
-        budget[order] = named
-        rows = rows.assign(budget=budget)
+        rows = rows.assign(budget=shared_budgets(rows["C"].to_numpy()))
     without = rows["budget"].isna()
     missed = [{"cell": str(c), "reason": "belongs to no compute budget"} for c in rows["cell"][without]]
     return rows[~without], missed

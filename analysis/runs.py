@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from sweeps.errors import InputError
-from sweeps.foreign import described
+from sweeps.foreign import described, is_foreign
 from sweeps.store import Store, iterate_cells, open_store, read_metrics, spent_flops, study_names
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 PAGE_RUNS = 1000
+BUDGET_SIZES = 3
+"""Imported runs of nearly equal C are a budget from so many sizes on: fewer have no minimum."""
+SAME_BUDGET = 0.05
+"""Runs of a table without a budget column share one where their ln C is this close to the next."""
 READERS = 8
 """Histories asked for at once: MLflow's HTTP client keeps ten connections."""
 MAX_EPOCHS = 1.5
@@ -68,7 +72,8 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     N and its variants are parameters, D tokens, C FLOPs, losses nats per token (`val_bpb_final` bits per byte);
     `loss_at_start` is that of the first step.
     `C_assumed`: C is 6 N D, because the table that a foreign run was imported from has none; what else such a run does
-    not tell is NaN or None. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
+    not tell is NaN or None, but for `budget`: imported runs that name none share one where their C is nearly equal, as
+    those of a table do. `adamw_timescale` is batch_tokens / (learning_rate weight_decay D): AdamW's averaging time
     as a fraction of the run (Wang & Aitchison 2024), NaN without decay. `excluded` is None, or why a fit must leave the
     cell out. `trunk` is equal in all cells of the study that share a past, the id of the one that trains it; a cell
     that shares with none is its own. C is what a cell is worth, the law's C; `C_spent` what it cost, or will cost:
@@ -85,9 +90,12 @@ def load_runs(study: str, store: str | Path | Store | None = None, *, tracking_u
     hold the study, the frame is read from the MLflow server `tracking_uri`.
     Raises InputError where neither has the study.
     """
-    rows = [_row(study, *source) for source in _sources(study, store, tracking_uri)]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+    sources = list(_sources(study, store, tracking_uri))
+    frame = pd.DataFrame([_row(study, *source) for source in sources], columns=list(COLUMNS), dtype=object)
     frame = frame.astype({c: _kind(frame[c]) for c in COLUMNS})
+    if sources and frame["budget"].isna().all() and all(is_foreign(cell) for _, cell, *_ in sources):
+        budget = pd.Series(shared_budgets(frame["C"].to_numpy()), frame.index)
+        frame["budget"] = budget.where(frame.groupby(budget)["N"].transform("nunique") >= BUDGET_SIZES)
     return frame.sort_values(["budget", "N", "D", "seed", "data_seed", "cell"], ignore_index=True)
 
 
@@ -98,6 +106,19 @@ def _kind(column: "pd.Series[Any]") -> str:
     if column.name == "C_assumed":
         return "bool"
     return "int64" if column.name in _WHOLE and column.notna().all() else "float64"
+
+
+def shared_budgets(C: np.ndarray) -> np.ndarray:
+    """The compute budget (FLOPs) that each run shares with those of nearly equal C; NaN where they are no budget."""
+    order = np.argsort(C)
+    logs = np.log(C[order])
+    cluster = np.concatenate([[0], np.cumsum(np.diff(logs) > SAME_BUDGET)]).astype(int)[: len(logs)]
+    width = pd.Series(logs).groupby(cluster).agg(np.ptp) if len(logs) else pd.Series(dtype=float)
+    center = pd.Series(logs).groupby(cluster).mean() if len(logs) else pd.Series(dtype=float)
+    budget = np.empty(len(C))
+    # A chain of neighbours that spreads is a cloud of runs, not a budget.
+    budget[order] = [float(f"{np.exp(center[c]):.4g}") if width[c] <= 4 * SAME_BUDGET else np.nan for c in cluster]
+    return budget
 
 
 def load_curves(

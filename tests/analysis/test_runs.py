@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit, load_curves, load_documents, load_runs
+from analysis import fit, load_curves, load_documents, load_runs, read_table
 from analysis.foreign import read_foreign
 from analysis.runs import COLUMNS, METRICS
 from analysis.uncertainty import SETTINGS, seed_noise
@@ -222,3 +222,18 @@ def test_imported_runs_of_which_little_is_known_can_be_loaded_and_fitted(tmp_pat
     assert runs[["adamw_timescale", "batch_tokens", "seed", "context"]].isna().all(axis=None), "words are no numbers"
     assert rows[0]["row"]["context"] == "long"
     assert not fit(runs, "chinchilla", resamples=10).refused
+
+
+def test_imported_runs_of_equal_compute_share_a_budget_as_those_of_their_table_do(tmp_path: Path) -> None:
+    C, N = (a.ravel() for a in np.meshgrid([1e19, 1e20, 1e21], np.geomspace(1e8, 6e9, 9)))
+    table = surface(N, C / (6 * N), noise=0.002).assign(C=C)
+    alone = surface(np.array([1e9]), np.array([3e10]), noise=0.0).assign(C=1.8e20)
+    pd.concat([table, alone]).to_csv(tmp_path / "theirs.csv", index=False)
+    store = open_store(tmp_path / "store")
+    rows, conventions, _ = read_foreign(tmp_path / "theirs.csv")
+    import_runs(store, "theirs", rows, conventions, "theirs.csv")
+    runs = load_runs("theirs", store)
+    assert runs["budget"].value_counts().to_dict() == {1e19: 9, 1e20: 9, 1e21: 9}, "one run is no budget"
+    found, read = fit(runs, "isoflop"), fit(read_table(tmp_path / "theirs.csv"), "isoflop", loss="loss")
+    assert found.params == pytest.approx(read.params)
+    assert not np.isnan(found.params["N_exponent"])
