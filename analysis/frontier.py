@@ -20,6 +20,7 @@ from analysis.verdicts import (
     Budget,
     Estimate,
     Interval,
+    Scope,
     Verdict,
     budget_name,
     extrapolation,
@@ -103,7 +104,9 @@ def line_through_minima(
             f"{plural(len(budgets), 'budget')} with a usable minimum; a power law needs 3, because through two points "
             "any line passes. Add budgets, or mend the refused ones."
         )
-        return NO_LINE, [Verdict("too_few_budgets", "refuse", "parameter", None, message)]
+        # With a minimum or two the budgets still say something; without any, no number of the fit stands.
+        scope: Scope = "parameter" if budgets else "fit"
+        return NO_LINE, [Verdict("too_few_budgets", "refuse", scope, None, message)]
     x = np.log([b.C for b in budgets])
     weights = np.array([float(c["weight"]) for c in copies]) if weighted else np.ones(len(x))
     pivot = float((weights * x).sum() / weights.sum())

@@ -21,11 +21,11 @@ def check_picture(path: Path) -> None:
 def draw_fit(fit: Fit, runs: pd.DataFrame, path: Path) -> str:
     """Draw the parabolas of an isoFLOP fit or the residuals of a law into a file; says what was done.
 
-    A refused fit has no picture.
+    A refused law has no picture; budgets without a minimum have: it shows why.
     """
     from analysis import plots
 
-    if fit.refused:
+    if fit.refused and not fit.budgets:
         return "no picture: the fit is refused."
     figure = plots.isoflop_curves(fit) if fit.law == "isoflop" else plots.residuals(fit, runs)
     figure.savefig(path, dpi=200, bbox_inches="tight")

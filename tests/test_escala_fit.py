@@ -117,6 +117,17 @@ def test_a_refused_fit_prints_why_and_is_code_1(door, tmp_path) -> None:
     assert not (tmp_path / "a.png").exists()
 
 
+def test_budgets_without_a_minimum_are_code_1_and_their_picture_shows_why(door, tmp_path) -> None:
+    table = budgets_table([1e18, 1e19, 1e20])
+    small = table["N"].groupby(table["budget"]).rank(method="dense") <= 2
+    table[small].to_csv("small.csv", index=False)
+    run = door("fit", "small.csv", "--plot", "a.png", "--bootstrap", 50)
+    assert run.code == 1
+    assert "too_few_budgets: 0 budgets with a usable minimum" in " ".join(run.out.split())
+    assert "picture: a.png" in run.out
+    assert (tmp_path / "a.png").stat().st_size > 5000
+
+
 def test_a_study_takes_the_same_words_except_columns(door, tmp_path) -> None:
     store = write_study(tmp_path / "store", grid(seeds=2, replicated=2))
     run = door("fit", "demo", "--store", store, "--bootstrap", 50, "--where", "seed=0", "--json")

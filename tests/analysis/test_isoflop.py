@@ -174,6 +174,7 @@ def test_no_budgets_at_all_is_a_refusal_not_a_crash() -> None:
     table = budgets_table(BUDGETS).assign(budget=np.nan)
     found = fit(table, "isoflop", targets=[1e13])
     assert found.budgets == ()
+    assert found.refused
     assert codes(found, "refuse") == {"too_few_budgets", "no_power_law"}
     assert len(found.excluded) == len(table)
 
