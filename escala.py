@@ -115,7 +115,7 @@ def plan(
         console.print(f"{sharing_words(shared)}.")
     for line in (line for one in searched for line in summary_lines(one)):
         console.print(line)
-    if timed is None:
+    if timed is None and (missing or searched):
         console.print(f"How long this takes is not known: escala calibrate {study} times a few shapes here.")
     for line in estimate_lines(timed) if timed and missing else ():
         console.print(line)

@@ -85,6 +85,10 @@ def test_why_names_the_fields_in_which_two_cells_differ(finished: Finished) -> N
     assert finished.escala("why", one, one, "--store", finished.store).stdout == "the same cell\n"
 
 
+def test_a_plan_with_nothing_to_do_asks_for_no_calibration(finished: Finished) -> None:
+    assert "calibrate" not in finished.escala("plan", finished.study, "--store", finished.store).stdout
+
+
 def test_doctor_finds_the_installed_set(escala: Escala) -> None:
     findings = json.loads(escala("doctor", "--json").stdout)
     assert {finding["what"] for finding in findings} >= {"Python", "torch", "ray", "mlflow", "store", "device"}
