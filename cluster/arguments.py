@@ -58,7 +58,7 @@ def existing_store(store: Path) -> "Store":
 
 def study_name(study: str, store: "Store | None") -> str:
     """A study's name, from the name itself or from its file."""
-    from sweeps.errors import InputError
+    from sweeps.errors import InputError, nearest
     from sweeps.store import study_names
     from sweeps.studyfile import find_study_file, load_study
 
@@ -71,7 +71,9 @@ def study_name(study: str, store: "Store | None") -> str:
         if store is None or Path(study).is_file():
             raise
         there = ", ".join(known) or "none yet"
-        raise InputError(f"no study {study!r} in the store {store.root} (it has: {there}), and no such file.") from None
+        raise InputError(
+            f"no study {study!r}{nearest(study, known)} in the store {store.root} (it has: {there}), and no such file."
+        ) from None
 
 
 def find_cell(prefix: str, store: "Store") -> str:

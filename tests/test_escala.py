@@ -181,7 +181,7 @@ def test_stores_that_cannot_serve_are_refused(finished: Finished, escala: Escala
     write_json(escala.folder / "newer" / "store.json", {"format": 2})
     assert "format 2" in error(escala, "run", study, "--store", "newer")
     assert "no Escala store" in error(escala, "status", "tiny", "--store", "nowhere")
-    assert "no study 'tinny'" in error(escala, "status", "tinny", "--store", finished.store)
+    assert "no study 'tinny' (did you mean \"tiny\"?)" in error(escala, "status", "tinny", "--store", finished.store)
     assert "no cell" in error(escala, "logs", "zz", "--store", finished.store)
     assert "no study file 'tinny'" in error(escala, "run", "tinny", "--store", "s")
 
