@@ -26,6 +26,7 @@ from cluster.arguments import (
     StudyArgument,
     StudyFileArgument,
     TrackingOption,
+    check_study_law,
     existing_store,
     fit_options,
     study_name,
@@ -265,11 +266,13 @@ def fit(
         check_picture(plot)
     conditions = split_definitions(where or [], "--where")
     if fix and law in ("isoflop", "akima"):
-        raise InputError("--fix: not for --law isoflop, which has no parameters to hold.")
+        raise InputError(f"--fix: not for --law {law}, which has no parameters to hold.")
     if fix:
         options["fixed"] = numbers(split_definitions(fix, "--fix"), "--fix")
     runs, source, home = _read_runs(study, columns, conditions, law, store, tracking_uri)
     said = analysis.check_table(runs, law) if source else []
+    if not source:
+        check_study_law(study, law, map(str, runs.columns))
     if source:
         options["loss"] = "loss" if law in ("isoflop", "akima") else analysis.find_law(law).response
     if cluster is not None and cluster not in runs.columns:

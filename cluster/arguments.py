@@ -4,6 +4,7 @@ Every command of `escala.py` and `cluster/verbs.py` reads its words here, so tha
 way everywhere; so do the many options of a fit. Imports are inside the functions: `escala --help` loads this file.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -89,6 +90,23 @@ def find_cell(prefix: str, store: "Store") -> str:
     return found[0]
 
 
+def check_study_law(study: str, law: str, columns: Iterable[str]) -> None:
+    """InputError for a law of what a study's runs do not have under that name, such as x; then by way of a table."""
+    from analysis.laws import find_law
+    from sweeps.errors import InputError
+
+    if law in ("isoflop", "akima"):
+        return
+    form, there = find_law(law), {*columns, "loss"}
+    missing = [name for name in dict.fromkeys((*form.variables, form.response)) if name not in there]
+    if missing:
+        raise InputError(
+            f"--law {law} is a law of {', '.join(form.variables)}, and the runs of a study have no {', '.join(missing)}. "
+            f"Name columns for them: escala export {study} --out runs.csv, then escala fit runs.csv --law {law} "
+            f"--columns {','.join(f'{name}=COLUMN' for name in missing)}"
+        )
+
+
 def fit_options(
     law: str,
     objective: str | None,
@@ -115,7 +133,8 @@ def fit_options(
             "loss_targets": "--for-loss",
         }
         listed = ", ".join(names.get(k, f"--{k}") for k in asked)
-        raise InputError(f"{listed}: not for --law isoflop, which fits a parabola to each budget by least squares.")
+        how = "a parabola to each budget by least squares" if law == "isoflop" else "a spline to each budget"
+        raise InputError(f"{listed}: not for --law {law}, which fits {how}.")
     if cluster is not None:
         asked["resample"] = "rows"
     if level != 0.95:

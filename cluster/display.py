@@ -254,7 +254,8 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
     """
     share = f"{100 * fit.level:g}% interval"
     left_out = f", {len(fit.excluded)} left out" if fit.excluded else ""
-    yield Text.assemble((fit.law, "bold"), f" fitted to {fit.n_runs} of {fit.planned} runs{left_out}")
+    law = "akima" if fit.diagnostics.get("method") == "akima" else fit.law  # budgets too, their minima by splines
+    yield Text.assemble((law, "bold"), f" fitted to {fit.n_runs} of {fit.planned} runs{left_out}")
     if source:
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""

@@ -117,6 +117,24 @@ def test_a_refused_fit_prints_why_and_is_code_1(door, tmp_path) -> None:
     assert not (tmp_path / "a.png").exists()
 
 
+def test_a_law_of_what_no_study_has_is_refused_with_the_way_by_a_table(door, tmp_path) -> None:
+    store = write_study(tmp_path / "store", grid())
+    run = door("fit", "demo", "--store", store, "--law", "saturating")
+    assert run.code == 2
+    assert "the runs of a study have no x" in run.err
+    assert "escala fit runs.csv --law saturating --columns x=COLUMN" in run.err
+    door("export", "demo", "--store", store, "--out", "of_study.csv")
+    run = door("fit", "of_study.csv", "--law", "saturating", "--columns", "x=N", "--bootstrap", 20, "--json")
+    assert json.loads(run.out)["law"] == "saturating"
+
+
+def test_minima_of_splines_are_named_so(door) -> None:
+    run = door("fit", "budgets.csv", "--law", "akima", "--bootstrap", 50)
+    assert run.out.startswith("akima fitted to")
+    refused = door("fit", "budgets.csv", "--law", "akima", "--loss", "lad")
+    assert "--loss: not for --law akima, which fits a spline to each budget." in refused.err
+
+
 def test_budgets_without_a_minimum_are_code_1_and_their_picture_shows_why(door, tmp_path) -> None:
     table = budgets_table([1e18, 1e19, 1e20])
     small = table["N"].groupby(table["budget"]).rank(method="dense") <= 2
