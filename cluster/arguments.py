@@ -101,7 +101,7 @@ def check_study_law(study: str, law: str, columns: Iterable[str]) -> None:
     missing = [name for name in dict.fromkeys((*form.variables, form.response)) if name not in there]
     if missing:
         raise InputError(
-            f"--law {law} is a law of {', '.join(form.variables)}, and the runs of a study have no {', '.join(missing)}. "
+            f"--law {law} is a law of {', '.join(form.variables)}; the runs of a study have no {', '.join(missing)}. "
             f"Name columns for them: escala export {study} --out runs.csv, then escala fit runs.csv --law {law} "
             f"--columns {','.join(f'{name}=COLUMN' for name in missing)}"
         )
