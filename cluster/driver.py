@@ -345,7 +345,7 @@ class _Run:
             for hand in task.hands:
                 self.standing.record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
-            self.standing.settle(hand.one, hand.tail, note=index == 0)
+            self.standing.settle(hand.one, note=index == 0)
         self.queue.look([hand.one.cell.id for hand in task.hands])
 
     # --- the nodes of a cluster that was joined ----------------------------------------------------------------------

@@ -57,8 +57,9 @@ class Progress:
     """The study's experiment in MLflow, where that is a server."""
 
 
-def ended_words(one: PlannedCell, state: CellState, loss: float | None) -> str:
-    """How a cell ended, for people."""
+def ended_words(one: PlannedCell, state: CellState) -> str:
+    """How a cell ended, for people: with its final loss, as its result has it."""
+    loss = (state.result or {}).get("val_loss_final")
     words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
     return words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else "")
 
@@ -85,8 +86,3 @@ class Tail:
             self.tokens = row["tokens"]
             self.loss = row["metrics"].get("val_loss_final", row["metrics"].get("train_loss", self.loss))
             self.tokens_per_second = row["metrics"].get("tokens_per_second", self.tokens_per_second)
-
-    def final_loss(self) -> float | None:
-        """The last loss that the log holds."""
-        self.read()
-        return self.loss

@@ -5,7 +5,7 @@ from typing import Any
 
 from cluster.hands import Hand
 from cluster.leftovers import settle
-from cluster.progress import Tail, Tally, ended_words
+from cluster.progress import Tally, ended_words
 from cluster.queue import Queue
 from cluster.searching import Searching
 from sweeps.errors import InputError
@@ -78,7 +78,7 @@ class Standing:
                 self.flops_done += self._queue.own_flops(one)
             elif state.state == "failed":
                 self._note_failed(one, state.reason)
-                self._say(ended_words(one, state, None))
+                self._say(ended_words(one, state))
             else:
                 self._queue.put(one)
 
@@ -89,7 +89,7 @@ class Standing:
         except InputError as error:  # the disk is full: what cannot be recorded must not go on
             self.halt = str(error)
 
-    def settle(self, one: PlannedCell, tail: Tail, *, note: bool) -> None:
+    def settle(self, one: PlannedCell, *, note: bool) -> None:
         """Put a cell that a worker had where its files say that it belongs. `note`: its failure is one to count."""
         cell_id = one.cell.id
         state = cell_state(self._store, cell_id)
@@ -118,7 +118,7 @@ class Standing:
         if state.result is not None:
             self.flops_done += self._queue.own_flops(one)
             self._spend(one, state.result)
-        words, branches = ended_words(one, state, tail.final_loss()), self._search.plan.branches
+        words, branches = ended_words(one, state), self._search.plan.branches
         if cell_id in branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {branches[cell_id].parent[:8]} left no checkpoint for it)"
         self._say(words)

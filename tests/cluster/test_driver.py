@@ -414,6 +414,17 @@ def test_a_limit_of_cells_at_once_is_kept(make_plan: Callable[..., Plan], drive:
     assert most == 1
 
 
+def test_the_loss_of_a_cell_that_ended_is_its_result_not_the_last_that_it_logged(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(TRAINER.replace('return state["x"]', 'return 3.0 + state["x"]'))
+    said: list[str] = []
+    plan = make_plan(1, 40)
+    assert drive(plan, lambda progress: said.extend(progress.ended)).finished == 1
+    result = read_json(store.cell(plan.cells[0].cell.id) / "result.json")
+    assert [one.rpartition(": ")[2] for one in said] == [f"finished, loss {result['val_loss_final']:.4f}"]
+
+
 def test_a_budget_of_gpu_hours_is_said_to_hold_nothing_back_where_cells_train_on_cpus(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally]
 ) -> None:
