@@ -371,13 +371,15 @@ def report(
 ) -> None:
     """One self-contained HTML page with the pictures and the answer to the study's question."""
     import analysis
-    from cluster.parent import bring_command
+    from cluster.parent import bring_command, left_outside
 
     place = existing_store(store)
     name = study_name(study, place)
     path = analysis.write_report(name, place, out)
     say(f"report: {path}")
-    if out is None and (command := bring_command(place, name)):
+    if out is None and (note := left_outside(place, name)):
+        say(note)
+    elif out is None and (command := bring_command(place, name)):
         say(f"MLflow shows it after: {command}")
 
 

@@ -82,6 +82,21 @@ def bring_command(store: Store, study: str) -> str | None:
     return f"escala sync {study}{elsewhere}"
 
 
+def left_outside(store: Store, study: str) -> str | None:
+    """What to say where MLflow's database in the store names a folder outside of it for the study's files, as that of
+    a store that was moved or copied does: nothing is written there. None where it does not."""
+    path = store.study(study) / "mirror.json"
+    kept = read_json(path) if path.exists() else {}
+    place = str(kept.get("parent", {}).get("artifacts") or "")
+    if str(kept.get("tracking_uri", "")).startswith("http") or not place or _lies_within(store, place):
+        return None
+    return (
+        f"note: MLflow's database in this store keeps the plan and the report of {study} outside of it ({place}), as "
+        "after a move: new ones stay in the store. To have them in MLflow, sync every study of the store, remove "
+        f"{store.root / 'mlflow'}, and sync again."
+    )
+
+
 def environment() -> dict[str, Any]:
     """What the driver runs on. Names no setting: settings hold secrets."""
     versions = {}
@@ -113,14 +128,20 @@ def _takes_artifacts(client: "MlflowClient", store: Store, place: str) -> bool:
     local = urlsplit(place).scheme in ("", "file")
     if client.tracking_uri == store.tracking_uri:
         # A store that was moved or copied still names its old folder, and one from a stranger any folder: leave those.
-        folder = store.root / "mlflow"
-        return local and (folder / url2pathname(urlsplit(place).path)).resolve().is_relative_to(folder.resolve())
+        return _lies_within(store, place)
     if local and client.tracking_uri.startswith(("http://", "https://")):
         raise NoArtifacts(
             f"the server keeps artifacts in a folder of its own ({place}): start it with --serve-artifacts, or with an "
             "artifact root that both can reach; the plan and the report stay in the store"
         )
     return True
+
+
+def _lies_within(store: Store, place: str) -> bool:
+    """Whether this address of artifacts is a folder of the store's own MLflow."""
+    folder, parts = store.root / "mlflow", urlsplit(place)
+    local = parts.scheme in ("", "file")
+    return local and (folder / url2pathname(parts.path)).resolve().is_relative_to(folder.resolve())
 
 
 def _send(client: "MlflowClient", run_id: str, name: str, content: bytes) -> None:

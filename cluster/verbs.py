@@ -288,6 +288,7 @@ def sync(
     import sys
 
     from cluster.display import Waiting
+    from cluster.parent import left_outside
     from cluster.sync import sync_study
 
     place = existing_store(store)
@@ -298,6 +299,8 @@ def sync(
         say(f"not all of it got through: {fault}. Nothing is lost: sync again.", file=sys.stderr)
         raise typer.Exit(1)
     say(f"{name}: MLflow is up to date.")
+    if note := left_outside(place, name):
+        say(note)
 
 
 @app.command(rich_help_panel=STEER)

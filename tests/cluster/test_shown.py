@@ -1,10 +1,11 @@
 """What people and readers find in MLflow: states, flags, files, and the same frames as from the store."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from commandline import ids
+from commandline import Escala, ids
 from faultproxy import Server, start_server
 from mirroring import (
     RESULT,
@@ -90,6 +91,20 @@ def test_the_study_has_a_run_of_its_own_with_plan_and_report(
     assert "mlflow" in found["versions"]
     assert "hunter2" not in text
     assert not set(load_runs(name, "/nowhere", tracking_uri=mlflow_server.uri)["cell"]) - set(runs)
+
+
+def test_a_store_that_was_moved_says_why_mlflow_shows_no_new_report(study: tuple[Store, str], tmp_path: Path) -> None:
+    store, name = study
+    escala = Escala(tmp_path)
+    assert "note:" not in escala("sync", name, "--store", store.root).stdout
+    assert f"MLflow shows it after: escala sync {name}" in escala("report", name, "--store", store.root).stdout
+    moved = open_store(store.root.rename(tmp_path / "elsewhere"))
+    for told in (escala(verb, name, "--store", moved.root).stdout for verb in ("sync", "report")):
+        assert f"remove {moved.root / 'mlflow'}, and sync again" in told
+    assert not store.root.exists(), "nothing is written where it was"
+    shutil.rmtree(moved.root / "mlflow")
+    assert "note:" not in escala("sync", name, "--store", moved.root).stdout
+    assert list(moved.root.glob("mlflow/artifacts/*/artifacts/report.html"))
 
 
 @pytest.mark.parametrize("uri", ["", "sqlite:////elsewhere/mlflow.db", "http://127.0.0.1:5001"])
