@@ -258,17 +258,15 @@ def _judge_rate(cells: pd.DataFrame, rate: Reference | None, apart: Iterable[str
         return []
     if not known.all():
         lost = cells[~known]
-        low, high = lost["N"].min(), lost["N"].max()
-        fewest, most = lost["D"].min(), lost["D"].max()
+        sizes, lengths = (_reach(lost[name]) for name in ("N", "D"))
         source = "No sweep measured it" if rate is None else f"Its optimum as measured by {rate.source} does not reach"
         if rate is not None and (other := " and ".join(apart)):
             source = f"What {rate.source} measured is for {other}, and these runs were trained otherwise"
         message = (
             f"the best learning rate is not known for {len(lost)} of {plural(len(cells), 'run')}, so what being off it "
             f"costs is not known either. {source}: vary learning_rate {{times: [0.25, 0.5, 1, 2, 4]}} at three sizes "
-            f"from {human(low)} to {human(high)} parameters and at two token counts from {human(fewest)} to "
-            f"{human(most)}, in this study or in one of the same corpus, tokenizer, context, family and recipe, and "
-            "analyse it with escala sensitivity."
+            f"{sizes} parameters and at two token counts {lengths}, in this study or in one of the same corpus, "
+            "tokenizer, context, family and recipe, and analyse it with escala sensitivity."
         )
         verdicts.append(Verdict("optimum_unmeasured", "caution", "fit", None, message, {"runs": len(lost)}))
     outside = cells["outside"] & np.isfinite(cells["penalty"])
@@ -290,6 +288,12 @@ def _judge_rate(cells: pd.DataFrame, rate: Reference | None, apart: Iterable[str
         evidence = {"cells": off["cell"].tolist(), "penalty": off["penalty"].tolist()}
         verdicts.append(Verdict("mistuned", "caution", "fit", None, message, evidence))
     return verdicts
+
+
+def _reach(values: pd.Series) -> str:
+    """From where to where numbers reach: "from 10k to 20k", "around 10k"."""
+    low, high = human(values.min()), human(values.max())
+    return f"around {low}" if low == high else f"from {low} to {high}"
 
 
 def _words(row: Mapping[Any, Any]) -> str:

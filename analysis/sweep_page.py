@@ -58,7 +58,7 @@ def answer(found: Sensitivity) -> str:
         under = [f" under {escape(kind)}" if kind and len(laws) > 1 else "" for kind in kinds]
         moves = [_moves(law) + kind for law, kind in zip(laws.values(), under)]
         values = [one.best[axis].value for one in known]
-        span = f"{page.number(min(values), 3)} to {page.number(max(values), 3)}"
+        span = " to ".join(dict.fromkeys(page.number(end(values), 3) for end in (min, max)))
         text = f"The best {WORDS[axis]} is {span} over {_places(known)}"
         parts.append(f"{text}{'; it ' + ', and '.join(moves) if moves else '; how it moves is not settled by them'}.")
     wide = [_factor(one) for one in known if np.isfinite(_factor(one))]

@@ -130,6 +130,9 @@ def test_what_nobody_measured_is_said_with_the_study_that_would_measure_it() -> 
     verdict = next(v for v in found.verdicts if v.code == "optimum_unmeasured")
     assert "times: [0.25, 0.5, 1, 2, 4]" in verdict.message
     assert "escala sensitivity" in verdict.message
+    assert re.search(r"at three sizes from \S+ to \S+ parameters and at two token counts from \S+ to ", verdict.message)
+    (alone,) = (v for v in audit(a_grid(4.0).head(1), laws=()).verdicts if v.code == "optimum_unmeasured")
+    assert re.search(r"at three sizes around \S+ parameters and at two token counts around \S+, ", alone.message)
     assert found.cells["penalty"].isna().all()
     assert not found.mistuned.size
     assert "mistuned" not in codes(found)

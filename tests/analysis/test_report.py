@@ -9,8 +9,10 @@ import pytest
 
 from analysis import write_report
 from sweeps.errors import InputError
+from analysis.foreign import read_foreign
 from sweeps.records import read_json, write_json
-from tests.analysis.synthetic import BUDGETS, Run, grid
+from sweeps.store import open_store
+from tests.analysis.synthetic import BUDGETS, Run, grid, surface
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -1,5 +1,6 @@
 """Pictures and answers of sweeps show every optimum that stands, no mark of a refused one, and every divergence."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -99,6 +100,9 @@ def test_an_answer_names_the_range_of_optima_and_how_they_move(sweep: pd.DataFra
     assert "nats on average" in text
     assert section(found).count("<tr>") >= 6
     assert find_sweep(sweep[sweep["learning_rate"].isin(RATES[3:5])]) is None, "two rates are no sweep"
+    alone = find_sweep(sweep[(sweep["N"] == sweep["N"].max()) & (sweep["D"] == sweep["D"].max())])
+    assert alone is not None
+    assert re.match(r"The best learning rate is \S+ over 1 combination of size and length", answer(alone))
 
 
 def test_no_optimum_is_said_and_not_shown(sweep: pd.DataFrame) -> None:
