@@ -202,6 +202,8 @@ def _cells(found: Audit) -> str:
         "rule_ratio": ("rate to Step Law", lambda v: page.number(v, 2)),
     }
     shown = {k: v for k, v in columns.items() if np.isfinite(places[k].astype(float)).any()}
+    if not shown.keys() - {"N", "D"}:  # of imported runs whose settings nobody told
+        return ""
     rows = []
     for place in places.head(MAX_PLACES).to_dict("records"):
         cells = {k: page.plain(place[k], form) for k, (_, form) in shown.items()}

@@ -18,7 +18,7 @@ MAX_CELLS = 1000
 
 
 def cells_section(runs: pd.DataFrame) -> str:
-    """Every cell, up to `MAX_CELLS`, with its recipe, loss, time and state."""
+    """Every cell, up to `MAX_CELLS`, with its recipe, loss, time and state; no column of which nothing is known."""
     rows = []
     for row in runs.head(MAX_CELLS).to_dict("records"):
         rows.append(
@@ -39,6 +39,8 @@ def cells_section(runs: pd.DataFrame) -> str:
         )
     head = ["family", "N", "D", "C (FLOPs)", "tokens per parameter", "learning rate", "AdamW timescale", "steps"]
     head += ["epochs", "seed", "final loss", "seconds", "planned", "state"]
+    told = [order for order in range(len(head)) if not rows or any(row[order] != page.DASH for row in rows)]
+    head, rows = [head[order] for order in told], [[row[order] for order in told] for row in rows]
     more = f"<p class=note>The first {MAX_CELLS} of {len(runs)} cells.</p>" if len(runs) > MAX_CELLS else ""
     note = (
         "<p class=note>The AdamW timescale is batch tokens / (learning rate x weight decay x D), as a fraction of the "

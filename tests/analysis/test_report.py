@@ -5,11 +5,13 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from analysis import write_report
-from sweeps.errors import InputError
 from analysis.foreign import read_foreign
+from sweeps.errors import InputError
+from sweeps.foreign import import_runs
 from sweeps.records import read_json, write_json
 from sweeps.store import open_store
 from tests.analysis.synthetic import BUDGETS, Run, grid, surface
@@ -155,3 +157,19 @@ def test_planned_times_are_held_against_real_ones_where_there_were_any(page, stu
     timed = page_of(root)
     assert "off by 50% (median of" in timed.text
     assert "took 2.00 times what was planned, and apart from that factor the median is 0%" in timed.text
+    head = "final loss seconds planned state"
+    assert head in timed.text
+    assert head not in page.text, "a column of which nothing is known is left out"
+    assert "final loss seconds state" in page.text
+
+
+def test_of_imported_runs_without_settings_no_table_of_settings_is_shown(tmp_path) -> None:
+    N, D = (a.ravel() for a in np.meshgrid(np.geomspace(1e7, 1e9, 5), np.geomspace(1e9, 1e11, 4)))
+    surface(N, D, noise=0.002).to_csv(tmp_path / "theirs.csv", index=False)
+    store = open_store(tmp_path / "store")
+    rows, conventions, _ = read_foreign(tmp_path / "theirs.csv")
+    import_runs(store, "demo", rows, conventions, "theirs.csv")
+    text = page_of(store.root).text
+    assert "the best learning rate was measured for none of these runs" in text
+    assert "Ratios are to the measured optimum" not in text
+    assert "family N D C (FLOPs) tokens per parameter final loss state" in text
