@@ -29,7 +29,19 @@ class Finding:
 
 def check(store: Path) -> list[Finding]:
     """All checks; none of them trains, starts Ray or writes to the store."""
-    return [*_python(), *_packages(), _device(), _auth(), *_store(store)]
+    return [_escala(), *_python(), *_packages(), _device(), _auth(), *_store(store)]
+
+
+def _escala() -> Finding:
+    """Which Escala this is: of a clone that moves on, its number says little."""
+    from cluster.nodeprobe import this_process
+
+    try:
+        number = version("escala")
+    except PackageNotFoundError:
+        number = "not installed"
+    here = this_process()
+    return Finding("Escala", True, f"{number}, code {here['code']} in {here['code_folder']}")
 
 
 def _python() -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,8 @@ def test_doctor_finds_the_installed_set(escala: Escala) -> None:
     findings = json.loads(escala("doctor", "--json").stdout)
     assert {finding["what"] for finding in findings} >= {"Python", "torch", "ray", "mlflow", "store", "device"}
     assert all(finding["ok"] for finding in findings)
+    assert findings[0]["what"] == "Escala"
+    assert re.fullmatch(rf"\S+, code [0-9a-f]{{12}} in {re.escape(str(ROOT))}", findings[0]["found"])
 
 
 def test_doctor_says_where_no_store_can_be_made(escala: Escala) -> None:
