@@ -124,7 +124,7 @@ class Claim:
 
     def _loop(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
-            with suppress(OSError):
+            with suppress(OSError, InputError):  # a disk that refuses for a moment must not end the signs for good
                 if self.holds():
                     os.utime(self._path)
 

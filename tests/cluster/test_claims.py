@@ -4,9 +4,11 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import cluster.claims as claims
 from cluster.claims import Claim, driver_lives, read_holder
 from cluster.control import cancel, pause, read_wish, resume
 from sweeps.errors import InputError
@@ -54,6 +56,30 @@ def test_a_driver_that_gave_no_sign_for_long_is_taken_to_be_frozen(store: Store)
         with Claim(store, "s") as second:
             assert not first.holds()
             assert second.holds()
+
+
+def test_a_disk_that_refuses_once_does_not_end_a_drivers_signs_of_life(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
+    with Claim(store, "s"):
+        holder = read_holder(store, "s")
+        assert holder is not None
+        refused, read = threading.Event(), claims.read_json
+
+        def refuse_once(path: Path) -> dict[str, Any]:
+            if not refused.is_set():
+                refused.set()
+                raise InputError(f"{path} cannot be read as a record: [Errno 5] Input/output error")
+            return read(path)
+
+        monkeypatch.setattr(claims, "read_json", refuse_once)
+        assert refused.wait(10)
+        os.utime(holder.path, (0, 0))
+        deadline = time.monotonic() + 10
+        while holder.path.stat().st_mtime == 0:
+            assert time.monotonic() < deadline, "no sign of life since"
+            time.sleep(0.01)
 
 
 def test_a_driver_elsewhere_lives_by_its_signs_and_the_message_says_how_to_take_over(store: Store) -> None:
