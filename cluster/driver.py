@@ -13,13 +13,13 @@ from typing import Any
 
 import psutil
 
-from cluster.calibration import find_calibration, pool_calibration
+from cluster.calibration import pool_calibration
 from cluster.claims import Claim
 from cluster.connection import start_ray, stop_ray
 from cluster.control import read_wish
 from cluster.hands import Hand, Task, display_name, take_up
 from cluster.hardware import local_gpus
-from cluster.ledger import register, register_growth
+from cluster.ledger import recorded_seconds, register, register_growth
 from cluster.leftovers import descendants, end_processes, runs
 from cluster.mirror import Mirror
 from cluster.nodeprobe import Gate
@@ -238,7 +238,7 @@ class _Run:
             )
         self.search.predict(found)
         self.queue.extend(self.plan, len(self.plan.cells), self.search.seconds)
-        if found != find_calibration(self.store) and self.claim.holds():
+        if self.search.seconds != recorded_seconds(self.store, self.plan.study.name) and self.claim.holds():
             register_growth(self.store, self.plan, len(self.plan.cells), self.search.seconds)
 
     def _work(self, ray: Any) -> None:

@@ -62,9 +62,13 @@ def compare(store: Store, plan: Plan) -> Change:
 
 
 def register(store: Store, plan: Plan, text: bytes) -> None:
-    """Put a plan on record: each cell's cell.json, then the study's plan.json and the text of its file."""
+    """Put a plan on record: each cell's cell.json, then the study's plan.json and the text of its file.
+
+    Cells of which the plan on record tells how long they take keep that; who trains them says what it is there
+    (`register_growth`). Of others it is what this machine would take.
+    """
     _note_cells(store, plan.cells)
-    seconds = predicted_seconds(plan, find_calibration(store))
+    seconds = predicted_seconds(plan, find_calibration(store)) | recorded_seconds(store, plan.study.name)
     fault("plan.before_write")
     write_bytes(store.study(plan.study.name) / "study.yaml", text)
     _write_plan(store, plan, seconds)
@@ -76,6 +80,14 @@ def register_growth(store: Store, plan: Plan, known: int, seconds: Mapping[str, 
     _note_cells(store, plan.cells[known:])
     fault("plan.before_write")
     _write_plan(store, plan, seconds)
+
+
+def recorded_seconds(store: Store, name: str) -> dict[str, float]:
+    """How long the cells of the plan on record are predicted to take, by id, as far as it tells."""
+    if name not in study_names(store):
+        return {}
+    entries = read_plan(store, name)["cells"]
+    return {entry["id"]: entry["seconds_predicted"] for entry in entries if "seconds_predicted" in entry}
 
 
 def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:

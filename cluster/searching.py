@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cluster.calibration import Calibration, find_calibration
 from cluster.estimate import predicted_seconds
-from cluster.ledger import register_growth
+from cluster.ledger import recorded_seconds, register_growth
 from sweeps.grids import Plan, examples
 from sweeps.planned import PlannedCell
 from sweeps.search import Searcher
@@ -38,8 +38,12 @@ class Searching:
         return tuple(self._searcher.said) if self._searcher else ()
 
     def predict(self, calibration: Calibration | None) -> None:
-        """From now on cells are predicted to take as long as by this calibration, of what they train on."""
-        self._calibration, self.seconds = calibration, predicted_seconds(self.plan, calibration)
+        """From now on cells are predicted to take as long as by this calibration, of what they train on. Those that
+        have ended keep what was said of them before, maybe of another cluster, and their runs in MLflow need no word.
+        """
+        recorded = recorded_seconds(self._store, self.plan.study.name)
+        kept = {one: told for one, told in recorded.items() if (self._store.cell(one) / "result.json").exists()}
+        self._calibration, self.seconds = calibration, predicted_seconds(self.plan, calibration) | kept
 
     def goes_on(self) -> bool:
         """Whether a trial is not told yet, or more are to be asked."""

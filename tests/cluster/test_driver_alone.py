@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from searched import end, make_corpus, search_plan
 
-from cluster import driver, pool
+from cluster import driver, ledger, pool
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.driver import Tally, _Run
@@ -266,6 +266,33 @@ def test_cells_on_gpus_are_not_predicted_from_the_processor_of_the_drivers_machi
     assert seconds(Demand()) == [100]
     for others in ({"A100"}, {"H100", "A100"}, {""}, set()):
         assert seconds(ONE, others) == [None], others
+
+
+def test_a_run_says_nothing_new_of_cells_that_have_ended_whatever_else_is_calibrated(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(40_000, 50_000)
+    done, left = plan.cells
+    written: list[dict[str, float]] = []
+    write = ledger._write_plan
+
+    def note(*given: Any) -> None:
+        write(*given)
+        written.append({entry["id"]: entry["seconds_predicted"] for entry in read_plan(store, "s")["cells"]})
+
+    monkeypatch.setattr(ledger, "_write_plan", note)
+    calibrate(store, done.cell, processor(), 100 * HOUR, kind_of(processor(), threads=1))
+    calibrate(store, done.cell, H100, 2 * HOUR)
+    run_of(store, claim, plan, ONE)
+    first = written[-1]
+    assert first == {one.cell.id: pytest.approx(2 * HOUR, abs=1.0) for one in plan.cells}
+    end(store, done)
+    written.clear()
+    run_of(store, claim, plan, ONE)
+    assert written == [first], "the plan is written once, as it was"
+    run_of(store, claim, plan)
+    assert written[-1][done.cell.id] == first[done.cell.id], "it has trained there"
+    assert written[-1][left.cell.id] == pytest.approx(100 * HOUR, abs=1.0)
 
 
 def test_a_budget_of_gpu_hours_without_predictions_is_said_to_be_of_what_was_used(
