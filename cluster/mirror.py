@@ -190,7 +190,7 @@ class Mirror:
             count, answers = len(faults), self._attempt("the runs in MLflow", self._find_runs, faults)
             if len(faults) > count:
                 return answers
-        order = sorted(self._record.open, key=lambda cell_id: (cell_id in self._rests, cell_id))
+        order = sorted(filter(self._has_begun, self._record.open), key=lambda one: (one in self._rests, one))
         gone, done = threading.Event(), 0
         senders = SENDERS if self.tracking_uri.startswith("http") else 1  # the database in a store takes one writer
 
@@ -210,6 +210,12 @@ class Mirror:
             if time.monotonic() - self._record.saved > SAVE_SECONDS:
                 self._attempt("mirror.json", self._save, faults)
         return True
+
+    def _has_begun(self, cell_id: str) -> bool:
+        """Whether there is anything to tell of a cell: most of a large study's are still to come, and a look at each
+        one's state, and at the claim before it, would keep a core busy."""
+        cell = self.store.cell(cell_id)
+        return cell_id in self._record.cells or (cell / "attempts").exists() or (cell / "result.json").exists()
 
     def _sync_or_rest(self, cell_id: str, final: bool, gone: threading.Event) -> list[str]:
         """Sync a cell, unless it rests; what did not get through. Sets `gone` where the server does not answer."""

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from commandline import ROOT, ids
@@ -26,10 +27,13 @@ from mirroring import (
 
 import cluster.mirror as mirrors
 from analysis import load_runs
+from cluster.mirror import Mirror
 from cluster.sync import sync_study
+from cluster.tracking import Reached
 from sweeps.errors import InputError
 from sweeps.records import append_rows, read_json, write_json
-from sweeps.store import Attempt, Store, read_plan, record_error
+from sweeps.store import Attempt, Store, begin_attempt, open_store, read_plan, record_error
+from tests.analysis.synthetic import Run, write_study
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -238,6 +242,26 @@ def test_a_superseded_mirror_writes_nothing_more(
     assert len(json.loads(noted)["cells"]) == 1, "what it noted while the study was its own"
     assert sync_study(store, name, mlflow_server.uri) is None
     assert_exact(mlflow_server, store, name)
+
+
+def test_a_pass_costs_nothing_for_cells_that_have_not_begun(tmp_path: Path) -> None:
+    planned = [Run(width=16, budget=1.2e11, seed=seed, state="planned") for seed in range(40)]
+    store = open_store(write_study(tmp_path / "store", planned, name="large"))
+    looks: list[str] = []
+
+    def holds() -> bool:
+        looks.append("a look at the claim reads the study's folder")
+        return True
+
+    mirror = Mirror(store, "large", holds=holds)
+    mirror._reached = Reached(SimpleNamespace(), "1", 0)  # type: ignore[arg-type]
+    mirror._found = {}
+    mirror._record.parent["run_id"] = "1"
+    assert mirror._sync_cells(False, [], None)
+    assert not looks
+    begun = read_plan(store, "large")["cells"][-1]["id"]
+    begin_attempt(store, begun, {})
+    assert [one for one in mirror._record.open if mirror._has_begun(one)] == [begun]
 
 
 def test_what_a_plan_says_anew_of_a_cell_that_is_closed_is_shown(
