@@ -17,7 +17,7 @@ from cluster.calibration import pool_calibration
 from cluster.claims import Claim
 from cluster.connection import start_ray, stop_ray
 from cluster.control import read_wish
-from cluster.hands import Hand, Task, display_name, take_up
+from cluster.hands import Hand, Task, display_name, kept_tokens, take_up
 from cluster.hardware import local_gpus
 from cluster.ledger import recorded_seconds, register, register_growth
 from cluster.leftovers import descendants, end_processes, runs
@@ -345,6 +345,7 @@ class _Run:
             for hand in task.hands:
                 self.standing.record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
+            self.standing.flops_done += self._won(hand, kept_tokens(self.store, hand.one))
             self.standing.settle(hand.one, note=index == 0)
         self.queue.look([hand.one.cell.id for hand in task.hands])
 
@@ -440,6 +441,11 @@ class _Run:
         except KeyboardInterrupt:
             pass
 
+    def _won(self, hand: Hand, tokens: int) -> float:
+        """The FLOPs by which a worker has brought its cell on, up to so many tokens."""
+        each = hand.one.counts["flops_per_token"]
+        return max(0.0, each * tokens - max(self.queue.shared_flops(hand.one), each * hand.kept_tokens))
+
     def _progress(self) -> Progress:
         hands = self._in_hands()
         running = tuple(hand.running() for hand in hands)
@@ -447,7 +453,7 @@ class _Run:
             max(0.0, hand.one.counts["flops_per_token"] * hand.tail.tokens - self.queue.shared_flops(hand.one))
             for hand in hands
         )
-        done = self.standing.flops_done + under_way
+        done = self.standing.flops_done + sum(self._won(hand, hand.tail.tokens) for hand in hands)
         waiting = [*self.queue.cells(), *self.standing.elsewhere.values(), *(hand.one for hand in hands)]
         more, flops = self.search.to_come()
         left = sum(self.queue.own_flops(one) for one in waiting) - under_way + flops

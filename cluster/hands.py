@@ -16,6 +16,7 @@ from sweeps.store import (
     attempt_epochs,
     begin_attempt,
     cell_state,
+    checkpoint_paths,
     read_end,
     record_error,
 )
@@ -32,6 +33,8 @@ class Hand:
     pulse: Pulse
     attempts_before: int
     """How many attempts the cell had: a worker that dies before it begins one is charged all the same."""
+    kept_tokens: int = 0
+    """Of the cell when it was taken up: they are no work of this hand."""
     stopping: str | None = None
     """What it was asked, if it was asked to stop."""
 
@@ -100,6 +103,14 @@ def display_name(unit: list[PlannedCell]) -> str:
     return f"{one.cell.family} N={human(one.counts['N'])} D={human(one.cell.tokens)} {one.cell.id[:8]}{more}"
 
 
+def kept_tokens(store: Store, one: PlannedCell) -> int:
+    """Tokens of a cell that no later attempt trains again: all at its end, else those of its furthest checkpoint."""
+    if (store.cell(one.cell.id) / "result.json").exists():
+        return one.cell.tokens
+    folders = (store.checkpoints(one.cell.id, epoch) for epoch in attempt_epochs(store, one.cell.id))
+    return max((int(path.name) for folder in folders for path in checkpoint_paths(folder)), default=0)
+
+
 def take_up(store: Store, unit: list[PlannedCell]) -> tuple[list[Hand], list[PlannedCell]]:
     """The cells of a unit that can be tried now, and those that another study's driver was quicker to try."""
     hands, others = [], []
@@ -107,7 +118,8 @@ def take_up(store: Store, unit: list[PlannedCell]) -> tuple[list[Hand], list[Pla
         state = cell_state(store, one.cell.id)
         if state.state == "planned":
             pulse = Pulse(store, one.cell.id, state.attempts)
-            hands.append(Hand(store, one, Tail(store, one.cell.id), pulse, state.attempts))
+            kept = kept_tokens(store, one) if state.attempts else 0
+            hands.append(Hand(store, one, Tail(store, one.cell.id), pulse, state.attempts, kept))
         else:
             others.append(one)
     return hands, others

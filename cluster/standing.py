@@ -116,7 +116,6 @@ class Standing:
             self._tally.finished += 1
             self._first_failures = None
         if state.result is not None:
-            self.flops_done += self._queue.own_flops(one)
             self._spend(one, state.result)
         words, branches = ended_words(one, state), self._search.plan.branches
         if cell_id in branches and state.result is not None and state.result.get("trunk") is None:

@@ -13,6 +13,7 @@ from cluster import driver, ledger, pool
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.driver import Tally, _Run
+from cluster.hands import Task, take_up
 from cluster.hardware import kind_of, processor
 from cluster.ledger import register
 from cluster.placement import Demand, Fleet, Node
@@ -22,8 +23,9 @@ from cluster.searching import Searching
 from sweeps.cell import Cell
 from sweeps.corpora import CorpusInfo
 from sweeps.grids import Plan, examples, plan_study
-from sweeps.records import write_json
+from sweeps.records import append_rows, write_json
 from sweeps.store import (
+    Attempt,
     Store,
     begin_attempt,
     cell_state,
@@ -207,6 +209,45 @@ def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before
     assert tally.failed == {one.cell.id: "code: it is on fire"}
     left = [run.search.goes_on(), len(run.queue), len(run.standing.elsewhere)]
     assert not any(left), "nothing that the loop would wait for"
+
+
+# --- how far it is -----------------------------------------------------------------------------------------------
+
+
+def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_held(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(40_000)
+    (one,) = plan.cells
+    before = begin_attempt(store, one.cell.id, {"study": "s"})
+    (store.checkpoints(one.cell.id, 0) / "36000").mkdir(parents=True)
+    record_error(before, "preemption", "its driver was gone")
+    run, tally = run_of(store, claim, plan), Tally()
+    run._settle_anew(tally)
+    run.began = time.monotonic() - 60
+
+    def take() -> None:
+        unit = run.queue.take(0.0, "cpu")
+        assert unit is not None
+        run.tasks["call"] = Task(None, take_up(store, unit.cells)[0], unit.start)
+
+    def trained_to(tokens: int) -> None:
+        attempt = begin_attempt(store, one.cell.id, {"study": "s"})
+        with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
+            append_rows(stream, [{"time": 0.0, "tokens": tokens, "metrics": {"train_loss": 2.0}}])
+
+    take()
+    assert run._progress(tally).eta_seconds is None, "nothing is known of its pace yet"
+    trained_to(38_000)
+    assert run._progress(tally).eta_seconds == pytest.approx(60, rel=0.05), "a twentieth in a minute, another is left"
+    (store.checkpoints(one.cell.id, 1) / "38000").mkdir(parents=True)
+    record_error(Attempt(store, one.cell.id, 1), "stopped", "paused")
+    ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
+    run.pool.keep = lambda _: None  # type: ignore[method-assign]
+    run._finish(ray, "call", tally)
+    take()
+    trained_to(39_000)
+    assert run._progress(tally).eta_seconds == pytest.approx(20, rel=0.05), "what it did before the pause counts"
 
 
 # --- predicted times ---------------------------------------------------------------------------------------------
