@@ -289,16 +289,20 @@ def sync(
 
     from cluster.display import Waiting
     from cluster.parent import left_outside
-    from cluster.sync import sync_study
+    from cluster.sync import mirrored_by, sync_study
 
     place = existing_store(store)
     with Waiting() as waiting:
         name = study_name(study, place)
+        driver = None if rebuild else mirrored_by(place, name)
         fault = sync_study(place, name, tracking_uri, rebuild=rebuild, progress=waiting.update)
     if fault:
         say(f"not all of it got through: {fault}. Nothing is lost: sync again.", file=sys.stderr)
         raise typer.Exit(1)
-    say(f"{name}: MLflow is up to date.")
+    if driver:
+        say(f"{name}: {driver} mirrors it, and tells what does not get through. Nothing was sent.")
+    else:
+        say(f"{name}: MLflow is up to date.")
     if note := left_outside(place, name):
         say(note)
 

@@ -347,3 +347,17 @@ def test_the_ledger_says_where_an_attempt_computed_otherwise(place: tuple[Escala
     told = {one["id"]: one["numerics"] for one in shown if one["numerics"]}
     assert told == {cell: "attempt 1: micro_batch 8 -> 4"}
     assert "other numerics since attempt 1" in escala("why", cell, "--store", store.root).stdout
+
+
+def test_sync_says_that_nothing_was_sent_where_a_driver_mirrors_the_study(place: tuple[Escala, Store]) -> None:
+    escala, store = place
+    elsewhere = "http://127.0.0.1:9"
+    with Claim(store, "demo"):
+        told = escala("sync", "demo", "--store", store.root).stdout
+        assert f"demo: its driver, process {os.getpid()} on " in told
+        assert "Nothing was sent." in told
+        write_json(store.study("demo") / "mirror.json", {"tracking_uri": store.tracking_uri})
+        assert "Nothing was sent." in escala("sync", "demo", "--store", store.root).stdout
+        to_another = escala("sync", "demo", "--store", store.root, "--tracking-uri", elsewhere, ok=2).stderr
+    assert f"to {store.tracking_uri}, and to no other server meanwhile" in to_another
+    assert f"nothing was sent to {elsewhere}" in to_another
