@@ -96,7 +96,11 @@ def check_address(address: str) -> str:
         raise InputError(
             f"--address: found {address!r}, without http://. Did you mean --address http://{host}:{found}?"
         )
-    parts = urlsplit(address)
+    address = address.partition("#")[0]  # of a page that was copied from a browser
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise InputError(f"--address: found {address!r}, which is no address ({error}); write {example}.") from None
     if parts.scheme not in ("http", "https"):
         hint = f" Ray's client port takes no jobs: --address http://{parts.hostname}:8265?" if parts.hostname else ""
         raise InputError(f"--address: found {parts.scheme}://; a dashboard speaks http or https: {example}.{hint}")

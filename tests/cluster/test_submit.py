@@ -295,12 +295,18 @@ def test_a_cluster_without_tokens_takes_a_study_and_lists_it(
         ("http://user:pass@head:8265", "found a password in it"),
         ("http://", "names no host"),
         ("http://head:99999", "names no host"),
+        ("http://[::1", "is no address"),
     ],
 )
 def test_an_address_that_is_none_is_refused_with_what_was_meant(address: str, hint: str) -> None:
     with pytest.raises(InputError, match=re.escape(hint)) as error:
         jobs.check_address(address)
     assert "pass@" not in str(error.value)
+
+
+def test_an_address_that_was_copied_from_a_browser_is_that_of_its_dashboard() -> None:
+    assert jobs.check_address("http://head:8265/#/jobs") == "http://head:8265"
+    assert jobs.check_address("https://host/ray/#/overview") == "https://host/ray"
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
