@@ -12,15 +12,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sweeps.errors import InputError
+from sweeps.redaction import redact
 
 USER, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 
 
 def check_uri(uri: str) -> str:
-    """A tracking URI as it was given. InputError where it carries a password, or a server's a user name."""
+    """A tracking URI as it was given. InputError where it carries a password, in its query too, or a server's a user
+    name."""
     try:
         parts = urlsplit(uri)
         carried = bool(parts.password or (parts.username and parts.scheme in ("http", "https")))
+        carried |= redact(f"?{parts.query}") != f"?{parts.query}"
     except ValueError as error:
         raise InputError(
             f"the tracking URI is no address ({error}): it looks like https://mlflow.example.org."

@@ -188,6 +188,7 @@ def test_a_file_that_is_not_used_is_not_looked_at() -> None:
         "http://ann:secret-word@127.0.0.1:5000",
         "https://secret-word@mlflow.example.org",
         "postgresql://ann:secret-word@db:5432/mlflow",
+        "postgresql+psycopg2://db/mlflow?user=ann&password=secret-word",
     ],
 )
 def test_an_address_that_carries_a_password_is_refused_without_showing_it(uri: str, tmp_path: Path) -> None:
