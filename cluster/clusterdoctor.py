@@ -144,13 +144,14 @@ def _mlflow(store: Path, tracking_uri: str | None) -> Finding:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", MLFLOW_SECONDS)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
     from cluster.tracking import words
 
-    client = MlflowClient(tracking_uri=tracking_uri)
     try:
+        client = MlflowClient(tracking_uri=tracking_uri)
         client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
         said = words(error)
         advice = "start the server, or correct --tracking-uri (MLFLOW_TRACKING_URI)."
         if "401" in said or "403" in said or "not authenticated" in said.lower():
@@ -158,7 +159,7 @@ def _mlflow(store: Path, tracking_uri: str | None) -> Finding:
         return Finding("MLflow", False, f"not reachable at {tracking_uri} from here: {said}", advice)
     try:
         client.delete_experiment(client.create_experiment(f"escala-doctor-{secrets.token_hex(4)}"))
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         found = f"reachable at {tracking_uri} from here, but this account may not write: {words(error)}"
         advice = "a run makes an experiment there: ask its administrator for an account that may."
         return Finding("MLflow", False, found, advice)

@@ -65,6 +65,11 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
                 (store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
             client = MlflowClient(tracking_uri=tracking_uri)
             return _experiment(client, store, study, embedded)
+        except ImportError as error:  # the driver of a database, which SQLAlchemy loads by its name
+            raise InputError(
+                f"MLflow cannot open {redact(tracking_uri)}: {words(error)}. Install that package here, or name in the "
+                "address a driver that is installed, as in postgresql+psycopg2://."
+            ) from None
         except (MlflowException, SQLAlchemyError, OSError) as error:
             if refused := refusal(error, tracking_uri):
                 raise InputError(refused) from None

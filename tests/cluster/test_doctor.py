@@ -132,6 +132,14 @@ def test_an_mlflow_account_that_may_only_read_is_a_fault_and_what_is_tried_is_ta
         assert "ask its administrator for an account that may" in found.advice
 
 
+@pytest.mark.parametrize("uri", ["ftp://host/mlflow", "postgresql+asyncdriver://127.0.0.1:1/mlflow"])
+def test_a_tracking_address_that_mlflow_cannot_open_is_a_fault_of_the_drivers(uri: str, tmp_path: Path) -> None:
+    found = _mlflow(tmp_path, uri)
+    assert not found.ok
+    assert f"not reachable at {uri} from here" in found.found
+    assert "correct --tracking-uri" in found.advice
+
+
 def test_an_mlflow_server_that_is_not_there_is_a_fault_of_the_drivers(
     guarded: str, escala: Escala, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from mirroring import active_runs, assert_exact, client_of, connected, finish, l
 from sharedmlflow import PASSWORD, USER, PostgresServer, mlflow_on, postgres, why_not
 
 from analysis import load_runs
+from cluster import tracking
 from cluster.credentials import check_file, check_uri
 from cluster.sync import sync_study
 from sweeps.errors import InputError
@@ -206,3 +207,16 @@ def test_an_address_that_carries_a_password_is_refused_without_showing_it(uri: s
 def test_addresses_without_a_password_pass() -> None:
     for uri in ("http://127.0.0.1:5000", "sqlite:////a/b.db", "postgresql://ann@db/mlflow", "databricks"):
         assert check_uri(uri) == uri
+
+
+def test_a_database_whose_driver_is_not_installed_is_refused_with_what_is_missing(
+    study: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, name = study
+
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'psycopg'")
+
+    monkeypatch.setattr(tracking, "_experiment", missing)
+    with pytest.raises(InputError, match=r"No module named 'psycopg'\. Install that package here"):
+        tracking.reach(store, name, "postgresql://127.0.0.1:1/mlflow")
