@@ -184,7 +184,7 @@ class _Run:
                 self._meet_nodes(ray)
             self._meet_cluster(ray, address)
             self._predict()
-            self.standing.sort_anew()
+            self.standing.sort_elsewhere()
             self._grow()
             self.slots = max(1, self.schedule.room(self.demand, max(1, self._left())))
             self.pool.warm(self.schedule.first(self.slots))

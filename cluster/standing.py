@@ -57,11 +57,12 @@ class Standing:
                 del self.failed[cell_id], self._tally.failed[cell_id]
                 self.elsewhere[cell_id] = one
         if self.elsewhere:
-            self.sort_anew()
+            self.sort_elsewhere()
 
-    def sort_anew(self) -> None:
-        """Sort all cells that no worker of this run has."""
-        others = [*self.elsewhere.values(), *self._queue.drain()]
+    def sort_elsewhere(self) -> None:
+        """Sort the cells that others may have. Those in the queue are looked at when they are taken: a look at each of
+        thousands every two seconds would hold up what is ready."""
+        others = list(self.elsewhere.values())
         self.elsewhere.clear()
         self.sort(others)
 

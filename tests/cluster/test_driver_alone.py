@@ -211,6 +211,27 @@ def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before
     assert not any(left), "nothing that the loop would wait for"
 
 
+def test_a_cell_in_other_hands_costs_no_look_at_those_that_wait_and_moves_none_of_them(
+    store: Store, claim: Claim, other: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, tally = make_plan(20_000, 30_000, 40_000), Tally()
+    short, _, long = plan.cells
+    begin_attempt(store, long.cell.id, {"study": "other", "driver": other.number})
+    run = run_of(store, claim, plan)
+    run._look(tally)
+    assert (len(run.elsewhere), len(run.queue)) == (1, 2)
+    run.schedule.remove(short.cell.id)
+    run.queue.put(short, first=True)  # as one whose node was taken away
+    looked: list[str] = []
+    settle = driver.settle
+    monkeypatch.setattr(driver, "settle", lambda *given: looked.append(given[1]) or settle(*given))
+    run._look(tally)
+    assert looked == [long.cell.id]
+    unit = run.queue.take(0.0, "cpu")
+    assert unit is not None
+    assert unit.cells == [short], "it goes before longer ones still"
+
+
 # --- how far it is -----------------------------------------------------------------------------------------------
 
 
@@ -293,7 +314,7 @@ def test_cells_on_gpus_are_not_predicted_from_the_processor_of_the_drivers_machi
 
     def seconds(demand: Demand, models: Collection[str] = ()) -> list[float | None]:
         run = run_of(store, claim, plan, demand, models)
-        run.standing.sort_anew()
+        run.standing.sort_elsewhere()
         (job,) = run.schedule.waiting()
         (entry,) = read_plan(store, "s")["cells"]
         assert entry.get("seconds_predicted") == job.seconds, "what is on record is what is gone by"
