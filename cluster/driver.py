@@ -198,7 +198,8 @@ class _Run:
             self.tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
             self.tally.planned = len(self.queue) + len(self.standing.elsewhere) + len(self._in_hands())
-            self.usage.note(self.schedule)
+            with suppress(InputError):  # a full disk must not keep Ray alive, nor nodes that were asked for
+                self.usage.note(self.schedule)
             with suppress(ray.exceptions.RayError):  # of a cluster that is gone nothing can be taken back
                 if self.gate is not None and self.members is not None:
                     self.gate.close()

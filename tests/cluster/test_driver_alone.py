@@ -22,6 +22,7 @@ from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
 from sweeps.cell import Cell
 from sweeps.corpora import CorpusInfo
+from sweeps.errors import InputError
 from sweeps.grids import Plan, examples, plan_study
 from sweeps.records import append_rows, write_json
 from sweeps.store import (
@@ -230,6 +231,25 @@ def test_a_cell_in_other_hands_costs_no_look_at_those_that_wait_and_moves_none_o
     unit = run.queue.take(0.0, "cpu")
     assert unit is not None
     assert unit.cells == [short], "it goes before longer ones still"
+
+
+def test_ray_ends_with_the_run_where_a_full_disk_takes_no_record_of_what_was_used(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(store, claim, make_plan(40_000))
+    full, over = InputError("cannot write: the disk is full"), []
+
+    def refuse(*_: object) -> None:
+        raise full
+
+    ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError))
+    monkeypatch.setattr(driver, "start_ray", lambda *_: ray)
+    monkeypatch.setattr(driver, "stop_ray", over.append)
+    monkeypatch.setattr(run, "_meet_cluster", refuse)
+    monkeypatch.setattr(run.usage, "note", refuse)
+    with pytest.raises(InputError, match="the disk is full"):
+        run.run(Tally(), "local")
+    assert over == [ray]
 
 
 # --- how far it is -----------------------------------------------------------------------------------------------
