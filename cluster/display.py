@@ -213,8 +213,13 @@ class LiveProgress:
             console.print(f"watch: {progress.link}", markup=False, soft_wrap=True)
         ended = progress.counts["finished"] + progress.counts["diverged"] + progress.counts["failed"]
         eta = f"ETA {duration(progress.eta_seconds)}" if progress.eta_seconds is not None else "ETA unknown yet"
-        for order, words in enumerate(progress.ended, ended - len(progress.ended) + 1):
-            console.print(f"[{order}/{progress.total}] {words}")
+        order = ended - sum(not words.startswith("note: ") for words in progress.ended)
+        for words in progress.ended:
+            if words.startswith("note: "):  # of no cell, so it takes no number
+                console.print(words)
+            else:
+                order += 1
+                console.print(f"[{order}/{progress.total}] {words}")
             self._printed = time.monotonic()
         if self._live.is_started:
             self._live.update(self._picture(progress, ended, eta))
