@@ -5,6 +5,7 @@ writing, or a cell that a driver is about to plan, is taken away. So nothing goe
 """
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ LEFTOVER_SECONDS = 3600.0
 """A temporary file that nobody wrote to for so long was left by a killed writer."""
 IMPORT_SECONDS = 60.0
 """A cell that is younger may belong to an import that has not put its study on record yet."""
+HALF_WRITTEN = re.compile(r"\.(?:.+\.[a-z]+|attempt|[0-9a-f]{16})\.[a-z0-9_]{8}|\.(?:tmp|building|probe)-.+")
+"""What writers call a file or folder until it is in its place. Other names with a dot, such as `.git`, are people's."""
+FINGERPRINT = re.compile("[0-9a-f]{16}")
+"""What a corpus in the store is called: a folder of another name beside them is somebody's text."""
 KINDS = {
     "checkpoints": "checkpoints of cells that have ended, but for permanent ones",
     "leftovers": "temporary files that killed writers left",
@@ -164,7 +169,7 @@ def _trunks(store: Store, planned: set[str], gone: set[str]) -> Iterator[Item]:
 
 
 def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
-    """What is written beside its place (it begins with a dot), and lineages' notes of cells that are gone."""
+    """What writers left beside its place, and lineages' notes of cells that are gone."""
     for path in sorted((store.root / "lineages").glob("*/*")):
         if STUDY_NAME.fullmatch(path.name) and (path.name in gone or not store.cell(path.name).exists()):
             yield Item("leftovers", path, _size(path))
@@ -174,7 +179,7 @@ def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
         for entry in os.scandir(place):
             path = Path(entry.path)
             if entry.name.startswith("."):
-                if _is_old(path):
+                if HALF_WRITTEN.fullmatch(entry.name) and _is_old(path):
                     yield Item("leftovers", path, _size(path))
             elif entry.is_dir(follow_symlinks=False) and entry.name != "mlflow" and entry.name not in gone:
                 places.append(path)
@@ -187,7 +192,7 @@ def _corpora(store: Store, cells: set[str]) -> Iterator[Item]:
             used.add(read_cell(store, cell_id)["identity"].get("corpus"))
     folder = store.root / "corpora"
     for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if path.name not in used and not path.name.startswith(".") and _is_old(path):
+        if FINGERPRINT.fullmatch(path.name) and path.name not in used and _is_old(path):
             yield Item("corpora", path, _size(path))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from commandline import Escala, ids, refused
 from cluster import garbage, verbs
 from cluster.claims import Claim
 from cluster.garbage import KINDS, collectable, remove
-from sweeps.records import encode_row, read_json, write_json
+from sweeps.records import encode_row, read_json, write_beside, write_json
 from sweeps.store import Store, begin_attempt, read_cell, record_error
 from tests.analysis.synthetic import Run, write_study
 
@@ -192,3 +193,33 @@ def test_half_a_cell_that_a_killed_plan_left_does_not_stop_gc(place: tuple[Escal
     assert collectable(store) == [], "it may belong to a plan in the making"
     old(half)
     assert [(item.kind, item.path) for item in collectable(store)] == [("cells", half)]
+
+
+def test_files_of_people_stay_and_what_writers_leave_goes(place: tuple[Escala, Store]) -> None:
+    _, store = place
+    cell = store.cell(ids(store)[0])
+    (store.root / ".git").mkdir()
+    (store.root / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (store.root / "studies" / ".ipynb_checkpoints").mkdir()
+    theirs = [store.root / ".git", store.root / "studies" / ".ipynb_checkpoints", store.study("demo") / ".env.template"]
+    theirs[-1].write_text("HF_TOKEN=")
+    theirs.append(store.root / "corpora" / "my-texts")
+    theirs[-1].mkdir(parents=True)
+    temporary = [
+        write_beside(folder / name, b"half")
+        for folder, name in (
+            (store.root, "store.json"),
+            (store.study("demo"), "study.yaml"),
+            (cell, "result.json"),
+            (store.attempt(cell.name, 0), "documents.npz"),
+            (store.attempt(cell.name, 0), "error.txt"),
+            (cell, cell.name),
+        )
+    ]
+    ours = [*map(Path, temporary), Path(tempfile.mkdtemp(dir=cell / "attempts", prefix=".attempt."))]
+    ours += [store.root / f".probe-{'0' * 32}", store.root / "corpora" / ".building-7-0123abcd"]
+    for folder in ours[-2:]:
+        folder.mkdir(parents=True)
+    for path in (*theirs, *ours):
+        old(path)
+    assert {item.path for item in collectable(store, ["leftovers", "corpora"])} == set(ours)
