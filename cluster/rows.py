@@ -1,6 +1,8 @@
 """New rows of a cell's logs, for the mirror: read in chunks, each (key, step) given out once however many attempts
 logged it."""
 
+import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 END = 2**62  # no file is longer
+STRANGE = re.compile(r"[^/\w.\- :]")
+"""What MLflow takes in no metric's name; one such name costs the cell all that goes with it."""
+LONGEST_NAME = 250
 CHUNK_BYTES = 128 * 1024
 """So much of a log is read, sent and acknowledged at a time."""
 
@@ -74,7 +79,15 @@ class Rows:
             for key, value in row["metrics"].items():
                 if (key, row["tokens"]) not in seen:
                     seen.add((key, row["tokens"]))
-                    yield Metric(key, value, round(row["time"] * 1000), row["tokens"])
+                    yield Metric(shown_name(key), value, round(row["time"] * 1000), row["tokens"])
+
+
+def shown_name(key: str) -> str:
+    """A metric as MLflow may call it: a trainer that a study brings along may call it anything."""
+    name = STRANGE.sub("_", key[:LONGEST_NAME])
+    if posixpath.normpath(name) != name or name.startswith(("/", "..")) or name == ".":  # no path of its own
+        name = re.sub(r"[/.]", "_", name) or "_"
+    return name
 
 
 def _differences(row: Json) -> Iterator[tuple[str, int, float, float]]:
