@@ -289,10 +289,14 @@ def commit_result(attempt: Attempt, result: Mapping[str, Any]) -> bool:
 
 
 def record_error(attempt: Attempt, kind: str, message: str, traceback: str = "") -> None:
-    """Write the attempt's error.txt, "kind: message" first, without secrets; `kind` is one of END_KINDS."""
-    first_line = " ".join(message.split()) or "no message"
+    """Write the attempt's error.txt, "kind: message" first, without secrets; `kind` is one of END_KINDS.
+
+    Whatever the message holds: the name of a file that is no text, or a NUL, which no database takes.
+    """
+    first_line = " ".join(message.replace("\0", "\\0").split()) or "no message"
+    text = redact(f"{kind}: {first_line}\n\n{traceback}")
     fault("error.before_write")
-    write_bytes(attempt.folder / "error.txt", redact(f"{kind}: {first_line}\n\n{traceback}").encode())
+    write_bytes(attempt.folder / "error.txt", text.encode(errors="backslashreplace"))
 
 
 def read_end(store: Store, cell_id: str, epoch: int) -> tuple[str, str] | None:

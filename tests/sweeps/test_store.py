@@ -25,6 +25,7 @@ from sweeps.store import (
     commit_result,
     open_store,
     read_cell,
+    read_end,
     read_metrics,
     record_error,
 )
@@ -224,3 +225,11 @@ def test_a_write_that_the_disk_refuses_leaves_the_old_record(store: Store) -> No
     assert read_json(path) == {"value": "old"}
     assert [entry.name for entry in store.root.iterdir() if entry.name.startswith(".")] == []
     assert resource.getrlimit(resource.RLIMIT_FSIZE) == limits
+
+
+def test_an_end_is_on_record_whatever_bytes_its_message_holds(store: Store) -> None:
+    attempt = begin_attempt(store, "cell", {})
+    record_error(attempt, "code", f"no file {os.fsdecode(b'caf' + bytes([0xE9]))}\0.txt", "Traceback: \udce9")
+    end = read_end(store, "cell", 0)
+    assert end == ("code", r"no file caf\udce9\0.txt")
+    assert cell_state(store, "cell").state == "failed"
