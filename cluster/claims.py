@@ -42,11 +42,16 @@ class Holder:
 def read_holder(store: Store, study: str) -> Holder | None:
     """The study's highest claim; None where there is none."""
     while True:
-        path = max(store.study(study).glob("driver-*.json"), key=_number, default=None)
+        path = max(_claims(store.study(study)), key=_number, default=None)
         if path is None:
             return None
         with suppress(FileNotFoundError):  # it has just been outbid
             return Holder(_number(path), path, read_json(path), time.time() - path.stat().st_mtime)
+
+
+def _claims(folder: Path) -> list[Path]:
+    """Those of a study's folder. What a program left beside them, such as `driver-0 (copy).json`, is none."""
+    return [path for path in folder.glob("driver-*.json") if path.stem.removeprefix("driver-").isdecimal()]
 
 
 def _number(path: Path) -> int:
@@ -91,7 +96,7 @@ class Claim:
             self._outbid(folder)
         except OSError as error:
             raise disk_error(folder, error) from error
-        for lower in folder.glob("driver-*.json"):
+        for lower in _claims(folder):
             if _number(lower) < self.number:
                 lower.unlink(missing_ok=True)
         self._thread.start()

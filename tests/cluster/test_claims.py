@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import cluster.claims as claims
-from cluster.claims import Claim, driver_lives, read_holder
+from cluster.claims import Claim, driver_lives, living_drivers, read_holder
 from cluster.control import cancel, pause, read_wish, resume
 from sweeps.errors import InputError
 from sweeps.life import SILENCE_SECONDS
@@ -44,6 +44,17 @@ def test_one_driver_holds_a_study_and_a_dead_one_is_replaced(store: Store) -> No
         assert not first.holds(), "not even when its successor has ended"
     with Claim(store, "s") as third:
         assert third.number == second.number + 1
+
+
+def test_a_copy_of_a_claim_that_lies_beside_it_is_no_claim(store: Store) -> None:
+    with Claim(store, "s") as first:
+        copy = store.study("s") / "driver-7 (conflicted copy).json"
+        copy.write_text("{}")
+        assert first.holds()
+        assert [name for name, _ in living_drivers(store)] == ["s"]
+    with Claim(store, "s") as second:
+        assert second.number == first.number + 1
+    assert copy.exists()
 
 
 def test_a_driver_that_gave_no_sign_for_long_is_taken_to_be_frozen(store: Store) -> None:
