@@ -6,12 +6,14 @@ says.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.placement import Demand
 from cluster.scheduling import Job, Schedule, Start, chains
 from cluster.workload import own_flops, waits
+from sweeps.errors import InputError
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.stacks import LEAST_GAIN, known_gain, stack_key, stack_size
@@ -73,14 +75,13 @@ class Queue:
 
     def put(self, one: PlannedCell, *, first: bool = False) -> None:
         """Add a cell, in its order or as the `first` to be taken."""
-        cell_id, demand, seconds = one.cell.id, self._demand(one), self._seconds.get(one.cell.id)
+        cell_id, demand = one.cell.id, self._demand(one)
         held = cell_id in self._branches and not self._may_begin(one)
         job = Job(
             id=cell_id,
             demand=demand,
             chain=self._chains[cell_id],
-            # A gang is taken to be as fast as all its GPUs, as in cluster/workload.py; a share was timed as a whole.
-            seconds=None if seconds is None else seconds / max(1.0, demand.all_gpus),
+            seconds=self._seconds[cell_id] / self._speed(one) if cell_id in self._seconds else None,
             flops=self.own_flops(one),
         )
         self._cells[cell_id] = one
@@ -99,6 +100,13 @@ class Queue:
         self._held.clear()
         self._alike.clear()
         return found
+
+    def _speed(self, one: PlannedCell) -> float:
+        """How many times faster than on one GPU a cell is taken to train: a gang as all its GPUs, as in
+        cluster/workload.py; a share was timed as a whole."""
+        with suppress(InputError):
+            return max(1.0, self._demand(one).all_gpus)
+        return 1.0  # it has ended on other nodes; what waits was held against these
 
     def own_flops(self, one: PlannedCell) -> float:
         """The FLOPs of a cell that no trunk trains for it."""
@@ -160,8 +168,10 @@ class Queue:
         return self._cells.pop(cell_id)
 
     def _lengths(self, plan: Plan) -> dict[str, float]:
-        """The longest chain that each cell begins: in seconds of one GPU where all are known, else in FLOPs."""
-        length = {cell_id: self._seconds[cell_id] if self._timed else own for cell_id, own in self._own.items()}
+        """The longest chain that each cell begins: in seconds where all are known, else in FLOPs."""
+        length = self._own
+        if self._timed:
+            length = {one.cell.id: self._seconds[one.cell.id] / self._speed(one) for one in plan.cells}
         before = {cell_id: (trunk, share * length[trunk]) for cell_id, (trunk, share) in waits(plan, self._own).items()}
         return chains(length, before)
 

@@ -18,8 +18,9 @@ from cluster.hardware import kind_of, processor
 from cluster.ledger import register
 from cluster.placement import Demand, Fleet, Node
 from cluster.queue import Queue
-from cluster.scheduling import Bounds, Schedule
+from cluster.scheduling import Bounds, Job, Schedule
 from cluster.searching import Searching
+from cluster.simulation import simulate
 from sweeps.cell import Cell
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
@@ -428,3 +429,21 @@ def test_cells_that_wait_by_their_seconds_are_put_anew_where_others_come_that_ha
     while (unit := queue.take(0.0, "cuda")) is not None:
         taken += unit.cells
     assert taken == [long, middle, short], "all by their FLOPs"
+
+
+def test_a_gang_waits_for_its_turn_by_its_own_time_as_in_a_simulation(
+    store: Store, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(20_000, 30_000)
+    alone, parted = plan.cells
+    seconds = {alone.cell.id: 1000.0, parted.cell.id: 8 * 200.0}
+    demands = {alone.cell.id: ONE, parted.cell.id: GANG}
+    nodes = [Node("n", 16, 8)]
+    queue = Queue(store, plan, Schedule(Fleet(nodes)), lambda one: demands[one.cell.id], seconds)
+    for one in plan.cells:
+        queue.put(one)
+    unit = queue.take(0.0, "cuda")
+    assert unit is not None
+    jobs = [Job(id=name, demand=demands[name], seconds=seconds[name] / demands[name].all_gpus) for name in seconds]
+    first = min(simulate(jobs, nodes).turns, key=lambda turn: turn.start)
+    assert [one.cell.id for one in unit.cells] == [first.id] == [alone.cell.id]
