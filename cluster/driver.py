@@ -306,7 +306,7 @@ class _Run:
         return [hand for task in self.tasks.values() for hand in task.hands]
 
     def _start(self, unit: Unit) -> None:
-        hands, others = take_up(self.store, unit.cells)
+        hands, others = take_up(self.store, self.plan.study.name, unit.cells)
         self.standing.elsewhere |= {one.cell.id: one for one in others}
         if not hands:
             self.schedule.end(unit.start, unit.start.began)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.placement import Demand, memory_share
+from sweeps.store import Store, cell_state
 
 ALIKE = {"finished", "diverged", "stopped", "superseded"}
 """Ends of an attempt that every rank has met, so that they can go on to another cell."""
@@ -65,6 +66,8 @@ class Gang:
     ) -> list[dict[str, Any]]:
         """Try a cell once: how it ended, as of `cluster.worker.Worker.run`. Gangs train no stacks."""
         (cell_id,) = cell_ids
+        if cell_state(Store(Path(root)), cell_id).state != "planned":  # another study's worker was quicker
+            return []
         if self._ranks is None:
             self._ranks = asyncio.ensure_future(asyncio.to_thread(self._start))
         async with self._changed:
@@ -166,7 +169,6 @@ def _train(config: dict[str, Any]) -> None:
     from sweeps.devices import keep_freed_memory
     from sweeps.gang import follow_attempt
     from sweeps.ranks import join_ranks
-    from sweeps.store import Store
 
     keep_freed_memory()
     if torch.cuda.is_available():

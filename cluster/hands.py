@@ -1,6 +1,7 @@
 """What workers have in hands: a cell, or several that train as one program, and how its driver follows each."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from cluster.progress import Running, Tail
 from cluster.pulse import Pulse
 from cluster.scheduling import Start
 from sweeps.planned import PlannedCell
+from sweeps.records import read_json
 from sweeps.store import (
     Attempt,
     Store,
@@ -28,6 +30,8 @@ class Hand:
     """A cell in a worker's hands."""
 
     store: Store
+    study: str
+    """For which it is in hands."""
     one: PlannedCell
     tail: Tail
     pulse: Pulse
@@ -39,9 +43,16 @@ class Hand:
     """What it was asked, if it was asked to stop."""
 
     def attempt(self) -> Attempt | None:
-        """The attempt that the worker has begun, if it has."""
+        """The attempt that the worker has begun, if it has; never that of another study's worker, which was quicker
+        while this one waited for room, and which is none of ours to stop, to kill or to charge."""
         epochs = attempt_epochs(self.store, self.one.cell.id)
-        return Attempt(self.store, self.one.cell.id, epochs[-1]) if len(epochs) > self.attempts_before else None
+        if len(epochs) <= self.attempts_before:
+            return None
+        found = Attempt(self.store, self.one.cell.id, epochs[-1])
+        with suppress(FileNotFoundError):  # of an older version, which was killed before it could write it
+            if read_json(found.folder / "attempt.json").get("study") not in (None, self.study):
+                return None
+        return found
 
     def ask_to_stop(self, why: str, kind: str = "stopped") -> None:
         """Once, and when it has begun."""
@@ -55,13 +66,11 @@ class Hand:
         one, tail = self.one, self.tail
         return Running(one.cell.id, one.counts["N"], tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
 
-    def record_death(self, study: str, kind: str, message: str) -> None:
+    def record_death(self, kind: str, message: str) -> None:
         """Charge a death to the cell, where the attempt did not say itself how it ended. InputError at a full disk."""
-        cell_id = self.one.cell.id
-        epochs = attempt_epochs(self.store, cell_id)
-        attempt = Attempt(self.store, cell_id, epochs[-1]) if epochs else None
-        if len(epochs) == self.attempts_before:
-            attempt = begin_attempt(self.store, cell_id, {"study": study})
+        cell_id, attempt = self.one.cell.id, self.attempt()
+        if len(attempt_epochs(self.store, cell_id)) == self.attempts_before:
+            attempt = begin_attempt(self.store, cell_id, {"study": self.study})
         untold = attempt is not None and read_end(self.store, cell_id, attempt.epoch) is None
         if attempt is not None and untold and cell_state(self.store, cell_id).result is None:
             record_error(attempt, kind, message)
@@ -111,7 +120,7 @@ def kept_tokens(store: Store, one: PlannedCell) -> int:
     return max((int(path.name) for folder in folders for path in checkpoint_paths(folder)), default=0)
 
 
-def take_up(store: Store, unit: list[PlannedCell]) -> tuple[list[Hand], list[PlannedCell]]:
+def take_up(store: Store, study: str, unit: list[PlannedCell]) -> tuple[list[Hand], list[PlannedCell]]:
     """The cells of a unit that can be tried now, and those that another study's driver was quicker to try."""
     hands, others = [], []
     for one in unit:
@@ -119,7 +128,7 @@ def take_up(store: Store, unit: list[PlannedCell]) -> tuple[list[Hand], list[Pla
         if state.state == "planned":
             pulse = Pulse(store, one.cell.id, state.attempts)
             kept = kept_tokens(store, one) if state.attempts else 0
-            hands.append(Hand(store, one, Tail(store, one.cell.id), pulse, state.attempts, kept))
+            hands.append(Hand(store, study, one, Tail(store, one.cell.id), pulse, state.attempts, kept))
         else:
             others.append(one)
     return hands, others

@@ -86,7 +86,7 @@ class Standing:
     def record_death(self, hand: Hand, kind: str, message: str) -> None:
         """A worker died, which a cell is charged with."""
         try:
-            hand.record_death(self._search.plan.study.name, kind, message)
+            hand.record_death(kind, message)
         except InputError as error:  # the disk is full: what cannot be recorded must not go on
             self.halt = str(error)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sweeps.devices import keep_freed_memory
 from sweeps.loading import loading
-from sweeps.store import Store
+from sweeps.store import Store, cell_state
 
 
 class Worker:
@@ -43,13 +43,15 @@ class Worker:
         """Try a cell once, or several as one program: how each ended, as `sweeps.attempt.Ended`.
 
         `threads` are those of a CPU. With `probe`, several are tried together only where that pays; else nothing is
-        tried and the list is empty.
+        tried and the list is empty. What another study's worker has begun or ended since it was given out, while this
+        one waited for room, is left to it.
         """
         from sweeps.attempt import run_attempts
         from sweeps.probing import pays
 
         store, base = Store(Path(root)), Path(base_dir) if base_dir else None
-        if probe and len(cell_ids) > 1 and not pays(store, cell_ids, base):
+        cell_ids = [one for one in cell_ids if cell_state(store, one).state == "planned"]
+        if not cell_ids or (probe and len(cell_ids) > 1 and not pays(store, cell_ids, base)):
             return []
         ended = run_attempts(
             store,

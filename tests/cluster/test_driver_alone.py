@@ -220,14 +220,14 @@ def test_a_cell_in_other_hands_costs_no_look_at_those_that_wait_and_moves_none_o
     short, _, long = plan.cells
     begin_attempt(store, long.cell.id, {"study": "other", "driver": other.number})
     run = run_of(store, claim, plan)
-    run._look(tally)
+    run._look()
     assert (len(run.elsewhere), len(run.queue)) == (1, 2)
     run.schedule.remove(short.cell.id)
     run.queue.put(short, first=True)  # as one whose node was taken away
     looked: list[str] = []
     settle = driver.settle
     monkeypatch.setattr(driver, "settle", lambda *given: looked.append(given[1]) or settle(*given))
-    run._look(tally)
+    run._look()
     assert looked == [long.cell.id]
     unit = run.queue.take(0.0, "cpu")
     assert unit is not None
@@ -249,7 +249,7 @@ def test_ray_ends_with_the_run_where_a_full_disk_takes_no_record_of_what_was_use
     monkeypatch.setattr(run, "_meet_cluster", refuse)
     monkeypatch.setattr(run.usage, "note", refuse)
     with pytest.raises(InputError, match="the disk is full"):
-        run.run(Tally(), "local")
+        run.run("local")
     assert over == [ray]
 
 
@@ -265,13 +265,13 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     (store.checkpoints(one.cell.id, 0) / "36000").mkdir(parents=True)
     record_error(before, "preemption", "its driver was gone")
     run, tally = run_of(store, claim, plan), Tally()
-    run._settle_anew(tally)
+    run.standing.sort_elsewhere()
     run.began = time.monotonic() - 60
 
     def take() -> None:
         unit = run.queue.take(0.0, "cpu")
         assert unit is not None
-        run.tasks["call"] = Task(None, take_up(store, unit.cells)[0], unit.start)
+        run.tasks["call"] = Task(None, take_up(store, "s", unit.cells)[0], unit.start)
 
     def trained_to(tokens: int) -> None:
         attempt = begin_attempt(store, one.cell.id, {"study": "s"})
@@ -286,7 +286,7 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     record_error(Attempt(store, one.cell.id, 1), "stopped", "paused")
     ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
     run.pool.keep = lambda _: None  # type: ignore[method-assign]
-    run._finish(ray, "call", tally)
+    run._finish(ray, "call")
     take()
     trained_to(39_000)
     assert run._progress(tally).eta_seconds == pytest.approx(20, rel=0.05), "what it did before the pause counts"
