@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from searched import end, make_corpus, search_plan
 
-from cluster import driver, ledger, pool
+from cluster import driver, ledger, pool, standing
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.driver import Tally, _Run
@@ -216,17 +216,17 @@ def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before
 def test_a_cell_in_other_hands_costs_no_look_at_those_that_wait_and_moves_none_of_them(
     store: Store, claim: Claim, other: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, tally = make_plan(20_000, 30_000, 40_000), Tally()
+    plan = make_plan(20_000, 30_000, 40_000)
     short, _, long = plan.cells
     begin_attempt(store, long.cell.id, {"study": "other", "driver": other.number})
     run = run_of(store, claim, plan)
     run._look()
-    assert (len(run.elsewhere), len(run.queue)) == (1, 2)
+    assert (len(run.standing.elsewhere), len(run.queue)) == (1, 2)
     run.schedule.remove(short.cell.id)
     run.queue.put(short, first=True)  # as one whose node was taken away
     looked: list[str] = []
-    settle = driver.settle
-    monkeypatch.setattr(driver, "settle", lambda *given: looked.append(given[1]) or settle(*given))
+    settle = standing.settle
+    monkeypatch.setattr(standing, "settle", lambda *given: looked.append(given[1]) or settle(*given))
     run._look()
     assert looked == [long.cell.id]
     unit = run.queue.take(0.0, "cpu")
@@ -264,7 +264,7 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     before = begin_attempt(store, one.cell.id, {"study": "s"})
     (store.checkpoints(one.cell.id, 0) / "36000").mkdir(parents=True)
     record_error(before, "preemption", "its driver was gone")
-    run, tally = run_of(store, claim, plan), Tally()
+    run = run_of(store, claim, plan)
     run.standing.sort_elsewhere()
     run.began = time.monotonic() - 60
 
@@ -279,9 +279,9 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
             append_rows(stream, [{"time": 0.0, "tokens": tokens, "metrics": {"train_loss": 2.0}}])
 
     take()
-    assert run._progress(tally).eta_seconds is None, "nothing is known of its pace yet"
+    assert run._progress().eta_seconds is None, "nothing is known of its pace yet"
     trained_to(38_000)
-    assert run._progress(tally).eta_seconds == pytest.approx(60, rel=0.05), "a twentieth in a minute, another is left"
+    assert run._progress().eta_seconds == pytest.approx(60, rel=0.05), "a twentieth in a minute, another is left"
     (store.checkpoints(one.cell.id, 1) / "38000").mkdir(parents=True)
     record_error(Attempt(store, one.cell.id, 1), "stopped", "paused")
     ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
@@ -289,7 +289,7 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     run._finish(ray, "call")
     take()
     trained_to(39_000)
-    assert run._progress(tally).eta_seconds == pytest.approx(20, rel=0.05), "what it did before the pause counts"
+    assert run._progress().eta_seconds == pytest.approx(20, rel=0.05), "what it did before the pause counts"
 
 
 # --- predicted times ---------------------------------------------------------------------------------------------
