@@ -29,6 +29,9 @@ HORIZONS, SIZES = 3, 3
 """Token counts that one size needs where end points stand in for a curve, and sizes that the envelope needs."""
 SMOOTHED = 8
 """Points of a curve from which on it is smoothed; fewer are joined."""
+MOST_LOST = 0.25
+"""Share of resampled curves without an envelope from which on there are no intervals. What is left are copies that hold
+nearly the same curves: of three sizes all are the point itself, of four 95% intervals held in three of four trials."""
 CONSTANT = 0.01
 """A learning rate that stays within this part of its peak after warm-up is constant."""
 
@@ -270,7 +273,7 @@ def _fit(
         point = {v: (float(levels[i]), float(slopes[i])) for i, v in enumerate("ND")}
         units = np.unique([c.unit for c in curves], return_inverse=True)[1]
         copies, lost = _copies(values, units, which, sizes, grid, counter, pivot, resamples, seed)
-        line = make_line(pivot, point, copies)
+        line = make_line(pivot, point, copies if lost <= MOST_LOST else {})
         verdicts = [*verdicts, *narrow_span(np.exp(path.x)), *_said(len(sizes), path, lost)]
     elif path is not None:
         message = (
@@ -339,10 +342,15 @@ def _said(sizes: int, path: _Path, lost: float) -> list[Verdict]:
         message = f"{sizes - len(path.sizes)} of {sizes} sizes never tie for the lowest loss, and do not enter."
         verdicts.append(Verdict("sizes_off_envelope", "info", "fit", None, message))
     if lost > 0.05:
+        left = (
+            "the intervals are those of the rest, and too narrow"
+            if lost <= MOST_LOST
+            else "what the rest agree on is no interval, so there are none"
+        )
         message = (
-            f"{lost:.0%} of the resampled curves leave no envelope of {SIZES} sizes; the intervals are those of the "
-            f"rest, and too narrow. More sizes between {budget_name(np.exp(path.x[0]))} and "
-            f"{budget_name(np.exp(path.x[-1]))} FLOPs, or more seeds, would mend it."
+            f"{lost:.0%} of the resampled curves leave no envelope of {SIZES} sizes; {left}. More sizes between "
+            f"{budget_name(np.exp(path.x[0]))} and {budget_name(np.exp(path.x[-1]))} FLOPs, or more seeds, would mend "
+            "it."
         )
         verdicts.append(Verdict("few_curves", "caution", "fit", None, message))
     return verdicts

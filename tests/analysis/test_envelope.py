@@ -190,6 +190,18 @@ def test_noisy_single_curves_confess_that_resamples_are_lost() -> None:
     assert found.diagnostics["copies_lost"] > 0.5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_three_sizes_have_an_exponent_and_no_interval_of_width_zero(seed) -> None:
+    noisy = fit_curve_envelope(curves(3, noise=0.003, seed=seed), resamples=50)
+    assert np.isfinite(noisy.params["N_exponent"])
+    assert np.isnan(noisy.intervals["N_exponent"]).all()
+    (said,) = [v.message for v in noisy.verdicts if v.code == "few_curves"]
+    assert "no interval, so there are none" in said
+    many = fit_curve_envelope(curves(8, noise=0.003, seed=seed), resamples=50)
+    low, high = many.intervals["N_exponent"]
+    assert low < many.params["N_exponent"] < high
+
+
 # --- published runs ----------------------------------------------------------------------------------------------
 
 
