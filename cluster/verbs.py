@@ -92,7 +92,8 @@ def logs(
                 else:
                     say(_log_line(row))
         except KeyboardInterrupt:
-            say()
+            if not as_json:
+                say()
         return
     rows = read_metrics(place, cell_id) + watching.failures(place, cell_id)
     if as_json:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from commandline import ROOT, TINY, Escala, ids, refused
 
 import analysis
-from cluster import verbs
+from cluster import verbs, watching
 from cluster.arguments import find_cell
 from cluster.claims import Claim
 from cluster.watching import cells_named, explain
@@ -361,3 +362,17 @@ def test_sync_says_that_nothing_was_sent_where_a_driver_mirrors_the_study(place:
         to_another = escala("sync", "demo", "--store", store.root, "--tracking-uri", elsewhere, ok=2).stderr
     assert f"to {store.tracking_uri}, and to no other server meanwhile" in to_another
     assert f"nothing was sent to {elsewhere}" in to_another
+
+
+def test_ctrl_c_leaves_nothing_but_json_of_a_log_that_is_followed(
+    place: tuple[Escala, Store], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, store = place
+
+    def follow(*_: object) -> Iterator[dict[str, Any]]:
+        yield row(10, train_loss=2.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching, "follow", follow)
+    verbs.logs(ids(store)[0], store.root, follow=True, as_json=True)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [row(10, train_loss=2.0)]
