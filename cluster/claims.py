@@ -123,8 +123,8 @@ class Claim:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        if self.holds():
-            with suppress(InputError):  # a full disk: the next driver sees that this process is gone
+        with suppress(InputError):  # a disk that refuses: the next driver sees that this process is gone
+            if self.holds():
                 write_json(self._path, {**read_json(self._path), "ended": timestamp()}, sync=False)
 
     def _loop(self) -> None:

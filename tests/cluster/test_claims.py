@@ -46,6 +46,20 @@ def test_one_driver_holds_a_study_and_a_dead_one_is_replaced(store: Store) -> No
         assert third.number == second.number + 1
 
 
+def test_a_disk_that_refuses_at_the_end_hides_nothing_of_what_a_driver_has_done(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> dict[str, Any]:
+        raise InputError(f"{path} cannot be read as a record: [Errno 5] Input/output error")
+
+    with Claim(store, "s"):
+        monkeypatch.setattr(claims, "read_json", refuse)
+    monkeypatch.undo()
+    holder = read_holder(store, "s")
+    assert holder is not None
+    assert "ended" not in holder.record, "whoever comes next sees that its process is gone"
+
+
 def test_a_copy_of_a_claim_that_lies_beside_it_is_no_claim(store: Store) -> None:
     with Claim(store, "s") as first:
         copy = store.study("s") / "driver-7 (conflicted copy).json"
