@@ -282,6 +282,8 @@ class Gate:
         self._known = {members.here}
         self._here = this_process()
         self._under_way: tuple[Probes, float] | None = None
+        self._silent: dict[str, float] = {}
+        """Nodes that gave no report, and when each is looked at again: it may have started slowly."""
 
     def open(self) -> list[str]:
         """Look at all nodes that there are. Notes; InputError for the first that may not train.
@@ -301,6 +303,7 @@ class Gate:
                 raise InputError(found)
             if found:
                 self._members.barred[report.node.id] = found
+                self._silent[report.node.id] = time.monotonic() + PROBE_SECONDS
                 said.add(f"no cell goes there: {found}")
             elif note := caution(report, self._here):
                 said.add(note)
@@ -323,9 +326,13 @@ class Gate:
             reports = probes.reports(0.1)
         self._under_way, said = None, []
         for report in reports:
+            told = self._silent.pop(report.node.id, None) is not None
             if found := obstacle(report, self._here, self._root):
                 self._members.barred[report.node.id] = found
-                said.append(f"no cell goes there: {found}")
+                if report.silent:
+                    self._silent[report.node.id] = time.monotonic() + PROBE_SECONDS
+                if not (report.silent and told):
+                    said.append(f"no cell goes there: {found}")
             else:
                 del self._members.barred[report.node.id]
                 said += [note] if (note := caution(report, self._here)) else []
@@ -338,7 +345,10 @@ class Gate:
             self._under_way = None
 
     def _strangers(self) -> list[LivingNode]:
-        """Usable nodes that could hold a worker and were not looked at before."""
+        """Usable nodes that could hold a worker and were not looked at before, or gave no report then."""
+        for node_id in [one for one, again in self._silent.items() if time.monotonic() >= again]:
+            self._members.barred.pop(node_id, None)
+            self._known.discard(node_id)
         living = self._members.living()
         nodes = [node for node in living if node.leaving is None and node.id not in self._known and node.cpus >= 1]
         self._known |= {node.id for node in nodes}

@@ -13,9 +13,10 @@ import pytest
 from commandline import Escala, refused
 from raynodes import free_port, over, ray_node, wait_for
 
+from cluster import nodeprobe
 from cluster.clusterdoctor import SKEW_SECONDS, _mlflow, examine
 from cluster.nodeprobe import Report, this_process
-from cluster.nodes import LivingNode
+from cluster.nodes import LivingNode, Members
 from sweeps.store import open_store
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef0123456789abcdef"}
@@ -87,6 +88,42 @@ def test_what_is_wrong_with_a_node_comes_with_what_to_do() -> None:
     assert "free some space" in faults(free_bytes=1)
     other = examine(replace(well, versions=here["versions"] | {"torch": "2.0.0"}), here, root)
     assert any("torch 2.0.0 on node abababab" in one.advice for one in other if one.ok), "a caution, no fault"
+
+
+def test_a_node_that_gave_no_report_is_looked_at_again_and_let_in_when_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = LivingNode("a" * 56, "10.0.0.2", 8.0, 0.0)
+    here = this_process()
+    well = Report(node=node, versions=here["versions"], code=here["code"], host="there")
+    answers = [Report(node=node, versions={}, silent="no answer in 120 s")] * 2 + [well]
+
+    class Answered(nodeprobe.Probes):
+        def begin(self, nodes: Any) -> None:
+            assert list(nodes) == [node]
+
+        def done(self) -> bool:
+            return True
+
+        def reports(self, seconds: float = 0.0) -> list[Report]:
+            return [answers.pop(0)]
+
+    class Stub(Members):
+        def __init__(self) -> None:
+            self.ray, self.here, self.barred, self._doubted, self._nodes = None, "head", {}, {}, [node]
+
+    monkeypatch.setattr(nodeprobe, "Probes", Answered)
+    monkeypatch.setattr(nodeprobe, "PROBE_SECONDS", 0.0)
+    members = Stub()
+    gate = nodeprobe.Gate(members, tmp_path)
+    (said,) = gate.open()
+    assert "gives no report" in said
+    told: list[str] = []
+    for _ in range(4):
+        told += gate.look()
+        assert answers == [] or members.barred, "no cell goes there before it has answered"
+    assert told == [], "it is said once"
+    assert not members.barred
 
 
 class ReadOnly(http.server.BaseHTTPRequestHandler):
