@@ -136,7 +136,7 @@ def test_a_refused_cell_is_named_and_the_others_go_on(study: tuple[Store, str], 
     log_path = store.attempt(bad, 0) / "log.jsonl"
     content = log_path.read_bytes()
     with log_path.open("ab", buffering=0) as stream:
-        append_rows(stream, [{"time": 1.7e9, "tokens": 5, "metrics": {"no: such <key>": 1.0}}])
+        append_rows(stream, [{"time": -1.0, "tokens": 5, "metrics": {"before_1970": 1.0}}])
     mirror = connected(store, name, mlflow_server.uri)
     assert mirror.sync(), "the server answers"
     assert mirror.fault is not None
