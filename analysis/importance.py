@@ -27,6 +27,9 @@ from sweeps.errors import InputError, nearest
 
 TRIALS = 4
 """Settings for each parameter below which a surrogate is not asked."""
+LEVELS = 8
+"""Numbers of one column beside which a blank is one more level, as on a grid. Of more, as a search draws them, each
+would be a word of its own, for which a forest takes a time that doubles with every second one and learns nothing."""
 _GROUP = ("family", "parametrisation", "N", "D", "corpus", "tokenizer", "context", "trainer")
 """What a hyperparameter's importance is asked at."""
 
@@ -85,7 +88,7 @@ def importances(
     groups = runs.groupby(keys, dropna=False) if keys else [((), runs)]
     found = []
     for key, rows in groups:
-        if asked or (loss in rows.columns and len(_parameters(_counted(rows, loss)[0], None)[0]) > 1):
+        if asked or (loss in rows.columns and len(_known(_counted(rows, loss)[0], None)[1]) > 1):
             group = {name: value for name, value in zip(keys, key) if name in ("family", "parametrisation", "N", "D")}
             found.append(importance(rows, parameters, loss=loss, group=group, **options))
     return tuple(found)
@@ -107,8 +110,8 @@ def importance(
     follow another. Settings with several runs are averaged. cap: what a diverged run counts as, and the most that any
     run does, nats; by default the mean `loss_at_start` where known, else the highest loss of the others. A table that
     tells no states has runs that diverged where the loss is infinite, or blown up beyond the best rate. Rows that are
-    left out for another reason than divergence or have no loss, and early rungs of a search, do not count. Numbers that
-    are not supported are refused by verdicts.
+    left out for another reason than divergence or have no loss, and early rungs of a search, do not count, nor do rows
+    that lack a parameter of more than `LEVELS` numbers. Numbers that are not supported are refused by verdicts.
     Raises InputError for a column that is not there.
     """
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
@@ -118,9 +121,11 @@ def importance(
             raise InputError(f"the runs have no column {name!r}{hint}; they have {', '.join(map(str, runs.columns))}.")
     every = with_states(runs).reset_index(drop=True)
     runs, lost = _counted(every, loss)
-    named, verdicts = _parameters(runs, parameters)
+    runs, named, blank, verdicts = _known(runs, parameters)
+    lost = lost[runs.index]
     empty = every[loss].isna().map({True: "the loss is missing", False: None})
     why = every["excluded"].astype(object).where(every["excluded"].notna(), empty) if "excluded" in every else empty
+    why = why.where(~why.index.isin(blank.index), blank)
     verdicts += left_out(why[~why.index.isin(runs.index)].dropna())
     table, capped, source = _capped(runs, lost, named, loss, cap)
     diverged = int(lost.sum())
@@ -237,6 +242,30 @@ def _counted(runs: pd.DataFrame, loss: str) -> tuple[pd.DataFrame, pd.Series]:
     if "rung" in runs.columns:
         kept &= ~(runs["rung"].astype(float) < 1.0)
     return runs[kept], diverged[kept]
+
+
+def _known(
+    runs: pd.DataFrame, asked: Sequence[str] | None
+) -> tuple[pd.DataFrame, list[str], "pd.Series[Any]", list[Verdict]]:
+    """The runs that tell their parameters, these, what each of the other runs lacks, and what is said of it.
+
+    A blank among more than `LEVELS` numbers is no level. Of a column that nobody asked for and most runs leave blank,
+    the column goes and not the runs.
+    """
+    blank, few = pd.Series(None, runs.index, dtype=object), []
+    for name in (c for c in dict.fromkeys(asked or SETTINGS) if c in runs.columns):
+        empty = runs[name].isna()
+        if not empty.any() or not pd.api.types.is_numeric_dtype(runs[name]) or runs[name].nunique() <= LEVELS:
+            continue
+        if asked is None and empty.mean() > 0.5:
+            told = f"{name} is told by {int((~empty).sum())} of {plural(len(runs), 'run')} only and not looked at."
+            few.append(Verdict("constant_parameter", "info", "parameter", name, f"{told} Ask for it by its name."))
+            runs = runs.drop(columns=name)
+        else:
+            blank = blank.mask(blank.isna() & empty, f"{name} is missing")
+    kept = runs[blank.isna()]
+    named, verdicts = _parameters(kept, asked)
+    return kept, named, blank.dropna(), [*few, *verdicts]
 
 
 def _capped(

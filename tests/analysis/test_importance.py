@@ -118,6 +118,26 @@ def test_words_are_parameters_too() -> None:
     assert one.shares["schedule"].value == pytest.approx(other.shares["warmup_tokens"].value)
 
 
+def test_a_blank_among_the_numbers_of_a_search_is_no_level_of_its_own() -> None:
+    trials = search(14)
+    trials.loc[3, "learning_rate"] = np.nan
+    one, rest = importance(trials), importance(trials.drop(index=3))
+    assert one.table().equals(rest.table())
+    assert one.n_runs == 13
+    assert any("1: learning_rate is missing" in v.message for v in one.verdicts)
+
+
+def test_of_a_column_that_most_trials_leave_empty_the_column_goes_and_not_the_trials() -> None:
+    trials = search(28)
+    cooled = trials.assign(cooldown_fraction=np.where(np.arange(28) < 10, np.linspace(0.05, 0.3, 28), np.nan))
+    one, rest = importance(cooled), importance(trials)
+    assert one.table().equals(rest.table())
+    assert "cooldown_fraction is told by 10 of 28 runs only and not looked at." in " ".join(
+        v.message for v in one.verdicts
+    )
+    assert importance(cooled, ["learning_rate", "cooldown_fraction"]).n_runs == 10
+
+
 def test_what_only_follows_another_hyperparameter_is_not_counted_twice() -> None:
     table = factorial().assign(beta2=lambda t: np.where(t["learning_rate"] > 2e-3, 0.95, 0.99))
     result = importance(table)
