@@ -84,7 +84,7 @@ def tuning_worth(
     for one in sweeps:
         place = gain_at(one, axes, default, table, spread, resamples, generator)
         places.append(place) if isinstance(place, Place) else lost.append(place)
-    verdicts += _said(places, lost, axes)
+    verdicts += _said(places, lost, axes, level)
     if not places:
         return TuningWorth(axes=axes, verdicts=tuple(verdicts), noise=spread.to_json(), level=level)
 
@@ -259,7 +259,7 @@ def _estimate(values: np.ndarray, level: float) -> Estimate:
     return Estimate(value=float(values[0]), interval=interval(values[1:], level))
 
 
-def _said(places: Sequence[Place], lost: Iterable[str], axes: Sequence[str]) -> list[Verdict]:
+def _said(places: Sequence[Place], lost: Iterable[str], axes: Sequence[str], level: float) -> list[Verdict]:
     verdicts = []
     lost = list(lost)
     if lost:
@@ -279,7 +279,7 @@ def _said(places: Sequence[Place], lost: Iterable[str], axes: Sequence[str]) -> 
             + (f"; at {edge} it is the last one tried, and tuning is worth more." if edge else ".")
         )
         verdicts.append(Verdict("selected_best", "caution", "fit", None, message, {"places": len(chosen)}))
-    gains = [interval(p.default_loss[1:] - p.tuned_loss[1:])[0] for p in places]
+    gains = [interval(p.default_loss[1:] - p.tuned_loss[1:], level)[0] for p in places]
     silent = sum(not low > 0 for low in gains)
     if silent:
         message = f"at {silent} of {plural(len(places), 'place')} the gain cannot be told from noise."

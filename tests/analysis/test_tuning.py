@@ -77,6 +77,17 @@ def test_default_at_the_optimum_is_worth_nothing_that_can_be_told() -> None:
     assert "gains nothing that can be told from noise" in str(found.worths[0]) or found.worths[0].told_apart
 
 
+def test_gains_lost_in_noise_are_counted_at_the_level_of_the_intervals() -> None:
+    runs = sweep(SIZES, TOKENS[:2], seeds=1)
+    silent = {}
+    for level in (0.5, 0.999):
+        found = tuning_worth(runs, default=off(1.4), level=level, resamples=400)
+        silent[level] = sum(not w.told_apart for w in found.worths)
+        said = sum(v.evidence["places"] for v in found.verdicts if v.code == "not_told_apart")
+        assert said == silent[level]
+    assert silent[0.5] < silent[0.999]
+
+
 def test_best_of_many_equal_settings_is_raised_by_its_luck() -> None:
     """Weight decay without any effect: the lowest of nine lies 1.5 standard deviations too low."""
     N, D, decay, seeds = (
