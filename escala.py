@@ -236,7 +236,9 @@ def fit(
     ] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold parameters of the law: NAME=VALUE,NAME=VALUE.")] = None,
     drop_worst: Annotated[int, typer.Option(min=0, help="Leave out so many of the worst-fitting runs.")] = 0,
-    bootstrap: Annotated[int | None, typer.Option(min=10, help="Resamples behind the intervals.")] = None,
+    bootstrap: Annotated[
+        int | None, typer.Option(min=10, help="Resamples behind the intervals. Default: 2000 for isoflop, else 1000.")
+    ] = None,
     cluster: Annotated[
         str | None, typer.Option(help="Resample whole groups of rows with equal values of this column.")
     ] = None,
@@ -451,7 +453,7 @@ def export(
 def ui(
     study: Annotated[str | None, typer.Argument(help="Open this study's charts.")] = None,
     store: StoreOption = DEFAULT_STORE,
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 5000,
     open_browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
 ) -> None:
     """The MLflow UI on this store, on 127.0.0.1."""

@@ -255,8 +255,12 @@ def simulate(
     preempt: Annotated[float, typer.Option(min=0, help="Announced preemptions per node and hour.")] = 0.0,
     checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between the checkpoints of a cell.")] = 300.0,
     seed: Annotated[int, typer.Option(min=0, help="Of failures and preemptions.")] = 0,
-    device: Annotated[str | None, typer.Option(help="Assume this GPU (H100, A100, ...), not a calibration.")] = None,
-    mfu: Annotated[float | None, typer.Option(help="Assume this share of its peak, above 0, at most 1.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Assume this GPU, not a calibration. With --mfu alone: H100.")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option(help="Assume this share of its peak, above 0, at most 1. With --device alone: 0.4.")
+    ] = None,
     hardware: Annotated[str | None, typer.Option(help="Cell times of this kind of worker, as calibrated.")] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(help="GiB of each GPU: cells that fit side by side share one. Default: none do.")
@@ -302,7 +306,8 @@ def simulate(
         told = {"study": planned.study.name, "cells": len(work.jobs), "gpus": gpus, "nodes": nodes}
         print(json.dumps(told | {"times": work.times, "notes": work.notes} | found.to_json()))
     else:
-        print(f"{planned.study.name}: {len(work.jobs):,} cells on {gpus:,} GPUs in {nodes:,} nodes, simulated.")
+        machines = f"{gpus:,} GPU{'s' * (gpus > 1)} in {nodes:,} node{'s' * (nodes > 1)}"
+        print(f"{planned.study.name}: {len(work.jobs):,} cells on {machines}, simulated.")
         for line in simulation_lines(found):
             print(line)
         print(f"Cell times are {work.times}.")

@@ -64,8 +64,8 @@ def simulated_nodes(gpus: int, nodes: int, gpu_gib: float | None = None) -> list
     """So many equal nodes. InputError where the GPUs cannot be shared evenly among them."""
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise InputError(
-            f"{gpus} GPUs cannot be shared evenly among {nodes} nodes. Give --gpus as a multiple of --nodes, both at "
-            "least 1."
+            f"{gpus} GPUs cannot be shared evenly among {nodes} node{'s' * (nodes != 1)}. Give --gpus as a multiple of "
+            "--nodes, both at least 1."
         )
     each = gpus // nodes
     memory = int((gpu_gib or 0) * GIB)

@@ -218,6 +218,7 @@ def test_simulate_prints_what_a_study_takes_and_where_its_times_come_from(escala
     study = escala.study(SHARED)
     text = escala("simulate", study, "--gpus", 4, "--nodes", 2, "--store", "store").stdout
     assert "shared: 4 cells on 4 GPUs in 2 nodes, simulated." in text
+    assert "on 1 GPU in 1 node, simulated." in escala("simulate", study, "--gpus", 1, "--store", "store").stdout
     assert "times the lower bound of" in text
     assert "assumed, from FLOPs at 40% of the 989 TFLOP/s of one H100 in bfloat16" in text
     options = ("--gpus", 4, "--nodes", 2, "--mtbf", "1h", "--preempt", 0.5, "--device", "A100", "--mfu", 0.5, "--json")
@@ -264,7 +265,7 @@ def test_a_search_is_simulated_as_all_its_trials(escala: Escala) -> None:
     [
         (("--gpus", 4, "--nodes", 0), "4 GPUs cannot be shared evenly among 0 nodes"),
         (("--gpus", 10, "--nodes", 4), "10 GPUs cannot be shared evenly among 4 nodes"),
-        (("--gpus", 0), "0 GPUs cannot be shared"),
+        (("--gpus", 0), "0 GPUs cannot be shared evenly among 1 node. Give"),
         (("--gpus", 4, "--mtbf", "soon"), "--mtbf: found 'soon'; a time above 0 with its unit"),
         (("--gpus", 4, "--mtbf", "0h"), "--mtbf: found '0h'"),
         (("--gpus", 4, "--device", "H1000"), "the peak speed of 'H1000' is not known"),
