@@ -34,7 +34,8 @@ def shared_view() -> str:
         # By any key but the start, the UI lists the cells beside the study's own run, not folded away below it.
         "orderByKey": "metrics.`val_loss_final`",
         "orderByAsc": True,
-        "selectedColumns": [f"params.`{name}`" for name in ("N", "D", "C")] + ["metrics.`val_loss_final`"],
+        "selectedColumns": [f"params.`{name}`" for name in ("N", "D", "C", "learning_rate", "seed")]
+        + ["metrics.`val_loss_final`"],
         "compareRunCharts": charts,
         "compareRunSections": sections,
         "isAccordionReordered": True,

@@ -117,6 +117,16 @@ def test_how_a_new_report_comes_into_mlflow_is_said_of_a_study_that_is_there(tmp
 
 
 @pytest.mark.slow
+def test_the_table_of_runs_has_what_tells_cells_of_a_size_apart(
+    mlflow_server: Server, study: tuple[Store, str]
+) -> None:
+    store, name = study
+    assert sync_study(store, name, mlflow_server.uri) is None
+    experiment = client_of(mlflow_server).get_experiment_by_name(name)
+    columns = json.loads(experiment.tags["mlflow.sharedViewState.escala"])["selectedColumns"]
+    assert columns == [*(f"params.`{key}`" for key in ("N", "D", "C", "learning_rate", "seed")), columns[-1]]
+
+
 def test_a_runs_name_tells_what_the_study_varies() -> None:
     made = record(Run(width=24, tokens=51_200, seed=2, changes={"learning_rate": 0.004}))
     plain = run_name(made, {})
