@@ -44,5 +44,7 @@ def test_a_committed_notebook_holds_its_outputs_and_pictures(path: Path) -> None
     outputs = [output for cell in code for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 5
+    tables = [output["data"]["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert not [table for table in tables if re.search(r"\bnan\b", table)], "what is not known is a dash"
     text = nbformat.writes(notebook)
     assert not re.search(r"/(home|root|tmp|Users)/", text), "a path of somebody's machine"
