@@ -273,8 +273,9 @@ def fit(
         options["fixed"] = numbers(split_definitions(fix, "--fix"), "--fix")
     runs, source, home = _read_runs(study, columns, conditions, law, store, tracking_uri)
     said = analysis.check_table(runs, law) if source else []
-    if not source:
-        check_study_law(study, law, map(str, runs.columns))
+    if not source and law not in ("isoflop", "akima"):
+        form = analysis.find_law(law)
+        check_study_law(study, law, (*form.variables, form.response), map(str, runs.columns))
     if source:
         options["loss"] = "loss" if law in ("isoflop", "akima") else analysis.find_law(law).response
     if cluster is not None and cluster not in runs.columns:

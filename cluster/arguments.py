@@ -4,7 +4,7 @@ Every command of `escala.py` and `cluster/verbs.py` reads its words here, so tha
 way everywhere; so do the many options of a fit. Imports are inside the functions: `escala --help` loads this file.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,18 +90,14 @@ def find_cell(prefix: str, store: "Store") -> str:
     return found[0]
 
 
-def check_study_law(study: str, law: str, columns: Iterable[str]) -> None:
-    """InputError for a law of what a study's runs do not have under that name, such as x; then by way of a table."""
-    from analysis.laws import find_law
+def check_study_law(study: str, law: str, needs: Sequence[str], columns: Iterable[str]) -> None:
+    """InputError for a law that needs what a study's runs do not have under that name, such as x; then by a table."""
     from sweeps.errors import InputError
 
-    if law in ("isoflop", "akima"):
-        return
-    form, there = find_law(law), {*columns, "loss"}
-    missing = [name for name in dict.fromkeys((*form.variables, form.response)) if name not in there]
-    if missing:
+    there = {*columns, "loss"}
+    if missing := [name for name in dict.fromkeys(needs) if name not in there]:
         raise InputError(
-            f"--law {law} is a law of {', '.join(form.variables)}; the runs of a study have no {', '.join(missing)}. "
+            f"--law {law} is a law of {', '.join(needs)}; the runs of a study have no {', '.join(missing)}. "
             f"Name columns for them: escala export {study} --out runs.csv, then escala fit runs.csv --law {law} "
             f"--columns {','.join(f'{name}=COLUMN' for name in missing)}"
         )

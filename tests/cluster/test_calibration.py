@@ -83,11 +83,16 @@ def test_a_plan_tells_seconds_of_every_cell_and_of_the_queue(calibrated: Finishe
     assert "worker-hours" in table
 
 
-def test_without_a_calibration_one_line_says_how_to_get_one(finished: Finished) -> None:
+def test_without_a_calibration_one_line_says_how_to_get_one_where_something_is_to_do(
+    finished: Finished, tmp_path: Path
+) -> None:
     assert planned(finished)["estimate"] is None
     assert "seconds_predicted" not in planned(finished)["cells"][0]
-    told = finished.escala("plan", finished.study, "--store", finished.store).stdout
-    assert "escala calibrate" in told
+    larger = tmp_path / "tiny.yaml"
+    larger.write_text(finished.study.read_text().replace("seeds: 2", "seeds: 3"))
+    for study, asked in ((finished.study, False), (larger, True)):
+        told = finished.escala("plan", study, "--store", finished.store).stdout
+        assert ("escala calibrate" in told) == asked
 
 
 def test_a_hardware_that_was_not_calibrated_is_refused(calibrated: Finished) -> None:
