@@ -60,6 +60,25 @@ PLAN, ANALYSE, LOOK = "Plan and run", "Analyse", "Look and mend"
 """The panels of `escala --help`, in the order in which the commands stand in this file."""
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"escala {version('escala')}")
+        except PackageNotFoundError:  # a bare checkout
+            print("escala, not installed; escala doctor tells which code this is")
+        raise typer.Exit
+
+
+@app.callback()
+def always(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 @app.command(rich_help_panel=PLAN)
 def plan(
     study: StudyFileArgument,

@@ -84,7 +84,12 @@ class Dashboard:
 def check_address(address: str) -> str:
     """The address of a dashboard, cleaned. InputError for anything else that Ray calls an address."""
     example = "--address http://HOST:8265"
-    if address in ("", "auto", "local"):
+    if not address:
+        raise InputError(
+            f"--address is missing: the dashboard of a cluster, {example} (or RAY_API_SERVER_ADDRESS). To train on "
+            "this machine: escala run."
+        )
+    if address in ("auto", "local"):
         raise InputError(
             f"--address: found {address!r}; a job goes to the dashboard of a cluster: {example}. To train on this "
             "machine: escala run."

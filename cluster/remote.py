@@ -35,14 +35,19 @@ CLUSTER = "On a cluster"
 """The panel of these commands in `escala --help`."""
 DashboardOption = Annotated[
     str,
-    typer.Option("--address", envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"], help="Its dashboard: http://HOST:8265"),
+    typer.Option(
+        "--address",
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+        help="Its dashboard: http://HOST:8265",
+        show_default=False,
+    ),
 ]
 
 
 @app.command(rich_help_panel=CLUSTER)
 def submit(
     study: StudyFileArgument,
-    address: DashboardOption,
+    address: DashboardOption = "",
     store: Annotated[
         Path, typer.Option("--store", envvar="ESCALA_STORE", help="The store as the cluster's nodes see it: /...")
     ] = DEFAULT_STORE,
@@ -188,7 +193,7 @@ def _raise_fate(job: "Job") -> None:
 
 @app.command(rich_help_panel=CLUSTER)
 def jobs(
-    address: DashboardOption,
+    address: DashboardOption = "",
     stop: Annotated[
         str | None, typer.Option("--stop", metavar="JOB", help="Stop this one; its cells keep checkpoints.")
     ] = None,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import ROOT, TINY, Escala, Finished
+from commandline import ROOT, TINY, Escala, Finished, FrontDoor
 
 from cluster.claims import living_drivers
 from cluster.driver import GIVE_UP_AFTER
@@ -30,6 +30,15 @@ def test_help_lists_every_verb(escala: Escala) -> None:
     verbs = "plan calibrate run status logs why quarantine unquarantine gc sync fit report import export ui doctor"
     for verb in verbs.split():
         assert f" {verb} " in text
+
+
+def test_a_version_and_a_missing_address_are_said_in_a_sentence(front_door: FrontDoor) -> None:
+    said = front_door("--version")
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith("escala")
+    said = front_door("jobs")
+    assert (said.code, said.out) == (2, "")
+    assert said.err.startswith("error: --address is missing")
 
 
 def test_run_has_the_defaults_of_the_rooms_that_it_does_not_load_for_help() -> None:

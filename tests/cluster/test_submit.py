@@ -287,6 +287,7 @@ def test_a_cluster_without_tokens_takes_a_study_and_lists_it(
 @pytest.mark.parametrize(
     ("address", "hint"),
     [
+        ("", "--address is missing: the dashboard of a cluster, --address http://HOST:8265"),
         ("head:8265", "Did you mean --address http://head:8265?"),
         ("head:6379", "Did you mean --address http://head:8265?"),
         ("ray://head:10001", "--address http://head:8265?"),
