@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sweeps.faults import fault
@@ -126,7 +127,7 @@ class Searcher:
             self._tell(name, trial.number, None, "FAIL")
             return
         losses = [_loss(one, states[one.cell.id].result or {}) for one in cells]
-        loss = math.exp(sum(math.log(one) for one in losses) / len(losses))
+        loss = math.exp(sum(math.log(one) for one in losses) / len(losses)) if min(losses) > 0 else fmean(losses)
         diverged = [s.reason for s in states.values() if s.state == "diverged"]
         if diverged:
             self._attribute(name, trial.number, "diverged", diverged[0] or "diverged")

@@ -81,6 +81,15 @@ def test_a_search_trains_its_trials_and_tells_them(store: Store, make_plan: Call
     assert with_trials(store, plan).cells == tuple(trained), "the plan follows from the journal"
 
 
+def test_a_search_goes_on_where_a_trainer_of_ones_own_returns_no_positive_loss(
+    store: Store, make_plan: Callable[..., Plan]
+) -> None:
+    """As of a density, whose nats may be below zero."""
+    plan = make_plan(trials=2, seeds=[0, 1])
+    drive(store, plan, loss=-0.5)
+    assert [(one.state, one.value) for one in trials(store, plan)] == [("COMPLETE", -0.5)] * 2
+
+
 def test_more_trials_in_the_file_go_on_from_those_that_are_there(store: Store, make_plan: Callable[..., Plan]) -> None:
     first = drive(store, make_plan(trials=4))
     again = drive(store, make_plan(trials=4))
