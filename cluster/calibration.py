@@ -119,6 +119,8 @@ def _time_all(
     done = 0
     while pending:
         ended, _ = ray.wait(list(pending), timeout=60.0)
+        if not ended and not done:
+            progress("no word of the workers yet: starts are slow, or others hold the room", 0.0)
         for handle in ended:
             order = pending.pop(handle)
             answer = ray.get(handle)

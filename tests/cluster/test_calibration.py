@@ -5,11 +5,13 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from commandline import TINY, Escala, Finished
 
+from cluster import calibration
 from cluster.calibration import Calibration, find_calibration, read_calibrations
 from cluster.estimate import cells_seconds, estimate
 from cluster.hardware import local_kind
@@ -93,6 +95,21 @@ def test_without_a_calibration_one_line_says_how_to_get_one_where_something_is_t
     for study, asked in ((finished.study, False), (larger, True)):
         told = finished.escala("plan", study, "--store", finished.store).stdout
         assert ("escala calibrate" in told) == asked
+
+
+def test_workers_that_wait_for_room_are_said_to() -> None:
+    said: list[str] = []
+    room = [False, True, False, True, True]
+    ray = SimpleNamespace(
+        wait=lambda handles, timeout: (handles if room.pop(0) else [], handles),
+        get=lambda _: {"kind": "k"},
+    )
+    watch = SimpleNamespace(time=SimpleNamespace(remote=lambda *_: object()))
+    cell: Any = SimpleNamespace(identity={})
+    found = calibration._time_all(ray, [watch], "store", [cell], None, lambda words, _: said.append(words))
+    assert said[0] == "no word of the workers yet: starts are slow, or others hold the room"
+    assert len(found["k"]) == calibration.ROUNDS
+    assert not [words for words in said[1:] if "no word" in words]
 
 
 def test_a_hardware_that_was_not_calibrated_is_refused(calibrated: Finished) -> None:
