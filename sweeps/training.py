@@ -141,7 +141,10 @@ def train_together(
         subset = spread_windows(windows, context)
         whole = spread_windows(windows, context, cell.validation_tokens) if cell.validation_tokens else None
         runner = _Runner(program, corpus, context, device, amplify, subset, whole, evaluations, clock, ended, ranks)
-        members = [_Member(index, one, io) for index, (one, io) in enumerate(zip(cells, ios, strict=True))]
+        members = [
+            _Member(index, one, io, rows=_rows(one, evaluations))
+            for index, (one, io) in enumerate(zip(cells, ios, strict=True))
+        ]
     try:
         _run(runner, members, micro_batch)
     finally:
@@ -152,12 +155,9 @@ def train_together(
 
 def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> None:
     """Train every member until it has ended."""
-    cell, evaluations = members[0].cell, runner.evaluations
+    cell = members[0].cell
     for member in members:
         runner.attempt(member, runner.begin)
-    between = max(1, cell.steps // TRAIN_ROWS)
-    rows = evaluations | set(range(between, cell.steps, between)) | {cell.steps}
-    stable = {member.index: stable_steps(member.cell) for member in members}
     first = 1 + min((member.progress.step for member in members if member.end is None), default=cell.steps)
     for step in range(first, cell.steps + 1):
         going = [member for member in members if member.end is None]
@@ -169,7 +169,7 @@ def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> N
             if member.progress.step > step:  # it waits, and says that it lives
                 runner.attempt(member, lambda member: member.io.progress())
         for member in live:
-            if step in rows or step == stable[member.index]:
+            if step in member.rows:
                 runner.attempt(member, runner.log)
             if member.end is None:
                 runner.attempt(member, runner.checkpoint)
@@ -222,6 +222,8 @@ class _Member:
     index: int
     cell: Cell
     io: TrainerIO
+    rows: set[int]
+    """The steps after which it logs a row."""
     progress: Progress = field(default_factory=lambda: Progress(start=math.nan))
     losses: list[torch.Tensor] = field(default_factory=list)
     """Of the steps since the last row, on the device."""
@@ -286,10 +288,11 @@ class _Runner:
                 self.program.load(member.index, state)
                 _set_random_state(state["random"])
                 member.progress = Progress(**state["progress"])
-                trunk = member.io.trunk
-                if trunk is None or trunk["tokens"] < member.progress.step * member.cell.batch_tokens:
-                    member.losses += [loss.to(self.device) for loss in state["losses"]]
-                # else they are of the trunk's unfinished row; a run from scratch ends a row where it would branch off
+                # Those since its own last row: a trunk's rows, and so what it keeps of an unfinished one, are others.
+                step = member.progress.step
+                pending = step - max([row for row in member.rows if row <= step], default=0)
+                kept = state["losses"][-pending:] if pending else []
+                member.losses += [loss.to(self.device) for loss in kept]
         member.first = member.since = member.progress.step
         member.batches = Batches(self.corpus, member.cell, self.device, member.first + 1)
 
@@ -422,6 +425,12 @@ class _Runner:
             document_losses=final.document_sums if final else None,
             document_tokens=final.document_tokens if final else None,
         )
+
+
+def _rows(cell: Cell, evaluations: set[int]) -> set[int]:
+    """The steps after which a row is logged; also where the rate begins to fall, and a branch would begin."""
+    between = max(1, cell.steps // TRAIN_ROWS)
+    return evaluations | set(range(between, cell.steps, between)) | {cell.steps, stable_steps(cell)}
 
 
 def _rate(cell: Cell, step: int) -> float:

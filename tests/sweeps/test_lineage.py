@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small import make_cell, put
+from small import Killed, MemoryIO, make_cell, put
 
 from sweeps.accounting import flops_per_token
 from sweeps.attempt import run_attempt
@@ -18,6 +18,7 @@ from sweeps.lineage import branch_points, lineage, note_lineage, plan_branches, 
 from sweeps.records import read_json
 from sweeps.schedules import COOLDOWNS, fraction, stable_steps
 from sweeps.store import Store, open_store, read_metrics
+from sweeps.training import train
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +134,20 @@ def test_a_branch_has_the_bits_of_a_run_from_scratch(store: Store, corpus: Corpu
         for key, value in row["metrics"].items():
             if key != "tokens_per_second":
                 assert there[row["tokens"]][key] == value, (row["tokens"], key)
+
+
+def test_a_branch_from_the_middle_of_its_trunks_row_logs_the_rows_of_a_run_from_scratch(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    """After a trunk that was lost: its last row was after step 27, that of the branch is after step 28."""
+    with pytest.raises(Killed):
+        train(wsd(corpus, 170), MemoryIO(wsd(corpus, 170), corpus, folder=tmp_path, every=29, kill_at=29))
+    cell = wsd(corpus, 110)
+    branch, scratch = MemoryIO(cell, corpus, folder=tmp_path, every=1000), MemoryIO(cell, corpus)
+    branch.trunk = {"cell": wsd(corpus, 170).id, "tokens": 29 * 512}
+    assert train(cell, branch).val_loss_final == train(cell, scratch).val_loss_final
+    assert min(branch.rows) == 30 * 512
+    assert branch.rows == {tokens: row for tokens, row in scratch.rows.items() if tokens > 29 * 512}
 
 
 def test_a_branch_that_ends_on_its_trunk_logs_its_own_last_row(store: Store, corpus: Corpus) -> None:
