@@ -1,7 +1,7 @@
 """Which documents train and which validate. A function of their content alone, counted before any tokenizer.
 
-1. Documents longer than DOCUMENT_BYTES are cut; a corpus of fewer than FEW_DOCUMENTS is cut finer, so that one big
-   file can be split as well. Exact duplicates are kept once.
+1. Documents longer than DOCUMENT_BYTES are cut. Exact duplicates are kept once. A corpus of fewer than FEW_DOCUMENTS is
+   then cut finer, so that one big file, or many copies of it, can be split as well.
 2. A document's SHA-256 decides its side: below VALIDATION_SHARE it is for validation, smallest hashes first while the
    validation text stays within VALIDATION_BYTES; the two smallest always are. A document on the validation side gives
    its first VALIDATION_DOCUMENT_BYTES and the rest is used nowhere, so that many documents share the weight evenly
@@ -57,25 +57,34 @@ def split(documents: Iterable[tuple[int, Any, Any]], train: Callable[[Any], None
 
 def text_documents(source: Source, counts: dict[str, int], progress: Progress) -> Iterator[tuple[int, bytes, bytes]]:
     """Distinct documents for `split`. Holds a hash of each document seen: about 100 bytes per document."""
-    stream = iter(sources.documents(source))
+    stream = _distinct(sources.documents(source), counts, progress)
     head = list(itertools.islice(stream, FEW_DOCUMENTS))
     if len(head) < FEW_DOCUMENTS:  # at most 8 MB in all: cut finer
-        size = max(1024, min(16 * 1024, sum(len(document) for document, _ in head) // 64))
-        head = [
+        size = max(1024, min(16 * 1024, sum(len(document) for _, document, _ in head) // 64))
+        cut = (
             (piece, fraction)
-            for document, fraction in head
+            for _, document, fraction in head
             for piece in sources.pieces(io.BytesIO(document), size)
             if piece.strip()
-        ]
+        )
+        head, stream = [], _distinct(cut, counts, progress)
+    for digest, document, _ in itertools.chain(head, stream):
+        yield digest, document, next(sources.pieces(io.BytesIO(document), VALIDATION_DOCUMENT_BYTES))
+
+
+def _distinct(
+    documents: Iterable[tuple[bytes, float]], counts: dict[str, int], progress: Progress
+) -> Iterator[tuple[int, bytes, float]]:
+    """Documents with their hashes, each once."""
     seen: set[int] = set()
-    for document, fraction in itertools.chain(head, stream):
+    for document, fraction in documents:
         progress("read", fraction)
         digest = int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
         if digest in seen:
             counts["duplicates"] += 1
             continue
         seen.add(digest)
-        yield digest, document, next(sources.pieces(io.BytesIO(document), VALIDATION_DOCUMENT_BYTES))
+        yield digest, document, fraction
 
 
 def markov_documents(

@@ -88,6 +88,18 @@ def test_one_big_file_is_cut_into_documents_that_add_up(tmp_path: Path) -> None:
     assert open_corpus(tmp_path, info.fingerprint).validation_windows(512) >= 1
 
 
+def test_many_copies_of_a_file_are_the_corpus_of_one(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    content = "".join(text(seed) for seed in range(100))
+    for place, copies in ((one, 1), (many, 40)):
+        place.mkdir()
+        for number in range(copies):
+            (place / f"{number}.txt").write_text(content, encoding="utf-8")
+    found = [prepare(folder_source(place), "bytes", tmp_path / f"{place.name}-store") for place in (one, many)]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert [info.duplicate_documents for info in found] == [0, 39]
+
+
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(content=st.text(alphabet="ab\nñ漢😀", max_size=300), limit=st.integers(8, 64))
 def test_pieces_add_up_and_never_split_a_character(content: str, limit: int) -> None:
