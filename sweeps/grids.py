@@ -5,6 +5,7 @@ cell. Equal cells are planned once. Every fault is collected, so that all are re
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sweeps.fitted import Fit
 from sweeps.lineage import Branch, plan_branches, what_prevents
 from sweeps.planned import LENGTHS, PlannedCell, plan_cell
 from sweeps.points import GridPoint, grid_points
+from sweeps.recipe import ScheduleFields, schedule_fields
 from sweeps.rules import PowerLaw, PowerRule, law_warnings
 from sweeps.stacks import check_stack, stack_key
 from sweeps.study import (
@@ -93,7 +95,7 @@ def plan_study(
     planned: dict[str, PlannedCell] = {}
     faults: dict[str, None] = {}
     trainer = trainer_identity(study.trainer, base_dir if allow_code else None) if study.trainer else ""
-    declared = 0
+    declared, least = 0, math.inf
     places: list[Place] = []
     for name, given in study.families.items():
         try:
@@ -116,6 +118,7 @@ def plan_study(
                     faults[str(error)] = None
                 else:
                     planned.setdefault(one.cell.id, one)
+                    least = min(least, one.wanted_batch)
     faults |= dict.fromkeys(_epoch_faults(study, corpus, planned.values()))
     faults |= dict.fromkeys(_stack_faults(study, [one.cell for one in planned.values()]))
     if faults:
@@ -123,7 +126,7 @@ def plan_study(
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(f"the study cannot be planned:\n{shown}{more}")
     cells = tuple(planned.values())
-    warnings = tuple(_warnings(study, cells))
+    warnings = tuple(_warnings(study, cells, least))
     if study.search is not None:  # its cells come from its trials (sweeps/search.py)
         return Plan(study, corpus, (), {}, warnings, dict(fits), tuple(places))
     branches = plan_branches(one.cell for one in cells)
@@ -206,7 +209,8 @@ def _stack_faults(study: Study, cells: list[Cell]) -> Iterator[str]:
             yield f"stack: {study.stack} asks for stacks, but no two cells can be members of one: {error}"
 
 
-def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
+def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Iterator[str]:
+    """`least`: of the batches that were wanted, also by cells that are equal to others."""
     yield from law_warnings(one.ruled for one in cells if one.ruled.laws)
     if prevented := what_prevents(one.cell for one in cells):
         yield _unshared(study, cells[0].ruled.laws, prevented)
@@ -216,6 +220,20 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...]) -> Iterator[str]:
         yield (
             f"{len(short)} of {what} have fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
             "their losses may say more about the warm-up than about size. Use a smaller batch_tokens."
+        )
+    if least < study.context:
+        yield (
+            f"batch_tokens is {least:g} where a sequence has {study.context:,} tokens: such cells have a batch of one "
+            "sequence. Raise batch_tokens, or shorten the context."
+        )
+    kinds = dict.fromkeys(one.cell.schedule.name for one in cells)
+    used = set().union(*map(schedule_fields, kinds))
+    tried = [*study.vary, *(study.search.space if study.search else ())]
+    if unused := [name for name in tried if name in ScheduleFields.model_fields and name not in used]:
+        yield (
+            f"{' and '.join(unused)} {'is' if len(unused) == 1 else 'are'} varied to no effect: the schedule "
+            f"{' or '.join(kinds)} does not use {'it' if len(unused) == 1 else 'them'}, and cells that differ in "
+            "nothing else are one cell. Leave it out, or choose a schedule that has it."
         )
     warming = [one.cell for one in cells if one.cell.schedule.warmup_tokens >= one.cell.tokens]
     if warming:

@@ -33,6 +33,8 @@ class PlannedCell:
     """N, N_nonembedding, N_nonembedding_head, N_total, flops_per_token, C, C_6nd, steps, epochs."""
     labels: Mapping[str, Any]
     """Its place in the grid: budget, size, and the factors of what was varied by `times`. Not part of its identity."""
+    wanted_batch: float
+    """batch_tokens before it was rounded to whole sequences."""
     ruled: Ruled
     """The laws from elsewhere that gave its hyperparameters, and where they were taken."""
 
@@ -166,7 +168,7 @@ def plan_cell(
     labels = dict(point.labels) | {f"{name}_times": factor for name, factor in times.items()}
     facts = {"batch_tokens": batch_tokens, "schedule": schedule.name, "optimizer": optimizer.name}
     ruled = Ruled(laws, known if laws else {}, facts | {"context": study.context})
-    return PlannedCell(cell, counts | realised, labels, ruled)
+    return PlannedCell(cell, counts | realised, labels, batch, ruled)
 
 
 def _laws(recipe: Mapping[str, Any], family: str, corpus: str, fits: Mapping[str, Fit]) -> dict[str, PowerLaw]:

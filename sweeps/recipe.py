@@ -109,6 +109,12 @@ class ScheduleFields(Declared):
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 
 
+def schedule_fields(kind: str) -> set[str]:
+    """The fields that a schedule uses."""
+    has = {"warmup_tokens"} | ({"final_fraction"} if kind != "constant" else set())
+    return has | ({"cooldown_fraction", "cooldown_shape"} if kind == "wsd" else set())
+
+
 class NamedSchedule(ScheduleFields):
     """A schedule with its own fields, `{kind: wsd, cooldown_fraction: 0.2}`: the same as to write them beside it."""
 
@@ -116,8 +122,7 @@ class NamedSchedule(ScheduleFields):
 
     @model_validator(mode="after")
     def _fields_of_its_kind(self) -> "NamedSchedule":
-        has = {"warmup_tokens"} | ({"final_fraction"} if self.kind != "constant" else set())
-        has |= {"cooldown_fraction", "cooldown_shape"} if self.kind == "wsd" else set()
+        has = schedule_fields(self.kind)
         if strange := sorted(self.model_fields_set - has - {"kind"}):
             raise ValueError(f"{self.kind} has no {' and no '.join(strange)}; it has {', '.join(sorted(has))}")
         return self

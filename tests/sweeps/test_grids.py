@@ -379,6 +379,32 @@ def test_few_steps_and_repeated_text_are_warned_of() -> None:
     assert short.startswith("2 of 2 cells at the ends of the searched space have fewer"), "it has no cells yet"
 
 
+def test_a_batch_of_less_than_a_sequence_is_told() -> None:
+    def warnings(*batches: float) -> list[str]:
+        declared = points({"size": 2e4, "tokens": 64 * 500}, vary={"batch_tokens": [*batches]})
+        return [text for text in planned(declared).warnings if "a batch of one" in text]
+
+    assert warnings(CONTEXT) == []
+    for batches in ((8,), (CONTEXT, 8), (8, 16)):
+        (told,) = warnings(*batches)
+        assert told.startswith(f"batch_tokens is 8 where a sequence has {CONTEXT} tokens"), batches
+
+
+def test_what_is_varied_to_no_effect_is_told() -> None:
+    def warnings(schedule: str, *names: str, more: Any = None) -> list[str]:
+        values = {"final_fraction": [0.0, 0.1], "cooldown_fraction": [0.2, 0.4]}
+        vary = {name: values[name] for name in names} | (more or {})
+        declared = points(POINT, training={"batch_tokens": 640, "schedule": schedule}, vary=vary)
+        return [text for text in planned(declared).warnings if "no effect" in text]
+
+    assert warnings("wsd", "cooldown_fraction") == warnings("cosine", "final_fraction") == []
+    assert warnings("cosine", "cooldown_fraction", more={"schedule": ["cosine", "wsd"]}) == [], "one of them uses it"
+    (told,) = warnings("cosine", "cooldown_fraction", "final_fraction")
+    assert told.startswith("cooldown_fraction is varied to no effect: the schedule cosine does not use it")
+    (told,) = warnings("constant", "cooldown_fraction", "final_fraction")
+    assert told.startswith("cooldown_fraction and final_fraction are varied to no effect: the schedule constant")
+
+
 # --- growth --------------------------------------------------------------------------------------------------
 
 
