@@ -16,7 +16,7 @@ from sweeps.errors import InputError
 from sweeps.fitted import Fit, changed_laws, fit_from_json, fitted_studies, read_fit
 from sweeps.grids import Plan, plan_study
 from sweeps.store import Store, open_store, read_plan, study_names
-from sweeps.studyfile import find_study_file, load_study
+from sweeps.studyfile import find_study_file, load_study, place_of
 from sweeps.trials import with_trials
 
 
@@ -50,10 +50,16 @@ def read_study(
         fits = _all_fits(place, sources, pinned_fits)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    with Waiting() as waiting:
-        corpus = prepare(
-            source, declared.tokenizer, place.root, accept=accept_corpus, pinned=pinned, progress=waiting.update
-        )
+    try:
+        with Waiting() as waiting:
+            corpus = prepare(
+                source, declared.tokenizer, place.root, accept=accept_corpus, pinned=pinned, progress=waiting.update
+            )
+    except InputError as error:
+        where = _field_of(str(error), source.path, declared.tokenizer)
+        if where is None:  # the store's fault
+            raise
+        raise InputError(f"{place_of(path, *where)}: {error}") from error
     try:
         planned = plan_study(declared, corpus, allow_code=allow_code, base_dir=base_dir, fits=fits)
         planned = with_trials(place, planned)
@@ -97,6 +103,13 @@ def _newer(store: Store, fit: Fit) -> Fit | None:
     except InputError:
         return None
     return None if newest.laws == fit.laws else newest
+
+
+def _field_of(said: str, corpus_path: str | None, tokenizer: str) -> tuple[str, ...] | None:
+    """Which field of a study file is at fault, by what its message names: the text, or the tokenizer."""
+    if corpus_path and corpus_path in said:
+        return ("corpus", "path")
+    return ("tokenizer",) if f'"{tokenizer}"' in said or "tokenizer folder" in said else None
 
 
 def _same_corpus(before: dict[str, Any], now: dict[str, Any]) -> bool:

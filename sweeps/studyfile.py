@@ -70,6 +70,12 @@ def load_study(path: Path) -> Study:
         raise InputError(f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the study file:\n{faults}") from None
 
 
+def place_of(path: Path, *keys: str) -> str:
+    """`file:line` of a field of a study file that `load_study` has read: for what is found wrong with it later."""
+    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    return f"{path}:{_line_of(root, keys)}"
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that also refuses anchors (which can explode), and keys that stand twice."""
 

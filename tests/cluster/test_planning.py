@@ -1,0 +1,50 @@
+"""Planning a study file: faults that only a look at the machine can tell have their place in the file too."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.planning import read_study
+from sweeps.errors import InputError
+from sweeps.store import open_store
+
+STUDY = """
+name: s
+corpus:
+  source: folder
+  path: texts
+tokenizer: bytes
+families: [llama]
+grid: {type: ladder, sizes: [20000], tokens_per_parameter: [2]}
+"""
+
+
+def said(folder: Path, text: str) -> str:
+    path = folder / "s.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        read_study(str(path), folder / "store", False, False)
+    return str(caught.value)
+
+
+def test_a_corpus_or_a_tokenizer_that_is_not_here_is_named_with_its_line(tmp_path: Path) -> None:
+    file, texts = tmp_path / "s.yaml", tmp_path / "texts"
+    assert said(tmp_path, STUDY) == f'{file}:5: the corpus path {texts} does not exist (source "folder")'
+    texts.mkdir()
+    assert said(tmp_path, STUDY).startswith(f"{file}:5: the corpus folder {texts} has no files")
+    (texts / "a.txt").write_bytes(b"\xff\xfe")
+    assert said(tmp_path, STUDY).startswith(f"{file}:5: {texts}/a.txt is not UTF-8 text")
+    unknown = STUDY.replace("bytes", "gpt9")
+    assert said(tmp_path, unknown).startswith(f'{file}:6: unknown tokenizer "gpt9"')
+    (tmp_path / "tok").mkdir()
+    assert said(tmp_path, STUDY.replace("bytes", str(tmp_path / "tok"))).startswith(f"{file}:6: the tokenizer folder")
+
+
+def test_what_is_wrong_with_the_store_has_no_line_of_the_study(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}\n" * 400, encoding="utf-8")
+    store = open_store(tmp_path / "store")
+    (store.root / "corpora").write_text("", encoding="utf-8")
+    told = said(tmp_path, STUDY)
+    assert told.startswith("cannot write the corpus to"), told
