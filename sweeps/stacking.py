@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from sweeps.attention import stackable
 from sweeps.cell import Optimizer
+from sweeps.errors import InputError
 from sweeps.losses import Loss, MeanLoss
 from sweeps.parametrisation import TensorFactors
 from sweeps.table import Table
@@ -93,12 +94,21 @@ class Stack:
         self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
     ) -> torch.Tensor:
         """Gradients of each member's mean loss over its own batch (members, sequences, context + 1). Returns the
-        losses, (members,). A stack is always eager."""
+        losses, (members,). A stack is always eager. InputError for a model that `vmap` does not take."""
         parts = batches.split(micro_batch, dim=1)
         total: torch.Tensor | None = None
         for part in parts:
-            with amplify, stackable(self.models[0]):
-                losses = torch.vmap(partial(functional_call, self._loss))(self._parameters, (part,))
+            try:
+                with amplify, stackable(self.models[0]):
+                    losses = torch.vmap(partial(functional_call, self._loss))(self._parameters, (part,))
+            except RuntimeError as error:
+                if "vmap" not in str(error):
+                    raise
+                raise InputError(
+                    f"these {len(self.models)} cells cannot train as one stack: their model draws random numbers in "
+                    "training, as dropout does, or its operations depend on its data. Set stack: off, or auto, which "
+                    f"trains them one by one. (torch: {str(error).splitlines()[0]})"
+                ) from error
             if len(parts) > 1:
                 losses = losses * (part.shape[1] / batches.shape[1])
             gradients = torch.autograd.grad(losses.sum(), list(self._parameters.values()))

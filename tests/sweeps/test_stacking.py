@@ -6,6 +6,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,25 @@ def differing(corpus: Corpus, count: int, steps: int = 20) -> list[Cell]:
         other, init_std=0.03, optimizer=replace(other.optimizer, weight_decay=0.0, clip_norm=0.3, beta2=0.95)
     )
     return cells
+
+
+class Dropping(torch.nn.Module):
+    """A model of one's own with dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(64, 8)
+
+    def forward(self, tokens: torch.Tensor) -> SimpleNamespace:
+        hidden = torch.nn.functional.dropout(self.table(tokens), 0.1, self.training)
+        return SimpleNamespace(logits=hidden @ self.table.weight.mT)
+
+
+def test_models_that_draw_random_numbers_do_not_stack_and_it_says_what_to_do() -> None:
+    recipe = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
+    stack = Stack([Dropping(), Dropping()], [recipe, recipe])
+    with pytest.raises(InputError, match=r"these 2 cells cannot train as one stack.* dropout.*Set stack: off"):
+        stack.backward(torch.zeros(2, 4, 9, dtype=torch.int64), 4, nullcontext())
 
 
 @pytest.mark.parametrize("family", sorted(SIZES))
