@@ -235,6 +235,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="Print one JSON object a line.")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch finds no GPU here. Leave it out, or install a torch for this GPU.")
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     if not arguments.json:
