@@ -9,7 +9,7 @@ there.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sweeps.errors import InputError
@@ -225,6 +225,14 @@ class Fleet:
         room = self._rooms.get(place.node)
         if room is not None and place.number in room.places:
             self._change(room, place, taken=False)
+
+    def extend(self, place: Place, until: float) -> Place:
+        """The same place, estimated to be free again at another time."""
+        extended = replace(place, until=until)
+        room = self._rooms.get(place.node)
+        if room is not None and place.number in room.places:
+            room.places[place.number] = extended
+        return extended
 
     def fits(self, demand: Demand, keep: Hold | None = None) -> bool:
         """Whether there is room for a demand now."""

@@ -141,7 +141,7 @@ class Queue:
         if alike > 1 and start.place.demand.workers == 1:
             workers = 1 + self.schedule.room(start.place.demand, alike)
             size = stack_size(alike, workers, self._stacking, device, one.cell)
-            others = self._like(key, size - 1, now) if size > 1 else []
+            others = self._like(start, key, size - 1, now) if size > 1 else []
             if others and self._stacking == "auto":
                 gain = known_gain(self._store, one.cell, 1 + len(others), device)
                 others = [] if gain is not None and gain < LEAST_GAIN else others
@@ -149,15 +149,16 @@ class Queue:
             cells += [self._pop(other.cell.id) for other in others]
         return Unit(cells, start)
 
-    def _like(self, key: str | None, most: int, now: float) -> list[PlannedCell]:
-        """The first ready cells of a stack key, at most so many, that have not proved too large for a stack."""
+    def _like(self, start: Start, key: str | None, most: int, now: float) -> list[PlannedCell]:
+        """The first ready cells of a stack key, at most so many, that have not proved too large for a stack and may
+        join a unit."""
         found: list[PlannedCell] = []
         for one in self._alike.get(key or "", {}).values():
             if len(found) == most:
                 break
             if not self._was_too_large(one):
                 found.append(one)
-        return found[: self.schedule.admits([one.cell.id for one in found], now)]
+        return found[: self.schedule.admits(start, [one.cell.id for one in found], now)]
 
     def _make_ready(self, one: PlannedCell) -> None:
         if (key := self._keys.get(one.cell.id)) is not None:

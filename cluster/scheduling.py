@@ -61,6 +61,8 @@ class Start:
     jobs: list[Job]
     place: Place
     began: float
+    ends_by: float = math.inf
+    """When it must have ended by the estimates: from then on its room is kept for a unit that goes before it."""
 
     def gpu_seconds(self, now: float) -> float:
         """What it takes of GPUs by the estimates, or has taken by now if that is more."""
@@ -202,22 +204,26 @@ class Schedule:
             most = min(most, int((self.bounds.gpus - self._gpus + 1e-9) / demand.all_gpus))
         return self.fleet.count(demand, most)
 
-    def admits(self, job_ids: Sequence[str], now: float) -> int:
-        """How many of these waiting jobs, the first ones, limits and budgets leave room for in a unit that started."""
+    def admits(self, start: Start, job_ids: Sequence[str], now: float) -> int:
+        """How many of these waiting jobs, the first ones, limits, budgets and the unit that its room is kept for leave
+        room for in a unit that started."""
         room = len(job_ids) if self.bounds.cells is None else self.bounds.cells - self._cells
-        left = self._left(now)
+        left, until = self._left(now), start.place.until
         for count, job_id in enumerate(job_ids[:room]):
             job = self._jobs[job_id]
-            if not left.admits(job):
+            until += _seconds(job)
+            if not left.admits(job) or until > start.ends_by:
                 return count
             left = left.without(job)
         return min(room, len(job_ids))
 
     def join(self, start: Start, job_ids: Iterable[str]) -> None:
-        """Jobs of the same demand that wait train with a unit that was started, as one program."""
+        """Jobs of the same demand that wait train with a unit that was started, as one program: what waits for its room
+        waits as long as all of them take in a row, for how much faster they are together nobody knows."""
         for job_id in job_ids:
             job = self.remove(job_id)
             start.jobs.append(job)
+            start.place = self.fleet.extend(start.place, start.place.until + _seconds(job))
             self._cells += 1
             self._flops += job.flops
 
@@ -234,16 +240,15 @@ class Schedule:
         """So many FLOPs were well spent."""
         self.spent_flops += flops
 
-    def _start(self, job: Job, now: float, keep: Hold | None = None) -> Start | None:
+    def _start(self, job: Job, now: float, keep: Hold | None = None, ends_by: float = math.inf) -> Start | None:
         if self._over_limit(job.demand):
             return None
-        until = math.inf if job.seconds is None else now + job.seconds
-        place = self.fleet.place(job.demand, until, keep)
+        place = self.fleet.place(job.demand, now + _seconds(job), keep)
         if place is None:
             return None
         if self._hold is not None and self._hold[0] == job.id:
             self._hold = None
-        start = self.running[place.number] = Start([self.remove(job.id)], place, now)
+        start = self.running[place.number] = Start([self.remove(job.id)], place, now, ends_by)
         self._cells += 1
         self._gpus += job.demand.all_gpus
         self._flops += job.flops
@@ -266,7 +271,7 @@ class Schedule:
         if math.isinf(time):
             return None
         job = self._next(demand, left, within=time - now)
-        return self._start(job, now) if job is not None else None
+        return self._start(job, now, ends_by=time) if job is not None else None
 
     def _reserve(self, job: Job) -> Hold | None:
         """The room that is kept for a job: once chosen, the same until it starts, or its node is gone."""
@@ -334,6 +339,11 @@ class Schedule:
                 words += f", and the smallest cell that is left is predicted to take {min(too_long):.3g}"
             said.append(words)
         return f"out of budget: {'; '.join(said)}. Raise it under `limits` in the study file"
+
+
+def _seconds(job: Job) -> float:
+    """How long it is estimated to take; inf where nobody knows."""
+    return math.inf if job.seconds is None else job.seconds
 
 
 def chains(seconds: Mapping[str, float], parents: Mapping[str, tuple[str, float | None]]) -> dict[str, float]:

@@ -87,6 +87,33 @@ def test_backfill_does_not_delay_a_gang_by_the_estimates() -> None:
     assert fill(made, 30.0) == ["gang"]
 
 
+def test_a_stack_that_begins_in_a_gangs_room_ends_before_its_turn() -> None:
+    made = schedule(8)
+    made.put(job("running", seconds=30.0))
+    assert fill(made) == ["running"]
+    made.put(job("gang", EIGHT, seconds=100.0))
+    for name in ("a", "b", "c", "d"):
+        made.put(job(name, seconds=12.0))
+    start = made.take()
+    assert start is not None
+    assert made.admits(start, ["b", "c", "d"], 0.0) == 1, "three in a row may take 36 s"
+    made.join(start, ["b"])
+    assert start.place.until == 24.0
+
+
+def test_a_stack_keeps_its_room_for_as_long_as_all_its_cells_may_take() -> None:
+    made = schedule(2)
+    for name in ("a", "b", "c"):
+        made.put(job(name, seconds=30.0))
+    start = made.take()
+    assert start is not None
+    assert made.admits(start, ["b", "c"], 0.0) == 2
+    made.join(start, ["b", "c"])
+    made.put(job("gang", TWO, seconds=100.0))
+    made.put(job("long", seconds=80.0))
+    assert fill(made) == ["long"], "the gang has no room before 90 s"
+
+
 def test_a_gang_that_waits_leaves_the_other_nodes_to_everyone() -> None:
     made = schedule(8, 8)
     made.put(job("a", Demand(5, 1.0), seconds=10.0))
@@ -257,7 +284,7 @@ def test_a_stack_counts_each_of_its_cells() -> None:
         made.put(job(str(i), seconds=10.0, flops=10.0))
     start = made.take()
     assert start is not None
-    assert made.admits(["1", "2", "3", "4"], 0.0) == 2
+    assert made.admits(start, ["1", "2", "3", "4"], 0.0) == 2
     made.join(start, ["1", "2"])
     assert fill(made) == []
     made.end(start, 10.0)
