@@ -21,6 +21,9 @@ from sweeps.life import BEAT_SECONDS, SILENCE_SECONDS, here, is_alive
 from sweeps.records import Json, disk_error, read_json, timestamp, write_beside, write_json
 from sweeps.store import Store
 
+AGAIN_SECONDS = 0.5
+"""Between two looks at a disk that refuses."""
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -84,10 +87,21 @@ class Claim:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="escala-claim", daemon=True)
 
-    def holds(self) -> bool:
-        """Whether no other driver has taken the study over. Looks at the disk."""
-        holder = read_holder(self.store, self.study)
-        return holder is not None and holder.number == self.number
+    def holds(self, patience: float = 0.0) -> bool:
+        """Whether no other driver has taken the study over. Looks at the disk, and where that refuses again and again
+        for so many seconds, in which the caller does nothing; then InputError."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                holder = read_holder(self.store, self.study)
+                return holder is not None and holder.number == self.number
+            except (InputError, OSError) as error:
+                if time.monotonic() >= deadline:
+                    raise InputError(
+                        f"the claim on study {self.study} cannot be read ({error}). When the disk is back, run the "
+                        "study again: nothing that was finished is lost."
+                    ) from error
+            time.sleep(AGAIN_SECONDS)
 
     def __enter__(self) -> "Claim":
         folder = self.store.study(self.study)

@@ -37,6 +37,7 @@ from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
 from sweeps.grids import Plan
+from sweeps.life import SILENCE_SECONDS
 from sweeps.planned import PlannedCell
 from sweeps.store import Store, cell_state
 from sweeps.trainer import CHECKPOINT_SECONDS
@@ -239,13 +240,13 @@ class _Run:
             )
         self.search.predict(found)
         self.queue.extend(self.plan, len(self.plan.cells), self.search.seconds)
-        if self.search.seconds != recorded_seconds(self.store, self.plan.study.name) and self.claim.holds():
+        if self.search.seconds != recorded_seconds(self.store, self.plan.study.name) and self._holds():
             register_growth(self.store, self.plan, len(self.plan.cells), self.search.seconds)
 
     def _work(self, ray: Any) -> None:
         looked = 0.0
         while self.queue or self.tasks or self.standing.elsewhere or self.search.goes_on():
-            if not self.claim.holds():
+            if not self._holds():
                 self.tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
                 return
             if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:
@@ -275,7 +276,7 @@ class _Run:
                 return
             if self.tasks:
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-                if done and not self.claim.holds():  # it may have slept in the wait
+                if not self._holds():  # it may have slept in the wait
                     continue
                 if done:  # others that have ended too: a turn costs more than they do
                     done, _ = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
@@ -287,6 +288,11 @@ class _Run:
                 if (fate := task.fate()) is not None:
                     task.kill(ray, fate)
             self.watch(self._progress())
+
+    def _holds(self) -> bool:
+        """Whether the study is still this run's own. A disk that refuses for a moment, as one in a network does, is
+        waited for, and nothing is done meanwhile; not for longer than until others may take over."""
+        return self.claim.holds(SILENCE_SECONDS)
 
     def _grow(self) -> None:
         """Take in the cells of a search's next trials, where workers have nothing else to do."""
@@ -433,7 +439,7 @@ class _Run:
         deadline = time.monotonic() + GRACE_SECONDS
         self.wish = "cancel"
         try:
-            while self.tasks and time.monotonic() < deadline and self.claim.holds():
+            while self.tasks and time.monotonic() < deadline and self.claim.holds(deadline - time.monotonic()):
                 self._ask_to_stop("interrupted")
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
                 for task in done:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from searched import end, make_corpus, search_plan
 
-from cluster import driver, ledger, pool, standing
+from cluster import claims, driver, ledger, pool, standing
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.driver import Tally, _Run
@@ -232,6 +232,25 @@ def test_a_cell_in_other_hands_costs_no_look_at_those_that_wait_and_moves_none_o
     unit = run.queue.take(0.0, "cpu")
     assert unit is not None
     assert unit.cells == [short], "it goes before longer ones still"
+
+
+def test_a_run_waits_for_a_disk_that_refuses_for_a_moment(
+    store: Store, make_plan: Callable[..., Plan], claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(store, claim, make_plan(4_096))
+    end(store, run.plan.cells[0])
+    left, read = [3], claims.read_json
+
+    def refuse(path: Path) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise InputError(f"{path} cannot be read as a record: [Errno 116] Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(claims, "read_json", refuse)
+    run.began = time.monotonic()
+    run._work(None)
+    assert (run.tally.skipped, run.tally.stopped) == (1, None)
 
 
 def test_ray_ends_with_the_run_where_a_full_disk_takes_no_record_of_what_was_used(
