@@ -85,12 +85,26 @@ def _store(store: Path) -> Iterator[Finding]:
     try:
         if not (path / "store.json").exists():
             check_room(path)
+            _check_writable(path)
             yield Finding("store", True, f"none yet at {path}", "the first plan or run makes it.")
             return
         place = open_store(path)
-    except InputError as error:
+    except (InputError, OSError) as error:  # the latter of a folder that may not be looked into
         yield Finding("store", False, str(error))
         return
     free = shutil.disk_usage(place.root).free
     advice = "" if free > LOW_DISK_BYTES else "free some space: checkpoints and logs need it."
     yield Finding("store", free > LOW_DISK_BYTES, f"{place.root}, {free / 1024**3:.1f} GiB free", advice)
+
+
+def _check_writable(path: Path) -> None:
+    """InputError where a store that is not there yet cannot be made: the first folder above it that is there decides.
+    Nothing is written to find out."""
+    there = next(one for one in (path, *path.parents) if one.exists())
+    if not there.is_dir():
+        raise InputError(f"{path} cannot be made: {there} is a file. Name another store with --store.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{path} cannot be made: {there} is not writable. Change its permissions, or name another store with "
+            "--store."
+        )

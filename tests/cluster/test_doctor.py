@@ -15,6 +15,7 @@ from raynodes import free_port, over, ray_node, wait_for
 
 from cluster import nodeprobe
 from cluster.clusterdoctor import SKEW_SECONDS, _mlflow, examine
+from cluster.doctor import _store
 from cluster.nodeprobe import Report, this_process
 from cluster.nodes import LivingNode, Members
 from sweeps.store import open_store
@@ -38,6 +39,23 @@ def doctor(escala: Escala, monkeypatch: pytest.MonkeyPatch, *arguments: object, 
         monkeypatch.setenv(name, value)
     found: list[dict[str, Any]] = json.loads(escala("doctor", "--json", *arguments, ok=ok).stdout)
     return found
+
+
+def test_a_store_that_cannot_be_made_is_no_store_that_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (there,) = _store(tmp_path / "new" / "store")
+    assert (there.ok, there.found) == (True, f"none yet at {tmp_path / 'new' / 'store'}")
+    (tmp_path / "closed").mkdir()
+    allowed = os.access  # whoever runs the tests may be root, to whom no folder is closed
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed" and allowed(path, mode))
+    (closed,) = _store(tmp_path / "closed" / "new" / "store")
+    assert not closed.ok
+    assert f"{tmp_path / 'closed'} is not writable. Change its permissions, or name another store" in closed.found
+    (tmp_path / "file").touch()
+    (below,) = _store(tmp_path / "file" / "store")
+    assert not below.ok
+    assert f"{tmp_path / 'file'} is a file. Name another store" in below.found
 
 
 def test_a_node_with_another_folder_in_the_stores_place_is_named_and_nothing_is_left(
