@@ -223,7 +223,8 @@ def run(
             give_up_after=give_up_after,
         )
     if as_json:
-        print(json.dumps(vars(tally)))
+        notes = [*display.notes, *tally.notes]
+        print(json.dumps(vars(tally) | {"notes": notes, "warnings": planned.warnings}))
     else:
         print_run(place, with_trials(place, planned), tally)
     if tally.failed or tally.stopped:

@@ -18,6 +18,8 @@ from cluster.terminal import CONTROL, visible
 from sweeps.units import duration, flops, human
 
 _PIPE_COLUMNS = 160
+NOTE = "note: "
+"""What a run says of no cell begins so."""
 
 
 class _Console(Console):
@@ -185,10 +187,13 @@ def patience(what: str) -> Iterator[None]:
 
 
 class LiveProgress:
-    """The live display of a run; on a pipe, a line for each cell that ends and one at least every half minute."""
+    """The live display of a run; on a pipe, a line for each cell that ends and one at least every half minute. A quiet
+    one shows nothing and keeps the notes."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
+        self.notes: list[str] = []
+        """What the run said of no cell: of its nodes, its room, its budgets."""
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._printed = time.monotonic()
         self._linked = False
@@ -206,6 +211,7 @@ class LiveProgress:
             self._live.stop()
 
     def update(self, progress: Any) -> None:
+        self.notes += [words.removeprefix(NOTE) for words in progress.ended if words.startswith(NOTE)]
         if self._quiet:
             return
         if progress.link and not self._linked:
@@ -213,9 +219,9 @@ class LiveProgress:
             console.print(f"watch: {progress.link}", markup=False, soft_wrap=True)
         ended = progress.counts["finished"] + progress.counts["diverged"] + progress.counts["failed"]
         eta = f"ETA {duration(progress.eta_seconds)}" if progress.eta_seconds is not None else "ETA unknown yet"
-        order = ended - sum(not words.startswith("note: ") for words in progress.ended)
+        order = ended - sum(not words.startswith(NOTE) for words in progress.ended)
         for words in progress.ended:
-            if words.startswith("note: "):  # of no cell, so it takes no number
+            if words.startswith(NOTE):  # of no cell, so it takes no number
                 console.print(words)
             else:
                 order += 1

@@ -1,9 +1,14 @@
 """What a person sees of a run while it goes on."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+from commandline import TINY, FrontDoor
 
 from cluster import display
-from cluster.progress import Progress
+from cluster.progress import Progress, Tally
 
 
 def test_cells_that_end_are_numbered_and_notes_between_them_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,3 +20,27 @@ def test_cells_that_end_are_numbered_and_notes_between_them_are_not(monkeypatch:
             counts = {"finished": finished, "diverged": 0, "failed": 0}
             shown.update(Progress(counts, 9, (), None, 1, None, ended))
     assert captured.get().splitlines() == ["note: one", "note: two", "[2/9] a", "note: three", "[3/9] b"]
+
+
+def test_a_display_that_shows_nothing_keeps_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = display._make_console()
+    monkeypatch.setattr(display, "console", console)
+    counts = {"finished": 1, "diverged": 0, "failed": 0}
+    with console.capture() as captured, display.LiveProgress(quiet=True) as shown:
+        shown.update(Progress(counts, 9, (), None, 1, None, ("note: a node is closed", "a", "note: no budget")))
+    assert captured.get() == ""
+    assert shown.notes == ["a node is closed", "no budget"]
+
+
+def test_the_json_of_a_run_has_the_notes_that_it_prints_for_people(
+    front_door: FrontDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_study(*_: object, watch: Callable[[Progress], None], **__: object) -> Tally:
+        watch(Progress({}, 9, (), None, 1, None, ("note: a node is closed",)))
+        return Tally(notes=("the search is at an edge",))
+
+    monkeypatch.setattr("cluster.driver.run_study", run_study)
+    (tmp_path / "study.yaml").write_text(TINY)
+    told = json.loads(front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s", "--json").out)
+    assert told["notes"] == ["a node is closed", "the search is at an edge"]
+    assert "warnings" in told
