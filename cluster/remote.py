@@ -119,9 +119,13 @@ def submit(
             job = follow(dashboard, job.id, write, tell)
     except KeyboardInterrupt:
         tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
+        if as_json:
+            print(json.dumps(vars(job)))
         raise typer.Exit(1) from None
     except ClusterGone as error:
         say(f"error: {error}", file=sys.stderr)
+        if as_json:
+            print(json.dumps(vars(job)))
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(vars(job)))

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from commandline import TINY, Escala, Finished, refused
+from commandline import TINY, Escala, Finished, FrontDoor, refused
 from faultproxy import free_port
 from heads import TOKEN, Head, running_head
 
@@ -455,6 +455,24 @@ def test_a_secret_that_a_followed_log_cuts_in_two_is_not_shown(monkeypatch: pyte
         ):
             write(piece)
     assert shown.getvalue() == "sent ***\nand https://***@mlflow\nlast ***"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), jobs.ClusterGone("the dashboard is gone for 60 s.")])
+def test_the_json_of_a_job_that_is_no_longer_followed_is_the_job_as_it_is_known(
+    end: BaseException, front_door: FrontDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = jobs.Job("escala-tiny-1", "tiny", "/shared/store", "PENDING", 1.0, None, None, "me@here", "", "", "")
+
+    def follow(*_: object) -> jobs.Job:
+        raise end
+
+    monkeypatch.setattr(jobs, "connect", lambda address: jobs.Dashboard(address, None, False))
+    monkeypatch.setattr(jobs, "follow", follow)
+    monkeypatch.setattr(submits, "send", lambda *_: (sent, True))
+    (tmp_path / "study.yaml").write_text(TINY)
+    told = front_door("submit", "study.yaml", "--address", NOWHERE, "--store", "/shared/store", "--json")
+    assert told.code == 1
+    assert json.loads(told.out) == vars(sent)
 
 
 # --- what goes, and what does not ------------------------------------------------------------------------------------
