@@ -146,9 +146,10 @@ def _mlflow(store: Path, tracking_uri: str | None) -> Finding:
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
-    from cluster.tracking import words
+    from cluster.tracking import ask_database, words
 
     try:
+        ask_database(tracking_uri)
         client = MlflowClient(tracking_uri=tracking_uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:

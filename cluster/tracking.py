@@ -7,10 +7,12 @@ mean the same the older stays.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from cluster import charts
 from cluster.credentials import check_file, check_uri, refusal
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 TRIES = 3
 """How often a server is asked for the experiment before it counts as not there."""
 PAGE = 1000
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+"""Of databases that MLflow takes, where the address names none."""
+PROBE_SECONDS = 5.0
+"""How long the host of a database has to answer."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
         try:
             if embedded:
                 (store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
+            ask_database(tracking_uri)
             client = MlflowClient(tracking_uri=tracking_uri)
             return _experiment(client, store, study, embedded)
         except ImportError as error:  # the driver of a database, which SQLAlchemy loads by its name
@@ -94,6 +101,25 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
         f"MLflow is not reachable at {redact(tracking_uri)}: {reason}. Start the server, correct --tracking-uri "
         "(or MLFLOW_TRACKING_URI), or leave it out to use the database in the store."
     )
+
+
+def ask_database(tracking_uri: str) -> None:
+    """Connect once to a database that is given as the tracking URI: MLflow tries ten times, over minutes, before it
+    says what is wrong. OSError, ImportError or SQLAlchemyError where it cannot; nothing is done with other URIs."""
+    port = PORTS.get(urlsplit(tracking_uri).scheme.partition("+")[0])
+    if port is None:
+        return
+    from mlflow.store.db.utils import create_sqlalchemy_engine
+    from sqlalchemy.engine import make_url
+
+    os.environ.setdefault("PGCONNECT_TIMEOUT", f"{PROBE_SECONDS:.0f}")  # a host that takes connections and is silent
+    url, engine = make_url(tracking_uri), create_sqlalchemy_engine(tracking_uri)
+    try:
+        if url.host:  # else a socket of this machine, or hosts that only the driver knows how to read
+            socket.create_connection((url.host, url.port or port), timeout=PROBE_SECONDS).close()
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _experiment(client: "MlflowClient", store: Store, study: str, embedded: bool) -> Reached:

@@ -1,6 +1,8 @@
 """The mirror against a shared MLflow: Postgres below it, accounts before it, a name that it serves under."""
 
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -220,3 +222,28 @@ def test_a_database_whose_driver_is_not_installed_is_refused_with_what_is_missin
     monkeypatch.setattr(tracking, "_experiment", missing)
     with pytest.raises(InputError, match=r"No module named 'psycopg'\. Install that package here"):
         tracking.reach(store, name, "postgresql://127.0.0.1:1/mlflow")
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_database_that_is_not_there_or_refuses_is_said_within_seconds(
+    taken: bool, study: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("psycopg2")
+    monkeypatch.setattr("mlflow.store.db.utils.create_sqlalchemy_engine_with_retry", lambda _: pytest.fail("minutes"))
+    store, name = study
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port, over = server.getsockname()[1], threading.Event()
+
+        def hang_up() -> None:
+            while not over.is_set():
+                server.accept()[0].close()
+
+        if taken:
+            threading.Thread(target=hang_up, daemon=True).start()
+        else:
+            server.close()
+        with pytest.raises(InputError, match=rf"MLflow is not reachable at postgresql\S+:{port}/mlflow: .*Start the"):
+            tracking.reach(store, name, f"postgresql+psycopg2://ann@127.0.0.1:{port}/mlflow")
+        over.set()
+        if taken:
+            socket.create_connection(("127.0.0.1", port)).close()
