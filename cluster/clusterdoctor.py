@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connection import start_ray, stop_ray
-from cluster.doctor import LOW_DISK_BYTES, Finding
+from cluster.doctor import LOW_DISK_BYTES, Finding, check_place
 from cluster.nodeprobe import Probes, Report, caution, obstacle, this_process
 from cluster.nodes import has_autoscaler, living_nodes
 from sweeps.errors import InputError
@@ -29,7 +29,8 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
 
     Raises InputError where the cluster cannot be joined.
     """
-    root = store.expanduser().resolve() if (store / "store.json").exists() else None
+    path = store.expanduser().resolve()
+    root = path if os.path.exists(path / "store.json") else None  # not one that may not be looked into either
     findings = [*_driver_store(store)]
     ray = start_ray(address)
     try:
@@ -49,17 +50,19 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
 
 
 def _driver_store(store: Path) -> Iterator[Finding]:
-    if not (store / "store.json").exists():
-        yield Finding(
-            "store",
-            True,
-            f"none yet at {store.expanduser().resolve()}: what the nodes see of it is not checked",
-            "the first plan or run makes it; then ask again.",
-        )
-        return
+    path = store.expanduser().resolve()
     try:
-        place = open_store(store)
-    except InputError as error:
+        if not (path / "store.json").exists():
+            check_place(path)
+            yield Finding(
+                "store",
+                True,
+                f"none yet at {path}: what the nodes see of it is not checked",
+                "the first plan or run makes it; then ask again.",
+            )
+            return
+        place = open_store(path)
+    except (InputError, OSError) as error:  # the latter of a folder that may not be looked into
         yield Finding("store", False, str(error))
         return
     yield Finding("store", True, f"{place.root}, writable here")

@@ -84,8 +84,7 @@ def _store(store: Path) -> Iterator[Finding]:
     path = store.expanduser().resolve()
     try:
         if not (path / "store.json").exists():
-            check_room(path)
-            _check_writable(path)
+            check_place(path)
             yield Finding("store", True, f"none yet at {path}", "the first plan or run makes it.")
             return
         place = open_store(path)
@@ -97,9 +96,10 @@ def _store(store: Path) -> Iterator[Finding]:
     yield Finding("store", free > LOW_DISK_BYTES, f"{place.root}, {free / 1024**3:.1f} GiB free", advice)
 
 
-def _check_writable(path: Path) -> None:
+def check_place(path: Path) -> None:
     """InputError where a store that is not there yet cannot be made: the first folder above it that is there decides.
     Nothing is written to find out."""
+    check_room(path)
     there = next(one for one in (path, *path.parents) if one.exists())
     if not there.is_dir():
         raise InputError(f"{path} cannot be made: {there} is a file. Name another store with --store.")

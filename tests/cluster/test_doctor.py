@@ -4,7 +4,7 @@ import http.server
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import pytest
 from commandline import Escala, refused
 from raynodes import free_port, over, ray_node, wait_for
 
+import cluster.doctor as doctor_alone
 from cluster import nodeprobe
-from cluster.clusterdoctor import SKEW_SECONDS, _mlflow, examine
-from cluster.doctor import _store
+from cluster.clusterdoctor import SKEW_SECONDS, _driver_store, _mlflow, examine
 from cluster.nodeprobe import Report, this_process
 from cluster.nodes import LivingNode, Members
 from sweeps.store import open_store
@@ -41,19 +41,21 @@ def doctor(escala: Escala, monkeypatch: pytest.MonkeyPatch, *arguments: object, 
     return found
 
 
+@pytest.mark.parametrize("look", [doctor_alone._store, _driver_store])
 def test_a_store_that_cannot_be_made_is_no_store_that_is_not_there_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look: Callable[[Path], Iterator[doctor_alone.Finding]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (there,) = _store(tmp_path / "new" / "store")
-    assert (there.ok, there.found) == (True, f"none yet at {tmp_path / 'new' / 'store'}")
+    (there,) = look(tmp_path / "new" / "store")
+    assert there.ok
+    assert f"none yet at {tmp_path / 'new' / 'store'}" in there.found
     (tmp_path / "closed").mkdir()
     allowed = os.access  # whoever runs the tests may be root, to whom no folder is closed
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed" and allowed(path, mode))
-    (closed,) = _store(tmp_path / "closed" / "new" / "store")
+    (closed,) = look(tmp_path / "closed" / "new" / "store")
     assert not closed.ok
     assert f"{tmp_path / 'closed'} is not writable. Change its permissions, or name another store" in closed.found
     (tmp_path / "file").touch()
-    (below,) = _store(tmp_path / "file" / "store")
+    (below,) = look(tmp_path / "file" / "store")
     assert not below.ok
     assert f"{tmp_path / 'file'} is a file. Name another store" in below.found
 
