@@ -6,7 +6,6 @@ until they have let go, so that no two processes train one cell.
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,7 +15,7 @@ import psutil
 from cluster.claims import driver_lives
 from sweeps.errors import InputError
 from sweeps.faults import fault
-from sweeps.life import SILENCE_SECONDS
+from sweeps.life import SILENCE_SECONDS, is_here
 from sweeps.records import Json, read_json
 from sweeps.store import (
     Attempt,
@@ -61,7 +60,7 @@ def kill_worker(attempt: Attempt) -> None:
     """Kill the process of an attempt where it is on this machine: Ray's order does not reach a frozen one."""
     with suppress(FileNotFoundError, ProcessLookupError):
         record = read_json(attempt.folder / "attempt.json")
-        ours = record["host"] == socket.gethostname() and record["pid"] != os.getpid()
+        ours = is_here(record) and record["pid"] != os.getpid()
         if ours and attempt_lives(attempt.store, attempt.cell_id, attempt.epoch):
             os.kill(record["pid"], signal.SIGKILL)
 
@@ -92,7 +91,7 @@ def end_processes(processes: Iterable[psutil.Process]) -> None:
 
 def _end(attempt: Attempt, record: Json) -> bool:
     """End a living attempt. Whether it is over."""
-    if record.get("host") == socket.gethostname():
+    if is_here(record):
         if record["pid"] != os.getpid():  # ours is one that this driver began for a worker that died too early
             _kill(record, attempt)
         return True

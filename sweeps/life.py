@@ -1,7 +1,8 @@
 """Who writes a record, and whether that process still lives.
 
 Guarded against: a process id that is used again, a clock that is set while a driver works (its start is told in ticks
-since this boot), and a machine that nobody can ask (there the last sign of life counts).
+since this boot), and processes that nobody here can ask (there the last sign of life counts): those of another machine,
+and of another container that has this machine's name, and ids of its own.
 """
 
 import os
@@ -26,6 +27,7 @@ def here() -> Json:
     process = psutil.Process()
     return {
         "host": socket.gethostname(),
+        **_container(),
         "pid": process.pid,
         "process_started": round(process.create_time(), 1),
         **_since_boot(process.pid),
@@ -43,10 +45,26 @@ def _since_boot(pid: int) -> Json:
         return {}
 
 
+def _container() -> Json:
+    """Where process ids are counted: containers that share the name of their machine (--net=host) each count their own.
+    Empty where the kernel does not tell."""
+    try:
+        return {"pid_namespace": os.readlink("/proc/self/ns/pid")}
+    except OSError:
+        return {}
+
+
+def is_here(record: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote `here()` into a record can be asked from here: it is of this machine's name, and
+    its id is counted as ours. A record of an older version tells the name alone."""
+    counted = all(record.get(name, value) == value for name, value in _container().items())
+    return bool(record.get("host") == socket.gethostname() and counted)
+
+
 def is_alive(record: Mapping[str, Any], last_sign: float) -> bool:
-    """Whether the process that wrote `here()` into a record lives: by its id and start time on this host (an id may be
-    used again), elsewhere by its last sign of life (Unix seconds)."""
-    if record["host"] != socket.gethostname():
+    """Whether the process that wrote `here()` into a record lives: by its id and start time where it is here (an id may
+    be used again), elsewhere by its last sign of life (Unix seconds)."""
+    if not is_here(record):
         return time.time() - last_sign < SILENCE_SECONDS
     try:
         process = psutil.Process(record["pid"])

@@ -148,7 +148,7 @@ def test_an_attempt_whose_process_is_gone_is_interrupted_even_if_its_id_is_used_
     record = read_json(attempt.folder / "attempt.json")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    older = {name: value for name, value in record.items() if name not in ("process_ticks", "boot")}
+    older = {name: value for name, value in record.items() if name not in ("process_ticks", "boot", "pid_namespace")}
     older |= {"process_started": record["process_started"] - 100}
     changes = {"pid": dead.pid}, {"process_ticks": record["process_ticks"] - 1}, {"boot": "the one before"}
     for changed in (*(record | change for change in changes), older):
@@ -185,6 +185,18 @@ def test_an_attempt_elsewhere_lives_by_its_last_sign(store: Store) -> None:
     assert cell_state(store, "c").state == "planned"
     write_log(attempt, row(1, loss=1.0))
     assert cell_state(store, "c").state == "running"
+
+
+def test_an_attempt_in_another_container_that_shares_the_machines_name_lives_by_its_last_sign(store: Store) -> None:
+    attempt = begin_attempt(store, "c", {})
+    path = attempt.folder / "attempt.json"
+    write_json(path, read_json(path) | {"pid_namespace": "pid:[1]", "pid": 2**22 + 1})  # no process here has that id
+    assert cell_state(store, "c").state == "running"
+    os.utime(path, (time.time() - 1000, time.time() - 1000))
+    assert cell_state(store, "c").state == "planned"
+    write_json(path, read_json(path) | {"pid_namespace": "pid:[1]", "pid": os.getpid()})
+    os.utime(path, (time.time() - 1000, time.time() - 1000))
+    assert cell_state(store, "c").state == "planned", "a process here that has its id is another"
 
 
 def test_a_store_of_a_newer_format_is_refused(tmp_path: Path) -> None:
