@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.fitting import fit
 from analysis.laws import find_law
+from analysis.selection import with_states
 from analysis.uncertainty import Noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Fit, Interval, Verdict, budget_name, clean
 
@@ -74,6 +75,7 @@ def forecast_dearest(
     N* comes from the power law of the isoFLOP fit, losses from the Chinchilla law. Where either fit refuses, its part
     of the forecast is empty and a verdict says so. `runs` needs the column `budget`. Arguments as for `fit`.
     """
+    runs = with_states(runs)
     budgets = runs["budget"].dropna() if "budget" in runs.columns else pd.Series(dtype=float)
     usable = runs.loc[budgets.index]
     if "excluded" in runs.columns:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables import needs, quoted
-from analysis.uncertainty import SETTINGS
+from analysis.uncertainty import SETTINGS, exclusions
 from analysis.verdicts import Verdict
 from sweeps.errors import InputError
 
@@ -50,8 +50,7 @@ def check_table(table: pd.DataFrame, law: str = "chinchilla") -> list[Verdict]:
     for fault in _unit_faults(table, shown, taken):
         raise InputError(fault)
     usable = np.isfinite(table[list(needed)].to_numpy(dtype=float)).all(axis=1)
-    if "excluded" in table.columns:
-        usable &= table["excluded"].isna().to_numpy()
+    usable &= exclusions(table).isna().to_numpy()
     if usable.sum() < least:
         lost = len(table) - int(usable.sum())
         missing = f" ({lost} of {len(table)} rows lack a number or are excluded)" if lost else ""
@@ -69,7 +68,7 @@ def check_table(table: pd.DataFrame, law: str = "chinchilla") -> list[Verdict]:
 def _check_sweep(table: pd.DataFrame, taken: Mapping[str, str]) -> list[Verdict]:
     """The same for a table of sweeps, which may hold one size and few runs, and names the runs that it leaves out:
     units are judged by the runs that count, recipes at equal hyperparameters and shapes, which divide its groups."""
-    counted = table[table["excluded"].isna()] if "excluded" in table.columns else table
+    counted = table[exclusions(table).isna()]
     numbers = counted[["N", "D", "loss"]].astype(float)
     for name in numbers.columns:
         if (numbers[name] <= 0).mean() > FEW:

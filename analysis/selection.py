@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.uncertainty import DESIGN, SEEDS, SETTINGS, Noise, seed_noise
+from analysis.uncertainty import DESIGN, SEEDS, SETTINGS, Noise, exclusions, seed_noise
 from analysis.verdicts import Verdict, budget_name, plural
 from sweeps.errors import InputError
 
@@ -142,19 +142,20 @@ def select(
 def with_states(runs: pd.DataFrame) -> pd.DataFrame:
     """The table with its column `state`, if it has one in any spelling, in plain words, and `excluded` filled by it.
 
+    A mark in `excluded` (True, no, blank) is turned into a reason or None, with a column of states or without.
     A running job's loss is no final one, and a word of another tool's (crashed, killed) is not taken for success: only
     finished counts, and diverged where divergences do. A row whose state is empty is what its loss says.
     """
     name = next((c for c in runs.columns if str(c).strip().lower() == "state"), None)
     name = "state" if "state" in runs.columns else name
+    told = exclusions(runs)
     if name is None:
-        return runs
+        return runs.assign(excluded=told) if "excluded" in runs.columns else runs
     state = runs[name].astype(object).where(runs[name].notna(), "finished").astype(str).str.strip().str.lower()
     said: dict[str, str | None] = {
         word: f"state {word}, which is neither finished nor diverged" for word in state.unique()
     }
     said |= {word: f"not finished ({word})" for word in PENDING} | {"diverged": "diverged", "finished": None, "": None}
-    told = runs["excluded"].astype(object) if "excluded" in runs.columns else pd.Series(None, runs.index, dtype=object)
     return runs.assign(state=state, excluded=told.where(told.notna(), state.map(said)))
 
 

@@ -20,7 +20,7 @@ from analysis.optima import Optimum, find_optima
 from analysis.optimum_laws import OptimumLaw, near_best_laws, optimum_laws
 from analysis.resampling import dependent_runs, trunk_labels
 from analysis.swept import Group, swept_groups
-from analysis.uncertainty import Noise, interval
+from analysis.uncertainty import Noise, exclusions, interval
 from analysis.verdicts import NOTHING, OPEN, Estimate, Interval, Verdict, clean
 from sweeps.errors import InputError, nearest
 from sweeps.records import timestamp, write_json
@@ -126,7 +126,7 @@ def sensitivity(
         swept.groups, swept.axes, eps=eps, resamples=resamples, level=level, seed=seed, noise=noise
     )
     verdicts = [*swept.verdicts, *said]
-    if (trunks := trunk_labels(runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs)) is not None:
+    if (trunks := trunk_labels(runs[exclusions(runs).isna()])) is not None:
         verdicts.append(dependent_runs(trunks, "More seeds make more of them."))
     if "learning_rate" in swept.axes:
         values, shared, said = wortsman(swept.groups, judged, resamples=resamples, level=level, seed=seed)

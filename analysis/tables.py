@@ -19,7 +19,7 @@ from analysis.expressions import evaluate
 from analysis.laws import find_law
 from analysis.runs import LABELS, MAX_EPOCHS, NUMBERS
 from analysis.selection import with_states
-from analysis.uncertainty import SEEDS
+from analysis.uncertainty import SEEDS, exclusions
 from analysis.written import UNITS, numbers_of, parsed
 from sweeps.errors import InputError, nearest
 
@@ -341,9 +341,7 @@ def _typed(frame: pd.DataFrame, taken: Mapping[str, str]) -> pd.DataFrame:
         if numbers.notna().equals(frame["context"].notna()):  # else a name, which is only compared
             frame["context"] = numbers
     if "excluded" in frame.columns:
-        said = frame["excluded"].astype(object).where(frame["excluded"].notna(), "").astype(str).str.strip()
-        reasons = said.astype(object).mask(said.str.lower().isin(("true", "1", "1.0")), "excluded in the table")
-        frame["excluded"] = reasons.where(~said.str.lower().isin(("", "false", "0", "0.0")), None)
+        frame["excluded"] = exclusions(frame)
     return frame
 
 

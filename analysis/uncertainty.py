@@ -63,6 +63,21 @@ class Noise:
 UNKNOWN = Noise(sd=NAN, freedom=0, source="unknown")
 
 
+_COUNTS = ("", "false", "f", "no", "n", "0", "0.0", "none", "nan")
+_LEFT_OUT = ("true", "t", "yes", "y", "1", "1.0")
+"""How tables write that a row counts, and that it does not, where `excluded` holds a mark in place of a reason."""
+
+
+def exclusions(runs: pd.DataFrame) -> "pd.Series[Any]":
+    """Why each row does not count, None where it does: the column `excluded`, in which a mark says no reason."""
+    if "excluded" not in runs.columns:
+        return pd.Series(None, runs.index, dtype=object)
+    told = runs["excluded"].astype(object)
+    said = told.where(told.notna(), "").astype(str).str.strip().astype(object)
+    mark = said.str.lower()
+    return said.mask(mark.isin(_LEFT_OUT), "excluded in the table").where(~mark.isin(_COUNTS), None)
+
+
 def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None:
     """Pooled standard deviation of ln loss over groups of runs that differ in nothing but their seeds.
 
@@ -71,7 +86,7 @@ def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None
     seeds = [c for c in SEEDS if c in runs.columns and runs[c].notna().any()]
     if not seeds or loss not in runs.columns:
         return None
-    kept = runs[runs["excluded"].isna()] if "excluded" in runs.columns else runs
+    kept = runs[exclusions(runs).isna()]
     kept = kept[np.isfinite(kept[loss]) & (kept[loss] > 0)]
     keys = [c for c in DESIGN if c in kept.columns and kept[c].notna().any()]
     if not keys or kept.empty:

@@ -2,10 +2,16 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from analysis import fit
+from analysis.forecast import forecast_dearest
+from analysis.gains import usable
 from analysis.selection import select
-from tests.analysis.synthetic import budgets_table, surface
+from analysis.sensitivities import sensitivity
+from analysis.uncertainty import seed_noise
+from tests.analysis.sweeps_of_rates import sweep
+from tests.analysis.synthetic import BUDGETS, budgets_table, surface
 
 N, D = (v.ravel() for v in np.meshgrid(np.geomspace(1e4, 1e6, 4), np.geomspace(1e5, 1e7, 4)))
 
@@ -153,3 +159,22 @@ def test_cells_that_diverged_among_the_sizes_of_a_budget_are_outcome_selection()
     table.loc[middle, ["state", "excluded", "loss"]] = ["diverged", "diverged: loss is not finite", np.nan]
     (verdict,) = [v for v in select(table).verdicts if v.code == "outcome_selection"]
     assert (verdict.severity, verdict.scope, verdict.target) == ("caution", "budget", "4e11")
+
+
+@pytest.mark.parametrize("no", [False, np.False_, 0, "", " ", "no", "False"])
+def test_a_mark_that_a_row_counts_excludes_nothing_in_a_bare_frame(no) -> None:
+    grid = sweep([1e5, 4e5], [1e7], seeds=2)
+    marked = grid.assign(excluded=pd.Series([no] * len(grid), dtype=object))
+    assert seed_noise(marked, "loss") == seed_noise(grid, "loss")
+    assert len(sensitivity(marked, resamples=20).optima) == len(sensitivity(grid, resamples=20).optima)
+    assert len(usable(marked)) == len(usable(grid))
+    table = surface(N, D)
+    assert not fit(table.assign(excluded=pd.Series([no] * 16, dtype=object)), resamples=10).excluded
+    told = fit(table.assign(excluded=pd.Series([True, "odd", *[no] * 14], dtype=object)), resamples=10).excluded
+    assert [each["reason"] for each in told] == ["excluded in the table", "odd"]
+
+
+def test_a_mark_that_a_budget_counts_does_not_take_its_forecast_away() -> None:
+    budgets = budgets_table(BUDGETS[:3])
+    said = forecast_dearest(budgets.assign(excluded=False), resamples=20).verdicts
+    assert said == forecast_dearest(budgets, resamples=20).verdicts
