@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.selection import with_states
 from analysis.swept import merged
-from analysis.uncertainty import interval, seed_noise
+from analysis.uncertainty import SETTINGS, interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
 from sweeps.errors import InputError
 
@@ -87,10 +87,10 @@ def critical_batches(
 ) -> CriticalBatches:
     """B_crit of every (family, N) whose runs vary the batch, at several target losses, and its growth with tokens.
 
-    Tokens to a target are interpolated, ln loss in ln tokens: between final losses, at the best learning rate of each
-    batch and length, where batches were trained for two or more lengths; else along the curves, at the learning rate
-    that gets there first, which is only fair where it is not annealed. targets: nats; by default four that all batches
-    reach, or most. A loss between seeds that is noisier than the differences of batches shows in the intervals.
+    Tokens to a target are interpolated, ln loss in ln tokens: between final losses, at the best setting (learning rate,
+    weight decay ...) of each batch and length, where batches were trained for two or more lengths; else along the
+    curves, at the setting that gets there first, which is only fair where the rate is not annealed. targets: nats; by
+    default four that all batches reach, or most. A loss between seeds that is noisier than the differences of batches shows in the intervals.
     Rows without a positive N, D, batch and loss do not count. Raises InputError for a missing column.
     """
     found: list[CriticalBatch] = []
@@ -270,21 +270,24 @@ def _growth(family: str, good: Sequence[CriticalBatch], level: float) -> tuple[E
 
 def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float) -> tuple[pd.DataFrame, list[Verdict]]:
     """Falling losses along tokens, from final losses of several lengths, else from curves: batch_tokens, learning_rate,
-    path (what belongs together), x = ln tokens, y = ln loss, error (of y), knot (where equal, chance is common: of one
-    length, or all along a curve)."""
+    setting (a number for all other hyperparameters), path (what belongs together), x = ln tokens, y = ln loss, error (of
+    y), knot (where equal, chance is common: of one length, or all along a curve)."""
     rates = rows["learning_rate"] if "learning_rate" in rows.columns else pd.Series(NAN, index=rows.index)
     rows = rows.assign(learning_rate=rates.astype(float).fillna(-1.0))
+    others = [c for c in SETTINGS if c in rows.columns and c not in ("batch_tokens", "learning_rate")]
+    rows["setting"] = rows.groupby(others, dropna=False).ngroup() if others else 0
     lengths = rows.groupby("batch_tokens")["D"].nunique()
     if (lengths >= 2).sum() >= LEAST_BATCHES:
-        # the best rate of each length: one that is best at all lengths there need not be
-        groups = rows.assign(y=np.log(rows[loss].astype(float))).groupby(["batch_tokens", "D", "learning_rate"])["y"]
+        # the best rate (and decay, warm-up ...) of each length: one that is best at all lengths there need not be
+        at = ["batch_tokens", "D", "learning_rate", "setting"]
+        groups = rows.assign(y=np.log(rows[loss].astype(float))).groupby(at)["y"]
         means = groups.agg(["mean", "count"]).reset_index()
         best = means.loc[means.groupby(["batch_tokens", "D"])["mean"].idxmin()]
         best = best[best["batch_tokens"].map(lengths) >= 2]
         error = sd / np.sqrt(best["count"])
         best = best.assign(x=np.log(best["D"].astype(float)), y=best["mean"], error=error, path="final")
         knots = best["D"].rank(method="dense").astype(int)
-        return best.assign(learning_rate=-1.0, knot=knots)[[*_PATH]], []
+        return best.assign(learning_rate=-1.0, setting=0, knot=knots)[[*_PATH]], []
     if curves is None or curves.empty:
         message = (
             "final losses at one length each do not tell how many tokens a batch takes to a given loss. Train every "
@@ -293,7 +296,7 @@ def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
         return pd.DataFrame(columns=list(_PATH)), [Verdict("too_few_horizons", "refuse", "fit", None, message)]
     own = curves[curves["val_loss"].notna() & (curves["tokens"] > 0)][["cell", "tokens", "val_loss"]]
     warm = rows["warmup_tokens"].fillna(0.0) if "warmup_tokens" in rows.columns else 0.0
-    own = own.merge(rows.assign(warm=warm)[["cell", "batch_tokens", "learning_rate", "warm"]], on="cell")
+    own = own.merge(rows.assign(warm=warm)[["cell", "batch_tokens", "learning_rate", "setting", "warm"]], on="cell")
     own = own[own["tokens"] > own["warm"]]  # until then a loss says more about the warm-up than about the batch
     table = own.assign(
         x=np.log(own["tokens"].astype(float)), y=np.log(own["val_loss"]), error=sd, path=own["cell"], knot=0
@@ -309,7 +312,7 @@ def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float
     return table[[*_PATH]], said
 
 
-_PATH = ("batch_tokens", "learning_rate", "path", "knot", "x", "y", "error")
+_PATH = ("batch_tokens", "learning_rate", "setting", "path", "knot", "x", "y", "error")
 
 
 def _targets(paths: pd.DataFrame) -> list[float]:
@@ -324,9 +327,9 @@ def _targets(paths: pd.DataFrame) -> list[float]:
 
 
 def _reached(paths: pd.DataFrame, target: float) -> pd.DataFrame:
-    """The tokens, steps and error of ln tokens of each batch at a target loss, at its best learning rate."""
+    """The tokens, steps and error of ln tokens of each batch at a target loss, at its best rate and setting."""
     found = []
-    for (batch, rate, _), path in paths.groupby(["batch_tokens", "learning_rate", "path"]):
+    for (batch, rate, setting, _), path in paths.groupby(["batch_tokens", "learning_rate", "setting", "path"]):
         path = path.sort_values("x")
         x, y = path["x"].to_numpy(float), path["y"].to_numpy(float) - np.log(target)
         falls = np.flatnonzero((y[:-1] > 0) & (y[1:] <= 1e-12))
@@ -335,10 +338,10 @@ def _reached(paths: pd.DataFrame, target: float) -> pd.DataFrame:
             slope = (y[k + 1] - y[k]) / (x[k + 1] - x[k])
             knots = path["knot"].to_numpy(int)[k : k + 2]
             share = -y[k] / (y[k + 1] - y[k])
-            found.append((batch, rate, x[k] - y[k] / slope, path["error"].iloc[k] / abs(slope), *knots, share))
-    names = ["batch_tokens", "learning_rate", "ln", "error", "before", "after", "share"]
+            found.append((batch, rate, setting, x[k] - y[k] / slope, path["error"].iloc[k] / abs(slope), *knots, share))
+    names = ["batch_tokens", "learning_rate", "setting", "ln", "error", "before", "after", "share"]
     table = pd.DataFrame(found, columns=names)
-    groups = table.groupby(["batch_tokens", "learning_rate"], as_index=False)
+    groups = table.groupby(["batch_tokens", "learning_rate", "setting"], as_index=False)
     one = {name: (name, "first") for name in ("before", "after", "share")}
     mean = groups.agg(ln=("ln", "mean"), error=("error", "mean"), count=("ln", "size"), **one)
     mean["error"] /= np.sqrt(mean["count"])

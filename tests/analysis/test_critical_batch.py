@@ -154,6 +154,22 @@ def test_a_sweep_that_does_not_bend_is_refused(critical: float, what: str) -> No
     json.dumps(result.to_json(), allow_nan=False)
 
 
+def test_of_a_crossed_decay_the_best_counts_and_not_the_mean() -> None:
+    plain = sweep().assign(weight_decay=0.1)
+    worse = plain.assign(weight_decay=0.0, val_loss_final=plain["val_loss_final"] * (1.0 + plain["batch_tokens"] / 5e6))
+    one, other = (critical_batches(t, resamples=50).sweeps for t in (plain, pd.concat([plain, worse])))
+    assert [o.batch.value for o in other] == pytest.approx([o.batch.value for o in one])
+    table = plain.query("D > 2.9e9").reset_index(drop=True).assign(schedule="constant")
+    table["cell"] = table.index.astype(str)
+    curves = curves_of(table)
+    late = table.assign(weight_decay=0.0, cell=[f"late {c}" for c in table["cell"]])
+    slow = curves.assign(cell="late " + curves["cell"], val_loss=1.05 * curves["val_loss"])
+    both = critical_batches(pd.concat([table, late]), pd.concat([curves, slow]), targets=[2.6], resamples=50)
+    alone = critical_batches(table, curves, targets=[2.6], resamples=50)
+    assert both.sweeps[0].batch.value == pytest.approx(alone.sweeps[0].batch.value)
+    assert not alone.sweeps[0].refused
+
+
 def test_two_batches_are_too_few() -> None:
     result = critical_batches(sweep(batches=(2048.0, 65536.0)), targets=[3.0])
     assert {"too_few_horizons"} <= codes(result) or {"too_few_levels"} <= codes(result)
