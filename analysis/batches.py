@@ -90,8 +90,9 @@ def critical_batches(
     Tokens to a target are interpolated, ln loss in ln tokens: between final losses, at the best setting (learning rate,
     weight decay ...) of each batch and length, where batches were trained for two or more lengths; else along the
     curves, at the setting that gets there first, which is only fair where the rate is not annealed. targets: nats; by
-    default four that all batches reach, or most. A loss between seeds that is noisier than the differences of batches shows in the intervals.
-    Rows without a positive N, D, batch and loss do not count. Raises InputError for a missing column.
+    default four that all batches reach, or most. A loss between seeds that is noisier than the differences of batches
+    shows in the intervals. Rows without a positive N, D, batch and loss do not count. Raises InputError for a missing
+    column.
     """
     found: list[CriticalBatch] = []
     verdicts: list[Verdict] = []
@@ -270,8 +271,8 @@ def _growth(family: str, good: Sequence[CriticalBatch], level: float) -> tuple[E
 
 def _paths(rows: pd.DataFrame, curves: pd.DataFrame | None, loss: str, sd: float) -> tuple[pd.DataFrame, list[Verdict]]:
     """Falling losses along tokens, from final losses of several lengths, else from curves: batch_tokens, learning_rate,
-    setting (a number for all other hyperparameters), path (what belongs together), x = ln tokens, y = ln loss, error (of
-    y), knot (where equal, chance is common: of one length, or all along a curve)."""
+    setting (a number for all other hyperparameters), path (what belongs together), x = ln tokens, y = ln loss, error
+    (of y), knot (where equal, chance is common: of one length, or all along a curve)."""
     rates = rows["learning_rate"] if "learning_rate" in rows.columns else pd.Series(NAN, index=rows.index)
     rows = rows.assign(learning_rate=rates.astype(float).fillna(-1.0))
     others = [c for c in SETTINGS if c in rows.columns and c not in ("batch_tokens", "learning_rate")]
