@@ -16,7 +16,7 @@ from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import Law, find_law
 from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixed, make_problem
-from analysis.resampling import Way, dependent_runs, draw_thetas, group_labels, root_weights, trunk_labels
+from analysis.resampling import Way, along_curves, dependent_runs, draw_thetas, group_labels, root_weights, trunk_labels
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise
@@ -163,6 +163,8 @@ def fit_law(
     draws = problem.params(thetas) if len(thetas) else {}
     if not len(thetas) and way == "rows":
         verdicts.append(_too_few_units(units, None if cluster == "cell" else cluster, free))
+    if settings.cluster is None and (curves := along_curves(rows)) is not None:
+        verdicts.append(curves)
     if trunks is not None and way != "rows":
         remedy = f'resample="rows" draws trunks whole, from {free + 2} on; more seeds or sizes make more of them.'
         verdicts.append(dependent_runs(trunks, remedy))

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.problems import Problem, Robust
 from analysis.solver import descend
-from analysis.uncertainty import Noise
+from analysis.uncertainty import DESIGN, SEEDS, Noise
 from analysis.verdicts import Verdict, plural
 
 Way = Literal["noise", "rows", "delta"]
@@ -35,6 +35,40 @@ def trunk_labels(rows: pd.DataFrame) -> np.ndarray | None:
 def group_labels(rows: pd.DataFrame, column: str) -> np.ndarray:
     """The group of each run by a column, (n,); a run without a value there is a group of its own, named by `cell`."""
     return rows[column].astype(object).where(rows[column].notna(), rows["cell"]).astype(str).to_numpy()
+
+
+RUN_NAMES = ("run", "run_id", "runid", "run_name", "run_uuid", "job_id", "trial_id", "trial", "cell")
+"""What tables call the column that names a run."""
+MANY_LENGTHS = 10
+"""Token counts at one size and setting from which on, in the median, they look like the points of a curve: who trains
+each of them from the start does not take so many."""
+
+
+def along_curves(rows: pd.DataFrame) -> Verdict | None:
+    """A caution where rows look like points along training curves: one run's name, or one size and setting, at many D.
+
+    None for the runs of `load_runs`, whose column `trunk` tells what is shared.
+    """
+    if "trunk" in rows.columns or not {"N", "D"} <= set(rows.columns):
+        return None
+    for column in rows.columns:
+        if str(column).strip().lower().replace(" ", "_").replace("-", "_") in RUN_NAMES:
+            groups = rows.groupby(column)
+            if len(groups) < len(rows) and (groups["N"].nunique() == 1).all() and (groups["D"].nunique() > 1).any():
+                return _curves_verdict(column, len(groups), len(rows))
+    own = [c for c in (*SEEDS, *DESIGN) if c in rows.columns and c not in ("D", "C", "steps", "U", "x", "S1", "S2")]
+    lengths = rows.groupby(own, dropna=False)["D"].nunique()
+    return _curves_verdict("N", rows["N"].nunique(), len(rows)) if lengths.median() >= MANY_LENGTHS else None
+
+
+def _curves_verdict(column: str, curves: int, rows: int) -> Verdict:
+    message = (
+        f"{rows} rows stand at {curves} values of {column} with several token counts each, as points along training "
+        "curves do: chance moves such points together, but these intervals take each for a run of its own, so they may "
+        f"be far too narrow. --cluster {str(column)!r} (in Python cluster=) draws curves whole; the ends of runs alone "
+        "are safer, since on the way the learning rate is not annealed."
+    )
+    return Verdict("dependent_runs", "caution", "fit", None, message, {"runs": rows, "curves": curves})
 
 
 def dependent_runs(labels: np.ndarray, remedy: str) -> Verdict:

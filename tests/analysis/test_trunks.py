@@ -76,6 +76,22 @@ def test_a_run_without_a_value_in_the_clusters_column_is_a_unit_of_its_own(group
     assert "too_few_units" not in codes(few)
 
 
+def test_points_along_curves_are_cautioned_against_and_the_remedy_is_named() -> None:
+    rows = table(0, trunks=False).rename(columns={"cell": "Run ID"}).assign(**{"Run ID": lambda r: r["N"].map(str)})
+    found = fit(rows, "chinchilla", resamples=20)
+    (told,) = [verdict for verdict in found.verdicts if verdict.code == "dependent_runs"]
+    assert told.severity == "caution"
+    assert "45 rows stand at 9 values of Run ID" in told.message
+    assert "--cluster 'Run ID'" in told.message
+    assert "dependent_runs" not in codes(fit(rows, "chinchilla", resamples=20, cluster="Run ID"))
+    apart = rows.assign(**{"Run ID": range(45)})
+    assert "dependent_runs" not in codes(fit(apart, "chinchilla", resamples=20)), "each is a run of its own"
+    N, D = (part.ravel() for part in np.meshgrid(SIZES, np.linspace(1e6, 3e7, 12), indexing="ij"))
+    unnamed = surface(N, D, noise=0.002)
+    (told,) = [v for v in fit(unnamed, "chinchilla", resamples=20).verdicts if v.code == "dependent_runs"]
+    assert "--cluster 'N'" in told.message
+
+
 @pytest.mark.parametrize("resample", ["noise", "delta"])
 def test_intervals_from_noise_say_that_branches_are_dependent(resample: str) -> None:
     found = fit(table(0), "chinchilla", resamples=20, resample=resample)  # type: ignore[arg-type]
