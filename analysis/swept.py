@@ -167,8 +167,10 @@ def _usable(runs: pd.DataFrame, loss: str, needed: Sequence[str]) -> tuple[pd.Da
         reason = reason.mask(table["rung"].astype(float) < 1.0, "an early rung of a search")
     known = [c for c in ("N", "D", *AXES) if c in needed or (c in table.columns and table[c].notna().any())]
     axes = table[known].astype(float)
-    broken = ~((axes > 0) & (axes < np.inf)).all(axis=1)
-    reason = reason.mask(reason.isna() & broken, f"{', '.join(axes.columns)} is missing or not positive")
+    broken = ~((axes > 0) & (axes < np.inf))
+    lacked = [axes.columns[row] for row in broken.to_numpy()]
+    faults = [f"{' and '.join(c)} {'is' if len(c) == 1 else 'are'} missing or not positive" for c in lacked]
+    reason = reason.mask(reason.isna() & broken.any(axis=1), pd.Series(faults, table.index, dtype=object))
     reason = reason.mask(reason.isna() & ~diverged & ~(values > 0), "the loss is missing or not positive")
     left_out: dict[str, list[str]] = {}
     pending = state.isin(PENDING)

@@ -243,6 +243,15 @@ def test_rates_that_are_not_positive_are_left_out_and_none_left_is_an_error() ->
         sensitivity(one().assign(learning_rate=0.0))
 
 
+def test_a_run_is_left_out_for_the_columns_that_it_lacks_and_no_others() -> None:
+    table = fan(sizes=(1e6,), batch_tokens=4096.0)
+    table.loc[0, "learning_rate"] = np.nan
+    table.loc[1, ["N", "batch_tokens"]] = 0.0
+    left_out = {"learning_rate is missing or not positive": ("row 0",)}
+    left_out["N and batch_tokens are missing or not positive"] = ("row 1",)
+    assert sensitivity(table).left_out == left_out
+
+
 @pytest.mark.parametrize("column", ["N", "D", "learning_rate"])
 def test_a_column_that_is_empty_in_every_row_is_an_error(column) -> None:
     with pytest.raises(InputError, match=f"{column}.* is missing or not positive"):
