@@ -156,6 +156,11 @@ def _envelope(
     ends = fit_envelope(selection, **settings)
     if curves is None:
         return ends
+    if "cell" not in curves.columns:
+        raise InputError(
+            "the curves lack the column cell, which says whose they are; they have "
+            f"{', '.join(map(str, curves.columns))}. Name it as in the runs, or leave the curves out."
+        )
     used = curves[curves["cell"].astype(str).isin(set(selection.rows["cell"].astype(str)))]
     found = fit_curve_envelope(used, constant_rate=constant_rate, **settings)
     return ends if found.refused and not ends.refused else found

@@ -117,6 +117,12 @@ def test_runs_that_fits_leave_out_do_not_enter_the_envelope() -> None:
     assert found.envelope.params["N_exponent"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_curves_that_do_not_say_whose_they_are_are_bad_input() -> None:
+    runs = study(seeds=1, budgets=6)
+    with pytest.raises(InputError, match="curves lack the column cell"):
+        compare_approaches(runs, constant_curves(runs).drop(columns="cell"), resamples=10)
+
+
 def test_missing_approach_is_none_and_says_why() -> None:
     N = np.repeat(SIZES[:6], 5)
     grid = surface(N, N * np.tile([11.0, 23.0, 53.0, 131.0, 290.0], 6), noise=0.002)
