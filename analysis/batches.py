@@ -17,6 +17,7 @@ from analysis.swept import merged
 from analysis.uncertainty import SETTINGS, interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
 from sweeps.errors import InputError
+from sweeps.units import human
 
 LEAST_BATCHES = 3
 """A curve of two parameters, and one batch to contradict it."""
@@ -153,7 +154,7 @@ def _sweep(
 ) -> CriticalBatch:
     reached = _reached(paths, target)
     points = reached.drop(columns=["before", "after", "share"])
-    where = f"{group['family'] or 'runs'} with N = {group['N']:.3g} at {target:.4g} nats"
+    where = f"{group['family'] or 'runs'} with N = {human(group['N'])} at {target:.4g} nats"
     if points.empty:
         few = Verdict("too_few_levels", "refuse", "fit", None, f"{where}: no batch size reached it.")
         return CriticalBatch(group=group, target=target, points=points, verdicts=(few,))

@@ -17,6 +17,7 @@ from analysis.selection import PENDING, with_states
 from analysis.uncertainty import SETTINGS
 from analysis.verdicts import NAN, Verdict, plural
 from sweeps.errors import InputError, nearest
+from sweeps.units import human
 
 AXES = ("learning_rate", "batch_tokens")
 """What an optimum is sought over."""
@@ -64,12 +65,13 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Short words for tables and verdicts: "llama N=5e+04 D=1e+06"."""
+        """Short words for tables and verdicts: "llama N=50k D=1M"."""
         texts = [str(self.key[k]) for k in ("family", "parametrisation") if k in self.key]
         numbers = [(k, v) for k, v in self.key.items() if k not in (*_ALWAYS, "study")]
         short = {"batch_tokens": "batch", "learning_rate": "lr"}
-        written = (f"{short.get(k, k)}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers)
-        return " ".join([*texts, *written])
+        counts = ("N", "D", "batch_tokens")
+        plain = ((k, human(v) if k in counts else f"{v:.4g}" if isinstance(v, float) else v) for k, v in numbers)
+        return " ".join([*texts, *(f"{short.get(k, k)}={words}" for k, words in plain)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cluster.display import number, plain_table, span, verdict_table
+from sweeps.units import human
 
 _SHOWN = 100
 """Groups on a terminal; --json prints all."""
@@ -60,7 +61,7 @@ def sensitivity_tables(
         if law.refused:
             yield Text(f"{name}: no power law", style="red")
             continue
-        at = ", ".join(f"{k} = {number(v)}" for k, v in law.at.items())
+        at = ", ".join(f"{k} = {_written(k, v)}" for k, v in law.at.items())
         table = plain_table(name, "value", share)
         table.add_row(f"at {at}", number(law.value.value), span(law.value.interval))
         for variable, power in law.powers.items():
@@ -72,7 +73,7 @@ def sensitivity_tables(
         yield ""
         table = plain_table("decay's timescale", "best", share, "by Power Lines", "tried", "verdict")
         for one in timescales:
-            name = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else str(v) for k, v in one.group.items())
+            name = " ".join(f"{k}={_written(k, v)}" if isinstance(v, float) else str(v) for k, v in one.group.items())
             tried = one.points["timescale"]
             said = next((v.code for v in one.verdicts), "")
             ends = (span(one.best.interval), number(one.published), span((tried.min(), tried.max())))
@@ -82,3 +83,7 @@ def sensitivity_tables(
     if verdicts:
         yield ""
         yield verdict_table(verdicts)
+
+
+def _written(name: str, value: float) -> str:
+    return human(value) if name in ("N", "D", "batch_tokens") else number(value)
