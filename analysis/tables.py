@@ -5,6 +5,7 @@ logarithms, steps in place of tokens, or ten recipes in one file all give a curv
 column was taken for is written down (`attrs["columns"]`), and `plausibility` refuses what cannot be runs of one recipe.
 """
 
+import difflib
 import gzip
 import json
 import re
@@ -261,7 +262,17 @@ def _find(
 
 
 def _unknown(word: str, table: pd.DataFrame) -> InputError:
-    return InputError(f"no column {word!r}{nearest(word, table.columns)}; {_columns(table)}")
+    names = list(map(str, table.columns))
+    short = SHORT.get(word)
+    hint = f' (did you mean "{short}"?)' if short in names else nearest(word, names)
+    if len(names) <= LISTED:
+        return InputError(f"no column {word!r}{hint}; {_columns(table)}")
+    like = difflib.get_close_matches(word, names, n=LISTED, cutoff=0.0)
+    return InputError(f"no column {word!r}{hint}; of the {len(names)} there are, most like it: {', '.join(like)}.")
+
+
+LISTED = 8
+"""Columns that are listed where one is unknown; a study's runs have some sixty."""
 
 
 def _columns(table: pd.DataFrame, most: int = 24) -> str:

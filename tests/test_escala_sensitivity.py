@@ -74,7 +74,9 @@ def test_decays_that_were_varied_have_a_best_timescale(door, tmp_path) -> None:
 
 
 def test_sizes_and_tokens_are_written_as_in_other_tables(door, tmp_path) -> None:
-    fan(sizes=(10_240.0, 40_960.0, 163_840.0), tokens=(99_840.0,), batch_tokens=65_536.0).to_csv("small.csv", index=False)
+    fan(sizes=(10_240.0, 40_960.0, 163_840.0), tokens=(99_840.0,), batch_tokens=65_536.0).to_csv(
+        "small.csv", index=False
+    )
     text = " ".join(door("sensitivity", "small.csv", "--columns", "batch=batch_tokens").out.split())
     assert "N=10.2k D=99.8k batch=65.5k" in text
     assert "at N = 41k" in text

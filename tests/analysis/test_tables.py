@@ -237,6 +237,20 @@ def test_circles_typos_and_strangers_are_named(tmp_path) -> None:
         read_table(path, {"los": "loss"})
 
 
+def test_an_unknown_column_among_many_is_answered_with_the_few_that_are_like_it(tmp_path) -> None:
+    runs = RUNS.assign(learning_rate=1e-3, **{f"metric_{i}": 0.0 for i in range(50)})
+    path = write(tmp_path, runs)
+    with pytest.raises(
+        InputError, match="no column 'lerning_rate' \\(did you mean \"learning_rate\"\\?\\); of "
+    ) as told:
+        keep_rows(read_table(path), {"lerning_rate": "0.001"})
+    assert len(str(told.value)) < 250
+    with pytest.raises(InputError, match='did you mean "learning_rate"'):
+        keep_rows(read_table(path), {"lr": "0.001"})
+    with pytest.raises(InputError, match="most like it: metric_"):
+        read_table(path, {"N": "1e6*metrik"})
+
+
 def test_missing_columns_are_named_with_those_found_and_the_way_out(tmp_path) -> None:
     with pytest.raises(
         InputError, match=r"lacks N \(could be my_params_total\), D.*columns my_params_total, loss"
