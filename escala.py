@@ -241,7 +241,9 @@ def fit(
     law: Annotated[
         str,
         typer.Option(
-            help="isoflop: N*(C) and D*(C). chinchilla: L = E + A/N^alpha + B/D^beta. Or any law of analysis.laws."
+            help="isoflop: N*(C) and D*(C), by splines akima. chinchilla: L = E + A/N^alpha + B/D^beta. Also "
+            "chinchilla_tied, kaplan, gadre, data_constrained (N, D); saturating, bnsl:<breaks> (x); kaplan_N, kaplan_D, "
+            "kaplan_C; clark (experts); tissue (S1, S2); accuracy, error (of loss)."
         ),
     ] = "isoflop",
     columns: ColumnsOption = None,

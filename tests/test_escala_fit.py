@@ -1,6 +1,7 @@
 """`escala fit` on tables: what a user types, what is printed, and exit code 2 with one sentence for what is wrong."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import psutil
 import pytest
 from commandline import ROOT, FrontDoor
 
+from analysis.laws import LAWS
 from tests.analysis.synthetic import LAW, budgets_table, grid, published, surface, write_study
 
 N, D = (a.ravel() for a in np.meshgrid([5e7, 2e8, 8e8, 3.2e9], [1e9, 4e9, 1.6e10, 6.4e10]))
@@ -237,3 +239,8 @@ def test_parameters_are_held_on_request(door) -> None:
     assert found["params"]["beta"] == pytest.approx(LAW["beta"], rel=0.1)
     assert "a number is wanted" in door(*words, "--fix", "E=big").err
     assert "no parameter 'gamma'" in door(*words, "--fix", "gamma=1").err
+
+
+def test_help_names_every_law(door) -> None:
+    words = re.findall(r"[\w:<>]+", door("fit", "--help").out)
+    assert {*LAWS, "isoflop", "akima", "bnsl:<breaks>"} <= set(words)
