@@ -13,8 +13,8 @@ from analysis.verdicts import Estimate, Interval, Verdict
 from sweeps.units import flops, human
 
 DASH = "–"
-FEW = 3
-"""So many verdicts of a kind are shown in full."""
+FEW = 8
+"""So many names are listed before the rest is counted."""
 
 
 def png(figure: Figure) -> bytes:
@@ -71,28 +71,32 @@ def interval(bounds: Interval) -> str:
 
 
 def verdicts(said: Iterable[tuple[str, Verdict]]) -> str:
-    """Verdicts as a list, each once, refusals first; a label, such as the law, tells who said it. Of more than `FEW` of
-    a kind all but the first are folded away. Empty for none."""
+    """Verdicts as a list, each once, refusals first; a label, such as the law, tells who said it. Of several of
+    a kind the first speaks, as on a terminal; the others are named or counted, and folded away. Empty for none."""
     seen: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
     for label, verdict in said:
         seen.setdefault((verdict.severity, verdict.message), (verdict, []))[1].append(label)
     order = {"refuse": 0, "caution": 1, "info": 2}
-    kinds: dict[tuple[str, str], list[str]] = {}
+    kinds: dict[tuple[str, str], list[tuple[Verdict, str]]] = {}
     for verdict, labels in sorted(seen.values(), key=lambda entry: order[entry[0].severity]):
         who = ", ".join(filter(None, dict.fromkeys(labels)))
         code = f"{who}: {verdict.code}" if who else verdict.code
-        kinds.setdefault((verdict.severity, code), []).append(
+        item = (
             f"<li><span class={verdict.severity}>{verdict.severity}</span> {escape(verdict.message)} "
             f"<span class=code>{escape(code)}</span></li>"
         )
+        kinds.setdefault((verdict.severity, code), []).append((verdict, item))
     items = []
-    for first, *others in kinds.values():
-        items.append(first)
-        if len(others) >= FEW:  # the first speaks for them
-            more = f"<summary>and {len(others)} more like it</summary>"
-            items.append(f"<li class=more><details>{more}<ul class=verdicts>{''.join(others)}</ul></details></li>")
-        else:
-            items += others
+    for (first, item), *others in kinds.values():
+        items.append(item)
+        if others:
+            named = list(dict.fromkeys(str(v.target) for v, _ in others if v.target != first.target))
+            few = ", ".join(named[:FEW]) + (f" and {len(named) - FEW} more" if len(named) > FEW else "")
+            more = escape(f"the same of {few}" if named else f"and {len(others)} more like it")
+            rest = "".join(item for _, item in others)
+            items.append(
+                f"<li class=more><details><summary>{more}</summary><ul class=verdicts>{rest}</ul></details></li>"
+            )
     return f"<ul class=verdicts>{''.join(items)}</ul>" if items else ""
 
 
