@@ -241,9 +241,10 @@ def fit(
     law: Annotated[
         str,
         typer.Option(
-            help="isoflop: N*(C) and D*(C), by splines akima. chinchilla: L = E + A/N^alpha + B/D^beta. Also "
-            "chinchilla_tied, kaplan, gadre, data_constrained (N, D); saturating, bnsl:<breaks> (x); kaplan_N, kaplan_D, "
-            "kaplan_C; clark (experts); tissue (S1, S2); accuracy, error (of loss)."
+            help="isoflop: N*(C) and D*(C); akima: the same by splines. chinchilla: L = E + A/N^alpha + B/D^beta. "
+            "More in N and D: chinchilla_tied, gadre, kaplan, data_constrained (and U), clark (N, experts). In one "
+            "variable: kaplan_N, kaplan_D, kaplan_C; saturating, bnsl:<breaks> (any x). tissue (S1, S2); accuracy, "
+            "error (of the loss)."
         ),
     ] = "isoflop",
     columns: ColumnsOption = None,
