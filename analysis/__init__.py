@@ -1,4 +1,4 @@
-"""What the losses say: a plain library over data frames. Only `runs` knows the store and MLflow.
+"""What the losses say: a plain library over data frames. Only `runs` reads cells and knows MLflow.
 
     runs = analysis.load_runs("my-study")        one row per planned cell
     fit = analysis.fit(runs, law="isoflop")      parameters, intervals, verdicts
@@ -6,7 +6,8 @@
 
     analysis.sensitivity(runs)                   best learning rates, how much they matter, how they move
 
-The names below are loaded when they are first used, so that importing the package costs nothing.
+Fits of a study are kept in its folder of the store, where other studies find them. The names below are loaded when they
+are first used, so that importing the package costs nothing.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The runs of a study as data frames. The one file of the analysis that knows the store and MLflow.
+"""The runs of a study as data frames. The one file of the analysis that reads cells, and that knows MLflow.
 
 The same frame comes out of both: a cell becomes a row by one function, whether its record was read from the store's
 files or from the `escala.record` tag that the mirror keeps on its MLflow run. Nothing is dropped here: a cell that a

@@ -211,7 +211,7 @@ def extrapolation(C: float, dearest: float) -> list[Verdict]:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its 95% interval. A bound that the data leave open is NaN."""
+    """A number with its interval, at the level of what it belongs to. A bound that the data leave open is NaN."""
 
     value: float = NAN
     interval: Interval = OPEN
@@ -283,7 +283,7 @@ class Budget:
 class Fit:
     """A law fitted to runs, or the refusal to fit it. Look at `refused` and `verdicts` before the numbers.
 
-    params, intervals: by parameter name; intervals are 95% bootstrap percentiles. See the law for units.
+    params, intervals: by parameter name; intervals are bootstrap percentiles at `level`. See the law for units.
     decisions: what the fit recommends; `decisions["targets"]` holds one entry for each compute asked for.
     budgets: the isoFLOP budgets (empty for other laws).
     excluded: the runs left out, each with its reason. planned, finished: how many cells there were.

@@ -24,12 +24,9 @@ from sweeps.errors import InputError
 from sweeps.sources import Source
 
 FORMAT = 1
-"""Raise it when the rules above change: signatures of older builds are then not found again."""
-
-
+"""Raise it when the same source would give other files: signatures of older builds are then not found again."""
 DEAD_AFTER_SECONDS = 24 * 3600.0
 """A build folder that nothing was written to for so long was left by a killed builder."""
-
 
 Progress = Callable[[str, float], None]
 
