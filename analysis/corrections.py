@@ -40,6 +40,7 @@ class Change:
 
 
 def audited_laws(rows: pd.DataFrame) -> tuple[str, ...]:
+    """The laws that an audit fits before and after its correction: isoFLOP too where the runs belong to budgets."""
     budgets = "budget" in rows.columns and rows["budget"].notna().any()
     return ("isoflop", "chinchilla") if budgets else ("chinchilla",)
 
@@ -119,6 +120,7 @@ def _widen(estimate: Estimate, spread: np.ndarray, level: float) -> Estimate:
 
 
 def judge_change(change: Change) -> list[Verdict]:
+    """A caution where tuning moves the exponent of the best N by more than its noise."""
     if not change.beyond_noise:
         return []
     before, after = (e["N_exponent"] for e in (change.before, change.after))

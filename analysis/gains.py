@@ -151,6 +151,8 @@ def settings_swept(table: pd.DataFrame, axes: tuple[str, ...]) -> list[Sweep]:
 
 
 def noise_of(known: Mapping[str, Any], given: float | None, runs: pd.DataFrame) -> Noise:
+    """The noise of ln loss between equal runs: as `given` (a standard deviation), else as a fit's JSON told it
+    (`known`, with sd, freedom and source), else between the seeds of the runs."""
     if given is not None:
         return Noise(sd=given, freedom=np.inf, source="given")
     if not known:

@@ -330,6 +330,7 @@ def verdict_table(verdicts: Sequence[Any]) -> Table:
 
 
 def plain_table(*names: str) -> Table:
+    """A table without lines; the first column stands to the left unless it is of budgets, the others to the right."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for order, name in enumerate(names):
         table.add_column(name, justify="right" if order or name.startswith("budget") else "left", no_wrap=True)
@@ -376,10 +377,12 @@ def _amount(value: float) -> str:
 
 
 def number(value: float) -> str:
+    """Four digits; a dash for NaN."""
     return "-" if value != value else f"{value:,.4g}"
 
 
 def span(interval: Any, write: Callable[[float], str] = number) -> str:
+    """An interval (low, high) in words; a bound that is NaN is open."""
     low, high = ("-" if bound != bound else write(bound) for bound in interval)
     if "-" in (low, high):
         return "-" if low == high else f"above {low}" if high == "-" else f"below {high}"

@@ -53,6 +53,12 @@ def plan_cell(
     trainer: str,
     fits: Mapping[str, Fit],
 ) -> PlannedCell:
+    """The cell of a grid's point under one setting: its exact shape, whole batches, realised hyperparameters and FLOPs.
+
+    `options` are all of the family's, resolved. `variation` is {hyperparameter: ("value", v)} in place of the recipe's,
+    or ("times", factor) on top of it. `fits`: by study, for rules of the kind `fitted`. Raises ValueError where the
+    numbers make no cell: less than one batch, a warm-up that does not fit, a size that the family does not have.
+    """
     chosen = tuple(sorted(options.items()))
     shape = point.shape or cached_shape(family, point.size, corpus.vocab_size, study.context, chosen)
     counts = _counts(shape)

@@ -19,16 +19,25 @@ class GridPoint:
     """One place of a grid for one family: a target size, or a shape, and one way to say how long."""
 
     size: float = 0.0
+    """Target parameters, on the lattice; 0 where `shape` is given."""
     shape: accounting.Shape | None = None
     tokens: float | None = None
     flops: float | None = None
+    """Training FLOPs C."""
     tokens_per_parameter: float | None = None
     extra_seeds: int = 0
+    """Seeds beyond the study's own, of a replicated point."""
     overrides: tuple[tuple[str, Any], ...] = ()
+    """Hyperparameters of this point alone, by name."""
     labels: tuple[tuple[str, Any], ...] = ()
+    """What a table calls it: budget (FLOPs) and size (parameters)."""
 
 
 def grid_points(study: Study, family: Family, vocab_size: int, options: Mapping[str, Any]) -> Iterator[GridPoint]:
+    """The points of a study's grid for one family, whose options are resolved, in the order of the file.
+
+    Raises InputError where sizes leave the lattice, or the family has none on it, or no such shape.
+    """
     grid = study.grid
     if isinstance(grid, IsoflopGrid):
         yield from _isoflop_points(grid, family, vocab_size, study.context, options)
@@ -107,6 +116,7 @@ def _expected_optimum(
 def cached_shape(
     family: Family, size: float, vocab_size: int, context: int, options: tuple[tuple[str, Any], ...]
 ) -> accounting.Shape:
+    """As `shape_for`, remembered: a plan asks for one shape at every seed and setting. `options` as sorted pairs."""
     return shape_for(family, size, vocab_size=vocab_size, context=context, options=dict(options))
 
 

@@ -137,7 +137,9 @@ class NamedParametrisation(Declared):
 
     kind: Literal["standard", "mup", "completep"]
     base_width: Count | None = None
+    """The width (of mup and completep) at which every factor is 1."""
     base_depth: Count | None = None
+    """The number of layers (of completep) at which every factor is 1."""
 
     @model_validator(mode="after")
     def _base_of_its_kind(self) -> "NamedParametrisation":
@@ -159,15 +161,19 @@ class Training(ScheduleFields):
     batch_tokens: Rule = 16_384.0
     """Tokens an optimizer step; rounded to whole sequences."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the hidden matrices, at AdamW's size of updates; AdamW for tables, head, gains and biases."""
+    """muon: orthogonalised momentum (Jordan et al. 2024) for the hidden matrices, at AdamW's size of updates; AdamW
+    for tables, head, gains and biases."""
     learning_rate: Rule = 1e-3
     """Peak learning rate."""
     weight_decay: Decay = 0.1
     """Decoupled decay, multiplied by the learning rate each step; on matrices only."""
     beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """AdamW's decay of the mean gradient."""
     beta2: Annotated[Number, Field(ge=0, lt=1)] | None = None
-    """Default .99 below 128 sequences a batch, .95 from there on (Porian et al. 2024)."""
+    """AdamW's decay of the mean squared gradient. Default .99 below 128 sequences a batch, .95 from there on (Porian et
+    al. 2024)."""
     eps: Positive = 1e-8
+    """Added to AdamW's denominator."""
     clip_norm: Positive = 1.0
     """The global gradient norm is clipped here."""
     schedule: Annotated[
@@ -175,6 +181,7 @@ class Training(ScheduleFields):
     ] = "cosine"
     """A name; `{kind: <name>, ...}` gives its fields with it, and is taken apart when the file is read."""
     precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: of matrix products; weights and the optimizer's state stay float32."""
     init_std: Rule = 0.02
     """Standard deviation of the initial matrices."""
     gradient_noise: bool = False

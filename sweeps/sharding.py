@@ -139,6 +139,7 @@ class ShardedTable:
         return squares.sqrt().float()
 
     def set_rate(self, row: int, rate: float) -> None:
+        """As of `Table`; there is but one row."""
         for group, step in zip(self._optimizer.param_groups, self._steps, strict=True):
             group["lr"] = rate * step.rate
 

@@ -69,6 +69,7 @@ class StreamWriter:
             view = view[written:]
 
     def finish(self) -> Stream:
+        """Sync the last shard; what the stream holds, for the corpus's meta.json."""
         self._close()
         shards = tuple(size // self.dtype.itemsize for size in self.sizes)
         return Stream(self.name, self.dtype.str.replace("|", "<"), shards, self.digest.hexdigest())

@@ -116,6 +116,7 @@ class Optimum(Declared):
     N: Positive | None = None
     """The expected optimal size at the reference budget C."""
     C: Positive | None = None
+    """The reference budget, in training FLOPs."""
     exponent: Number = 0.5
     """The expected growth: N* = N (C / C_reference) ** exponent."""
 
@@ -130,7 +131,9 @@ class Replicates(Declared):
     """Extra seeds at the central size of the cheapest budgets: they measure the noise floor."""
 
     budgets: Annotated[Count, Field(le=10_000)] = 2
+    """How many budgets, from the cheapest on."""
     seeds: Annotated[Whole, Field(ge=2, le=10_000)] = 3
+    """Seeds there, in a study of one seed; where it declares more, one less than this is added to them."""
 
 
 class IsoflopGrid(Declared):
@@ -145,6 +148,7 @@ class IsoflopGrid(Declared):
     """Steps on the lattice between sizes: 2 is a factor of 2, 1 a factor of sqrt 2."""
     optimum: Optimum = Optimum()
     replicates: Replicates | None = None
+    """Left out: no seeds beyond the study's."""
 
 
 class LadderGrid(Declared):
@@ -154,8 +158,9 @@ class LadderGrid(Declared):
     sizes: Positives
     """Target sizes N; each is snapped to the lattice."""
     tokens_per_parameter: Positives | None = None
+    """Lengths D / N, the same for all sizes; or `tokens`."""
     tokens: Positives | None = None
-    """Lengths D, the same for all sizes."""
+    """Lengths D, the same for all sizes; or `tokens_per_parameter`."""
 
     @model_validator(mode="after")
     def _one_kind_of_length(self) -> "LadderGrid":
@@ -170,8 +175,11 @@ class Point(Declared):
     size: Positive
     """Target size N; snapped to the lattice."""
     tokens: Positive | None = None
+    """Its length D."""
     flops: Positive | None = None
+    """Its training FLOPs C."""
     tokens_per_parameter: Positive | None = None
+    """Its length D / N."""
     training: dict[str, Any] = {}
     """Hyperparameters of this cell alone."""
 
@@ -200,7 +208,9 @@ class ShapesGrid(Declared):
     head_dim: Annotated[Whole, Field(ge=2, multiple_of=2)]
     """Size of every head: with the width only their number grows."""
     tokens: Positive | None = None
+    """Length D of every shape; or `tokens_per_parameter`."""
     tokens_per_parameter: Positive | None = None
+    """Length D / N of every shape; or `tokens`."""
 
     @model_validator(mode="after")
     def _whole_heads_and_one_length(self) -> "ShapesGrid":
@@ -225,6 +235,7 @@ class Factors(Declared):
     """Multiples of the recipe's own value."""
 
     times: Annotated[list[Positive], Field(min_length=1)]
+    """1 is the recipe's own value, and is not added where it is left out."""
 
 
 class LogVary(Declared):
@@ -330,7 +341,9 @@ class Study(Declared):
     families: dict[str, dict[str, Option]]
     """Family names, each with its options; a list of names will do."""
     grid: Grid
+    """Which sizes, or shapes, train how long: isoflop, ladder, shapes or points."""
     training: Training = Training()
+    """The recipe of every cell (sweeps/recipe.py)."""
     seeds: Annotated[list[Annotated[Whole, Field(ge=0, lt=2**31)]], Field(min_length=1)] = [0]
     """Each seed sets both the initial weights and the data order."""
     trainer: str = ""

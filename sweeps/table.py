@@ -100,6 +100,7 @@ class Table:
         return torch.linalg.vector_norm(self.gradients, dim=1)
 
     def set_rate(self, row: int, rate: float) -> None:
+        """The learning rate of a row's next step, before the factors of its tensors."""
         groups = self._optimizers[row].param_groups
         own = isinstance(self._optimizers[row], torch.optim.AdamW)  # Muon has groups of its own, and no factors
         for group, factor in zip(groups, [piece.rate for piece in self._pieces] if own else [1.0] * len(groups)):

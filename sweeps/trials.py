@@ -272,6 +272,7 @@ def with_trials(store: Store, plan: Plan) -> Plan:
 
 
 def journal_path(store: Store, study: str) -> Path:
+    """Where a study's journal is, whether or not there is one yet."""
     return store.study(study) / "search" / "journal.log"
 
 
