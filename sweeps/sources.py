@@ -330,8 +330,8 @@ def _from_parquet(source: Source) -> Iterator[tuple[bytes, float]]:
 def _from_datasets(source: Source) -> Iterator[tuple[bytes, float]]:
     if importlib.util.find_spec("datasets") is None:
         raise InputError(
-            f'the corpus hf:{source.path} needs the package "datasets", which is not installed: '
-            "pip install 'escala[datasets]'"
+            f'the corpus hf:{source.path} needs the package "datasets", which is not installed. In the repository: '
+            "pip install -c constraints.txt -e '.[datasets]'"
         )
     import datasets
 

@@ -361,6 +361,7 @@ def test_what_the_launcher_calls_is_on_the_users_machine_and_in_the_image(cloud:
     assert f"HOME=/home/{user[1]}" in image.split(), "where ~ of file_mounts is"
 
 
-def test_a_readme_installs_the_checkout_and_not_a_registrys_package_of_that_name() -> None:
-    for path in (*DEPLOY.rglob("README.md"), ROOT / "README.md", ROOT / "tests" / "sharedmlflow.py"):
+def test_what_people_are_told_to_install_is_the_checkout_and_not_a_registrys_package_of_that_name() -> None:
+    modules = [path for package in ("sweeps", "cluster", "analysis") for path in (ROOT / package).glob("*.py")]
+    for path in (*DEPLOY.rglob("README.md"), ROOT / "README.md", ROOT / "tests" / "sharedmlflow.py", *modules):
         assert not re.search(r"pip install[^\n]* '?escala\b", path.read_text()), path
