@@ -65,9 +65,9 @@ def _version(asked: bool) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            print(f"escala {version('escala')}")
+            say(f"escala {version('escala')}")
         except PackageNotFoundError:  # a bare checkout
-            print("escala, not installed; escala doctor tells which code this is")
+            say("escala, not installed; escala doctor tells which code this is")
         raise typer.Exit
 
 

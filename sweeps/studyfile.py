@@ -72,7 +72,7 @@ def load_study(path: Path) -> Study:
 
 def place_of(path: Path, *keys: str) -> str:
     """`file:line` of a field of a study file that `load_study` has read: for what is found wrong with it later."""
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    root: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     return f"{path}:{_line_of(root, keys)}"
 
 
