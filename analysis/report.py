@@ -124,7 +124,7 @@ def _head(plan: dict[str, Any], runs: pd.DataFrame, findings: Sequence[_Finding]
 def _answer(finding: _Finding) -> str:
     """The answer in two sentences with its uncertainty, or the refusal."""
     if finding.isoflop is None:
-        return _answer_of_law(finding.chinchilla, finding.runs)
+        return _answer_of_law(finding.chinchilla)
     path = finding.isoflop
     a, b = (path.params[f"{v}_exponent"] for v in ("N", "D"))
     kept = [budget for budget in path.budgets if budget.accepted]
@@ -149,7 +149,7 @@ def _answer(finding: _Finding) -> str:
     )
 
 
-def _answer_of_law(law: Fit, runs: pd.DataFrame) -> str:
+def _answer_of_law(law: Fit) -> str:
     target = next(iter(law.decisions.get("targets", [])), None)
     exponent = law.decisions.get("N_exponent", Estimate())
     if target is None or not np.isfinite([exponent.value, target["N"].value]).all():

@@ -24,7 +24,7 @@ from sweeps.errors import InputError
 from sweeps.fitted import fitted_studies
 from sweeps.grids import Plan
 from sweeps.redaction import SECRET_NAMES, redact
-from sweeps.store import study_names
+from sweeps.store import open_store, study_names
 from sweeps.study import Study
 from sweeps.studyfile import find_study_file, load_study
 
@@ -36,7 +36,9 @@ driver goes with it."""
 PLANNED_HERE_BYTES = 100 * 1000**2
 """A larger corpus is tokenised on the cluster alone, and the cells are planned there."""
 NAMES_TRIED = 5
+"""Jobs of other people may take the next number first, so often."""
 READY_SECONDS = 60.0
+"""How long a cluster that was just started may take until it accepts jobs."""
 NOT_READY = "No available agent"
 """Ray's words while a head's processes are still starting."""
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -142,7 +144,7 @@ def _plan_here(
     In the cluster's store where that is visible here, else in one that is thrown away.
     """
     visible = (store / "store.json").is_file()
-    if visible and (touch or declared.name in study_names(_opened(store))):
+    if visible and (touch or declared.name in study_names(open_store(store, create=False))):
         return read_study(study, store, allow_code, accept_corpus, create=False, refit=refit)[1], ""
     if any(fitted_studies(declared.model_dump())):
         return None, "it takes values from fits, which are in the cluster's store"
@@ -155,12 +157,6 @@ def _plan_here(
         return None, "its corpus is too large to be read for it"
     with tempfile.TemporaryDirectory(prefix="escala-plan-") as folder:
         return read_study(study, Path(folder) / "store", allow_code, accept_corpus)[1], ""
-
-
-def _opened(store: Path) -> Any:
-    from sweeps.store import open_store
-
-    return open_store(store, create=False)
 
 
 def _bytes(path: Path) -> int:

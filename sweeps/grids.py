@@ -23,16 +23,15 @@ from sweeps.points import GridPoint, grid_points
 from sweeps.recipe import ScheduleFields, schedule_fields
 from sweeps.rules import PowerLaw, PowerRule, law_warnings
 from sweeps.stacks import check_stack, stack_key
-from sweeps.study import (
-    Factors,
-    LogVary,
-    Study,
-)
+from sweeps.study import Factors, LogVary, Study
 from sweeps.usercode import trainer_identity
 
 MAX_CELLS = 100_000
+"""What a study may declare: more is a slip of the file, and would fill a plan's memory."""
 MAX_EPOCHS = 4.0
+"""Times that a cell may see its corpus: up to here repeated text is nearly as good as new (Muennighoff et al. 2023)."""
 FEW_STEPS = 500
+"""Optimizer steps below which the warm-up may decide the loss."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ cannot take the space, a rung that no sampler learns from are faults of the file
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -18,7 +18,6 @@ MOST_VALUES = 10_000
 """As many as a list may have: more are a range."""
 MOST_SETTINGS = 100_000
 """Of a grid, whose settings are listed each time that one is asked for."""
-SAMPLERS = ("tpe", "gp", "qmc", "cmaes", "random", "grid")
 SamplerName = Literal["tpe", "gp", "qmc", "cmaes", "random", "grid"]
 
 
@@ -28,8 +27,11 @@ class Axis(Declared):
     log: tuple[Number, Number] | None = None
     """From, to: evenly in the logarithm."""
     linear: tuple[Number, Number] | None = None
+    """From, to: evenly."""
     whole: tuple[Whole, Whole] | None = Field(default=None, alias="int")
+    """From, to: whole numbers, both ends among them."""
     categorical: list[Any] | None = None
+    """A list of choices without an order."""
     step: Positive | None = None
     """Of linear and int: only from + a whole number of steps."""
 
@@ -162,7 +164,7 @@ class Search(Declared):
     @model_validator(mode="after")
     def _sampler_takes_the_space(self) -> "Search":
         if fault := why_not(self.sampler, self.space, self.rungs):
-            able = [name for name in SAMPLERS if not why_not(name, self.space, self.rungs)]
+            able = [name for name in get_args(SamplerName) if not why_not(name, self.space, self.rungs)]
             raise ValueError(f"sampler {self.sampler} {fault}; take {', '.join(able)}")
         for setting in self.start:
             if strange := sorted(setting.keys() - self.space.keys()):
