@@ -18,6 +18,7 @@ import pandas as pd
 
 from sweeps.errors import InputError
 from sweeps.foreign import described, is_foreign
+from sweeps.rules import adamw_timescale
 from sweeps.store import Store, iterate_cells, open_store, read_metrics, spent_flops, study_names
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _row(
         "init_std": identity.get("init_std"),
         "batch_tokens": batch,
         "warmup_tokens": schedule.get("warmup_tokens"),
-        "adamw_timescale": batch / (rate * decay * tokens) if rate and decay and batch and tokens else None,
+        "adamw_timescale": adamw_timescale(rate, decay, batch, tokens),
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,

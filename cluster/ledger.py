@@ -171,7 +171,6 @@ def sharing_words(told: dict[str, Any]) -> str:
 def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, Any]:
     rate, decay = identity["optimizer"]["learning_rate"], identity["optimizer"]["weight_decay"]
     batch = identity["batch_tokens"]
-    known = None not in (rate, decay, batch)
     scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     result = state.result or {}
     trunk = trunk_of(entry, state.result) or {}
@@ -194,7 +193,7 @@ def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, 
         "learning_rate": rate,
         "batch_tokens": batch,
         "weight_decay": decay,
-        "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]) if known else None,
+        "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]),
         "parametrisation": scaled["kind"],
         "seed": identity["seed"],
         "labels": dict(entry["labels"]),

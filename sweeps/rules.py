@@ -112,13 +112,14 @@ def evaluate(rule: float | PowerRule | PowerLaw, known: Mapping[str, float]) -> 
     return float(f"{value:.6g}")
 
 
-def adamw_timescale(learning_rate: float, weight_decay: float, batch_tokens: float, tokens: float) -> float | None:
-    """B / (learning rate x decay x D): the memory of the weights as a fraction of the run; None without decay.
-
-    Wang and Aitchison 2024, Bergsma et al. 2025.
-    """
-    rate = learning_rate * weight_decay
-    return batch_tokens / (rate * tokens) if rate else None
+def adamw_timescale(
+    learning_rate: float | None, weight_decay: float | None, batch_tokens: float | None, tokens: float
+) -> float | None:
+    """B / (learning rate x decay x D): the memory of the weights as a fraction of the run (Wang and Aitchison 2024,
+    Bergsma et al. 2025). None without decay, or where one of them is not known, as of a run from elsewhere."""
+    if not learning_rate or not weight_decay or not batch_tokens:
+        return None
+    return batch_tokens / (learning_rate * weight_decay * tokens)
 
 
 # --- what to say of laws from elsewhere --------------------------------------------------------------------------

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from sweeps.cell import Cell, Schedule
 
 EVALUATIONS_PER_DECADE = 10
+"""During a run, evenly in the logarithm of tokens."""
 FIRST_EVALUATION = 0.01
 """Evaluations during the run start at this share of its steps."""
 SUBSET_TOKENS = 8192
 """Validation tokens of an evaluation during the run: windows spread evenly over the fixed stream."""
 EVALUATION_TOKENS = 8192
 """Tokens of one forward pass in an evaluation."""
-
-NAMES = ("cosine", "linear", "constant", "wsd")
 
 # Cooldown shape -> how much of the peak is gone after the share x of the cooldown.
 COOLDOWNS: dict[str, Callable[[float], float]] = {

@@ -2,13 +2,15 @@
 
 import itertools
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sweeps.cell import Schedule
-from sweeps.schedules import NAMES, fraction
+from sweeps.recipe import ScheduleName
+from sweeps.schedules import fraction
 
 
 def schedule(name: str, warmup: int = 100, final: float = 0.0, cooldown: float = 0.2) -> Schedule:
@@ -30,7 +32,7 @@ def test_cosine_falls_to_the_final_fraction(tokens: int, expected: float) -> Non
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    name=st.sampled_from(NAMES),
+    name=st.sampled_from(get_args(ScheduleName)),
     warmup=st.integers(0, 500),
     final=st.floats(0, 1),
     cooldown=st.floats(0.05, 0.5),
