@@ -356,13 +356,13 @@ def _budget(
         accepted=True,
         N=Estimate(value=float(np.exp(best)), interval=_exp(low, high)),
         # D falls where N rises: an open upper bound of N is an open lower bound of D, and without noise all are open.
-        D=Estimate(value=float(np.exp(best_D)), interval=_exp(_if(high, d_low), _if(low, d_high))),
+        D=Estimate(value=float(np.exp(best_D)), interval=_exp(_unless_open(high, d_low), _unless_open(low, d_high))),
         loss=Estimate(
             value=float(np.exp(found.loss)),
             interval=_exp(*interval(found.copy_losses[inside], level)) if noisy else (NAN, NAN),
         ),
         tokens_per_parameter=Estimate(
-            value=float(np.exp(best_D - best)), interval=_exp(_if(high, t_low), _if(low, t_high))
+            value=float(np.exp(best_D - best)), interval=_exp(_unless_open(high, t_low), _unless_open(low, t_high))
         ),
     )
     draws = {
@@ -384,12 +384,15 @@ def _bounded(bounds: Interval, grid: Interval) -> Interval:
 
 
 def _sides(low: float, high: float) -> str:
+    """Towards which sizes an interval is open."""
     return " and ".join(side for side, value in (("smaller", low), ("larger", high)) if np.isnan(value))
 
 
-def _if(other: float, bound: float) -> float:
+def _unless_open(other: float, bound: float) -> float:
+    """A bound of D or D/N, which is open where the bound of N that it comes from is."""
     return NAN if np.isnan(other) else bound
 
 
 def _exp(low: float, high: float) -> Interval:
+    """Bounds in a logarithm as bounds of the number."""
     return float(np.exp(low)), float(np.exp(high))

@@ -39,11 +39,13 @@ TURN = 16
 BATCH = 950
 """Metrics a request: MLflow takes 1,000 metrics, params and tags together."""
 INTERVAL_SECONDS = 2.0
+"""Between two passes, and before the first retry of a cell that was refused."""
 LONGEST_SECONDS = 60.0
 """Between two tries, after many faults."""
 LOOK_SECONDS = 30.0
 """Between two looks at what people changed in MLflow, and at the study's own files."""
 SAVE_SECONDS = 5.0
+"""Between two writes of mirror.json within a pass: what was sent since would be sent again after a crash."""
 DROPPED = "escala.dropped"
 """The tag of a run whose cell the study plans no more."""
 SETTLED_SECONDS = 60.0
@@ -120,6 +122,7 @@ class Mirror:
         self._say(faults)
 
     def start(self) -> None:
+        """Mirror in a thread from now on; after `connect`."""
         self._thread.start()
 
     def stop(self, seconds: float = 60.0) -> None:

@@ -256,7 +256,7 @@ class Schedule:
 
     # --- backfill ----------------------------------------------------------------------------------------------------
 
-    def _backfill(self, blocked: Job, demand: Demand, left: "_Left", now: float) -> Start | None:
+    def _backfill(self, blocked: Job, demand: Demand, left: _Left, now: float) -> Start | None:
         """Start a job of a demand that does not delay one that goes before it and has no room."""
         if not self.fleet.fits(demand):
             return None
@@ -294,7 +294,7 @@ class Schedule:
                 return start.place.until
         return -math.inf
 
-    def _next(self, demand: Demand, left: "_Left", within: float | None = None) -> Job | None:
+    def _next(self, demand: Demand, left: _Left, within: float | None = None) -> Job | None:
         """The first ready job of a demand that the budgets admit, and that ends `within` so many seconds if asked."""
         ranks = self._groups[demand]
         last = len(ranks) if within is None else bisect.bisect_right(ranks, (False, within, 0.0, ""))
@@ -308,7 +308,7 @@ class Schedule:
 
     # --- budgets -----------------------------------------------------------------------------------------------------
 
-    def _left(self, now: float) -> "_Left":
+    def _left(self, now: float) -> _Left:
         """What the budgets leave beside what is spent and what runs."""
         flops = gpu_seconds = math.inf
         if self.bounds.flops is not None:

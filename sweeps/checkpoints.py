@@ -36,6 +36,7 @@ from sweeps.store import Store, attempt_epochs, checkpoint_paths, is_permanent, 
 
 FORMAT = 1
 KEEP = 2
+"""Of an attempt, besides permanent ones: the newest, and one to fall back on where that is damaged."""
 
 State = Mapping[str, Any]
 

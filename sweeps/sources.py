@@ -296,10 +296,7 @@ def _from_jsonl(source: Source) -> Iterator[tuple[bytes, float]]:
                 place = f"{file}:{number}"
                 try:
                     row = json.loads(line)
-                except (
-                    ValueError,
-                    RecursionError,
-                ) as error:  # JSONDecodeError, UnicodeDecodeError; or nested too deeply
+                except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deeply
                     raise InputError(f"{place}: not a line of JSON in UTF-8 ({error})") from error
                 if not isinstance(row, dict):
                     raise InputError(f"{place}: a {type(row).__name__}, not a JSON object with a text field")
