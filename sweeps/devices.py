@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 HOST_SHARE = 0.5
 """Of the host's free memory that one worker takes for granted; it does not know how many others there are."""
 
-# Dense bfloat16 peaks in FLOP/s, by a part of the device's name; the first match counts. Vendors' data sheets; figures
-# "with sparsity" are twice these. A device that is not here has no MFU.
+# Dense bfloat16 peaks in FLOP/s, by words of the device's name; the first match counts. Vendors' data sheets; figures
+# "with sparsity" are twice these, and that of an MI250X is for two devices. A device that is not here has no MFU.
 PEAK_BFLOAT16_FLOPS = {
     "GB200": 2500e12,
+    "GH200": 989e12,
     "B200": 2250e12,
     "H200 NVL": 836e12,
     "H200": 989e12,
@@ -35,7 +37,7 @@ PEAK_BFLOAT16_FLOPS = {
     "L4": 121e12,
     "MI300X": 1307.4e12,
     "MI325X": 1307.4e12,
-    "MI250X": 383e12,
+    "MI250X": 191.5e12,
     "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12,
     "RTX 3090": 71e12,
@@ -46,7 +48,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """Dense peak FLOP/s of a device at a precision; None, never a guess, where it is not known."""
     if precision != "bfloat16":
         return None
-    return next((peak for name, peak in PEAK_BFLOAT16_FLOPS.items() if name in device_name), None)
+    if re.search(r"\bMIG\b|Laptop| Ti\b| D\b", device_name):  # a part of a device, or another of that name
+        return None
+    return next((peak for name, peak in PEAK_BFLOAT16_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

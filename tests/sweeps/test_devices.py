@@ -12,7 +12,7 @@ import torch
 from small import make_cell
 
 from sweeps.corpora import make_source, open_corpus, prepare
-from sweeps.devices import bytes_available, choose_numerics, probe_micro_batch
+from sweeps.devices import bytes_available, choose_numerics, peak_flops, probe_micro_batch
 from sweeps.families import FAMILIES, build_model
 from sweeps.losses import MeanLoss
 
@@ -56,3 +56,25 @@ def test_the_micro_batch_of_a_small_cell_is_its_batch_and_a_probe_on_a_cpu_leave
         assert probe_micro_batch(MeanLoss(model), model, cell, 7) == 7
     else:
         assert 1 <= probe_micro_batch(MeanLoss(model.cuda()), model, cell, 7) <= cell.sequences
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("AMD Instinct MI250X", 191.5e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A3000 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_own_name_or_none(name: str, peak: float | None) -> None:
+    assert peak_flops(name, "bfloat16") == peak
