@@ -169,6 +169,8 @@ class _Try:
         except Exception as error:
             state, reason = _kind_of(error), redact(f"{type(error).__name__}: {error}")
             record_error(self.attempt, state, reason, traceback.format_exc())
+        if isinstance(end, Exception):  # with it the frames that hold it, and all that these do: a model on its GPU
+            end.__traceback__ = None
         self.ended = Ended(self.attempt.cell_id, self.attempt.epoch, state, reason)
 
 

@@ -1,6 +1,7 @@
 """What a device can do: peak speed for MFU, and the numerics that an attempt records."""
 
 import ctypes
+import gc
 import os
 import platform
 import re
@@ -92,6 +93,8 @@ def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1, workers: in
     import transformers
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        gc.collect()  # what an earlier cell of this process left in cycles is on the device until then
     share, room = -(-cell.sequences // workers), bytes_available()
     whole = step_bytes(cell.shape, 1, cell.precision, device, stack).total
     sharded = workers > 1 and whole > room

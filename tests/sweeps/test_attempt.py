@@ -1,6 +1,7 @@
 """An attempt resumes where the last one stopped, to the bit; says how it ended; and harms nobody who came after it."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small import make_cell, put
 
 from sweeps import devices
@@ -21,6 +24,7 @@ from sweeps.cell import Cell
 from sweeps.checkpoints import load
 from sweeps.corpora import Corpus
 from sweeps.records import append_rows, read_json, read_rows, write_json
+from sweeps.stacking import Solo
 from sweeps.store import (
     Attempt,
     Store,
@@ -74,6 +78,28 @@ def test_an_error_in_the_code_is_recorded_with_its_traceback_and_not_raised(corp
     assert text.startswith("code: InputError: ")
     assert "Traceback" in text
     assert not (store.cell(cell.id) / "result.json").exists()
+
+
+def test_a_failed_attempt_leaves_nothing_in_the_memory_of_its_worker(
+    corpus: Corpus, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker tries the next cell at once, or the same again, and looks for room before Python looks for cycles."""
+    run_attempt(store, put(store, make_cell(corpus, 2, seed=82)), study="s")  # the imports of a first one leave more
+    gc.collect()
+    built: list[Any] = []
+
+    def fail(self: Solo, *_: Any, **__: Any) -> Any:
+        built.append(weakref.ref(self.table.values))
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Solo, "backward", fail)
+    gc.disable()
+    try:
+        ended = run_attempt(store, put(store, make_cell(corpus, 2, seed=83)), study="s")
+        assert ended.state == "out_of_memory"
+        assert built[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store: Store) -> None:

@@ -1,16 +1,19 @@
 """What a process says of its device, and that freed memory stays at hand."""
 
 import ctypes
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from small import make_cell
 
+from sweeps import devices
 from sweeps.corpora import make_source, open_corpus, prepare
 from sweeps.devices import bytes_available, choose_numerics, peak_flops, probe_micro_batch
 from sweeps.families import FAMILIES, build_model
@@ -78,3 +81,22 @@ def test_the_micro_batch_of_a_small_cell_is_its_batch_and_a_probe_on_a_cpu_leave
 )
 def test_a_device_has_the_peak_of_its_own_name_or_none(name: str, peak: float | None) -> None:
     assert peak_flops(name, "bfloat16") == peak
+
+
+def test_room_on_a_gpu_is_looked_for_after_what_an_earlier_cell_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_source("markov", None, {"vocab_size": 8, "tokens": 10_000, "seed": 3})
+    cell = make_cell(open_corpus(tmp_path, prepare(source, "bytes", tmp_path).fingerprint))
+    gc.disable()
+    left = torch.nn.Module()
+    left.__dict__["itself"] = left
+    there = weakref.ref(left)
+    del left
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(devices, "bytes_available", lambda: 10**10 if there() is None else 0)
+    try:
+        assert choose_numerics(cell).micro_batch == cell.sequences
+    finally:
+        gc.enable()
