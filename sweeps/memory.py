@@ -49,7 +49,8 @@ def step_bytes(
     if shards > 1:  # tables and head, and two layers, are there as a whole with their gradients while they are used
         tables = _tables(shape)
         used = tables + 2 * (stored - tables) // shape.depth
-        state = -(-stored * 4 * 4 // shards) + used * (2 * 4 + (2 if short == 2 else 0))
+        # autocast's copies of all layers stay until the way back has used them: FSDP2 knows nothing of these
+        state = -(-stored * 4 * 4 // shards) + used * 2 * 4 + (stored * 2 if short == 2 else 0)
     # 2. The residual stream at the start, then the layers.
     activations = tokens * (shape.depth * layer_bytes_per_token(shape, precision, stack) + 4 * shape.width)
     # 3. Logits, their log-softmax and the gradients of both; in chunks, with the gradients of hidden states and head.

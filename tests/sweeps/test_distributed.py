@@ -211,7 +211,7 @@ def test_parts_want_no_optimizer_of_whole_matrices(other: Store, corpus: Corpus,
 def test_a_cell_gets_as_many_gpus_as_hold_it(corpus: Corpus) -> None:
     shape = shape_for(FAMILIES["llama"], 5_000_000_000, vocab_size=50_000, context=2048)
     cell = make_cell(corpus, shape=shape, precision="bfloat16", batch_tokens=64 * 2048, tokens=64 * 2048)
-    few, more = workers_for(cell, 80 * 10**9, 8), workers_for(cell, 40 * 10**9, 8)
+    few, more = workers_for(cell, 80 * 10**9, 8), workers_for(cell, 48 * 10**9, 8)
     assert 1 == workers_for(cell, 140 * 10**9, 8) < few < more <= 8
     with pytest.raises(InputError, match="does not fit on 2 GPUs of a node"):
         workers_for(replace(cell, batch_tokens=2 * 2048), 24 * 10**9, 8)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sweeps.accounting import Shape
+from sweeps.accounting import Shape, parameters
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES, resolve_options
 from sweeps.memory import choose_micro_batch, demand, step_bytes
@@ -110,3 +110,42 @@ def test_large_vocabularies_are_counted_by_the_chunk() -> None:
     shape = shape_of("gpt2", 12_800_000, vocabulary=50_257)
     whole = 3 * 64 * CONTEXT * 50_257 * 4
     assert step_bytes(shape, 64, "float32").loss < whole / 20
+
+
+KEPT = """
+import json, sys, torch
+import torch.distributed as dist
+from sweeps.cell import Optimizer
+from sweeps.families import FAMILIES, build_model
+from sweeps.ranks import Ranks
+from sweeps.sharding import Sharded
+from sweeps.sizes import shape_for
+from sweeps.stacking import precision
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+recipe = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
+shape = shape_for(FAMILIES["llama"], float(sys.argv[1]), vocab_size=64, context=4)
+model, device = build_model(FAMILIES["llama"], shape, init_std=0.02, seed=0), torch.device("cpu")
+program, kept = Sharded(Ranks(0, 1, dist.group.WORLD), model, recipe, None, device), {}
+
+def keep(tensor):
+    if tensor.dtype == torch.bfloat16:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+    return tensor
+
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    program.backward(torch.randint(64, (1, 1, 5)), 1, precision("bfloat16", device))
+print(json.dumps(sum(one.untyped_storage().nbytes() for one in kept.values())))
+"""
+
+
+def test_a_model_in_parts_keeps_a_whole_copy_in_bfloat16_for_the_way_back() -> None:
+    command, size = [sys.executable, "-c", KEPT], 3_200_000
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([*command, str(size)], env=environment, check=True, capture_output=True, text=True)
+    shape = shape_for(FAMILIES["llama"], size, vocab_size=64, context=4)
+    short, full = (step_bytes(shape, 1, precision, shards=4).state for precision in ("bfloat16", "float32"))
+    kept = json.loads(process.stdout)
+    assert shape.depth >= 4
+    assert kept > 1.8 * parameters(shape).total, "the matrices, at two bytes a number"
+    assert 0.9 * kept < short - full < 1.2 * kept
