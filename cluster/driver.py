@@ -37,7 +37,7 @@ from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
 from sweeps.grids import Plan
-from sweeps.life import SILENCE_SECONDS
+from sweeps.life import BEAT_SECONDS, SILENCE_SECONDS
 from sweeps.planned import PlannedCell
 from sweeps.store import Store, cell_state
 from sweeps.trainer import CHECKPOINT_SECONDS
@@ -292,7 +292,12 @@ class _Run:
     def _holds(self) -> bool:
         """Whether the study is still this run's own. A disk that refuses for a moment, as one in a network does, is
         waited for, and nothing is done meanwhile; not for longer than until others may take over."""
-        return self.claim.holds(SILENCE_SECONDS)
+        asked = time.monotonic()
+        held = self.claim.holds(SILENCE_SECONDS)
+        if (waited := time.monotonic() - asked) >= BEAT_SECONDS:  # workers could give no sign of life either
+            for hand in self._in_hands():
+                hand.pulse.excuse(waited)
+        return held
 
     def _grow(self) -> None:
         """Take in the cells of a search's next trials, where workers have nothing else to do."""

@@ -38,6 +38,10 @@ class Pulse:
             return f"hung: no step for {HANG_SECONDS:.0f} s"
         return None
 
+    def excuse(self, seconds: float) -> None:
+        """The disk told nothing of anyone for so long: that silence is not the worker's."""
+        self._beaten, self._stepped = self._beaten + seconds, self._stepped + seconds
+
     def _feel(self, now: float) -> None:
         epochs = attempt_epochs(self._store, self._cell_id)
         if len(epochs) <= self._attempts:  # the worker still starts: importing torch on a busy disk takes its time

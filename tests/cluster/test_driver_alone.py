@@ -17,6 +17,7 @@ from cluster.hands import Task, take_up
 from cluster.hardware import kind_of, processor
 from cluster.ledger import register
 from cluster.placement import Demand, Fleet, Node
+from cluster.pulse import Pulse
 from cluster.queue import Queue
 from cluster.scheduling import Bounds, Job, Schedule
 from cluster.searching import Searching
@@ -137,6 +138,19 @@ def turn(run: _Run) -> None:
         run._start(unit)
 
 
+def refuse_claims(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The disk refuses the next so many reads of a claim."""
+    left, read = [times], claims.read_json
+
+    def refuse(path: Path) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise InputError(f"{path} cannot be read as a record: [Errno 116] Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(claims, "read_json", refuse)
+
+
 def calibrate(store: Store, cell: Cell, device: str, seconds: float, kind: str | None = None) -> None:
     """By this calibration every cell takes so long on one worker of a kind."""
     steps = len(step_features(cell.shape, cell.sequences, cell.sequences))
@@ -239,18 +253,28 @@ def test_a_run_waits_for_a_disk_that_refuses_for_a_moment(
 ) -> None:
     run = run_of(store, claim, make_plan(4_096))
     end(store, run.plan.cells[0])
-    left, read = [3], claims.read_json
-
-    def refuse(path: Path) -> dict[str, Any]:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise InputError(f"{path} cannot be read as a record: [Errno 116] Stale file handle")
-        return read(path)
-
-    monkeypatch.setattr(claims, "read_json", refuse)
+    refuse_claims(monkeypatch, 3)
     run.began = time.monotonic()
     run._work(None)
     assert (run.tally.skipped, run.tally.stopped) == (1, None)
+
+
+def test_a_worker_is_not_taken_for_dead_since_the_disk_kept_its_signs_back(
+    store: Store, make_plan: Callable[..., Plan], claim: Claim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("pulse.LOOK_SECONDS", 0.0), ("pulse.SILENCE_SECONDS", 1.0), ("driver.BEAT_SECONDS", 0.5)):
+        monkeypatch.setattr(f"cluster.{name}", seconds)
+    run = run_of(store, claim, make_plan(4_096))
+    attempt = begin_attempt(store, run.plan.cells[0].cell.id, {"study": "s"})
+    write_json(attempt.folder / "heartbeat.json", {"progressed": 1.0})
+    pulse = Pulse(store, attempt.cell_id, 0)
+    assert pulse.fate() is None
+    run.tasks = {"task": SimpleNamespace(hands=[SimpleNamespace(pulse=pulse)])}  # type: ignore[dict-item]
+    refuse_claims(monkeypatch, 3)
+    assert run._holds()
+    assert pulse.fate() is None
+    time.sleep(1.1)
+    assert pulse.fate() == "no sign of life for 1 s"
 
 
 def test_ray_ends_with_the_run_where_a_full_disk_takes_no_record_of_what_was_used(
