@@ -6,6 +6,7 @@ secrets in a job, where the Jobs API shows them: a password in a URL or a variab
 """
 
 import re
+import secrets
 import shlex
 import subprocess
 import tempfile
@@ -181,6 +182,7 @@ def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
         "escala.person": person(),
         "escala.commit": _commit(),
         "escala.package": submission.package.digest,
+        "escala.sent": secrets.token_hex(8),
     }
     with tempfile.TemporaryDirectory(prefix="escala-package-") as folder:
         submission.package.write(Path(folder))
@@ -201,8 +203,11 @@ def send(dashboard: Dashboard, submission: Submission) -> tuple[Job, bool]:
                     metadata=metadata,
                 )
             except InputError:
-                if not any(job.id == job_id for job in list_jobs(dashboard)):
+                there = [job for job in list_jobs(dashboard) if job.id == job_id]
+                if not there:
                     raise
+                if _sent(dashboard, job_id) == metadata["escala.sent"]:  # it is there, and the reply was lost
+                    return there[0], True
                 continue  # another was quicker, perhaps with the same study and store
             return next(job for job in list_jobs(dashboard) if job.id == job_id), True
     raise InputError(f"others submit the study {submission.study} to {dashboard.address} all the time. Ask them.")
@@ -231,6 +236,13 @@ def _submit(dashboard: Dashboard, **job: Any) -> None:
             if NOT_READY not in str(error) or time.monotonic() > deadline:
                 raise
         time.sleep(1.0)
+
+
+def _sent(dashboard: Dashboard, job_id: str) -> str | None:
+    """The mark that whoever sent a job gave it."""
+    with answering(dashboard.address):
+        found: str | None = (dashboard.client.get_job_info(job_id).metadata or {}).get("escala.sent")
+    return found
 
 
 def _same(job: Job, submission: Submission) -> bool:

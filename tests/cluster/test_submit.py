@@ -225,6 +225,8 @@ class OneHead:
 
     def __init__(self, cpus: float) -> None:
         self.sent: list[dict[str, Any]] = []
+        self.another: dict[str, Any] = {}
+        """What others' jobs have instead."""
         head = {"is_head_node": True, "state": "ALIVE", "resources_total": {"CPU": cpus} if cpus else {}}
         dead, worker = head | {"state": "DEAD"}, head | {"is_head_node": False, "resources_total": {"CPU": 64.0}}
         self.nodes = [dead, worker, head]
@@ -236,6 +238,9 @@ class OneHead:
         known = {"start_time": 1, "end_time": None, "driver_exit_code": None, "message": ""}
         status = SimpleNamespace(value="PENDING")
         return [SimpleNamespace(**one, **known, status=status) for one in self.sent]
+
+    def get_job_info(self, job_id: str) -> Any:
+        return next(one for one in self.list_jobs() if one.submission_id == job_id)
 
     def submit_job(self, **job: Any) -> None:
         self.sent.append(job)
@@ -251,6 +256,21 @@ def test_the_driver_is_kept_on_the_head() -> None:
     (sent,) = client.sent
     assert sent["entrypoint_num_cpus"] == 1
     assert sent["entrypoint_resources"] == {"node:__internal_head__": 0.001}, "CPUs alone would fit on any node"
+
+
+def test_a_job_whose_reply_was_lost_is_known_as_sent_and_that_of_another_is_not() -> None:
+    class Busy(OneHead):
+        def submit_job(self, **job: Any) -> None:
+            super().submit_job(**job | self.another)
+            raise ConnectionError("read timed out")
+
+    client = Busy(cpus=1)
+    job, new = submits.send(jobs.Dashboard(NOWHERE, client, False), submission())
+    assert (job.id, new, len(client.sent)) == ("escala-tiny-1", True, 1)
+    client = Busy(cpus=1)
+    client.another = {"metadata": {"escala.study": "tiny", "escala.store": "/shared/store"}}
+    job, new = submits.send(jobs.Dashboard(NOWHERE, client, False), submission())
+    assert (job.id, new, len(client.sent)) == ("escala-tiny-1", False, 1)
 
 
 def test_a_head_without_a_cpu_for_the_driver_is_said_and_nothing_is_sent() -> None:
