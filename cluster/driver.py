@@ -244,6 +244,11 @@ class _Run:
             register_growth(self.store, self.plan, len(self.plan.cells), self.search.seconds)
 
     def _work(self, ray: Any) -> None:
+        self._take_turns(ray)
+        if self.ended:  # of the last turn, which may have been the first
+            self.watch(self._progress())
+
+    def _take_turns(self, ray: Any) -> None:
         looked = 0.0
         while self.queue or self.tasks or self.standing.elsewhere or self.search.goes_on():
             if not self._holds():

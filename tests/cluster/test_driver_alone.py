@@ -431,6 +431,19 @@ def test_a_budget_of_gpu_hours_without_predictions_is_said_to_be_of_what_was_use
     assert not run_of(store, claim, plan, ONE, gpu_hours=5.0).ended
 
 
+def test_a_run_that_ends_before_it_could_begin_anything_tells_its_notes_all_the_same(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan]
+) -> None:
+    said: list[str] = []
+    run = run_of(store, claim, make_plan(40_000), ONE, gpu_hours=5.0)
+    run.watch = lambda progress: said.extend(progress.ended)
+    run.schedule.spent_gpu_seconds, run.began = 6.0 * HOUR, time.monotonic()
+    run._work(None)
+    assert run.tally.stopped is not None
+    assert run.tally.stopped.startswith("out of budget")
+    assert [one for one in said if "no calibration tells how long cells take" in one]
+
+
 def test_a_pool_knows_its_gpus_by_the_names_that_ray_has_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [Node("a", 8, 8), Node("b", 8, 8), Node("head", 8)]
     monkeypatch.setattr(pool, "cluster_nodes", lambda *_, **__: nodes)
