@@ -426,6 +426,8 @@ class _Run:
             self.tally.stopped = self.standing.halt or str(found)
         if self.wish in ("pause", "cancel"):
             self._ask_to_stop(self.standing.halt or str(found))
+        if self.wish is not None:
+            self._take_back()
         self.standing.look()
         self.queue.look()
         late, self.late = self.late, 0
@@ -439,6 +441,16 @@ class _Run:
             words = "no worker yet after a minute: others may hold the room that Ray tells of, or starts are slow"
             self.ended.append(f"note: {self.late} of {len(self.tasks)} units have {words}")
         self.usage.note(self.schedule)
+
+    def _take_back(self) -> None:
+        """Where nothing more is to begin, what still has no worker is not waited for: others may hold its room for
+        hours. One that begins at this very moment is in its cell's way until it has ended, as any that is left over."""
+        for handle, task in list(self.tasks.items()):
+            if time.monotonic() - task.given > STARTING_SECONDS and task.waits():
+                del self.tasks[handle]
+                self.pool.end(task.worker)
+                self.schedule.end(task.start, task.start.began)
+                self.standing.elsewhere |= {hand.one.cell.id: hand.one for hand in task.hands}
 
     def _ask_to_stop(self, why: str) -> None:
         for hand in self._in_hands():

@@ -119,6 +119,11 @@ class Pool:
             if one.worker is worker:
                 one.idle_since = time.monotonic()
 
+    def end(self, worker: Any) -> None:
+        """End a worker, whatever it does, or waits for."""
+        self._ray.kill(worker)
+        self.lose(worker)
+
     def lose(self, worker: Any) -> None:
         """A worker is dead."""
         self._kept = [one for one in self._kept if one.worker is not worker]

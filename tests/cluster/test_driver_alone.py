@@ -12,6 +12,7 @@ from searched import end, make_corpus, search_plan
 from cluster import claims, driver, ledger, pool, standing
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
+from cluster.control import cancel
 from cluster.driver import Tally, _Run
 from cluster.hands import Task, take_up
 from cluster.hardware import kind_of, processor
@@ -30,6 +31,7 @@ from sweeps.records import append_rows, write_json
 from sweeps.store import (
     Attempt,
     Store,
+    attempt_epochs,
     begin_attempt,
     cell_state,
     commit_result,
@@ -275,6 +277,27 @@ def test_a_worker_is_not_taken_for_dead_since_the_disk_kept_its_signs_back(
     assert pulse.fate() is None
     time.sleep(1.1)
     assert pulse.fate() == "no sign of life for 1 s"
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_run_that_is_to_end_does_not_wait_for_units_that_have_no_worker_yet(
+    now: bool, store: Store, make_plan: Callable[..., Plan], claim: Claim
+) -> None:
+    run, ended = run_of(store, claim, make_plan(4_096), ONE), list[str]()
+    run.standing.sort_elsewhere()
+    unit = run.queue.take(time.monotonic(), "cpu")
+    assert unit is not None
+    hands, _ = take_up(store, "s", unit.cells)
+    given = time.monotonic() - driver.STARTING_SECONDS - 1
+    run.tasks = {"task": Task("worker", hands, unit.start, given)}
+    run.pool.end = ended.append  # type: ignore[method-assign]
+    cancel(store, "s", now=now)
+    run.began = time.monotonic()
+    run._work(None)
+    assert ended == ["worker"]
+    assert (len(run.queue), run.schedule.running, run.schedule.spent_gpu_seconds) == (1, {}, 0.0)
+    assert run.tally.stopped is not None
+    assert not attempt_epochs(store, unit.cells[0].cell.id), "no cell is charged for it"
 
 
 def test_ray_ends_with_the_run_where_a_full_disk_takes_no_record_of_what_was_used(
