@@ -83,6 +83,8 @@ def forecast_dearest(
     if usable["budget"].nunique() < 2 if len(usable) else True:
         message = "a forecast needs at least two budgets with finished runs."
         return Forecast(verdicts=(Verdict("no_forecast", "refuse", "fit", None, message),))
+    if "C" not in runs.columns and {"N", "D"} <= set(runs.columns):  # as fits take it to be; they say so
+        usable = usable.assign(C=6.0 * usable["N"].astype(float) * usable["D"].astype(float))
     dearest = float(usable["budget"].max())
     rest = runs[~(runs["budget"] == dearest)]
 
@@ -163,7 +165,9 @@ def predict(
 def _sizes(whole: Fit, surface: Fit, runs: pd.DataFrame, dearest: float, seed: int) -> tuple[SizeForecast, ...]:
     """The loss of each size at the budget left out, against the mean over its seeds."""
     used = set(whole.provenance["cells"])
-    cells = runs["cell"].astype(str) if "cell" in runs.columns else pd.Series([f"row {i}" for i in range(len(runs))])
+    cells = pd.Series([f"row {i}" for i in range(len(runs))], runs.index, dtype=object)  # as the fit names them
+    if "cell" in runs.columns:
+        cells = runs["cell"].astype(object).where(runs["cell"].notna(), cells).astype(str)
     held = runs[(runs["budget"] == dearest).to_numpy() & cells.isin(used).to_numpy()]
     groups = held.assign(_log=np.log(held[whole.loss].astype(float))).groupby("N")
     means = groups[["D", "_log"]].mean().reset_index()

@@ -55,6 +55,15 @@ def test_three_budgets_foretell_losses_but_no_size() -> None:
     assert found.mean_absolute_error < 0.01
 
 
+def test_tables_without_compute_or_with_nameless_runs_are_foretold_alike() -> None:
+    table = budgets_table(BUDGETS, noise=0.001)
+    one = forecast_dearest(table, resamples=20)
+    bare = forecast_dearest(table.drop(columns="C"), resamples=20)
+    assert (bare.C, bare.extrapolation) == (pytest.approx(one.C), pytest.approx(one.extrapolation))
+    named = table.assign(cell=[f"run {i}" if i < len(table) - 5 else None for i in range(len(table))])
+    assert [s.N for s in forecast_dearest(named, resamples=20).sizes] == [s.N for s in one.sizes]
+
+
 def test_one_budget_foretells_nothing() -> None:
     found = forecast_dearest(budgets_table(BUDGETS[:1]))
     assert [(v.code, v.scope) for v in found.verdicts] == [("no_forecast", "fit")]
