@@ -261,7 +261,9 @@ def _default_point(
         if is_number(value):
             if not 0 < value < np.inf:
                 raise InputError(f"the default's {axis} is {value!r}; it must be a positive number.")
-            away = np.maximum(away, np.abs(np.log(points[axis].to_numpy(dtype=float) / float(value))))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                apart = np.abs(np.log(points[axis].to_numpy(dtype=float) / float(value)))
+            away = np.maximum(away, np.where(np.isnan(apart), np.inf, apart))  # a blank is near to nothing, and 0 too
         else:
             away = np.where(points[axis] == value, away, np.inf)
     best = int(np.argmin(away))

@@ -118,6 +118,16 @@ def test_settings_that_are_words_are_held_against_each_other() -> None:
     assert all(w.default == {"schedule": "cosine"} for w in found.worths)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_setting_that_is_blank_or_zero_does_not_hide_the_default() -> None:
+    one = sweep([1e5, 4e5], [1e7], rates=[1.0], seeds=2)
+    tried = {0.1: 1.0, 0.2: 1.01, 0.0: 1.02, np.nan: 1.03}
+    runs = pd.concat([one.assign(weight_decay=d, loss=one["loss"] * off) for d, off in tried.items()])
+    found = tuning_worth(runs, default={"weight_decay": 0.2}, resamples=20)
+    assert [w.default["weight_decay"] for w in found.worths] == [0.2, 0.2]
+    assert "default_not_run" not in codes(found)
+
+
 def test_optimum_beyond_the_rates_tried_makes_the_gain_a_lower_bound() -> None:
     runs = sweep(SIZES, TOKENS, 2.0 ** np.arange(-4, 0))
     found = tuning_worth(runs, default=off(2.0**-4), noise=0.002)
