@@ -123,6 +123,10 @@ def _head(plan: dict[str, Any], runs: pd.DataFrame, findings: Sequence[_Finding]
 
 def _answer(finding: _Finding) -> str:
     """The answer in two sentences with its uncertainty, or the refusal."""
+    if finding.runs["excluded"].notna().all():  # said of the runs, since a fit speaks of the budgets that it lacks
+        reasons = finding.runs["excluded"].value_counts()
+        listed = "; ".join(f"{count}: {reason}" for reason, count in reasons.head(4).items())
+        return f"These runs do not settle the question: none has a loss that a fit may use ({escape(listed)})."
     if finding.isoflop is None:
         return _answer_of_law(finding.chinchilla)
     path = finding.isoflop

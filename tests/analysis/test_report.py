@@ -107,6 +107,12 @@ def test_study_that_has_not_begun_has_a_report(study) -> None:
     assert "do not settle" in page.text
 
 
+@pytest.mark.parametrize(("state", "told"), [("diverged", "6: diverged"), ("failed", "6: not finished (failed")])
+def test_study_whose_runs_have_no_loss_says_what_became_of_them(study, state: str, told: str) -> None:
+    root = study([replace(run, state=state) for run in grid(budgets=BUDGETS[:2], sizes=3)])
+    assert f"none has a loss that a fit may use ({told}" in page_of(root).text
+
+
 def test_study_without_budgets_is_answered_by_the_loss_surface(study) -> None:
     runs = [Run(width=w, tokens=t * 512) for w in (16, 32, 64, 96) for t in (400, 1500, 6000)]
     page = page_of(study(runs))
