@@ -129,7 +129,7 @@ def importance(
     verdicts += left_out(why[~why.index.isin(runs.index)].dropna())
     table, capped, source = _capped(runs, lost, named, loss, cap)
     diverged = int(lost.sum())
-    if diverged:
+    if diverged and np.isfinite(capped):  # else all diverged, which is said below
         share = diverged / max(len(table), 1)
         message = (
             f"{diverged} of {plural(len(table), 'run')} diverged and count as {capped:.4g} nats ({source}); shares of "

@@ -265,6 +265,8 @@ def test_runs_that_all_diverged_or_are_all_equal_are_refused() -> None:
     assert codes(importance(table), "refuse") == {"all_diverged"}
     assert codes(importance(factorial().assign(val_loss_final=3.0)), "refuse") == {"flat_losses"}
     assert json.dumps(importance(table).to_json(), allow_nan=False)
+    unknown = importance(table.drop(columns="loss_at_start"))
+    assert codes(unknown) == {"all_diverged"}, "no loss that they count as"
 
 
 def test_a_column_that_is_not_there_is_named() -> None:
