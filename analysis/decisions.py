@@ -72,7 +72,7 @@ def decide(
             for k in REGRETS
         }
         decisions["targets"].append(entry)
-        verdicts += extrapolation(target, float(C.max()))
+        verdicts += extrapolation(target, float(C.max()), float(C.min()))
         lost = float(np.isnan(copy.N).mean())
         if np.isnan(point.N) or lost > 0.05:
             severity: Any = "refuse" if np.isnan(point.N) or lost > 0.5 else "caution"
@@ -94,7 +94,8 @@ def decide(
             message = f"a loss of {wanted:g} lies below what this law can reach at any compute."
             said = [Verdict("unreachable_loss", "refuse", "decision", name, message)]
         else:
-            said = [replace(v, target=name) for v in extrapolation(float(least), float(C.max()))]
+            beyond = extrapolation(float(least), float(C.max()), float(C.min()))
+            said = [replace(v, target=name) for v in beyond]
         refused = any(v.severity == "refuse" for v in said)
         found = NOTHING if refused else estimate(least, np.where(np.isnan(copies), np.inf, copies))
         decisions["losses"].append({"loss": wanted, "C": found})

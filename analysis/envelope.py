@@ -281,8 +281,9 @@ def _fit(
             f"needs {SIZES}. Train small sizes longer, so that their curves cross those of larger ones."
         )
         verdicts = [*verdicts, Verdict("too_few_sizes", "refuse", "fit", None, message)]
-    dearest = float(np.exp(path.x[-1])) if path is not None and len(path.x) else NAN
-    decisions, said = line_targets(line, targets, dearest, level)
+    ends = (path.x[0], path.x[-1]) if path is not None and len(path.x) else (NAN, NAN)
+    cheapest, dearest = (float(np.exp(x)) for x in ends)
+    decisions, said = line_targets(line, targets, cheapest, dearest, level)
     crossings = [] if path is None else [{"C": float(np.exp(x)), "N": float(np.exp(y))} for x, y in zip(path.x, path.y)]
     return Fit(
         law="envelope",

@@ -137,7 +137,7 @@ def line_through_minima(
 
 
 def line_targets(
-    line: Line, targets: Sequence[float], dearest: float, level: float = 0.95
+    line: Line, targets: Sequence[float], cheapest: float, dearest: float, level: float = 0.95
 ) -> tuple[list[dict[str, object]], list[Verdict]]:
     """N*, D* and D*/N* at each compute (FLOPs) asked for, with the factor by which it lies beyond `dearest`."""
     decisions: list[dict[str, object]] = []
@@ -157,5 +157,5 @@ def line_targets(
             message = "without a power law there is no best size to name at other compute."
             verdicts.append(Verdict("no_power_law", "refuse", "decision", budget_name(float(C)), message))
         decisions.append(entry)
-        verdicts += extrapolation(float(C), dearest)
+        verdicts += extrapolation(float(C), dearest, cheapest)
     return decisions, verdicts

@@ -138,7 +138,8 @@ def fit_isoflop(
     verdicts += said
     if len(kept) >= 2:
         verdicts += narrow_span(np.array([budgets[i].C for i in kept]))
-    decisions, said = line_targets(line, targets, max((b.C for b in budgets), default=NAN), level)
+    spent = [b.C for b in budgets] or [NAN]
+    decisions, said = line_targets(line, targets, min(spent), max(spent), level)
     verdicts += said
     extra = {"residual_sd": residual_sd, "residual_freedom": freedom} | ({"source": "assumed"} if assumed else {})
     options = {"method": method, "height": height, "weighted": weighted, "resamples": resamples, "level": level}

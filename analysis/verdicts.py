@@ -184,7 +184,7 @@ def refused(verdicts: Iterable[Verdict], scope: Scope = "fit", target: str | Non
 DECADES = 1.5
 """A span of compute below which exponents are poorly determined."""
 FAR, TOO_FAR = 10.0, 1000.0
-"""Extrapolation in compute that is cautioned against, and that is refused."""
+"""Extrapolation in compute, to either side, that is cautioned against, and that is refused."""
 
 
 def narrow_span(C: np.ndarray) -> list[Verdict]:
@@ -196,13 +196,15 @@ def narrow_span(C: np.ndarray) -> list[Verdict]:
     return [Verdict("narrow_span", "caution", "fit", None, message)]
 
 
-def extrapolation(C: float, dearest: float) -> list[Verdict]:
-    """What to say of a decision at compute C when the dearest run used `dearest`."""
-    ratio = C / dearest
+def extrapolation(C: float, dearest: float, cheapest: float = 0.0) -> list[Verdict]:
+    """What to say of a decision at compute C when the runs used from `cheapest` to `dearest`."""
+    below = cheapest > C
+    ratio = cheapest / C if below else C / dearest
     if not ratio > FAR:
         return []
     refuse = ratio > TOO_FAR
-    message = f"{budget_name(C)} FLOPs is {ratio:.3g} times the dearest run" + (
+    place = f"1/{ratio:.3g} of the cheapest run" if below else f"{ratio:.3g} times the dearest run"
+    message = f"{budget_name(C)} FLOPs is {place}" + (
         "; no law fitted here can be trusted that far." if refuse else "; laws bend, and the interval does not know."
     )
     severity = "refuse" if refuse else "caution"

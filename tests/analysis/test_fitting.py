@@ -140,7 +140,7 @@ def test_a_floor_that_is_not_seen_is_refused_alone() -> None:
 
 def test_target_without_an_interior_optimum_is_refused_alone() -> None:
     found = fit(replicated(), targets=[1.0, 1e21])
-    assert refusals(found) == {("no_optimum", "decision", "1e0")}
+    assert refusals(found) == {("no_optimum", "decision", "1e0"), ("extrapolation", "decision", "1e0")}
     none, some = found.decisions["targets"]
     assert np.isnan(none["N"].value)
     assert some["N"].value > 1e9

@@ -5,7 +5,9 @@ import math
 
 import numpy as np
 
+from analysis import fit
 from analysis.verdicts import NAN, Budget, Estimate, Fit, Verdict, budget_name, clean, extrapolation, narrow_span
+from tests.analysis.synthetic import BUDGETS, budgets_table, codes
 
 
 def example(*verdicts: Verdict) -> Fit:
@@ -105,6 +107,18 @@ def test_extrapolation_is_cautioned_then_refused() -> None:
     assert extrapolation(9e15, 1e15) == []
     assert [v.severity for v in extrapolation(5e16, 1e15)] == ["caution"]
     assert [v.severity for v in extrapolation(2e18, 1e15)] == ["refuse"]
+
+
+def test_far_below_the_cheapest_run_is_as_far_as_above_the_dearest() -> None:
+    assert extrapolation(2e13, 1e15, 1e14) == []
+    (near,), (far,) = (extrapolation(C, 1e15, 1e14) for C in (5e12, 5e10))
+    assert (near.severity, far.severity) == ("caution", "refuse")
+    assert near.message.startswith("5e12 FLOPs is 1/20 of the cheapest run;")
+    table = budgets_table(BUDGETS, noise=0.001)
+    for law in ("isoflop", "chinchilla"):
+        found = fit(table, law, targets=[1e7], resamples=20)
+        assert np.isnan(found.decisions["targets"][0]["N"].value)
+        assert "extrapolation" in codes(found, "refuse")
 
 
 def test_narrow_span_of_compute_is_cautioned() -> None:
