@@ -51,8 +51,9 @@ def test_a_frozen_store_is_planned_and_shown_as_finished(frozen: Escala) -> None
 
 
 def test_a_frozen_store_is_fitted_and_explained(frozen: Escala) -> None:
-    fit = json.loads(frozen("fit", "small", "--store", "store", "--json").stdout)
-    assert (fit["planned"], fit["n_runs"]) == (3, 3)
+    fit = json.loads(frozen("fit", "small", "--store", "store", "--json", ok=1).stdout)
+    assert (fit["planned"], fit["n_runs"], fit["refused"]) == (3, 3, True)
+    assert [one["code"] for one in fit["verdicts"] if one["scope"] == "budget"] == ["edge_minimum"]
     one, two, _ = sorted(LOSSES)
     named = frozen("why", one, two, "--store", "store").stdout
     assert "shape.width:" in named

@@ -63,7 +63,7 @@ def test_no_escape_sequence_or_markup_of_others_acts_on_the_terminal(tmp_path: P
         (["logs", second, *at], 0),
         (["why", second, *at], 0),
         (["why", first, third, *at], 0),
-        (["fit", "demo", "--law", "isoflop", *at], 0),
+        (["fit", "demo", "--law", "isoflop", *at], 1),
         (["fit", table, "--columns", f"N={ESCAPE}"], 2),
         (["fit", table, "--law", "chinchilla"], 0),
         (["plan", study, *at], 2),
