@@ -57,7 +57,7 @@ def read_study(
             )
     except InputError as error:
         where = _field_of(str(error), source.path, declared.tokenizer)
-        if where is None:  # the store's fault
+        if where is None or str(place.root) in str(error):  # the store's fault, which may lie below the text
             raise
         raise InputError(f"{place_of(path, *where)}: {error}") from error
     try:

@@ -46,5 +46,6 @@ def test_what_is_wrong_with_the_store_has_no_line_of_the_study(tmp_path: Path) -
         (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}\n" * 400, encoding="utf-8")
     store = open_store(tmp_path / "store")
     (store.root / "corpora").write_text("", encoding="utf-8")
-    told = said(tmp_path, STUDY)
-    assert told.startswith("cannot write the corpus to"), told
+    for text in (STUDY, STUDY.replace("path: texts", "path: .")):  # of which the store is a folder
+        told = said(tmp_path, text)
+        assert told.startswith("cannot write the corpus to"), told
