@@ -24,7 +24,6 @@ from sweeps.rules import Count, Declared, Number, Positive, Whole, parse_number
 from sweeps.sources import check_option
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
-from sweeps.tokenizers import bpe_vocabulary
 
 
 class CorpusSource(Declared):
@@ -388,6 +387,8 @@ class Study(Declared):
     @classmethod
     def _vocabulary_in_range(cls, value: str) -> str:
         if value.startswith("bpe:"):
+            from sweeps.tokenizers import bpe_vocabulary  # with numpy, which no other command line waits for
+
             bpe_vocabulary(value)
         return value  # a path is looked up when the study is planned
 
