@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.selection import with_states
-from analysis.swept import merged
+from analysis.selection import merged, with_states
 from analysis.uncertainty import SETTINGS, interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
 from sweeps.errors import InputError

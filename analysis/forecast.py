@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.fitting import fit
 from analysis.laws import find_law
-from analysis.selection import with_states
+from analysis.selection import cell_names, with_states
 from analysis.uncertainty import Noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Fit, Interval, Verdict, budget_name, clean
 
@@ -165,9 +165,7 @@ def predict(
 def _sizes(whole: Fit, surface: Fit, runs: pd.DataFrame, dearest: float, seed: int) -> tuple[SizeForecast, ...]:
     """The loss of each size at the budget left out, against the mean over its seeds."""
     used = set(whole.provenance["cells"])
-    cells = pd.Series([f"row {i}" for i in range(len(runs))], runs.index, dtype=object)  # as the fit names them
-    if "cell" in runs.columns:
-        cells = runs["cell"].astype(object).where(runs["cell"].notna(), cells).astype(str)
+    cells = cell_names(runs).astype(str)
     held = runs[(runs["budget"] == dearest).to_numpy() & cells.isin(used).to_numpy()]
     groups = held.assign(_log=np.log(held[whole.loss].astype(float))).groupby("N")
     means = groups[["D", "_log"]].mean().reset_index()

@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.effects import Evaluation, exact_effects, surrogate_effects
-from analysis.selection import left_out, with_states
-from analysis.swept import BLOWN_UP, merged
+from analysis.selection import left_out, merged, with_states
+from analysis.swept import BLOWN_UP
 from analysis.uncertainty import SETTINGS
 from analysis.verdicts import NAN, NOTHING, Verdict, clean, plural, refused
 from sweeps.errors import InputError, nearest

@@ -7,6 +7,7 @@ setting stands for it, since the laws describe tuned models.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,10 +22,10 @@ FEW_STEPS = 300
 """Below so many optimiser steps the loss says more about warmup than about N and D."""
 DIGITS = 4
 """Significant digits of the response from which on equal rows are taken for one run that is listed twice."""
-
-
+SAME = 0.01
+"""Rates, batches, sizes and token counts closer than this in logs are one: tables round, batches do not divide D."""
 SAME_TOKENS = 0.02
-"""Two token counts of one size this close, as a share, are one: runs end on whole batches, which round it."""
+"""Of token counts of one size that whole batches round apart, where a table has no budgets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,7 @@ def select(
     table["y"] = table[name].astype(float)
     if response == "loss":
         table["loss"] = table["y"]
-    rank = pd.Series([f"row {i}" for i in range(len(table))], table.index, dtype=object)
-    table["cell"] = table["cell"].astype(object).where(table["cell"].notna(), rank) if "cell" in table.columns else rank
+    table["cell"] = cell_names(table)
     numeric = [*variables, "y"]
     if {"N", "D"} <= set(table.columns):
         numeric += [c for c in ("N", "D", "C") if c not in numeric]
@@ -137,6 +137,12 @@ def select(
         excluded=tuple({"cell": str(table["cell"][i]), "reason": str(reason[i])} for i in table.index[reason.notna()]),
         verdicts=tuple(verdicts),
     )
+
+
+def cell_names(runs: pd.DataFrame) -> "pd.Series[Any]":
+    """What each run is called: by its column `cell`, or by its row where it has no name there."""
+    rank = pd.Series([f"row {i}" for i in range(len(runs))], runs.index, dtype=object)
+    return runs["cell"].astype(object).where(runs["cell"].notna(), rank) if "cell" in runs.columns else rank
 
 
 def with_states(runs: pd.DataFrame) -> pd.DataFrame:
@@ -234,7 +240,8 @@ def _beaten_settings(rows: pd.DataFrame, variables: Sequence[str]) -> pd.Index:
     budget = rows["budget"] if "budget" in rows.columns else pd.Series(np.nan, rows.index)
     family = rows["family"] if "family" in rows.columns else pd.Series("", rows.index)
     place = pd.DataFrame({"family": family, "N": rows["N"], "budget": budget})
-    place["D"] = rows["D"].astype(float).groupby([family, rows["N"]], dropna=False).transform(_without_rounding)
+    counts = rows["D"].astype(float).groupby([family, rows["N"]], dropna=False)
+    place["D"] = counts.transform(lambda D: merged(D.to_numpy(), SAME_TOKENS))
     place["D"] = place["D"].where(budget.isna())
     for name in variables:
         if name not in ("N", "D", "C"):
@@ -246,13 +253,17 @@ def _beaten_settings(rows: pd.DataFrame, variables: Sequence[str]) -> pd.Index:
     return rows.index[mean > best]
 
 
-def _without_rounding(tokens: "pd.Series[float]") -> "pd.Series[float]":
-    """Token counts with each that lies within `SAME_TOKENS` of a smaller one made equal to it."""
-    kept: list[float] = []
-    values = np.sort(tokens.unique())
-    for value in values:
-        kept.append(kept[-1] if kept and value <= (1.0 + SAME_TOKENS) * kept[-1] else value)
-    return tokens.map(dict(zip(values, kept)))
+def merged(values: np.ndarray, tolerance: float = SAME) -> np.ndarray:
+    """The values with those that lie within `tolerance` in ln of a smaller one made equal to it. NaN stay."""
+    known = np.unique(values[np.isfinite(values) & (values > 0)])
+    if not known.size:
+        return values
+    kept = [known[0]]
+    for value in known[1:]:
+        if np.log(value / kept[-1]) > tolerance:
+            kept.append(value)
+    at = np.searchsorted(np.array(kept), values, side="right") - 1
+    return np.where(np.isfinite(values) & (values > 0), np.array(kept)[np.maximum(at, 0)], values)
 
 
 def _comparable(rows: pd.DataFrame, loss: str) -> list[Verdict]:

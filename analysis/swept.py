@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.selection import PENDING, with_states
+from analysis.selection import PENDING, merged, with_states
 from analysis.uncertainty import SETTINGS
 from analysis.verdicts import NAN, Verdict, plural
 from sweeps.errors import InputError, nearest
@@ -21,8 +21,6 @@ from sweeps.units import human
 
 AXES = ("learning_rate", "batch_tokens")
 """What an optimum is sought over."""
-SAME = 0.01
-"""Rates, batches, sizes and token counts closer than this in logs are one: tables round, batches do not divide D."""
 BLOWN_UP = 1.5
 """A run above the best rate of its batch, whose loss is more than this many times the lowest of its (N, D), is taken
 for diverged. Of the 1911 runs of Step Law (Li et al. 2025) it takes those that went above 4 nats: the worst of the
@@ -137,19 +135,6 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
         runs=len(rows),
         diverged=int(rows["diverged"].sum()),
     )
-
-
-def merged(values: np.ndarray, tolerance: float = SAME) -> np.ndarray:
-    """The values with those that lie within `tolerance` in ln of a smaller one made equal to it. NaN stay."""
-    known = np.unique(values[np.isfinite(values) & (values > 0)])
-    if not known.size:
-        return values
-    kept = [known[0]]
-    for value in known[1:]:
-        if np.log(value / kept[-1]) > tolerance:
-            kept.append(value)
-    at = np.searchsorted(np.array(kept), values, side="right") - 1
-    return np.where(np.isfinite(values) & (values > 0), np.array(kept)[np.maximum(at, 0)], values)
 
 
 def _usable(runs: pd.DataFrame, loss: str, needed: Sequence[str]) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:

@@ -6,8 +6,9 @@ import pytest
 
 from analysis import read_table
 from analysis.optima import find_optima
+from analysis.selection import merged
 from analysis.sensitivities import sensitivity
-from analysis.swept import merged, swept_groups
+from analysis.swept import swept_groups
 from sweeps.errors import InputError
 from tests.analysis.fans import RATES, best_rate, crossed, fan
 from tests.analysis.synthetic import codes, published

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusing import refuse_claims
 
 import cluster.claims as claims
 from cluster.claims import Claim, driver_lives, living_drivers, read_holder
@@ -107,36 +108,23 @@ def test_a_disk_that_refuses_once_does_not_end_a_drivers_signs_of_life(
             time.sleep(0.01)
 
 
-def refusing(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
-    """The disk refuses the next so many reads of a claim."""
-    left, read = [times], claims.read_json
-
-    def refuse(path: Path) -> dict[str, Any]:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise InputError(f"{path} cannot be read as a record: [Errno 116] Stale file handle")
-        return read(path)
-
-    monkeypatch.setattr(claims, "read_json", refuse)
-
-
 def test_a_disk_that_refuses_for_a_moment_is_waited_for_and_then_it_is_told_who_holds(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(claims, "AGAIN_SECONDS", 0.01)
     with Claim(store, "s") as first:
-        refusing(monkeypatch, 3)
+        refuse_claims(monkeypatch, 3)
         assert first.holds(60.0)
         kill(store)
         with Claim(store, "s"):
-            refusing(monkeypatch, 3)
+            refuse_claims(monkeypatch, 3)
             assert not first.holds(60.0)
 
 
 def test_a_disk_that_goes_on_refusing_is_said_with_what_to_do(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "AGAIN_SECONDS", 0.01)
     with Claim(store, "s") as claim:
-        refusing(monkeypatch, float("inf"))
+        refuse_claims(monkeypatch, float("inf"))
         with pytest.raises(InputError, match=r"claim on study s cannot be read .*Stale.* run the study again"):
             claim.holds(0.1)
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from refusing import refuse_claims
 from searched import end, make_corpus, search_plan
 
-from cluster import claims, driver, ledger, pool, standing
+from cluster import driver, ledger, pool, standing
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.control import cancel
@@ -138,19 +139,6 @@ def turn(run: _Run) -> None:
     run._grow()
     while (unit := run.queue.take(time.monotonic(), "cpu")) is not None:
         run._start(unit)
-
-
-def refuse_claims(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """The disk refuses the next so many reads of a claim."""
-    left, read = [times], claims.read_json
-
-    def refuse(path: Path) -> dict[str, Any]:
-        left[0] -= 1
-        if left[0] >= 0:
-            raise InputError(f"{path} cannot be read as a record: [Errno 116] Stale file handle")
-        return read(path)
-
-    monkeypatch.setattr(claims, "read_json", refuse)
 
 
 def calibrate(store: Store, cell: Cell, device: str, seconds: float, kind: str | None = None) -> None:
