@@ -210,10 +210,8 @@ def test_the_files_are_in_the_package() -> None:
     assert all((one / "README.md").exists() for one in (DEPLOY, *DEPLOY.iterdir()) if one.is_dir())
 
 
-def test_links_between_the_readmes_lead_somewhere() -> None:
+def test_files_that_the_readmes_name_are_there() -> None:
     for path in DEPLOY.rglob("README.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), (path, target)
         for target in re.findall(r"`(\.\./[^`]+)`|`(tests/[^`]+\.py)`", path.read_text()):
             near, far = target
             assert (path.parent / near if near else ROOT / far).exists(), (path, target)
@@ -363,5 +361,6 @@ def test_what_the_launcher_calls_is_on_the_users_machine_and_in_the_image(cloud:
 
 def test_what_people_are_told_to_install_is_the_checkout_and_not_a_registrys_package_of_that_name() -> None:
     modules = [path for package in ("sweeps", "cluster", "analysis") for path in (ROOT / package).glob("*.py")]
-    for path in (*DEPLOY.rglob("README.md"), ROOT / "README.md", ROOT / "tests" / "sharedmlflow.py", *modules):
+    pages = [*DEPLOY.rglob("README.md"), ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for path in (*pages, ROOT / "tests" / "sharedmlflow.py", *modules):
         assert not re.search(r"pip install[^\n]* '?escala\b", path.read_text()), path
