@@ -10,10 +10,11 @@ demo: .venv/demo
 	$(BIN)/escala fit quickstart
 	$(BIN)/escala report quickstart
 
-# What of the tests; by default all.
-TESTS ?=
+# With SLOW=1 also those that take more than ten seconds each, as in .ci/run. JOBS files of tests at once: those of the
+# cluster mostly wait.
+JOBS ?= 2
 test: check
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile $(if $(SLOW),,-m "not slow") $(TESTS)
 
 check: .venv/dev
 	$(BIN)/ruff check .

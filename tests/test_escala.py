@@ -164,6 +164,7 @@ def test_a_bad_corpus_is_refused_with_its_place(escala: Escala, corpus: str, wor
     assert leftovers == []
 
 
+@pytest.mark.slow
 def test_a_corpus_that_changed_under_its_study_is_refused_until_it_is_accepted(escala: Escala) -> None:
     texts = escala.folder / "texts"
     texts.mkdir()
@@ -185,6 +186,7 @@ def test_a_corpus_that_changed_under_its_study_is_refused_until_it_is_accepted(e
     assert {cell["state"] for cell in plan["cells"]} == {"planned"}
 
 
+@pytest.mark.slow
 def test_stores_that_cannot_serve_are_refused(finished: Finished, escala: Escala) -> None:
     study = escala.study(TINY)
     (escala.folder / "file").write_text("")
@@ -198,6 +200,7 @@ def test_stores_that_cannot_serve_are_refused(finished: Finished, escala: Escala
     assert "no study file 'tinny'" in error(escala, "run", "tinny", "--store", "s")
 
 
+@pytest.mark.slow
 def test_servers_that_do_not_answer_are_named_before_anything_trains(escala: Escala) -> None:
     study = escala.study(TINY)
     message = error(escala, "run", study, "--store", "s", "--tracking-uri", "http://127.0.0.1:9")
@@ -216,6 +219,7 @@ def test_a_ray_that_does_not_start_here_is_a_sentence(escala: Escala, monkeypatc
     assert not living_drivers(Store(escala.folder / "s"))
 
 
+@pytest.mark.slow
 def test_a_database_that_cannot_be_written_is_named_and_left_as_it_was(escala: Escala) -> None:
     study, database = escala.study(TINY), escala.folder / "s" / "mlflow" / "mlflow.db"
     escala("plan", study, "--store", "s")

@@ -61,6 +61,7 @@ def test_a_frozen_store_is_fitted_and_explained(frozen: Escala) -> None:
     assert "this model cannot be built" in frozen("logs", "ba6da29fc867c6c7", "--store", "store").stdout
 
 
+@pytest.mark.slow
 def test_a_frozen_store_trains_nothing_again(frozen: Escala) -> None:
     before = {path: path.read_bytes() for path in (frozen.folder / "store" / "cells").rglob("*") if path.is_file()}
     run = frozen("run", "small.yaml", "--store", "store", "--workers", 1)

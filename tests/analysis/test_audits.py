@@ -278,6 +278,7 @@ def test_only_optima_of_the_same_text_and_family_count_and_the_newest_of_them(tm
     assert from_store(store, "demo", "gpt2", "standard", text) == {}
 
 
+@pytest.mark.slow
 def test_optima_of_another_batch_or_schedule_judge_nothing(tmp_path, measured) -> None:
     root = a_study(tmp_path / "store", 4.0)
     record = measured.to_json()

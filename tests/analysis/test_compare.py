@@ -78,6 +78,7 @@ def test_exchanging_the_tables_inverts_the_answer() -> None:
     assert there.flops.value.value * back.flops.value.value == pytest.approx(1.0, abs=0.02)
 
 
+@pytest.mark.slow
 def test_two_samples_of_one_recipe_are_worth_the_same() -> None:
     held, logs = 0, []
     for seed in range(24):

@@ -24,6 +24,7 @@ def answers(root: Path, study: str) -> list[str]:
     return [unescape(re.sub("<[^>]+>", "", text)) for text in re.findall(r"<p class=answer>(.*?)</p>", html)]
 
 
+@pytest.mark.slow
 def test_a_sweep_of_rates_says_where_the_best_lies_and_keeps_law_and_pictures(sweeps: Path) -> None:
     (text,) = answers(sweeps, "lr-sensitivity")
     powers = [float(x) for x in re.findall(r"[ND](-?\d\.\d+) \(", text)]

@@ -122,6 +122,7 @@ def test_study_without_budgets_is_answered_by_the_loss_surface(study) -> None:
     assert page.pictures == 3
 
 
+@pytest.mark.slow
 def test_every_family_has_its_own_answer(study) -> None:
     budgets = BUDGETS[:3]
     page = page_of(study([*grid(budgets), *grid(budgets, family="gpt2")]))

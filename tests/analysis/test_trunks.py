@@ -39,6 +39,7 @@ def share_that_hold(trials: int, name: str, *, trunks: bool) -> tuple[float, flo
     return hold / trials, width
 
 
+@pytest.mark.slow
 def test_intervals_that_know_of_trunks_are_wider_and_hold() -> None:
     known, wide = share_that_hold(30, "alpha", trunks=True)
     unknown, narrow = share_that_hold(30, "alpha", trunks=False)

@@ -58,6 +58,7 @@ print(len(found), gc.isenabled())
 """
 
 
+@pytest.mark.slow
 def test_no_garbage_is_collected_while_ray_shuts_down_which_would_end_the_process() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     run = subprocess.run([sys.executable, "-c", LEAVING], env=environment, capture_output=True, text=True, timeout=300)
@@ -85,6 +86,7 @@ for one in family:
 """
 
 
+@pytest.mark.slow
 def test_a_driver_whose_parent_is_gone_outlives_a_ray_that_died() -> None:
     """As under nohup, or as a service: Ray would end the process before it has said why."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
@@ -92,6 +94,7 @@ def test_a_driver_whose_parent_is_gone_outlives_a_ray_that_died() -> None:
     assert "goes on\n" in run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_a_cluster_without_a_token_is_joined_after_a_ray_of_ones_own_that_had_one(
     ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

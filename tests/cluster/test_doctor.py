@@ -60,6 +60,7 @@ def test_a_store_that_cannot_be_made_is_no_store_that_is_not_there_yet(
     assert f"{tmp_path / 'file'} is a file. Name another store" in below.found
 
 
+@pytest.mark.slow
 def test_a_node_with_another_folder_in_the_stores_place_is_named_and_nothing_is_left(
     guarded: str, escala: Escala, monkeypatch: pytest.MonkeyPatch
 ) -> None:

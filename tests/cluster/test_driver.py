@@ -169,6 +169,7 @@ def pids(store: Store, plan: Plan) -> list[int]:
     return [read_json(store.attempt(one, attempt_epochs(store, one)[-1]) / "attempt.json")["pid"] for one in running]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_four_times_over_uses_up_the_budget_of_one_cell(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_a_worker_that_is_killed_four_times_over_uses_up_the_budget_of_one_cell(
     assert_whole(store, plan, 40)
 
 
+@pytest.mark.slow
 def test_a_preempted_worker_keeps_a_checkpoint_is_replaced_and_costs_nothing(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
@@ -208,6 +210,7 @@ def test_a_preempted_worker_keeps_a_checkpoint_is_replaced_and_costs_nothing(
     assert_whole(store, plan, 40)
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_one(
     make_plan: Callable[..., Plan],
     drive: Callable[..., Tally],
@@ -228,6 +231,7 @@ def test_a_frozen_worker_is_taken_for_dead_and_a_hung_one_is_told_from_a_slow_on
     assert_whole(store, plan, 150)
 
 
+@pytest.mark.slow
 def test_a_study_begins_one_unit_and_no_more_while_one_of_a_higher_priority_waits_for_room(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path, ray_address: str
 ) -> None:
@@ -279,6 +283,7 @@ def test_a_paused_study_is_not_run(make_plan: Callable[..., Plan], drive: Callab
         drive(plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("now", [False, True])
 def test_a_cancelled_study_ends_and_goes_on_when_it_is_run_again(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path, now: bool
@@ -296,6 +301,7 @@ def test_a_cancelled_study_ends_and_goes_on_when_it_is_run_again(
     assert_whole(store, plan, 40)
 
 
+@pytest.mark.slow
 def test_a_failed_cell_that_is_forgiven_while_the_driver_works_is_tried_again(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, hold: Path
 ) -> None:
@@ -310,6 +316,7 @@ def test_a_failed_cell_that_is_forgiven_while_the_driver_works_is_tried_again(
     assert_whole(store, plan, 40)
 
 
+@pytest.mark.slow
 def test_a_study_whose_first_attempts_fail_alike_is_given_up(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, tmp_path: Path
 ) -> None:
@@ -402,6 +409,7 @@ def test_a_driver_that_was_replaced_ends_without_touching_a_cell(
     assert all(attempt_epochs(store, one) in ([], [0]) for one in ids(plan)), "no attempt was taken over"
 
 
+@pytest.mark.slow
 def test_a_limit_of_cells_at_once_is_kept(make_plan: Callable[..., Plan], drive: Callable[..., Tally]) -> None:
     plan = make_plan(3, 40, limits={"cells": 1})
     most = 0
@@ -414,6 +422,7 @@ def test_a_limit_of_cells_at_once_is_kept(make_plan: Callable[..., Plan], drive:
     assert most == 1
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_cell_that_ended_is_its_result_not_the_last_that_it_logged(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store, tmp_path: Path
 ) -> None:
@@ -425,6 +434,7 @@ def test_the_loss_of_a_cell_that_ended_is_its_result_not_the_last_that_it_logged
     assert [one.rpartition(": ")[2] for one in said] == [f"finished, loss {result['val_loss_final']:.4f}"]
 
 
+@pytest.mark.slow
 def test_a_budget_of_gpu_hours_is_said_to_hold_nothing_back_where_cells_train_on_cpus(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally]
 ) -> None:
@@ -434,6 +444,7 @@ def test_a_budget_of_gpu_hours_is_said_to_hold_nothing_back_where_cells_train_on
     assert [one for one in said if "limits.gpu_hours holds nothing back: cells train on CPUs" in one]
 
 
+@pytest.mark.slow
 def test_a_budget_of_flops_ends_the_run_in_words_and_a_larger_one_goes_on(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
 ) -> None:

@@ -45,6 +45,7 @@ def followers(pid: int) -> list[psutil.Process]:
     return [one for one in siblings if "RayTrainWorker" in " ".join(one.cmdline()) and one.pid != pid]
 
 
+@pytest.mark.slow
 def test_a_study_with_two_workers_outlives_a_rank_and_equals_one_of_one_worker(
     store: Store, ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def test_an_imported_table_is_a_study_that_every_verb_reads(escala: Escala, name
     assert analysis.load_runs("lit", escala.folder / "s")["excluded"].notna().sum() == 1
 
 
+@pytest.mark.slow
 def test_an_import_is_reported_exported_and_mirrored(escala: Escala) -> None:
     table(seed=1).to_csv(escala.folder / "runs.csv", index=False)
     escala("import", "runs.csv", "--study", "lit", "--store", "s")

@@ -191,6 +191,7 @@ def went_on_from(store: Store, cell_id: str) -> int:
     return int(rows[0]["tokens"]) - BATCH
 
 
+@pytest.mark.slow
 def test_the_cell_of_a_node_that_dies_goes_on_elsewhere_from_its_checkpoint_and_is_not_charged(
     cluster: Any,
     add_node: Callable[..., Any],
@@ -236,6 +237,7 @@ def gang_nodes(ray: Any) -> set[str]:
     return {str(one["Address"]["NodeID"]) for one in actors if one["ActorClassName"].endswith(kinds)}
 
 
+@pytest.mark.slow
 def test_a_gang_lives_on_one_node_and_goes_with_it_uncharged(
     cluster: Any,
     add_node: Callable[..., Any],
@@ -272,6 +274,7 @@ def test_a_gang_lives_on_one_node_and_goes_with_it_uncharged(
     assert read_json(store.attempt(cell_id, 1) / "heartbeat.json")["resumed_from"] > 0
 
 
+@pytest.mark.slow
 def test_a_node_that_joins_gets_work_and_one_that_is_drained_is_left_with_a_checkpoint(
     cluster: Any,
     add_node: Callable[..., Any],
@@ -302,6 +305,7 @@ def test_a_node_that_joins_gets_work_and_one_that_is_drained_is_left_with_a_chec
     assert_whole(store, plan)
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_node_is_gone_says_what_waits_and_does_not_wait_for_ever(
     cluster: Any,
     add_node: Callable[..., Any],
@@ -332,6 +336,7 @@ def test_what_no_node_can_ever_hold_is_refused_and_the_largest_node_is_named(
     assert attempt_epochs(store, plan.cells[0].cell.id) == []
 
 
+@pytest.mark.slow
 def test_where_a_node_has_another_folder_in_the_stores_place_no_cell_goes_there_and_no_run_begins(
     cluster: Any,
     add_node: Callable[..., Any],
@@ -403,6 +408,7 @@ def autoscaled(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
+@pytest.mark.slow
 def test_an_autoscaler_is_told_what_waits_and_gets_back_what_is_idle(
     autoscaled: str,
     make_plan: Callable[[int], Plan],
@@ -436,6 +442,7 @@ def test_an_autoscaler_is_told_what_waits_and_gets_back_what_is_idle(
     assert ends(store, plan) == []
 
 
+@pytest.mark.slow
 def test_a_head_that_is_gone_ends_the_run_in_words_and_the_same_command_goes_on_from_the_checkpoints(
     make_plan: Callable[[int], Plan],
     drive: Callable[..., Tally],

@@ -102,6 +102,7 @@ def drive(gpu_address: str, store: Store, tmp_path: Path) -> Callable[[Plan], Ta
     return run
 
 
+@pytest.mark.slow
 def test_cells_that_share_a_gpu_and_cells_that_want_one_run_on_one_cluster_and_none_holds_too_much(
     make_plan: Callable[..., Plan], drive: Callable[[Plan], Tally], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_cells_that_share_a_gpu_and_cells_that_want_one_run_on_one_cluster_and_n
     assert {share[turn["cell"]] for turn in order[:2]} == {1.0}, "longest first"
 
 
+@pytest.mark.slow
 def test_a_budget_of_gpu_hours_ends_a_run_and_holds_over_the_next(
     make_plan: Callable[..., Plan], drive: Callable[[Plan], Tally], store: Store
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_budget_of_gpu_hours_ends_a_run_and_holds_over_the_next(
     assert (again.finished, again.planned) == (0, tally.planned)
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_gpu_is_told_by_a_node_that_another_study_fills(
     gpu_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_sync_leaves_a_running_study_to_its_driver(
         assert f"is being run by process {os.getpid()}" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_lost_database_is_noticed_and_filled_again(study: tuple[Store, str], escala: Escala) -> None:
     store, name = study
     database = Server(0, store.root / "mlflow" / "mlflow.db")

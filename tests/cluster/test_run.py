@@ -105,6 +105,7 @@ def test_a_second_run_trains_nothing_and_starts_neither_ray_nor_mlflow(finished:
     assert {path: path.stat().st_mtime_ns for path in finished.store.glob("cells/*/*")} == before
 
 
+@pytest.mark.slow
 def test_an_edited_study_trains_only_what_is_new_and_says_so(copy_of_finished: Callable[[], Finished]) -> None:
     copy = copy_of_finished()
     study = copy.escala.study(TINY.replace("budgets: [4e8, 8e8]", "budgets: [2e8, 4e8, 8e8]"), "tiny.yaml")
@@ -142,6 +143,7 @@ def test_a_killed_driver_loses_nothing_and_only_the_missing_cells_train_again(es
     assert_mirror_is_exact(store, "tiny")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_its_cell_tried_again(escala: Escala, tmp_path: Path) -> None:
     study, store = escala.study(long_study(2)), tmp_path / "store"
     process = escala.start("run", study, "--store", store, "--workers", 2)
@@ -162,6 +164,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_tried_again(escala: Escala, tm
     assert_mirror_is_exact(store, "tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
     escala: Escala, tmp_path: Path, number: signal.Signals
@@ -184,6 +187,7 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
     assert not holder.lives
 
 
+@pytest.mark.slow
 def test_a_run_whose_ray_died_says_so_and_leaves_no_process_behind(escala: Escala, tmp_path: Path) -> None:
     study, store = escala.study(long_study(4)), tmp_path / "store"
     process = escala.start("run", study, "--store", store, "--workers", 2)
@@ -214,6 +218,7 @@ def picky():
 """
 
 
+@pytest.mark.slow
 def test_one_failing_cell_does_not_stop_the_others_and_its_traceback_is_in_its_own_file(
     escala: Escala, tmp_path: Path
 ) -> None:
@@ -246,6 +251,7 @@ def test_a_cell_that_another_study_has_trained_is_not_trained_again(copy_of_fini
     assert count == 14, "each study has its own run of a shared cell"
 
 
+@pytest.mark.slow
 def test_a_quarantine_tag_set_in_mlflow_takes_the_run_out_of_the_fit(copy_of_finished: Callable[[], Finished]) -> None:
     from mlflow.tracking import MlflowClient
 

@@ -47,6 +47,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
 
 
+@pytest.mark.slow
 def test_workers_train_the_trials_and_a_promoted_one_pays_only_the_rest(ray_address: str, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store")
     corpus = prepare(make_source("markov", None, STUDY["corpus"]["options"]), "bytes", store.root)
@@ -75,6 +76,7 @@ def test_workers_train_the_trials_and_a_promoted_one_pays_only_the_rest(ray_addr
     assert mirrored.drop(columns="seconds").equals(runs.drop(columns="seconds"))
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_with_no_trial_lost_or_run_twice(
     ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

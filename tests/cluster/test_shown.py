@@ -93,6 +93,7 @@ def test_the_study_has_a_run_of_its_own_with_plan_and_report(
     assert not set(load_runs(name, "/nowhere", tracking_uri=mlflow_server.uri)["cell"]) - set(runs)
 
 
+@pytest.mark.slow
 def test_a_store_that_was_moved_says_why_mlflow_shows_no_new_report(study: tuple[Store, str], tmp_path: Path) -> None:
     store, name = study
     escala = Escala(tmp_path)
@@ -137,6 +138,7 @@ def test_a_runs_name_tells_what_the_study_varies() -> None:
     assert run_name(made, {"trial": 7}, ["parametrisation"]) == plain.replace(" seed 2", " trial 7 mup seed 2")
 
 
+@pytest.mark.slow
 def test_a_server_without_artifacts_costs_the_files_and_nothing_else(study: tuple[Store, str], tmp_path: Path) -> None:
     store, name = study
     server, process = start_server(tmp_path, "--no-serve-artifacts")

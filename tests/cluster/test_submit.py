@@ -106,6 +106,7 @@ def listed(escala: Escala, head: Head) -> dict[str, dict[str, Any]]:
 # --- a cluster that asks for a token ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_a_submitted_study_ends_as_on_the_laptop_and_again_has_nothing_to_train(
     head: Head, escala: Escala, finished: Finished, tmp_path: Path
@@ -124,6 +125,7 @@ def test_a_submitted_study_ends_as_on_the_laptop_and_again_has_nothing_to_train(
     assert TOKEN not in first.stdout + first.stderr + second.stdout + second.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     head: Head, escala: Escala, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +179,7 @@ def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     assert re.search(rf"{next_id} +gated +succeeded", table)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("token")
 def test_what_the_jobs_api_shows_holds_no_secret(head: Head, escala: Escala, tmp_path: Path) -> None:
     """A job whose driver refuses: its exit code is the command's, and its record is there to be looked at."""
@@ -289,6 +292,7 @@ def test_a_real_dashboard_tells_the_cpus_of_its_head(head: Head) -> None:
 # --- a cluster that asks for none ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_cluster_without_tokens_takes_a_study_and_lists_it(
     escala: Escala, finished: Finished, tmp_path: Path
 ) -> None:

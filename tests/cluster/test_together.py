@@ -127,6 +127,7 @@ def test_a_stack_that_is_smaller_for_one_too_large_is_looked_up_as_it_is(
     assert [lengths(take(queue)) for _ in range(3)] == [[60], [60], [60]]
 
 
+@pytest.mark.slow
 def test_stacks_of_trunks_and_branches_survive_a_killed_worker(
     store: Store, make_plan: Callable[..., Plan], ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

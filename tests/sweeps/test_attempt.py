@@ -102,6 +102,7 @@ def test_a_failed_attempt_leaves_nothing_in_the_memory_of_its_worker(
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, steps=3, seed=9)
     put(store, cell)
@@ -123,6 +124,7 @@ def wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_attempt_is_resumed_from_its_checkpoint_to_the_same_bits(corpus: Corpus, store: Store) -> None:
     killed = make_cell(corpus, 60, data_seed=5)
     elsewhere = Store(store.root.parent / "other")
@@ -143,6 +145,7 @@ def test_a_killed_attempt_is_resumed_from_its_checkpoint_to_the_same_bits(corpus
     assert resumed["resumed_from"] == int(kept[-1].name) > 0
 
 
+@pytest.mark.slow
 def test_sigterm_keeps_a_checkpoint_and_ends_the_attempt_as_preempted(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, 3000, data_seed=6)
     put(store, cell)

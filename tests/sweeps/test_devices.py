@@ -35,6 +35,7 @@ print(json.dumps(resident() / held))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt") or not Path("/proc/self/statm").exists(), reason="not glibc on Linux"
 )

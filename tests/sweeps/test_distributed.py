@@ -79,6 +79,7 @@ def assert_alike(store: Store, other: Store, cell: Cell, tolerance: float = EXAC
     assert two == pytest.approx(one, rel=min(tolerance, 1e-4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes", "room", "micro_batch", "tolerance"),
     [
@@ -198,6 +199,7 @@ def test_every_rank_ends_where_a_cell_diverges_and_takes_the_next(
     assert ranks.train(other, calm.id) == ("finished", None)
 
 
+@pytest.mark.slow
 def test_parts_want_no_optimizer_of_whole_matrices(other: Store, corpus: Corpus, tmp_path: Path) -> None:
     cell = cell_of(corpus, seed=10)
     cell = replace(cell, optimizer=replace(cell.optimizer, name="muon"))

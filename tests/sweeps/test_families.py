@@ -169,6 +169,7 @@ for family in FAMILIES.values():
 """
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_bits_in_another_process() -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     result = subprocess.run(

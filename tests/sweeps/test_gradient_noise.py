@@ -51,6 +51,7 @@ def test_a_run_that_logs_it_has_the_bits_of_one_that_does_not(corpus: Corpus, mi
     assert logged == evaluation_steps(cell.steps) | {cell.steps}, "at the evaluations alone"
 
 
+@pytest.mark.slow
 def test_members_of_a_stack_log_their_own_and_keep_their_bits(corpus: Corpus) -> None:
     cells = [make_cell(corpus, 10, learning_rate=0.002 * (k + 1), seed=k, data_seed=k) for k in range(3)]
     noisy = [replace(cell, gradient_noise=True) for cell in cells]
@@ -78,6 +79,7 @@ def test_a_run_that_was_killed_goes_on_measuring(corpus: Corpus, tmp_path: Path)
     assert all(whole.rows[tokens] == row for tokens, row in rest.rows.items())
 
 
+@pytest.mark.slow
 def test_the_estimate_agrees_with_the_gradient_of_every_sequence(corpus: Corpus) -> None:
     # The rate is next to nothing, so all rows are of one set of weights.
     cell = make_cell(corpus, 200, learning_rate=1e-12, gradient_noise=True)

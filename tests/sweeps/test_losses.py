@@ -163,6 +163,7 @@ def test_stacked_members_get_the_gradients_of_solo_ones(family: str) -> None:
         assert farthest(found, gradients(member, expected)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's own count of resident memory")
 def test_full_logits_never_exist() -> None:
     """Peak memory of a step, measured in processes of their own, at 128 MB of float32 logits."""

@@ -61,6 +61,7 @@ def shape_of(family: str, size: float, context: int = CONTEXT, vocabulary: int =
     return shape_for(FAMILIES[family], size, vocab_size=vocabulary, context=context, options=options)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="measures as Linux and glibc allow")
 @pytest.mark.parametrize(("family", "precision"), [("gpt2", "float32"), ("llama", "float32"), ("qwen3", "bfloat16")])
 def test_the_model_is_within_a_factor_of_what_a_step_really_takes(family: str, precision: str) -> None:

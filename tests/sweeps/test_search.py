@@ -449,6 +449,7 @@ def test_from_every_prefix_of_the_journal_the_search_ends_whole(
             assert {one.cell.id for one in with_trials(store, plan).cells} == trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [name for name in POINTS if name.startswith("search.")] + ["plan.before_write"])
 def test_killed_at_any_point_the_search_ends_whole(fork: Forker, tmp_path: Path, store: Store, point: str) -> None:
     declared = {

@@ -70,6 +70,7 @@ def test_models_that_draw_random_numbers_do_not_stack_and_it_says_what_to_do() -
         stack.backward(torch.zeros(2, 4, 9, dtype=torch.int64), 4, nullcontext())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(SIZES))
 def test_twenty_steps_of_a_stack_are_those_of_its_members_alone(family: str) -> None:
     recipe = FAMILIES[family]
@@ -138,6 +139,7 @@ def test_a_members_optimizer_state_is_that_of_a_solo_run() -> None:
         torch.testing.assert_close(stack.table.optimizer_state(0)["state"][index], state, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_members_log_what_they_log_alone(corpus: Corpus) -> None:
     cells = differing(corpus, 4)
     together = [MemoryIO(cell, corpus) for cell in cells]
@@ -153,6 +155,7 @@ def test_members_log_what_they_log_alone(corpus: Corpus) -> None:
         assert outcome.document_losses == pytest.approx(alone.document_losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_leaves_the_others_untouched(corpus: Corpus) -> None:
     cells = [make_cell(corpus, 40, learning_rate=rate) for rate in (0.01, 1e6, 0.005)]
     ends: list[tuple[int, str]] = []
@@ -197,6 +200,7 @@ def test_every_member_is_an_attempt_of_its_own(store: Store, corpus: Corpus) -> 
         assert read_metrics(store, one.cell_id)
 
 
+@pytest.mark.slow
 def test_a_member_that_is_asked_to_stop_leaves_the_others(store: Store, corpus: Corpus) -> None:
     cells = [make_cell(corpus, 400, seed=seed) for seed in (31, 32)]
     ids = [put(store, cell) for cell in cells]

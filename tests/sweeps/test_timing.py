@@ -150,6 +150,7 @@ def test_picked_cells_span_the_study_and_no_shape_is_timed_twice(corpus: Corpus)
     assert pick_cells([replace(cells[0], trainer="mine.py:train@0")]) == []
 
 
+@pytest.mark.slow
 def test_the_stopwatch_times_real_steps_of_the_trainer(corpus: Corpus) -> None:
     small: Cell = make_cell(corpus)
     large = replace(small, shape=shape_for(FAMILIES["llama"], 1e6, vocab_size=corpus.info.vocab_size, context=32))

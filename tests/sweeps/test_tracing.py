@@ -29,6 +29,7 @@ def model_of(cell: Any) -> torch.nn.Module:
     return make_model(FAMILIES[cell.family], cell).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [14_000, 100_000], ids=["padded heads", "whole heads"])
 @pytest.mark.parametrize("family", DENSE)
 def test_a_run_of_every_dense_family_is_the_same_to_the_bit(

@@ -47,6 +47,7 @@ def test_a_small_model_reaches_the_entropy_rate_of_its_source_from_above(corpus:
     assert outcome.loss_at_start == pytest.approx(math.log(corpus.info.vocab_size), abs=0.15)
 
 
+@pytest.mark.slow
 def test_equal_numerics_give_bit_equal_losses(corpus: Corpus) -> None:
     cell = make_cell(corpus)
     runs = [MemoryIO(cell, corpus), MemoryIO(cell, corpus)]
@@ -157,6 +158,7 @@ def test_decay_is_on_matrices_only(corpus: Corpus) -> None:
         torch.testing.assert_close(dict(model.named_parameters())[name], before[name] * (1 - 0.01 * 0.1))
 
 
+@pytest.mark.slow
 def test_an_attempt_needs_neither_ray_nor_mlflow_and_leaves_a_whole_record(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, steps=30, seed=5)
     put(store, cell)
