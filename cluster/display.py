@@ -18,8 +18,6 @@ from cluster.terminal import CONTROL, visible
 from sweeps.units import duration, flops, human
 
 _PIPE_COLUMNS = 160
-NOTE = "note: "
-"""What a run says of no cell begins so."""
 
 
 class _Console(Console):
@@ -193,7 +191,7 @@ class LiveProgress:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self.notes: list[str] = []
-        """What the run said of no cell: of its nodes, its room, its budgets."""
+        """What the run said of no cell."""
         self._live = Live(console=console, refresh_per_second=4, transient=True)
         self._printed = time.monotonic()
         self._linked = False
@@ -211,21 +209,19 @@ class LiveProgress:
             self._live.stop()
 
     def update(self, progress: Any) -> None:
-        self.notes += [words.removeprefix(NOTE) for words in progress.ended if words.startswith(NOTE)]
+        self.notes += progress.notes
         if self._quiet:
             return
         if progress.link and not self._linked:
             self._linked = True
             console.print(f"watch: {progress.link}", markup=False, soft_wrap=True)
         ended = progress.counts["finished"] + progress.counts["diverged"] + progress.counts["failed"]
+        before = ended - len(progress.ended) + 1
         eta = f"ETA {duration(progress.eta_seconds)}" if progress.eta_seconds is not None else "ETA unknown yet"
-        order = ended - sum(not words.startswith(NOTE) for words in progress.ended)
-        for words in progress.ended:
-            if words.startswith(NOTE):  # of no cell, so it takes no number
-                console.print(words)
-            else:
-                order += 1
-                console.print(f"[{order}/{progress.total}] {words}")
+        lines = [f"note: {words}" for words in progress.notes]
+        lines += [f"[{n}/{progress.total}] {words}" for n, words in enumerate(progress.ended, before)]
+        for line in lines:
+            console.print(line)
             self._printed = time.monotonic()
         if self._live.is_started:
             self._live.update(self._picture(progress, ended, eta))

@@ -146,7 +146,8 @@ class _Run:
         self.schedule.spent_gpu_seconds = self.usage.before
         self.tasks: dict[Any, Task] = {}
         self.ended: list[str] = []
-        """What to tell people at the next moment."""
+        self.notes: list[str] = []
+        """What to tell people at the next moment: of cells, and of no cell."""
         self.standing = Standing(
             store,
             search,
@@ -214,10 +215,9 @@ class _Run:
         self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred)
         if self.members is not None:
             self.members.follow(self.fleet, [], self.pool.gpu_bytes)
-            notes = self.pool.meet_gpus(self.standing.gpu, self.members.scales, address)
-            self.ended += [f"note: {said}" for said in notes]
+            self.notes += self.pool.meet_gpus(self.standing.gpu, self.members.scales, address)
         if self.pool.device == "cpu" and self.schedule.bounds.gpu_hours is not None:
-            self.ended.append("note: limits.gpu_hours holds nothing back: cells train on CPUs, which it does not count")
+            self.notes.append("limits.gpu_hours holds nothing back: cells train on CPUs, which it does not count")
         cells = [*self.standing.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
@@ -234,8 +234,8 @@ class _Run:
         models = models or self.pool.models() or ({self.standing.gpu} if self.standing.gpu else set())
         found = pool_calibration(self.store, self.pool.device, models)
         if found is None and self.pool.device == "cuda" and self.schedule.bounds.gpu_hours is not None:
-            self.ended.append(
-                "note: no calibration tells how long cells take on these GPUs, so limits.gpu_hours is held against "
+            self.notes.append(
+                "no calibration tells how long cells take on these GPUs, so limits.gpu_hours is held against "
                 "what was used alone, and those begun last may go beyond it. `escala calibrate` measures it"
             )
         self.search.predict(found)
@@ -245,7 +245,7 @@ class _Run:
 
     def _work(self, ray: Any) -> None:
         self._take_turns(ray)
-        if self.ended:  # of the last turn, which may have been the first
+        if self.ended or self.notes:  # of the last turn, which may have been the first
             self.watch(self._progress())
 
     def _take_turns(self, ray: Any) -> None:
@@ -374,14 +374,14 @@ class _Run:
         self.gate = Gate(self.members, self.store.root)
         study = self.plan.study
         self.turns = Turns(self.store, study.name, self.claim.number, self.members.head, study.limits.priority)
-        self.ended += [f"note: {said}" for said in self.gate.open()]
+        self.notes += self.gate.open()
 
     def _follow(self) -> None:
         """Nodes come and go: new ones get work, what is about to be taken away is left with a checkpoint, idle workers
         are given back, an autoscaler hears what waits, and other studies have their turn."""
         if self.members is None or self.gate is None or self.turns is None:
             return
-        self.ended += [f"note: {said}" for said in self.gate.look()]
+        self.notes += self.gate.look()
         busy = [one.place for one in self.schedule.running.values()]
         for node, why in self.members.follow(self.fleet, busy, self.pool.gpu_bytes).items():
             self.pool.give_back(node=node)
@@ -390,7 +390,7 @@ class _Run:
                     hand.ask_to_stop(why, "preemption")
         self.turns.tell(self.late > 0)
         if (before := self.turns.before()) is not None and before != self.before:
-            self.ended.append(f"note: study {before} waits for room: nothing is begun here beyond one unit meanwhile")
+            self.notes.append(f"study {before} waits for room: nothing is begun here beyond one unit meanwhile")
         self.before = before
         self.pool.give_back(idle_seconds=IDLE_SECONDS if before is None else 0.0)
         more = self.wish is None
@@ -400,7 +400,7 @@ class _Run:
             waiting = {self.demand: more_cells} if more_cells else {}
         self.members.ask(asked)
         idle = not self.tasks and not self.standing.elsewhere
-        self.ended += self.shortage.look(self.fleet, waiting, idle=idle, scales=self.members.scales)
+        self.notes += self.shortage.look(self.fleet, waiting, idle=idle, scales=self.members.scales)
 
     def _let_go(self, why: str) -> None:
         """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
@@ -439,7 +439,7 @@ class _Run:
                     self.pool.give_back(node=task.start.place.node)
         if self.late and not late:
             words = "no worker yet after a minute: others may hold the room that Ray tells of, or starts are slow"
-            self.ended.append(f"note: {self.late} of {len(self.tasks)} units have {words}")
+            self.notes.append(f"{self.late} of {len(self.tasks)} units have {words}")
         self.usage.note(self.schedule)
 
     def _take_back(self) -> None:
@@ -495,8 +495,8 @@ class _Run:
             "planned": len(self.queue) + len(self.standing.elsewhere),
         }
         eta = elapsed * left / done if done else None
-        total, fault = len(self.plan.cells) + more, self.mirror.fault
-        ended = tuple(self.ended)
+        total, fault, link = len(self.plan.cells) + more, self.mirror.fault, self.mirror.link
+        ended, notes = tuple(self.ended), tuple(self.notes)
         self.ended.clear()
-        link = self.mirror.link
-        return Progress(counts, total, running, eta, self.slots, fault, ended, self.wish, link)
+        self.notes.clear()
+        return Progress(counts, total, running, eta, self.slots, fault, ended, notes, self.wish, link)

@@ -51,6 +51,8 @@ class Progress:
     mirror_fault: str | None
     ended: tuple[str, ...]
     """The cells that ended since the last moment, in words."""
+    notes: tuple[str, ...] = ()
+    """What there was to say since then of no cell: of nodes, room, budgets."""
     wish: str | None = None
     """pause, drain or cancel, where a person wishes so."""
     link: str | None = None

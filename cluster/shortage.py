@@ -50,7 +50,7 @@ class Shortage:
         how = (
             "the autoscaler is asked for one" if asked else f"waiting for one to join, {long} once nothing else trains"
         )
-        return [f"note: {_wait(waiting, one)}, and no node holds that now: {how}" for one in sorted(new)]
+        return [f"{_wait(waiting, one)}, and no node holds that now: {how}" for one in sorted(new)]
 
     def _over(self, waiting: Mapping[Demand, int], seconds: float, to_come: set[Demand]) -> str | None:
         if self._since is None or time.monotonic() - self._since < seconds or self._said & to_come:

@@ -11,15 +11,15 @@ from cluster import display
 from cluster.progress import Progress, Tally
 
 
-def test_cells_that_end_are_numbered_and_notes_between_them_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cells_that_end_are_numbered_and_notes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     console = display._make_console()
     monkeypatch.setattr(display, "console", console)
     shown = display.LiveProgress()
     with console.capture() as captured:
-        for finished, ended in ((0, ("note: one", "note: two")), (3, ("a", "note: three", "b"))):
+        for finished, ended, notes in ((0, (), ("one", "two")), (3, ("a", "b"), ("three",))):
             counts = {"finished": finished, "diverged": 0, "failed": 0}
-            shown.update(Progress(counts, 9, (), None, 1, None, ended))
-    assert captured.get().splitlines() == ["note: one", "note: two", "[2/9] a", "note: three", "[3/9] b"]
+            shown.update(Progress(counts, 9, (), None, 1, None, ended, notes))
+    assert captured.get().splitlines() == ["note: one", "note: two", "note: three", "[2/9] a", "[3/9] b"]
 
 
 def test_a_display_that_shows_nothing_keeps_the_notes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +27,7 @@ def test_a_display_that_shows_nothing_keeps_the_notes(monkeypatch: pytest.Monkey
     monkeypatch.setattr(display, "console", console)
     counts = {"finished": 1, "diverged": 0, "failed": 0}
     with console.capture() as captured, display.LiveProgress(quiet=True) as shown:
-        shown.update(Progress(counts, 9, (), None, 1, None, ("note: a node is closed", "a", "note: no budget")))
+        shown.update(Progress(counts, 9, (), None, 1, None, ("a",), ("a node is closed", "no budget")))
     assert captured.get() == ""
     assert shown.notes == ["a node is closed", "no budget"]
 
@@ -36,7 +36,7 @@ def test_the_json_of_a_run_has_the_notes_that_it_prints_for_people(
     front_door: FrontDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run_study(*_: object, watch: Callable[[Progress], None], **__: object) -> Tally:
-        watch(Progress({}, 9, (), None, 1, None, ("note: a node is closed",)))
+        watch(Progress({}, 9, (), None, 1, None, (), ("a node is closed",)))
         return Tally(notes=("the search is at an edge",))
 
     monkeypatch.setattr("cluster.driver.run_study", run_study)

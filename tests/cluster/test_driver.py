@@ -244,7 +244,7 @@ def test_a_study_begins_one_unit_and_no_more_while_one_of_a_higher_priority_wait
         freed = Once(lambda now: has_room.done and len(now.running) == 2, hold.unlink)
 
         def watch(progress: Progress) -> None:
-            said.extend(progress.ended)
+            said.extend(progress.notes)
             if not has_room.done:
                 together.append(len(progress.running))
             each(has_room, freed)(progress)
@@ -252,7 +252,7 @@ def test_a_study_begins_one_unit_and_no_more_while_one_of_a_higher_priority_wait
         tally = drive(make_plan(3, 40, limits={"priority": 0}), watch)
     assert set(together) <= {0, 1}
     assert (tally.finished, tally.stopped, freed.done) == (3, None, True)
-    assert "note: study high (priority 1) waits for room: nothing is begun here beyond one unit meanwhile" in said
+    assert "study high (priority 1) waits for room: nothing is begun here beyond one unit meanwhile" in said
 
 
 def test_a_pause_stops_the_cells_with_a_checkpoint_until_it_is_lifted(
@@ -439,7 +439,7 @@ def test_a_budget_of_gpu_hours_is_said_to_hold_nothing_back_where_cells_train_on
     make_plan: Callable[..., Plan], drive: Callable[..., Tally]
 ) -> None:
     said: list[str] = []
-    tally = drive(make_plan(1, 40, limits={"gpu_hours": 1e-9}), lambda progress: said.extend(progress.ended))
+    tally = drive(make_plan(1, 40, limits={"gpu_hours": 1e-9}), lambda progress: said.extend(progress.notes))
     assert (tally.finished, tally.stopped) == (1, None)
     assert [one for one in said if "limits.gpu_hours holds nothing back: cells train on CPUs" in one]
 

@@ -437,9 +437,9 @@ def test_a_budget_of_gpu_hours_without_predictions_is_said_to_be_of_what_was_use
 ) -> None:
     plan = make_plan(40_000)
     run = run_of(store, claim, plan, ONE, gpu_hours=5.0)
-    assert [one for one in run.ended if "may go beyond it. `escala calibrate` measures it" in one]
+    assert [one for one in run.notes if "may go beyond it. `escala calibrate` measures it" in one]
     calibrate(store, plan.cells[0].cell, H100, HOUR)
-    assert not run_of(store, claim, plan, ONE, gpu_hours=5.0).ended
+    assert not run_of(store, claim, plan, ONE, gpu_hours=5.0).notes
 
 
 def test_a_run_that_ends_before_it_could_begin_anything_tells_its_notes_all_the_same(
@@ -447,7 +447,7 @@ def test_a_run_that_ends_before_it_could_begin_anything_tells_its_notes_all_the_
 ) -> None:
     said: list[str] = []
     run = run_of(store, claim, make_plan(40_000), ONE, gpu_hours=5.0)
-    run.watch = lambda progress: said.extend(progress.ended)
+    run.watch = lambda progress: said.extend(progress.notes)
     run.schedule.spent_gpu_seconds, run.began = 6.0 * HOUR, time.monotonic()
     run._work(None)
     assert run.tally.stopped is not None

@@ -141,7 +141,7 @@ class Watch:
         self.steps, self.deadline, self.said = list(steps), time.monotonic() + 300, []
 
     def __call__(self, now: Progress) -> None:
-        self.said += now.ended
+        self.said += now.notes
         if self.steps and self.steps[0][0](now):
             self.steps.pop(0)[1]()
         assert time.monotonic() < self.deadline, f"{len(self.steps)} steps were never reached: {now}"
@@ -322,7 +322,7 @@ def test_a_run_whose_last_node_is_gone_says_what_waits_and_does_not_wait_for_eve
     asked = "2 cells wait for 1 worker with 0 GPU and 1 CPU"
     assert tally.stopped is not None
     assert tally.stopped.startswith(f"{asked}, and no node that holds that joined in 1s. Add such a node")
-    assert [said for said in kill.said if said.startswith(f"note: {asked}, and no node holds that now: waiting")]
+    assert [said for said in kill.said if said.startswith(f"{asked}, and no node holds that now: waiting")]
     assert (tally.finished, tally.planned, tally.failed) == (0, 2, {})
     assert {kind for kind, _ in ends(store, plan)} <= {"preemption"}
 

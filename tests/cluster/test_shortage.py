@@ -22,7 +22,7 @@ def test_a_demand_that_lost_its_only_node_is_named_though_smaller_ones_have_room
     assert here.look(fleet, waiting, idle=False, scales=lambda: False) == []
     fleet.remove("large")
     (said,) = here.look(fleet, waiting, idle=False, scales=lambda: False)
-    assert said.startswith("note: 1 cell waits for 4 workers with 1 GPU and 1 CPU each on one node, and no node holds")
+    assert said.startswith("1 cell waits for 4 workers with 1 GPU and 1 CPU each on one node, and no node holds")
     assert "waiting for one to join, 10m 00s once nothing else trains" in said
     assert here.look(fleet, waiting, idle=False, scales=lambda: False) == [], "once"
     fleet.add(Node("large again", 8, 4))
