@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from cluster.connection import cluster_nodes, start_ray, stop_ray
 from cluster.hardware import kind_of, local_kind, processor
-from cluster.leftovers import descendants, end_processes
 from cluster.placement import Demand, Fleet
+from cluster.processes import descendants, end_processes
 from sweeps.accounting import parameters
 from sweeps.cell import Cell, cell_from_identity
 from sweeps.errors import InputError, nearest

@@ -11,28 +11,25 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cluster.calibration import pool_calibration
 from cluster.claims import Claim
 from cluster.connection import start_ray, stop_ray
 from cluster.control import read_wish
 from cluster.hands import Hand, Task, display_name, kept_tokens, take_up
 from cluster.hardware import local_gpus
+from cluster.joined import Joined
 from cluster.ledger import recorded_seconds, register, register_growth
-from cluster.leftovers import descendants, end_processes, runs
 from cluster.mirror import Mirror
-from cluster.nodeprobe import Gate
-from cluster.nodes import IDLE_SECONDS, REPORT_SECONDS, Members, bundle, death, wanted
+from cluster.nodes import REPORT_SECONDS, Bundle, bundle, death, wanted
+from cluster.pace import flops_left, flops_won
 from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
+from cluster.processes import OwnRay, descendants
 from cluster.progress import Progress, Tally
 from cluster.queue import Queue, Unit
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
-from cluster.shortage import Shortage
 from cluster.standing import Standing
-from cluster.turns import Turns
 from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
@@ -49,8 +46,6 @@ LOOK_SECONDS = 2.0
 """Between looks at what changes seldom: wishes, cells trained elsewhere, forgiven failures."""
 LARGE_STEP_FLOPS = 1e10
 """From so many a step on, several threads are faster than one."""
-STARTING_SECONDS = 60.0
-"""A worker that has begun nothing after so long may wait for room that idle ones have."""
 MOST_NAMES = 300
 """Units that Ray shows with their cells' names. It keeps 38 kB of every name in the driver for good."""
 GRACE_SECONDS = 20.0
@@ -160,30 +155,22 @@ class _Run:
         self.begun = 0
         """Units that workers were given."""
         self.wish: str | None = None
-        self.family: set[psutil.Process] = set()
-        """The processes of a Ray of this run's own."""
-        self.core: list[psutil.Process] = []
-        """Of these, the processes without which such a Ray is dead."""
-        self.members: Members | None = None
-        """The nodes of a cluster that was joined, and what lets them in."""
-        self.gate: Gate | None = None
-        self.turns: Turns | None = None
+        self.own: OwnRay | None = None
+        self.joined: Joined | None = None
+        """The Ray of this run's own, or the cluster that it has joined."""
         self.late = 0
         """Units that have waited long for their worker."""
-        self.before: str | None = None
-        """The study of others that goes first, if one does."""
-        self.shortage = Shortage()
 
     def run(self, address: str) -> None:
         self.began = time.monotonic()
         before = descendants()  # of whoever called this, and not to be ended with Ray
         ray = start_ray(address, self.limit)
-        if address == "local":
-            self.family = descendants() - before
-            self.core = [process for process in self.family if process.name() in ("raylet", "gcs_server")]
         try:
-            if address != "local":
-                self._meet_nodes(ray)
+            if address == "local":
+                self.own = OwnRay(before)
+            else:
+                self.joined = Joined(ray, self.store, self.plan.study, self.claim.number)
+                self.notes += self.joined.gate.open()  # before anything trains
             self._meet_cluster(ray, address)
             self._predict()
             self.standing.sort_elsewhere()
@@ -203,25 +190,26 @@ class _Run:
             with suppress(InputError):  # a full disk must not keep Ray alive, nor nodes that were asked for
                 self.usage.note(self.schedule)
             with suppress(ray.exceptions.RayError):  # of a cluster that is gone nothing can be taken back
-                if self.gate is not None and self.members is not None:
-                    self.gate.close()
-                    self.members.close()
+                if self.joined is not None:
+                    self.joined.close()
             stop_ray(ray)
-            end_processes(self.family)
+            if self.own is not None:
+                self.own.end()
 
     def _meet_cluster(self, ray: Any, address: str) -> None:
         """What the cluster has, and so what cells ask of it."""
-        own_trainer, barred = bool(self.plan.study.trainer), self.members.barred if self.members is not None else {}
+        barred = self.joined.members.barred if self.joined is not None else {}
+        own_trainer = bool(self.plan.study.trainer)
         self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred)
-        if self.members is not None:
-            self.members.follow(self.fleet, [], self.pool.gpu_bytes)
-            self.notes += self.pool.meet_gpus(self.standing.gpu, self.members.scales, address)
+        if self.joined is not None:
+            self.joined.members.follow(self.fleet, [], self.pool.gpu_bytes)
+            self.notes += self.pool.meet_gpus(self.standing.gpu, self.joined.members.scales, address)
         if self.pool.device == "cpu" and self.schedule.bounds.gpu_hours is not None:
             self.notes.append("limits.gpu_hours holds nothing back: cells train on CPUs, which it does not count")
         cells = [*self.standing.elsewhere.values(), *self.search.examples()]
         demands = {self.pool.demand(one): f"cell {one.cell.id[:8]}" for one in cells}
         beyond = [demand for demand in demands if not self.fleet.holds_ever(demand)]
-        if beyond and self.members is not None and self.members.scales(REPORT_SECONDS):  # it is asked (_follow)
+        if beyond and self.joined is not None and self.joined.members.scales(REPORT_SECONDS):  # it is asked (_follow)
             self.schedule.check({demand: whose for demand, whose in demands.items() if demand not in beyond})
         else:
             self.schedule.check(demands)
@@ -230,7 +218,7 @@ class _Run:
     def _predict(self) -> None:
         """How long cells take on what the cluster has. The plan on record tells it by this machine so far, which may be
         a head without a GPU."""
-        models = set(local_gpus()) if self.members is None else set()
+        models = set(local_gpus()) if self.joined is None else set()
         models = models or self.pool.models() or ({self.standing.gpu} if self.standing.gpu else set())
         found = pool_calibration(self.store, self.pool.device, models)
         if found is None and self.pool.device == "cuda" and self.schedule.bounds.gpu_hours is not None:
@@ -249,6 +237,7 @@ class _Run:
             self.watch(self._progress())
 
     def _take_turns(self, ray: Any) -> None:
+        """Turn after turn, until nothing is left to do or something ends the run before."""
         looked = 0.0
         while self.queue or self.tasks or self.standing.elsewhere or self.search.goes_on():
             if not self._holds():
@@ -256,43 +245,55 @@ class _Run:
                 return
             if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:
                 looked = time.monotonic()
-                if self.members is not None and (gone := self.members.lost()):
+                if self.joined is not None and (gone := self.joined.members.lost()):
                     self.tally.stopped = f"Ray is gone ({gone})"
                     self._let_go(gone)
                     return
                 self._look()
                 self._follow()
-                if self.shortage.over is not None:
-                    self.tally.stopped = self.shortage.over
-                    return
-            if dead := [process.name() for process in self.core if not runs(process)]:  # a call would wait for minutes
-                self.tally.stopped = f"Ray is gone (its {dead[0]} died)"
+            if (why := self._over()) is not None:
+                self.tally.stopped = why
                 return
             if self.wish in ("drain", "cancel") and not self.tasks:
                 return
-            self.queue.look(hand.one.cell.id for hand in self._in_hands())
-            self._grow()
-            while self.wish is None and not (self.before and self.tasks):
-                if (unit := self.queue.take(time.monotonic(), self.pool.device)) is None:
-                    break
-                self._start(unit)
+            self._begin()
             if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
                 self.tally.stopped = why
                 return
-            if self.tasks:
-                done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-                if not self._holds():  # it may have slept in the wait
-                    continue
-                if done:  # others that have ended too: a turn costs more than they do
-                    done, _ = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)
-                for task in done:
-                    self._finish(ray, task)
-            else:
-                time.sleep(POLL_SECONDS)
+            done = self._wait(ray)
+            if not self._holds():  # it may have slept in the wait
+                continue
+            for handle in done:
+                self._finish(ray, handle)
             for task in self.tasks.values():
                 if (fate := task.fate()) is not None:
                     task.kill(ray, fate)
             self.watch(self._progress())
+
+    def _over(self) -> str | None:
+        """Why nothing more can come of this run on the Ray that it has, if so."""
+        if self.own is not None and (dead := self.own.died()):
+            return f"Ray is gone (its {dead} died)"
+        return self.joined.shortage.over if self.joined is not None else None
+
+    def _begin(self) -> None:
+        """Give workers what there is room for."""
+        self.queue.look(hand.one.cell.id for hand in self._in_hands())
+        self._grow()
+        while self.wish is None and not (self.tasks and self.joined is not None and self.joined.before):
+            if (unit := self.queue.take(time.monotonic(), self.pool.device)) is None:
+                return
+            self._start(unit)
+
+    def _wait(self, ray: Any) -> list[Any]:
+        """The calls of the workers that are done, after a moment at most."""
+        if not self.tasks:
+            time.sleep(POLL_SECONDS)
+            return []
+        done: list[Any] = ray.wait(list(self.tasks), timeout=POLL_SECONDS)[0]
+        if done:  # others that have ended too: a turn costs more than they do
+            done = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0]
+        return done
 
     def _holds(self) -> bool:
         """Whether the study is still this run's own. A disk that refuses for a moment, as one in a network does, is
@@ -354,70 +355,24 @@ class _Run:
             kind, words = death(ray, error, task.start.place.node)
             if kind == "preemption":  # nothing more goes there, before Ray has noticed either
                 self.fleet.remove(task.start.place.node)
-                if self.members is not None:
-                    self.members.doubt(task.start.place.node)
+                if self.joined is not None:
+                    self.joined.members.doubt(task.start.place.node)
             # It lives where it raised an error before the attempt could record one: a bug, the disk, a rank's death.
             lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
             (self.pool.keep if lives else self.pool.lose)(task.worker)
             for hand in task.hands:
                 self.standing.record_death(hand, kind, hand.pulse.killed or words)
         for index, hand in enumerate(task.hands):  # the failure of a program is one failure
-            self.standing.flops_done += self._won(hand, kept_tokens(self.store, hand.one))
+            self.standing.flops_done += flops_won(self.queue, hand, kept_tokens(self.store, hand.one))
             self.standing.settle(hand.one, note=index == 0)
         self.queue.look([hand.one.cell.id for hand in task.hands])
-
-    # --- the nodes of a cluster that was joined ----------------------------------------------------------------------
-
-    def _meet_nodes(self, ray: Any) -> None:
-        """Before anything trains: does every node on which a cell may land see the store?"""
-        self.members = Members(ray)
-        self.gate = Gate(self.members, self.store.root)
-        study = self.plan.study
-        self.turns = Turns(self.store, study.name, self.claim.number, self.members.head, study.limits.priority)
-        self.notes += self.gate.open()
-
-    def _follow(self) -> None:
-        """Nodes come and go: new ones get work, what is about to be taken away is left with a checkpoint, idle workers
-        are given back, an autoscaler hears what waits, and other studies have their turn."""
-        if self.members is None or self.gate is None or self.turns is None:
-            return
-        self.notes += self.gate.look()
-        busy = [one.place for one in self.schedule.running.values()]
-        for node, why in self.members.follow(self.fleet, busy, self.pool.gpu_bytes).items():
-            self.pool.give_back(node=node)
-            for task in self.tasks.values():
-                for hand in task.hands if task.start.place.node == node else ():
-                    hand.ask_to_stop(why, "preemption")
-        self.turns.tell(self.late > 0)
-        if (before := self.turns.before()) is not None and before != self.before:
-            self.notes.append(f"study {before} waits for room: nothing is begun here beyond one unit meanwhile")
-        self.before = before
-        self.pool.give_back(idle_seconds=IDLE_SECONDS if before is None else 0.0)
-        more = self.wish is None
-        asked, waiting = wanted(self.schedule, more=more), self.schedule.demands() if more else {}
-        if more and not asked and self.search.goes_on():  # it tells its next trials when there is room for one
-            asked, more_cells = [bundle(self.demand)], self.search.to_come()[0]
-            waiting = {self.demand: more_cells} if more_cells else {}
-        self.members.ask(asked)
-        idle = not self.tasks and not self.standing.elsewhere
-        self.notes += self.shortage.look(self.fleet, waiting, idle=idle, scales=self.members.scales)
-
-    def _let_go(self, why: str) -> None:
-        """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline:
-            running = [one for one in self._in_hands() if cell_state(self.store, one.one.cell.id).state == "running"]
-            if not running:
-                return
-            for hand in running:
-                hand.ask_to_stop(why, "preemption")
-            time.sleep(POLL_SECONDS)
 
     # --- what changes seldom -----------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        if self.core:
-            self.family |= descendants(self.core)
+        """What people wish, what others have done, and who waits."""
+        if self.own is not None:
+            self.own.look()
         found = read_wish(self.store, self.plan.study.name)
         if found is not None and found.driver not in (None, self.claim.number):
             found = None  # it was meant for another driver
@@ -430,27 +385,61 @@ class _Run:
             self._take_back()
         self.standing.look()
         self.queue.look()
-        late, self.late = self.late, 0
-        for task in self.tasks.values():
-            if task.waits():
-                task.start.began = time.monotonic()  # what has no worker yet uses no GPU time
-                if task.start.began - task.given > STARTING_SECONDS:
-                    self.late += 1
-                    self.pool.give_back(node=task.start.place.node)
-        if self.late and not late:
+        self._count_late()
+        self.usage.note(self.schedule)
+
+    def _follow(self) -> None:
+        """The cluster that was joined: what became of it, and what it is asked for."""
+        if self.joined is None:
+            return
+        self.notes += self.joined.follow(self.schedule, self.pool, self.tasks.values(), late=self.late > 0)
+        bundles, waiting = self._wanted()
+        idle = not self.tasks and not self.standing.elsewhere
+        self.notes += self.joined.ask(bundles, waiting, self.fleet, idle=idle)
+
+    def _wanted(self) -> tuple[list[Bundle], dict[Demand, int]]:
+        """The room for which there is work, and how many cells wait for which."""
+        if self.wish is not None:
+            return wanted(self.schedule, more=False), {}
+        bundles = wanted(self.schedule)
+        if bundles or not self.search.goes_on():
+            return bundles, self.schedule.demands()
+        cells, _ = self.search.to_come()  # it tells its next trials when there is room for one
+        return [bundle(self.demand)], {self.demand: cells} if cells else {}
+
+    def _count_late(self) -> None:
+        """Units that have waited long for their worker: idle ones of this run do not stand in their way."""
+        waiting = [task for task in self.tasks.values() if task.waits()]
+        for task in waiting:
+            task.start.began = time.monotonic()  # what has no worker yet uses no GPU time
+        before, late = self.late, [task for task in waiting if task.is_old()]
+        for task in late:
+            self.pool.give_back(node=task.start.place.node)
+        self.late = len(late)
+        if late and not before:
             words = "no worker yet after a minute: others may hold the room that Ray tells of, or starts are slow"
             self.notes.append(f"{self.late} of {len(self.tasks)} units have {words}")
-        self.usage.note(self.schedule)
 
     def _take_back(self) -> None:
         """Where nothing more is to begin, what still has no worker is not waited for: others may hold its room for
         hours. One that begins at this very moment is in its cell's way until it has ended, as any that is left over."""
         for handle, task in list(self.tasks.items()):
-            if time.monotonic() - task.given > STARTING_SECONDS and task.waits():
+            if task.is_old() and task.waits():
                 del self.tasks[handle]
                 self.pool.end(task.worker)
                 self.schedule.end(task.start, task.start.began)
                 self.standing.elsewhere |= {hand.one.cell.id: hand.one for hand in task.hands}
+
+    def _let_go(self, why: str) -> None:
+        """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            running = [one for one in self._in_hands() if cell_state(self.store, one.one.cell.id).state == "running"]
+            if not running:
+                return
+            for hand in running:
+                hand.ask_to_stop(why, "preemption")
+            time.sleep(POLL_SECONDS)
 
     def _ask_to_stop(self, why: str) -> None:
         for hand in self._in_hands():
@@ -464,28 +453,18 @@ class _Run:
             while self.tasks and time.monotonic() < deadline and self.claim.holds(deadline - time.monotonic()):
                 self._ask_to_stop("interrupted")
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-                for task in done:
-                    self._finish(ray, task)
+                for handle in done:
+                    self._finish(ray, handle)
                 self.watch(self._progress())
         except KeyboardInterrupt:
             pass
 
-    def _won(self, hand: Hand, tokens: int) -> float:
-        """The FLOPs by which a worker has brought its cell on, up to so many tokens."""
-        each = hand.one.counts["flops_per_token"]
-        return max(0.0, each * tokens - max(self.queue.shared_flops(hand.one), each * hand.kept_tokens))
-
     def _progress(self) -> Progress:
         hands = self._in_hands()
         running = tuple(hand.running() for hand in hands)
-        under_way = sum(
-            max(0.0, hand.one.counts["flops_per_token"] * hand.tail.tokens - self.queue.shared_flops(hand.one))
-            for hand in hands
-        )
-        done = self.standing.flops_done + sum(self._won(hand, hand.tail.tokens) for hand in hands)
-        waiting = [*self.queue.cells(), *self.standing.elsewhere.values(), *(hand.one for hand in hands)]
+        done = self.standing.flops_done + sum(flops_won(self.queue, hand, hand.tail.tokens) for hand in hands)
         more, flops = self.search.to_come()
-        left = sum(self.queue.own_flops(one) for one in waiting) - under_way + flops
+        left = flops_left(self.queue, [*self.queue.cells(), *self.standing.elsewhere.values()], hands) + flops
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": self.tally.finished + self.tally.skipped,

@@ -24,6 +24,9 @@ from sweeps.store import (
 )
 from sweeps.units import human
 
+STARTING_SECONDS = 60.0
+"""A worker that has begun nothing after so long may wait for room that idle ones have."""
+
 
 @dataclass
 class Hand:
@@ -90,6 +93,10 @@ class Task:
     def waits(self) -> bool:
         """Whether it has begun nothing: its worker starts, or has no room yet."""
         return all(hand.attempt() is None for hand in self.hands)
+
+    def is_old(self) -> bool:
+        """Whether its worker has had long enough to start."""
+        return time.monotonic() - self.given > STARTING_SECONDS
 
     def fate(self) -> str | None:
         """Why the worker must be killed, if it must."""

@@ -7,10 +7,7 @@ until they have let go, so that no two processes train one cell.
 import os
 import signal
 import time
-from collections.abc import Iterable
 from contextlib import suppress
-
-import psutil
 
 from cluster.claims import driver_lives
 from sweeps.errors import InputError
@@ -63,30 +60,6 @@ def kill_worker(attempt: Attempt) -> None:
         ours = is_here(record) and record["pid"] != os.getpid()
         if ours and attempt_lives(attempt.store, attempt.cell_id, attempt.epoch):
             os.kill(record["pid"], signal.SIGKILL)
-
-
-def descendants(parents: Iterable[psutil.Process] = ()) -> set[psutil.Process]:
-    """The processes that these have started, by default this one, and theirs."""
-    found: set[psutil.Process] = set()
-    for parent in parents or [psutil.Process()]:
-        with suppress(psutil.Error):
-            found |= set(parent.children(recursive=True))
-    return found
-
-
-def runs(process: psutil.Process) -> bool:
-    """Whether a process is there and no zombie."""
-    with suppress(psutil.Error):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def end_processes(processes: Iterable[psutil.Process]) -> None:
-    """Kill those that do not end by themselves. One whose parent died first is told by nobody else."""
-    _, alive = psutil.wait_procs(list(processes), timeout=5.0)
-    for process in alive:
-        with suppress(psutil.Error):
-            process.kill()
 
 
 def _end(attempt: Attempt, record: Json) -> bool:

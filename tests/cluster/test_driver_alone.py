@@ -10,7 +10,7 @@ import pytest
 from refusing import refuse_claims
 from searched import end, make_corpus, search_plan
 
-from cluster import driver, ledger, pool, standing
+from cluster import driver, hands, ledger, pool, standing
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.control import cancel
@@ -275,9 +275,9 @@ def test_a_run_that_is_to_end_does_not_wait_for_units_that_have_no_worker_yet(
     run.standing.sort_elsewhere()
     unit = run.queue.take(time.monotonic(), "cpu")
     assert unit is not None
-    hands, _ = take_up(store, "s", unit.cells)
-    given = time.monotonic() - driver.STARTING_SECONDS - 1
-    run.tasks = {"task": Task("worker", hands, unit.start, given)}
+    taken, _ = take_up(store, "s", unit.cells)
+    given = time.monotonic() - hands.STARTING_SECONDS - 1
+    run.tasks = {"task": Task("worker", taken, unit.start, given)}
     run.pool.end = ended.append  # type: ignore[method-assign]
     cancel(store, "s", now=now)
     run.began = time.monotonic()

@@ -15,7 +15,7 @@ import pytest
 from commandline import ROOT
 from raynodes import free_port, over, ray_node, wait_for
 
-from cluster import driver, nodes, shortage
+from cluster import driver, joined, nodes, shortage
 from cluster.driver import Tally, run_study
 from cluster.progress import Progress
 from sweeps.corpora import make_source, prepare
@@ -418,7 +418,7 @@ def test_an_autoscaler_is_told_what_waits_and_gets_back_what_is_idle(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(driver, "IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(joined, "IDLE_SECONDS", 0.5)
     from ray._raylet import GcsClient
 
     plan = make_plan(2)
