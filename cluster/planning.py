@@ -56,10 +56,9 @@ def read_study(
                 source, declared.tokenizer, place.root, accept=accept_corpus, pinned=pinned, progress=waiting.update
             )
     except InputError as error:
-        where = _field_of(str(error), source.path, declared.tokenizer)
-        if where is None or str(place.root) in str(error):  # the store's fault, which may lie below the text
+        if not error.field:  # the store's fault
             raise
-        raise InputError(f"{place_of(path, *where)}: {error}") from error
+        raise InputError(f"{place_of(path, *error.field)}: {error}") from error
     try:
         planned = plan_study(declared, corpus, allow_code=allow_code, base_dir=base_dir, fits=fits)
         planned = with_trials(place, planned)
@@ -103,13 +102,6 @@ def _newer(store: Store, fit: Fit) -> Fit | None:
     except InputError:
         return None
     return None if newest.laws == fit.laws else newest
-
-
-def _field_of(said: str, corpus_path: str | None, tokenizer: str) -> tuple[str, ...] | None:
-    """Which field of a study file is at fault, by what its message names: the text, or the tokenizer."""
-    if corpus_path and corpus_path in said:
-        return ("corpus", "path")
-    return ("tokenizer",) if f'"{tokenizer}"' in said or "tokenizer folder" in said else None
 
 
 def _same_corpus(before: dict[str, Any], now: dict[str, Any]) -> bool:

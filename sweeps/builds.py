@@ -208,7 +208,8 @@ def _write(source: Source, tokenizer: str, kind: str, folder: Path, progress: Pr
         found = len(kept) + counts["train"]
         raise InputError(
             f"the corpus {sources.describe(source)} has {found} distinct non-empty documents; "
-            "at least 3 are needed to split off validation. Use a larger corpus."
+            "at least 3 are needed to split off validation. Use a larger corpus.",
+            field=("corpus", "path"),
         )
     validation_bytes = sum(len(document) for document in kept)
 

@@ -108,7 +108,9 @@ def prepare(
         return _stored(corpora / pinned, tokenizer)
     kind = tokenizers.tokenizer_kind(tokenizer)
     if source.kind == "markov" and kind != "bytes":
-        raise InputError(f'a markov source draws tokens itself: its tokenizer must be bytes, not "{tokenizer}"')
+        raise InputError(
+            f'a markov source draws tokens itself: its tokenizer must be bytes, not "{tokenizer}"', field=("tokenizer",)
+        )
 
     # 1. Known already? A signature file says which fingerprint a source that looks like this one gave.
     signature = _signature(source, tokenizer, kind)
@@ -125,7 +127,8 @@ def prepare(
             f"this study is pinned to the corpus {pinned}, but {sources.describe(source)} with the tokenizer "
             f"{tokenizer} now gives {info.fingerprint}: losses on different corpora are not comparable. To go on with "
             f"the new one, pass --accept-corpus or set fingerprint: {info.fingerprint} under corpus: in the study "
-            "file; to keep the old one, restore its source."
+            "file; to keep the old one, restore its source.",
+            field=("corpus", "path"),
         )
     return info
 
@@ -136,7 +139,8 @@ def _stored(folder: Path, tokenizer: str) -> CorpusInfo:
     if not tokenizers.may_be(tokenizer, info.tokenizer):
         raise InputError(
             f'this study asks for the tokenizer "{tokenizer}", but the corpus {info.fingerprint} that it is pinned to '
-            f"has {info.tokenizer}, and its source is not on this machine to be tokenised again"
+            f"has {info.tokenizer}, and its source is not on this machine to be tokenised again",
+            field=("tokenizer",),
         )
     return info
 

@@ -2,12 +2,28 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
 class InputError(ValueError):
     """Bad input: the message says what was found, what is allowed and what to do. The command line exits with 2."""
+
+    def __init__(self, message: str, *, field: tuple[str, ...] = ()) -> None:
+        """`field` of the study file is at fault, if one is: ("corpus", "path")."""
+        super().__init__(message)
+        self.field = field
+
+
+@contextmanager
+def about(*field: str) -> Iterator[None]:
+    """Whatever is found wrong in here is the fault of this field of the study file."""
+    try:
+        yield
+    except InputError as error:
+        error.field = field
+        raise
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sweeps.errors import InputError, nearest
+from sweeps.errors import InputError, about, nearest
 from sweeps.paths import inside
 
 DOCUMENT_BYTES = 256 * 1024
@@ -184,6 +184,7 @@ def signature(source: Source) -> str:
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@about("corpus", "path")
 def source_files(source: Source) -> list[Path]:
     """The files of a source, sorted by relative POSIX path. Raises InputError where there are none."""
     if source.kind == "pystdlib":
@@ -230,13 +231,14 @@ def documents(source: Source) -> Iterator[tuple[bytes, float]]:
     """
     readers = {"pystdlib": _from_text, "folder": _from_text, "jsonl": _from_jsonl, "parquet": _from_parquet}
     seen = 0
-    for document, fraction in readers.get(source.kind, _from_datasets)(source):
-        if not document.strip():
-            continue
-        yield document, max(fraction, seen / source.max_bytes) if source.max_bytes else fraction
-        seen += len(document)
-        if source.max_bytes and seen >= source.max_bytes:
-            return
+    with about("corpus", "path"):
+        for document, fraction in readers.get(source.kind, _from_datasets)(source):
+            if not document.strip():
+                continue
+            yield document, max(fraction, seen / source.max_bytes) if source.max_bytes else fraction
+            seen += len(document)
+            if source.max_bytes and seen >= source.max_bytes:
+                return
 
 
 def pieces(handle: BinaryIO, limit: int) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from sweeps.errors import InputError, nearest
+from sweeps.errors import InputError, about, nearest
 
 BYTE_SEPARATOR = 0xFF
 """Ends a document in the bytes tokenizer; this byte occurs in no UTF-8 text."""
@@ -46,6 +46,7 @@ class Encoder:
         return [np.asarray(one.ids, dtype=np.uint32) for one in encoded]
 
 
+@about("tokenizer")
 def tokenizer_kind(spec: str) -> str:
     """ "bytes", "bpe" or "file". Raises InputError for a tokenizer that is none of them or out of range."""
     if spec == "bytes":
@@ -122,13 +123,15 @@ def train_bpe(documents: Iterator[bytes], vocab_size: int) -> Encoder:
     if found != vocab_size:
         raise InputError(
             f"the training text has repeated pairs for only {found} tokens, fewer than bpe:{vocab_size} asks for; "
-            f"ask for bpe:{found} or less, or use a larger corpus"
+            f"ask for bpe:{found} or less, or use a larger corpus",
+            field=("tokenizer",),
         )
     model = json.loads(tokenizer.to_str())["model"]  # not the whole file: its layout may change between releases
     digest = hashlib.sha256(json.dumps([model["vocab"], model["merges"]], sort_keys=True).encode()).hexdigest()
     return _encoder(tokenizer, f"bpe-{vocab_size}-{digest[:8]}", BPE_SEPARATOR)
 
 
+@about("tokenizer")
 def load_tokenizer(spec: str) -> Encoder:
     """A Hugging Face tokenizer from a folder or a tokenizer.json; its end-of-text token is the separator.
 
@@ -178,7 +181,8 @@ def encode_documents(
             if (ids == encoder.separator).any():
                 raise InputError(
                     f"the tokenizer {tokenizer} uses its end-of-text token inside documents, so it cannot separate "
-                    "them; give it an end-of-text token of its own"
+                    "them; give it an end-of-text token of its own",
+                    field=("tokenizer",),
                 )
             yield document, np.append(ids, np.uint32(encoder.separator))
 

@@ -37,7 +37,13 @@ def test_a_corpus_or_a_tokenizer_that_is_not_here_is_named_with_its_line(tmp_pat
     unknown = STUDY.replace("bytes", "gpt9")
     assert said(tmp_path, unknown).startswith(f'{file}:6: unknown tokenizer "gpt9"')
     (tmp_path / "tok").mkdir()
-    assert said(tmp_path, STUDY.replace("bytes", str(tmp_path / "tok"))).startswith(f"{file}:6: the tokenizer folder")
+    named = STUDY.replace("bytes", str(tmp_path / "tok"))
+    assert said(tmp_path, named).startswith(f"{file}:6: the tokenizer folder")
+    (texts / "a.txt").unlink()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(f"text {number}\n", encoding="utf-8")
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    assert said(tmp_path, named).startswith(f"{file}:6: {tmp_path}/tok/tokenizer.json cannot be read as a tokenizer")
 
 
 def test_what_is_wrong_with_the_store_has_no_line_of_the_study(tmp_path: Path) -> None:
