@@ -39,9 +39,11 @@ class Queue:
         demand: Callable[[PlannedCell], Demand],
         seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """`demand` says what a cell asks for; `seconds`, by id, how long cells are estimated to take on one GPU."""
+        """`demand` says what a cell asks for, once for each; `seconds`, by id, how long cells are estimated to take on
+        one GPU."""
         self.schedule = schedule
         self._store, self._stacking, self._demand = store, plan.study.stack, demand
+        self._demands: dict[str, Demand] = {}
         self._seconds: Mapping[str, float] = {}
         self._keys: dict[str, str | None] = {}
         self._cells: dict[str, PlannedCell] = {}
@@ -75,11 +77,11 @@ class Queue:
 
     def put(self, one: PlannedCell, *, first: bool = False) -> None:
         """Add a cell, in its order or as the `first` to be taken."""
-        cell_id, demand = one.cell.id, self._demand(one)
+        cell_id = one.cell.id
         held = cell_id in self._branches and not self._may_begin(one)
         job = Job(
             id=cell_id,
-            demand=demand,
+            demand=self._asks(one),
             chain=self._chains[cell_id],
             seconds=self._seconds[cell_id] / self._speed(one) if cell_id in self._seconds else None,
             flops=self.own_flops(one),
@@ -101,11 +103,16 @@ class Queue:
         self._alike.clear()
         return found
 
+    def _asks(self, one: PlannedCell) -> Demand:
+        if one.cell.id not in self._demands:  # it takes the memory model, and the plan of a search grows by one
+            self._demands[one.cell.id] = self._demand(one)
+        return self._demands[one.cell.id]
+
     def _speed(self, one: PlannedCell) -> float:
         """How many times faster than on one GPU a cell is taken to train: a gang as all its GPUs, as in
         cluster/workload.py; a share was timed as a whole."""
         with suppress(InputError):
-            return max(1.0, self._demand(one).all_gpus)
+            return max(1.0, self._asks(one).all_gpus)
         return 1.0  # it has ended on other nodes; what waits was held against these
 
     def own_flops(self, one: PlannedCell) -> float:

@@ -28,6 +28,7 @@ from sweeps.cell import Cell
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.grids import Plan, examples, plan_study
+from sweeps.planned import PlannedCell
 from sweeps.records import append_rows, write_json
 from sweeps.store import (
     Attempt,
@@ -487,7 +488,13 @@ def test_cells_that_wait_by_their_seconds_are_put_anew_where_others_come_that_ha
     few, grown = make_plan(20_000, 30_000), make_plan(20_000, 30_000, 10_000)
     short, middle, long = sorted(grown.cells, key=lambda one: one.cell.tokens)
     seconds = {middle.cell.id: 9.0, long.cell.id: 8.0}
-    queue = Queue(store, few, Schedule(Fleet([Node("n", 16, 8)])), lambda _: ONE, seconds)
+    asked: list[str] = []
+
+    def demand(one: PlannedCell) -> Demand:
+        asked.append(one.cell.id)
+        return ONE
+
+    queue = Queue(store, few, Schedule(Fleet([Node("n", 16, 8)])), demand, seconds)
     for one in few.cells:
         queue.put(one)
     queue.extend(grown, len(few.cells), seconds)
@@ -496,6 +503,7 @@ def test_cells_that_wait_by_their_seconds_are_put_anew_where_others_come_that_ha
     while (unit := queue.take(0.0, "cuda")) is not None:
         taken += unit.cells
     assert taken == [long, middle, short], "all by their FLOPs"
+    assert sorted(asked) == sorted(one.cell.id for one in grown.cells), "each what it asks for once"
 
 
 def test_a_gang_waits_for_its_turn_by_its_own_time_as_in_a_simulation(
