@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from sweeps.cellrow import cell_row
 from sweeps.errors import InputError
 from sweeps.foreign import described, is_foreign
-from sweeps.rules import adamw_timescale
-from sweeps.store import Store, iterate_cells, open_store, read_metrics, spent_flops, study_names
+from sweeps.store import Store, iterate_cells, open_store, read_metrics, study_names
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -213,47 +213,33 @@ def _row(
     result: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     cell = described(cell)
-    identity, counts, labels = cell["identity"], cell["counts"], entry.get("labels", {})
+    identity, labels = cell["identity"], entry.get("labels", {})
     optimizer, schedule, shape, end = identity["optimizer"], identity["schedule"], identity["shape"], result or {}
-    tokens, batch = identity["tokens"], identity["batch_tokens"]
-    rate, decay = optimizer.get("learning_rate"), optimizer.get("weight_decay")
     cools = schedule.get("name") == "wsd"
-    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
     row = {
+        **cell_row(entry, cell, result),
         "cell": entry["id"],
         "study": study,
-        "family": identity["family"],
         "state": state,
         "reason": reason,
         "excluded": None,
         "trunk": entry.get("trunk", {}).get("cell", entry["id"]),
-        **{name: counts[name] for name in ("N", "N_nonembedding", "N_nonembedding_head", "N_total")},
-        **{name: counts[name] for name in ("C", "C_6nd", "flops_per_token", "steps", "epochs")},
-        "D": tokens,
-        "C_spent": spent_flops(dict(entry), dict(counts), None if result is None else dict(result)),
+        "flops_per_token": cell["counts"]["flops_per_token"],
         "C_assumed": identity.get("foreign", {}).get("run", {}).get("C_assumed", False),
-        "tokens_per_parameter": tokens / counts["N"],
         "budget": labels.get("budget"),
         "size": labels.get("size"),
-        "seed": identity["seed"],
         "data_seed": identity["data_seed"],
-        "learning_rate": rate,
-        "weight_decay": decay,
         **{name: optimizer.get(name) for name in ("beta1", "beta2", "eps", "clip_norm")},
         "optimizer": optimizer.get("name"),
         "init_std": identity.get("init_std"),
-        "batch_tokens": batch,
         "warmup_tokens": schedule.get("warmup_tokens"),
-        "adamw_timescale": adamw_timescale(rate, decay, batch, tokens),
         "schedule": schedule.get("name"),
         "cooldown_fraction": schedule.get("cooldown_fraction") if cools else None,
         "cooldown_shape": schedule.get("cooldown_shape", "sqrt") if cools else None,
         "final_fraction": schedule.get("final_fraction"),
-        "parametrisation": scaled["kind"],
         **{name: shape[name] for name in ("width", "depth", "heads", "mlp_width", "context")},
         **{name: identity[name] for name in ("corpus", "tokenizer", "precision")},
         "validation_tokens": identity.get("validation_tokens", 0),
-        "val_loss_final": end.get("val_loss_final"),
         "val_bpb_final": end.get("val_bpb_final"),
         "loss_at_start": end.get("loss_at_start"),
         "seconds": end.get("seconds", {}).get("total"),

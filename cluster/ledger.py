@@ -8,13 +8,12 @@ from typing import Any
 
 from cluster.calibration import find_calibration
 from cluster.estimate import predicted_seconds
+from sweeps.cellrow import cell_row
 from sweeps.faults import fault
-from sweeps.foreign import described
 from sweeps.grids import Plan
 from sweeps.lineage import note_lineage
 from sweeps.planned import PlannedCell
 from sweeps.records import timestamp, write_bytes, write_json
-from sweeps.rules import adamw_timescale
 from sweeps.store import (
     FORMAT,
     CellState,
@@ -22,7 +21,6 @@ from sweeps.store import (
     cell_state,
     iterate_cells,
     read_plan,
-    spent_flops,
     study_names,
     trunk_of,
 )
@@ -129,16 +127,14 @@ def _predicted(seconds: float | None) -> dict[str, float]:
 def plan_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:
     """One plain row per planned cell, with its state in this store."""
     return [
-        _row(_entry(plan, one), one.cell.identity, one.counts, cell_state(store, one.cell.id)) for one in plan.cells
+        _row(_entry(plan, one), {"identity": one.cell.identity, "counts": one.counts}, cell_state(store, one.cell.id))
+        for one in plan.cells
     ]
 
 
 def ledger_rows(store: Store, name: str) -> list[dict[str, Any]]:
     """The same rows for a study on record."""
-    return [
-        _row(entry, described(record)["identity"], record["counts"], state)
-        for entry, record, state in iterate_cells(store, name)
-    ]
+    return [_row(entry, record, state) for entry, record, state in iterate_cells(store, name)]
 
 
 def count_states(rows: list[dict[str, Any]]) -> dict[str, int]:
@@ -168,37 +164,15 @@ def sharing_words(told: dict[str, Any]) -> str:
     )
 
 
-def _row(entry: Any, identity: Any, counts: Any, state: CellState) -> dict[str, Any]:
-    rate, decay = identity["optimizer"]["learning_rate"], identity["optimizer"]["weight_decay"]
-    batch = identity["batch_tokens"]
-    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
-    result = state.result or {}
-    trunk = trunk_of(entry, state.result) or {}
+def _row(entry: Mapping[str, Any], record: Mapping[str, Any], state: CellState) -> dict[str, Any]:
+    trunk = trunk_of(dict(entry), state.result) or {}
     return {
         "id": entry["id"],
-        "family": identity["family"],
-        "N": counts["N"],
-        "N_nonembedding": counts["N_nonembedding"],
-        "N_nonembedding_head": counts["N_nonembedding_head"],
-        "N_total": counts["N_total"],
-        "D": identity["tokens"],
-        "C": counts["C"],
-        "C_spent": spent_flops(entry, counts, state.result),
-        "C_6nd": counts["C_6nd"],
+        **cell_row(entry, record, state.result),
         "trunk": trunk.get("cell"),
         "trunk_tokens": trunk.get("tokens"),
-        "tokens_per_parameter": identity["tokens"] / counts["N"],
-        "steps": counts["steps"],
-        "epochs": counts["epochs"],
-        "learning_rate": rate,
-        "batch_tokens": batch,
-        "weight_decay": decay,
-        "adamw_timescale": adamw_timescale(rate, decay, batch, identity["tokens"]),
-        "parametrisation": scaled["kind"],
-        "seed": identity["seed"],
         "labels": dict(entry["labels"]),
         "state": state.state,
         "reason": state.reason,
         "attempts": state.attempts,
-        "val_loss_final": result.get("val_loss_final"),
     }

@@ -18,7 +18,7 @@ ANALYSIS_MAY_USE = {
     "sweeps.foreign",
     "sweeps.errors",
 }
-ANALYSIS_MAY_USE |= {"sweeps.units", "sweeps.redaction", "sweeps.rungs"}
+ANALYSIS_MAY_USE |= {"sweeps.cellrow", "sweeps.units", "sweeps.redaction", "sweeps.rungs"}
 
 
 def imports(path: Path) -> Iterator[str]:
