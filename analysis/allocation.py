@@ -1,7 +1,7 @@
 """Allocation: how compute should be split between parameters and tokens, under the FLOP counter of the runs.
 
-The compute-optimal split minimises numerically under the counter of the runs themselves. The closed form exists only
-for C = 6 N D, and the two differ by tens of percent in small models, whose head and attention cost much.
+The compute-optimal split minimises numerically under the counter of the runs themselves. A closed form exists only for
+C = 6 N D, and the two differ by tens of percent in small models, whose head and attention cost much.
 """
 
 from collections.abc import Callable, Mapping
@@ -132,13 +132,3 @@ def regret(
     size = best.N * factor
     own = {k: np.asarray(v, dtype=float) for k, v in params.items()}
     return np.asarray(law({"N": size, "D": C / counter(size)}, own) - best.loss)
-
-
-def closed_form(C: Any, params: Mapping[str, Any]) -> Optimum:
-    """The Chinchilla optimum under C = 6 N D exactly: N = G (C/6)^a, D = (C/6)^b / G (Hoffmann et al. 2022, eq. 4)."""
-    alpha, beta = params["alpha"], params["beta"]
-    a = beta / (alpha + beta)
-    G = (alpha * params["A"] / (beta * params["B"])) ** (1.0 / (alpha + beta))
-    flops = np.asarray(C, dtype=float) / 6.0
-    N, D = G * flops**a, flops ** (1.0 - a) / G
-    return Optimum(N, D, np.asarray(CHINCHILLA({"N": N, "D": D}, params)))

@@ -171,31 +171,6 @@ def flops_6nd(shape: Shape) -> int:
     return 6 * parameters(shape).active
 
 
-def flops_conventions(shape: Shape) -> dict[str, int]:
-    """Training FLOPs per token under every convention in use, by name; `C` is the default of `flops_per_token`.
-
-    The three DeepSeek numbers (Bi et al. 2024) assume, as that paper does, an MLP of 4 x width and no biases.
-    """
-    n = parameters(shape)
-    attention = 12 * shape.depth * shape.heads * shape.head_dim * shape.context
-    kaplan = 72 * shape.depth * shape.width**2
-    return {
-        "C": flops_per_token(shape),
-        "C_causal": flops_per_token(shape, causal=True),
-        "C_without_head": flops_per_token(shape, head=False),
-        "C_6nd": 6 * n.active,
-        "C_6nd_non_embedding": 6 * n.non_embedding,  # Kaplan et al. 2020
-        "C_6nd_non_embedding_head": 6 * n.non_embedding_head,  # Porian et al. 2024
-        "palm": 6 * n.active + attention,  # Chowdhery et al. 2022, Appendix B
-        "palm_without_input_table": 6 * n.non_embedding_head + attention,
-        "deepseek_m": kaplan + attention,
-        "deepseek_6n1": kaplan,
-        "deepseek_6n2": kaplan + 6 * shape.vocab_size * shape.width,
-        "chinchilla": flops_per_token(shape, softmax=True, lookup=True),  # Appendix F
-        "chinchilla_without_lookup": flops_per_token(shape, softmax=True),
-    }
-
-
 def _experts_counted(shape: Shape, active: bool) -> int:
     if not shape.experts:
         return 1

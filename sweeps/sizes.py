@@ -95,14 +95,6 @@ def head_dim_at(width: int, options: Options) -> int:
     return width // heads
 
 
-def minimum_size(family: Family, *, vocab_size: int, context: int, options: Options | None = None) -> int:
-    """The smallest N from which on every target can be met.
-
-    Large vocabularies raise it: where the tables are most of a model, one step in width is more than the tolerance.
-    """
-    return _ladder(family, vocab_size, context, tuple(resolve_options(family, options).items()))[1]
-
-
 @lru_cache(maxsize=65536)
 def _shape_for(
     family: Family, target: float, vocab_size: int, context: int, options: tuple[tuple[str, float], ...]

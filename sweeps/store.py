@@ -157,17 +157,6 @@ def read_metrics(store: Store, cell_id: str) -> list[Json]:
     return [row for tokens in sorted(merged) if (row := merged[tokens])["metrics"]]
 
 
-def read_differences(store: Store, cell_id: str) -> list[Json]:
-    """What came out otherwise when it was computed again after a resume: {"attempt", "tokens", "metric", "logged",
-    "recomputed"}. Empty where the cell is deterministic."""
-    return [
-        {"attempt": epoch, "tokens": row["tokens"], "metric": key, "logged": logged, "recomputed": recomputed}
-        for epoch, stop in log_stops(store, cell_id).items()
-        for row in read_rows(store.attempt(cell_id, epoch) / "log.jsonl", 0, stop)[0]
-        for key, (logged, recomputed) in row.get("differs", {}).items()
-    ]
-
-
 def log_stops(store: Store, cell_id: str) -> dict[int, int | None]:
     """Attempt -> the byte at which its log ended when the next attempt began; None for the last one."""
     epochs = attempt_epochs(store, cell_id)

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.allocation import closed_form
 from analysis.laws import CHINCHILLA
 from sweeps.records import append_rows, write_json
 from sweeps.store import begin_attempt, commit_result, open_store, record_error
+from tests.analysis.closed import closed_form
 
 LAW = {"E": 1.0, "A": 31.5, "B": 151.0, "alpha": 0.40, "beta": 0.40}
 """N* near 20 thousand parameters at 1.5e11 FLOPs; both exponents of the optimum are near one half."""

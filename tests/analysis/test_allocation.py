@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.allocation import (
-    closed_form,
     compute_for_loss,
     interpolated_counter,
     optimum,
@@ -14,6 +13,7 @@ from analysis.allocation import (
     smooth_counter,
 )
 from analysis.laws import CHINCHILLA, LAWS
+from tests.analysis.closed import closed_form
 
 BES = dict(CHINCHILLA.published["Besiroglu et al. 2024"])
 HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}

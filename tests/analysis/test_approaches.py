@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.allocation import closed_form
 from analysis.approaches import approach2_bias, compare_approaches
 from sweeps.errors import InputError
+from tests.analysis.closed import closed_form
 from tests.analysis.synthetic import LAW, surface
 
 SIZES = 2e3 * 2.0 ** np.arange(10)

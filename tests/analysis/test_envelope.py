@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.allocation import closed_form
 from analysis.envelope import fit_curve_envelope, fit_envelope
 from analysis.selection import select
 from sweeps.errors import InputError
+from tests.analysis.closed import closed_form
 from tests.analysis.synthetic import codes, published, surface
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 
 from analysis import fit
-from analysis.allocation import closed_form, optimum
+from analysis.allocation import optimum
 from analysis.laws import CHINCHILLA
 from cluster.arguments import fit_options
 from sweeps.errors import InputError
+from tests.analysis.closed import closed_form
 from tests.analysis.synthetic import LAW, codes, surface
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 
 from analysis import read_table
-from analysis.allocation import closed_form
 from analysis.fitting import fit
 from analysis.isoflop import assumed_noise, fit_isoflop, parabola
 from analysis.laws import CHINCHILLA
 from analysis.selection import select
 from analysis.uncertainty import Noise
 from sweeps.errors import InputError
+from tests.analysis.closed import closed_form
 from tests.analysis.synthetic import LAW, budgets_table, codes, published
 
 BES = {"E": 1.8172, "A": 482.01, "B": 2085.43, "alpha": 0.3478, "beta": 0.3658}

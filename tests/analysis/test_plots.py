@@ -11,10 +11,10 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from analysis import fit, forecast_dearest, load_curves, load_runs, plots, profile
-from analysis.allocation import closed_form
 from analysis.laws import CHINCHILLA, ERROR
 from analysis.style import KINDS, axis_scale, round_numbers
 from sweeps.errors import InputError
+from tests.analysis.closed import closed_form
 from tests.analysis.synthetic import LAW, budgets_table, surface
 
 BUDGETS = (1e11, 4e11, 1.6e12, 6.4e12)

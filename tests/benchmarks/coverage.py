@@ -68,7 +68,7 @@ def designs():
 def _budgets(law, budgets: int, sizes: int, shift: float = 1.0):
     import numpy as np
 
-    from analysis.allocation import closed_form
+    from tests.analysis.closed import closed_form
 
     C = np.repeat(np.geomspace(1e19, 3e21, budgets), sizes)
     N = closed_form(C, law).N * shift * np.tile(np.geomspace(0.25, 4.0, sizes), budgets)
@@ -132,9 +132,9 @@ def _truth(name: str):
     import numpy as np
     from scipy.special import ndtri
 
-    from analysis.allocation import closed_form
     from analysis.laws import CHINCHILLA
     from analysis.problems import make_problem
+    from tests.analysis.closed import closed_form
 
     N, D, loss, _, law = _world(name)
     target = 10.0 * float((6.0 * N * D).max())

@@ -25,10 +25,11 @@ from typing import Any
 
 import psutil
 from chaos.schedule import FAULTS, MARK, Fault, draw, is_served, marked, strike
+from differences import read_differences
 
 from cluster.claims import read_holder
 from sweeps.records import read_json, read_rows
-from sweeps.store import Store, log_stops, read_differences, read_metrics, read_plan
+from sweeps.store import Store, log_stops, read_metrics, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS, STEPS = 12, 20

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from differences import read_differences
 from small import make_cell, put
 
 from sweeps import devices
@@ -34,7 +35,6 @@ from sweeps.store import (
     cell_state,
     checkpoint_paths,
     forgive,
-    read_differences,
     read_metrics,
     record_error,
 )

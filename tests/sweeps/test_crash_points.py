@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from crashing import ROOT, Ended, Forker
+from differences import read_differences
 from small import make_cell, put
 
 from cluster.claims import Claim, read_holder
@@ -31,7 +32,6 @@ from sweeps.store import (
     checkpoint_paths,
     log_stops,
     open_store,
-    read_differences,
     read_end,
     read_metrics,
     study_names,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from differences import read_differences
 from gangs import Gang, gang, stopping
 from small import CONTEXT, make_cell, put
 
@@ -20,7 +21,7 @@ from sweeps.memory import step_bytes, workers_for
 from sweeps.parametrisation import Parametrisation
 from sweeps.records import Json, read_json
 from sweeps.sizes import shape_for
-from sweeps.store import Store, checkpoint_paths, read_differences, read_end, read_metrics
+from sweeps.store import Store, checkpoint_paths, read_end, read_metrics
 
 EXACT, ROUNDED = 1e-5, 2e-3
 """Relative differences after a few steps: of sums in another order; and of gradient norms where Muon's iteration, in

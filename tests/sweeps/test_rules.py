@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import CONTEXT, POINT, only, planned, points, study
 
-from sweeps.accounting import Shape, flops_conventions
+from sweeps.accounting import Shape, flops_per_token
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.published import PUBLISHED, PublishedRule, published_law
@@ -101,13 +101,12 @@ def test_each_rule_is_handed_the_counts_of_its_paper() -> None:
     assert one.counts["N_nonembedding"] < one.counts["N"]
 
     one = only(points(POINT, training={"batch_tokens": 640, "learning_rate": {"rule": "deepseek"}}))
-    C = one.cell.tokens * flops_conventions(one.cell.shape)["C_without_head"]
+    C = _without_head(one)
     assert one.cell.optimizer.learning_rate == float(f"{0.3118 * C**-0.1250:.6g}")
 
 
 def test_the_compute_of_deepseek_is_that_of_the_paper_for_a_shape_such_as_theirs() -> None:
-    counts = flops_conventions(GPT2)
-    assert counts["C_without_head"] == counts["deepseek_m"] == 72 * 12 * 768**2 + 12 * 12 * 768 * 1024
+    assert flops_per_token(GPT2, head=False) == 72 * 12 * 768**2 + 12 * 12 * 768 * 1024
 
 
 def test_the_decay_of_power_lines_follows_the_rate_and_the_batch_that_a_cell_ends_up_with() -> None:
@@ -184,7 +183,7 @@ def test_a_rule_outside_its_range_says_how_many_cells_and_how_far() -> None:
 
 
 def _without_head(one: PlannedCell) -> float:
-    return one.cell.tokens * flops_conventions(one.cell.shape)["C_without_head"]
+    return one.cell.tokens * flops_per_token(one.cell.shape, head=False)
 
 
 def test_a_rule_of_unknown_range_says_so() -> None:

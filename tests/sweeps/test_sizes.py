@@ -6,12 +6,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lattices import VARIANTS, lattice_shapes
+from lattices import VARIANTS, lattice_shapes, minimum_size
 
 from sweeps.accounting import parameters
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES, resolve_options
-from sweeps.sizes import LATTICE, lattice_index, lattice_position, minimum_size, shape_for
+from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for
 
 
 def tolerance(target: float) -> float:
