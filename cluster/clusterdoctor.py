@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connection import start_ray, stop_ray
-from cluster.doctor import LOW_DISK_BYTES, Finding, check_place
+from cluster.doctor import Finding, disk, find_store
 from cluster.nodeprobe import Probes, Report, caution, obstacle, this_process
 from cluster.nodes import has_autoscaler, living_nodes
 from sweeps.errors import InputError
-from sweeps.store import open_store
 
 SKEW_SECONDS = 2.0
 """Clocks may differ by so much. Escala times out by the clock of who waits, but logs and claims show wall clocks."""
@@ -31,7 +30,7 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
     """
     path = store.expanduser().resolve()
     root = path if os.path.exists(path / "store.json") else None  # not one that may not be looked into either
-    findings = [*_driver_store(store)]
+    findings = [_driver_store(store)]
     ray = start_ray(address)
     try:
         here, nodes = this_process(), living_nodes(ray)
@@ -49,23 +48,15 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
     return [*findings, _auth(address), _mlflow(store, tracking_uri)]
 
 
-def _driver_store(store: Path) -> Iterator[Finding]:
-    path = store.expanduser().resolve()
+def _driver_store(store: Path) -> Finding:
     try:
-        if not (path / "store.json").exists():
-            check_place(path)
-            yield Finding(
-                "store",
-                True,
-                f"none yet at {path}: what the nodes see of it is not checked",
-                "the first plan or run makes it; then ask again.",
-            )
-            return
-        place = open_store(path)
-    except (InputError, OSError) as error:  # the latter of a folder that may not be looked into
-        yield Finding("store", False, str(error))
-        return
-    yield Finding("store", True, f"{place.root}, writable here")
+        place = find_store(store)
+    except InputError as error:
+        return Finding("store", False, str(error))
+    if place is None:
+        found = f"none yet at {store.expanduser().resolve()}: what the nodes see of it is not checked"
+        return Finding("store", True, found, "the first plan or run makes it; then ask again.")
+    return Finding("store", True, f"{place.root}, writable here")
 
 
 def _scaling(ray: Any) -> Finding:
@@ -100,12 +91,8 @@ def _examine(report: Report, here: dict[str, Any], root: Path | None) -> Iterato
             "its GPUs, or Ray with the number that there is (--num-gpus)."
         )
         yield Finding(f"{what} GPUs", seen, f"{names}{driver}", "" if seen else advice)
-    if report.free_bytes is not None:
-        enough = report.free_bytes > LOW_DISK_BYTES
-        if report.store == "same":
-            words = f"the same folder, written and read back, {report.free_bytes / 1024**3:.1f} GiB free"
-            advice = "" if enough else "free some space: checkpoints and logs need it."
-            yield Finding(f"{what} store", enough, words, advice)
+    if report.free_bytes is not None and report.store == "same":
+        yield disk(f"{what} store", "the same folder, written and read back", report.free_bytes)
     if report.clock_seconds is not None:
         ahead, off = report.clock_seconds, max(0.01, report.clock_error)
         side = "ahead of" if ahead > 0 else "behind"

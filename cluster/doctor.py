@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sweeps.errors import InputError
-from sweeps.store import check_room, open_store
+from sweeps.store import Store, check_room, open_store
 
 TESTED = {"torch": "2.13", "transformers": "5.23", "ray": "2.60", "mlflow": "3.17", "optuna": "5.0", "pandas": "3.1"}
 """The versions that constraints.txt pins, to their minor number."""
@@ -29,7 +29,7 @@ class Finding:
 
 def check(store: Path) -> list[Finding]:
     """All checks; none of them trains, starts Ray or writes to the store."""
-    return [_escala(), *_python(), *_packages(), _device(), _auth(), *_store(store)]
+    return [_escala(), *_python(), *_packages(), _device(), _auth(), _store(store)]
 
 
 def _escala() -> Finding:
@@ -80,23 +80,36 @@ def _auth() -> Finding:
     return Finding("Ray token auth", True, "the home folder is not writable: a token for each run")
 
 
-def _store(store: Path) -> Iterator[Finding]:
+def _store(store: Path) -> Finding:
+    try:
+        place = find_store(store)
+    except InputError as error:
+        return Finding("store", False, str(error))
+    if place is None:
+        return Finding("store", True, f"none yet at {store.expanduser().resolve()}", "the first plan or run makes it.")
+    return disk("store", str(place.root), shutil.disk_usage(place.root).free)
+
+
+def disk(what: str, found: str, free_bytes: int) -> Finding:
+    """Whether a disk that holds, or is to hold, a store has room."""
+    enough = free_bytes > LOW_DISK_BYTES
+    advice = "" if enough else "free some space: checkpoints and logs need it."
+    return Finding(what, enough, f"{found}, {free_bytes / 1024**3:.1f} GiB free", advice)
+
+
+def find_store(store: Path) -> Store | None:
+    """The store; None where there is none yet and it can be made. InputError where it is not to be used."""
     path = store.expanduser().resolve()
     try:
-        if not (path / "store.json").exists():
-            check_place(path)
-            yield Finding("store", True, f"none yet at {path}", "the first plan or run makes it.")
-            return
-        place = open_store(path)
-    except (InputError, OSError) as error:  # the latter of a folder that may not be looked into
-        yield Finding("store", False, str(error))
-        return
-    free = shutil.disk_usage(place.root).free
-    advice = "" if free > LOW_DISK_BYTES else "free some space: checkpoints and logs need it."
-    yield Finding("store", free > LOW_DISK_BYTES, f"{place.root}, {free / 1024**3:.1f} GiB free", advice)
+        if (path / "store.json").exists():
+            return open_store(path)
+        _check_place(path)
+    except OSError as error:  # of a folder that may not be looked into
+        raise InputError(str(error)) from None
+    return None
 
 
-def check_place(path: Path) -> None:
+def _check_place(path: Path) -> None:
     """InputError where a store that is not there yet cannot be made: the first folder above it that is there decides.
     Nothing is written to find out."""
     check_room(path)

@@ -43,19 +43,19 @@ def doctor(escala: Escala, monkeypatch: pytest.MonkeyPatch, *arguments: object, 
 
 @pytest.mark.parametrize("look", [doctor_alone._store, _driver_store])
 def test_a_store_that_cannot_be_made_is_no_store_that_is_not_there_yet(
-    look: Callable[[Path], Iterator[doctor_alone.Finding]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look: Callable[[Path], doctor_alone.Finding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (there,) = look(tmp_path / "new" / "store")
+    there = look(tmp_path / "new" / "store")
     assert there.ok
     assert f"none yet at {tmp_path / 'new' / 'store'}" in there.found
     (tmp_path / "closed").mkdir()
     allowed = os.access  # whoever runs the tests may be root, to whom no folder is closed
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed" and allowed(path, mode))
-    (closed,) = look(tmp_path / "closed" / "new" / "store")
+    closed = look(tmp_path / "closed" / "new" / "store")
     assert not closed.ok
     assert f"{tmp_path / 'closed'} is not writable. Change its permissions, or name another store" in closed.found
     (tmp_path / "file").touch()
-    (below,) = look(tmp_path / "file" / "store")
+    below = look(tmp_path / "file" / "store")
     assert not below.ok
     assert f"{tmp_path / 'file'} is a file. Name another store" in below.found
 
