@@ -1,6 +1,6 @@
 """One planned cell: a point of a grid with its recipe, a setting and a seed, made exact by torch-free arithmetic."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -62,7 +62,7 @@ def plan_cell(
     chosen = tuple(sorted(options.items()))
     shape = point.shape or cached_shape(family, point.size, corpus.vocab_size, study.context, chosen)
     counts = _counts(shape)
-    flops_per_token = counts["flops_per_token"]
+    who = f"{family.name} with {counts['N']:,} parameters"
     recipe = {name: getattr(study.training, name) for name in Training.model_fields} | dict(point.overrides)
     recipe |= flat_recipe({name: value for name, (kind, value) in variation.items() if kind == "value"})
     recipe = _validated(recipe, point, variation)
@@ -71,48 +71,23 @@ def plan_cell(
     rules = recipe | laws
 
     # 1. How long: D from the grid, then whole batches. A batch may depend on the unrounded D.
-    if point.tokens is not None:
-        wanted = point.tokens
-    elif point.flops is not None:
-        wanted = point.flops / flops_per_token
-    else:
-        wanted = (point.tokens_per_parameter or 0) * counts["N"]
+    wanted = _wanted_tokens(point, counts)
     if wanted > MAX_TOKENS:
-        raise ValueError(
-            f"{family.name} with {counts['N']:,} parameters: {wanted:.3g} training tokens are more than "
-            f"{MAX_TOKENS:g}. Lower the budget."
-        )
-    known = {
-        "N": counts["N"],
-        "D": wanted,
-        "C": wanted * flops_per_token,
-        "width": shape.width,
-        "depth": shape.depth,
-    } | _other_counts(shape, counts, wanted)
+        raise ValueError(f"{who}: {wanted:.3g} training tokens are more than {MAX_TOKENS:g}. Lower the budget.")
+    known = {"width": shape.width, "depth": shape.depth} | _lengths(shape, counts, wanted)
     batch = _realised("batch_tokens", rules["batch_tokens"], known, times)
     batch_tokens = max(1, round(batch / study.context)) * study.context
-    if recipe["gradient_noise"] and batch_tokens == study.context:
-        raise ValueError(
-            f"{family.name} with {counts['N']:,} parameters: a batch of one sequence ({batch_tokens:,} tokens) has no "
-            "part whose gradient could be compared with the whole's. Raise batch_tokens, or leave out gradient_noise."
-        )
-    if study.workers != "auto" and batch_tokens // study.context < study.workers:
-        raise ValueError(
-            f"{family.name} with {counts['N']:,} parameters: a batch of {batch_tokens // study.context} sequences "
-            f"({batch_tokens:,} tokens) has none for some of {study.workers} workers. Raise batch_tokens, or lower "
-            "workers."
-        )
+    _check_batch(study, who, batch_tokens, recipe["gradient_noise"])
     steps = round(wanted / batch_tokens)
     if steps < 1:
         raise ValueError(
-            f"{family.name} with {counts['N']:,} parameters: {wanted:,.0f} training tokens are less than one batch of "
-            f"{batch_tokens:,}. Lower batch_tokens, or raise the budget."
+            f"{who}: {wanted:,.0f} training tokens are less than one batch of {batch_tokens:,}. Lower batch_tokens, or "
+            "raise the budget."
         )
     tokens = steps * batch_tokens
 
     # 2. Hyperparameters, at the realised D.
-    known |= {"D": tokens, "C": tokens * flops_per_token, "batch_tokens": batch_tokens}
-    known |= _other_counts(shape, counts, tokens)
+    known |= {"batch_tokens": batch_tokens} | _lengths(shape, counts, tokens)
 
     def value(name: str, default: float | None = None) -> float:
         return _realised(name, default if rules[name] is None else rules[name], known, times)
@@ -127,23 +102,7 @@ def plan_cell(
         eps=value("eps"),
         clip_norm=value("clip_norm"),
     )
-    # What a schedule does not use is that of the defaults, so that equal runs are one cell.
-    kind = recipe["schedule"]
-    cooldown_fraction = value("cooldown_fraction") if kind == "wsd" else float(_DEFAULTS.cooldown_fraction)
-    stable = _stable_share(kind, cooldown_fraction) * tokens
-    schedule = Schedule(
-        name=kind,
-        warmup_tokens=int(value("warmup_tokens", _default_warmup(counts["N"], tokens, stable))),
-        final_fraction=value("final_fraction") if kind != "constant" else float(_DEFAULTS.final_fraction),
-        cooldown_fraction=cooldown_fraction,
-        cooldown_shape=recipe["cooldown_shape"] if kind == "wsd" else _DEFAULTS.cooldown_shape,
-    )
-    if stable and schedule.warmup_tokens > stable:
-        raise ValueError(
-            f"{family.name} with {counts['N']:,} parameters: a warm-up of {schedule.warmup_tokens:,} tokens does not "
-            f"fit into the {stable:,.0f} that a run of {tokens:,} has before its cooldown: a branch cannot leave its "
-            "trunk before the warm-up ends. Lower warmup_tokens or cooldown_fraction, or train longer."
-        )
+    schedule = _schedule(recipe, value, counts["N"], tokens, who)
     cell = Cell(
         numerics_version=numerics_version(shape, optimizer),
         family=family.name,
@@ -166,7 +125,7 @@ def plan_cell(
         gradient_noise=recipe["gradient_noise"],
     )
     realised = {
-        "C": tokens * flops_per_token,
+        "C": known["C"],
         "C_6nd": 6 * counts["N"] * tokens,
         "steps": steps,
         "epochs": round(corpus.epochs(tokens, study.context), 4),
@@ -193,9 +152,58 @@ def _laws(recipe: Mapping[str, Any], family: str, corpus: str, fits: Mapping[str
     return laws
 
 
-def _other_counts(shape: accounting.Shape, counts: Mapping[str, int], tokens: float) -> dict[str, float]:
-    """N, C and D as published rules count them."""
+def _wanted_tokens(point: GridPoint, counts: Mapping[str, int]) -> float:
+    """D as the grid asks for it, before it is whole batches."""
+    if point.tokens is not None:
+        return point.tokens
+    if point.flops is not None:
+        return point.flops / counts["flops_per_token"]
+    return (point.tokens_per_parameter or 0) * counts["N"]
+
+
+def _check_batch(study: Study, who: str, batch_tokens: int, gradient_noise: bool) -> None:
+    """ValueError where a batch has too few sequences to be shared, or compared with a part of it."""
+    sequences = batch_tokens // study.context
+    if gradient_noise and sequences == 1:
+        raise ValueError(
+            f"{who}: a batch of one sequence ({batch_tokens:,} tokens) has no part whose gradient could be compared "
+            "with the whole's. Raise batch_tokens, or leave out gradient_noise."
+        )
+    if study.workers != "auto" and sequences < study.workers:
+        raise ValueError(
+            f"{who}: a batch of {sequences} sequences ({batch_tokens:,} tokens) has none for some of {study.workers} "
+            "workers. Raise batch_tokens, or lower workers."
+        )
+
+
+def _schedule(recipe: Mapping[str, Any], value: Callable[..., float], N: int, tokens: int, who: str) -> Schedule:
+    """What a schedule does not use is that of the defaults, so that equal runs are one cell. `value` realises a
+    hyperparameter by its name. ValueError where the warm-up does not fit."""
+    kind = recipe["schedule"]
+    cooldown_fraction = value("cooldown_fraction") if kind == "wsd" else float(_DEFAULTS.cooldown_fraction)
+    stable = _stable_share(kind, cooldown_fraction) * tokens
+    schedule = Schedule(
+        name=kind,
+        warmup_tokens=int(value("warmup_tokens", _default_warmup(N, tokens, stable))),
+        final_fraction=value("final_fraction") if kind != "constant" else float(_DEFAULTS.final_fraction),
+        cooldown_fraction=cooldown_fraction,
+        cooldown_shape=recipe["cooldown_shape"] if kind == "wsd" else _DEFAULTS.cooldown_shape,
+    )
+    if stable and schedule.warmup_tokens > stable:
+        raise ValueError(
+            f"{who}: a warm-up of {schedule.warmup_tokens:,} tokens does not fit into the {stable:,.0f} that a run of "
+            f"{tokens:,} has before its cooldown: a branch cannot leave its trunk before the warm-up ends. Lower "
+            "warmup_tokens or cooldown_fraction, or train longer."
+        )
+    return schedule
+
+
+def _lengths(shape: accounting.Shape, counts: Mapping[str, int], tokens: float) -> dict[str, float]:
+    """N, C and D, also as published rules count them."""
     return {
+        "N": counts["N"],
+        "D": tokens,
+        "C": tokens * counts["flops_per_token"],
         "N_nonembedding": counts["N_nonembedding"],
         "C_nonembedding": tokens * _body_flops(shape),
         "tokens_per_parameter": tokens / counts["N"],
