@@ -8,7 +8,6 @@ not, at equal numerics: `snapshot` holds everything that the next step depends o
 
 import math
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,20 +22,20 @@ import torch
 from sweeps.accounting import flops_per_token, small_part
 from sweeps.batches import Batches
 from sweeps.cell import Cell
-from sweeps.compiling import maybe_compile
 from sweeps.corpora import Corpus
-from sweeps.devices import peak_flops, probe_micro_batch
+from sweeps.devices import peak_flops
+from sweeps.divergence import Progress
 from sweeps.errors import InputError
 from sweeps.evaluation import Evaluation, evaluate, spread_windows
 from sweeps.families import find_family
-from sweeps.losses import Loss, MeanLoss
+from sweeps.losses import Loss
 from sweeps.models import make_model, tensor_factors
 from sweeps.ranks import Ranks
 from sweeps.replicas import Replicated
 from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
-from sweeps.tracing import traced
+from sweeps.suited import suited_loss
 from sweeps.trainer import Outcome, TrainerIO
 
 if TYPE_CHECKING:
@@ -44,46 +43,9 @@ if TYPE_CHECKING:
 
 TRAIN_ROWS = 50
 """Rows of training metrics a run, besides those at the evaluations."""
-COMPILE_FLOPS = {"cpu": 3e12, "cuda": 3e14}
-"""Training FLOPs below which no device needs so long for a cell that compiling could pay."""
-DIVERGED_NATS = 1.0
-"""A mean training loss so far above the loss at start is high."""
-DIVERGED_NORM = 1000.0
-"""A gradient norm of so many times the median of the rows before is high."""
-DIVERGED_ROWS = 3
-"""Rows in a row that are high: the run has diverged."""
-
 
 Ending = Outcome | Exception
 """How a member of a program ended: an outcome, or what its io raised."""
-
-
-@dataclass
-class Progress:
-    """How far a run is, in plain values: what a checkpoint keeps besides tensors."""
-
-    start: float
-    """Validation loss before the first step, over the subset."""
-    step: int = 0
-    high: int = 0
-    """Rows in a row whose loss or gradient was high."""
-    norms: list[float] = field(default_factory=list)
-    row: dict[str, float] = field(default_factory=dict)
-    """The metrics of the last row."""
-
-    def judge(self, loss: float, norm: float, tokens: int) -> str | None:
-        """Take a row in; say why the run has diverged, if it has."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            return f"training {what} not finite after {tokens:,} tokens (start: {self.start:.4g})"
-        blown = len(self.norms) >= 10 and norm > DIVERGED_NORM * statistics.median(self.norms)
-        self.high = self.high + 1 if loss > self.start + DIVERGED_NATS or blown else 0
-        self.norms.append(norm)
-        if self.high < DIVERGED_ROWS:
-            return None
-        if blown:
-            return f"gradient norm {norm:.4g} after {tokens:,} tokens, {DIVERGED_NORM:g} times what it was"
-        return f"training loss {loss:.4g} nats after {tokens:,} tokens (start: {self.start:.4g})"
 
 
 def train(cell: Cell, io: TrainerIO) -> Outcome:
@@ -133,7 +95,7 @@ def train_together(
 
             program = sharding.Sharded(ranks, models[0], recipes[0], factors, device)
         else:
-            loss = _suited_loss(cell, ios[0], models[0], amplify, device, ranks)
+            loss = suited_loss(cell, ios[0], models[0], amplify, device, ranks)
             solo = models[0], recipes[0], loss, factors
             program = Replicated(ranks, *solo) if ranks else Solo(*solo)
         micro_batch = ios[0].numerics.micro_batch
@@ -176,43 +138,6 @@ def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> N
     for member in members:
         if member.end is None:
             runner.attempt(member, runner.finish)
-
-
-def _suited_loss(
-    cell: Cell,
-    io: TrainerIO,
-    model: torch.nn.Module,
-    amplify: AbstractContextManager[Any],
-    device: torch.device,
-    ranks: Ranks | None,
-) -> Loss:
-    """The loss of a model as a function of tokens, compiled where that pays, else as a graph where it has one. The
-    first attempt of a cell finds out what its device bears and keeps it in the numerics; later ones follow it. Ranks
-    do what all of them bear."""
-    eager, numerics = MeanLoss(model), io.numerics
-    shape = (numerics.micro_batch, cell.shape.context + 1)
-    if io.numerics_kept:
-        if not numerics.compile:
-            return traced(model, cell, device, numerics.micro_batch) or eager
-        return maybe_compile(model, torch.zeros(shape, dtype=torch.int64, device=device), 0, amplify, chosen=True)[0]
-
-    def amplified(tokens: torch.Tensor) -> torch.Tensor:
-        with amplify:
-            return eager(tokens)
-
-    workers = ranks.count if ranks else 1
-    micro_batch = probe_micro_batch(amplified, model, cell, numerics.micro_batch, workers)
-    if ranks:
-        micro_batch = -ranks.most(-micro_batch)[0]
-    found: tuple[Loss, bool] = eager, False
-    if cell.tokens * flops_per_token(cell.shape) >= COMPILE_FLOPS[device.type]:
-        tokens = torch.zeros((micro_batch, cell.shape.context + 1), dtype=torch.int64, device=device)
-        found = maybe_compile(model, tokens, cell.steps * -(-cell.sequences // (micro_batch * workers)), amplify)
-        if ranks and ranks.most(not found[1])[0]:
-            found = eager, False
-    if (micro_batch, found[1]) != (numerics.micro_batch, numerics.compile):
-        io.choose(micro_batch=micro_batch, compile=found[1])
-    return found[0] if found[1] else traced(model, cell, device, micro_batch) or eager
 
 
 @dataclass
