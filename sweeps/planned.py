@@ -10,13 +10,14 @@ from sweeps.cell import Cell, Optimizer, Schedule, numerics_version
 from sweeps.corpora import CorpusInfo
 from sweeps.families import Family
 from sweeps.fitted import Fit, FittedRule, fitted_law
+from sweeps.gridkinds import ShapesGrid
 from sweeps.parametrisation import STANDARD, Parametrisation, check_parametrisation
 from sweeps.points import GridPoint, cached_shape
 from sweeps.published import PublishedRule, published_law
 from sweeps.recipe import Training, check_hyperparameter, flat_recipe
 from sweeps.rules import PowerLaw, PowerRule, Ruled, evaluate
 from sweeps.sizes import head_dim_at
-from sweeps.study import ShapesGrid, Study
+from sweeps.study import Study
 
 MAX_TOKENS = 1e16
 SMALL_BATCH_SEQUENCES = 128

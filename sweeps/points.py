@@ -10,8 +10,9 @@ from typing import Any
 from sweeps import accounting
 from sweeps.errors import InputError
 from sweeps.families import Family
+from sweeps.gridkinds import IsoflopGrid, LadderGrid, ShapesGrid, listed
 from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for, shape_of
-from sweeps.study import IsoflopGrid, LadderGrid, ShapesGrid, Study, listed
+from sweeps.study import Study
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ValidationError
 
 from sweeps.errors import InputError, nearest, plain_fault
 from sweeps.fitted import FittedRule
+from sweeps.gridkinds import LogRange
 from sweeps.published import PublishedRule
 from sweeps.recipe import NamedSchedule
 from sweeps.rules import PowerRule
-from sweeps.study import Factors, LogRange, LogVary, Study
+from sweeps.study import Factors, LogVary, Study
 
 MAX_FILE_BYTES = 1_000_000
 MAX_BITS = 4096

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.errors import InputError
-from sweeps.study import IsoflopGrid, LogRange, listed
+from sweeps.gridkinds import IsoflopGrid, LogRange, listed
 from sweeps.studyfile import SHIPPED, find_study_file, load_study
 
 GOOD = """
