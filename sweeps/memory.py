@@ -72,12 +72,12 @@ def layer_bytes_per_token(shape: Shape, precision: str, stack: int = 1) -> int:
     attention = short * (query + 2 * key_value + 2 * query) + 4 * s.heads
     if s.qk_norm:
         attention += (4 + short) * (query + key_value)
-    if stack > 1:  # the fused kernels have no rule for stacks: scores, softmax and their gradient
-        attention += 3 * short * s.heads * s.context
     # 3. The MLP: before and after the activation; with a gate, its product with up as well.
     mlp = short * s.mlp_width * (4 if s.mlp_matrices == 3 else 2)
     if s.experts:  # each token's experts, their inputs and weighted outputs, and the router's weights
         mlp = s.experts_per_token * (mlp + 4 * 4 * s.width) + 8 * s.experts
+        if stack > 1:  # and a copy of their matrices: what `vmap` takes of the library (sweeps/attention.py)
+            mlp += short * s.experts_per_token * s.mlp_matrices * s.width * s.mlp_width
     # 4. Under autocast every matrix keeps a bfloat16 copy of its own of what goes in.
     casts = 2 * s.width * (s.mlp_matrices + 2) if short == 2 else 0
     return norms + attention + mlp + casts

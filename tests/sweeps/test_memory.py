@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +26,11 @@ import ctypes, gc, json, sys, torch
 from sweeps.cell import Optimizer
 from sweeps.families import FAMILIES, build_model, resolve_options
 from sweeps.sizes import shape_for
-from sweeps.stacking import Solo, precision as amplified
+from sweeps.stacking import Solo, Stack, precision as amplified
 
 torch.set_num_threads(1)
-family, precision, sequences, context, vocabulary = FAMILIES[sys.argv[1]], sys.argv[2], *map(int, sys.argv[3:6])
+family, precision = FAMILIES[sys.argv[1]], sys.argv[2]
+members, sequences, context, vocabulary = map(int, sys.argv[3:7])
 recipe = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
 
 def resident(name):
@@ -36,16 +39,16 @@ def resident(name):
 def steps(size, sequences):
     options = resolve_options(family)
     shape = shape_for(family, size, vocab_size=vocabulary, context=context, options=options)
-    model = build_model(family, shape, init_std=0.02, seed=0, options=options)
-    program = Solo(model, recipe)
+    models = [build_model(family, shape, init_std=0.02, seed=0, options=options) for _ in range(members)]
+    program = Solo(models[0], recipe) if members == 1 else Stack(models, [recipe] * members)
     for _ in range(2):
-        batch = torch.randint(vocabulary, (1, sequences, context + 1))
+        batch = torch.randint(vocabulary, (members, sequences, context + 1))
         program.backward(batch, sequences, amplified(precision, torch.device("cpu")))
-        program.table.step([0])
+        program.table.step(range(members))
 
 steps(60_000, 1)
 found = []
-for size in map(float, sys.argv[6:]):
+for size in map(float, sys.argv[7:]):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     open("/proc/self/clear_refs", "w").write("5")  # the peak starts here
@@ -61,11 +64,9 @@ def shape_of(family: str, size: float, context: int = CONTEXT, vocabulary: int =
     return shape_for(FAMILIES[family], size, vocab_size=vocabulary, context=context, options=options)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="measures as Linux and glibc allow")
-@pytest.mark.parametrize(("family", "precision"), [("gpt2", "float32"), ("llama", "float32"), ("qwen3", "bfloat16")])
-def test_the_model_is_within_a_factor_of_what_a_step_really_takes(family: str, precision: str) -> None:
-    arguments = [family, precision, *map(str, (SEQUENCES, CONTEXT, VOCABULARY, *SIZES))]
+def measured(family: str, precision: str, members: int, sequences: int, context: int, sizes: Sequence[float]) -> Any:
+    """Bytes that a step takes at its peak, by size, in a process of its own."""
+    arguments = [family, precision, *map(str, (members, sequences, context, VOCABULARY, *sizes))]
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -73,10 +74,31 @@ def test_the_model_is_within_a_factor_of_what_a_step_really_takes(family: str, p
         capture_output=True,
         text=True,
     )
-    measured = json.loads(process.stdout)
+    return json.loads(process.stdout)
+
+
+measures = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="measures as Linux and glibc allow")
+
+
+@pytest.mark.slow
+@measures
+@pytest.mark.parametrize(("family", "precision"), [("gpt2", "float32"), ("llama", "float32"), ("qwen3", "bfloat16")])
+def test_the_model_is_within_a_factor_of_what_a_step_really_takes(family: str, precision: str) -> None:
+    found = measured(family, precision, 1, SEQUENCES, CONTEXT, SIZES)
     expected = [step_bytes(shape_of(family, size), SEQUENCES, precision).total for size in SIZES]
-    ratios = [model / real for model, real in zip(expected, measured, strict=True)]
-    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios), (ratios, measured)
+    ratios = [model / real for model, real in zip(expected, found, strict=True)]
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios), (ratios, found)
+
+
+@pytest.mark.slow
+@measures
+@pytest.mark.parametrize(("family", "sizes"), [("llama", (20_000, 80_000, 200_000)), ("mixtral", (60_000, 30_000))])
+def test_so_it_is_for_a_stack_whose_tokens_get_copies_of_their_experts(family: str, sizes: tuple[float, ...]) -> None:
+    members, sequences, context = 4, 4, 128
+    found = measured(family, "float32", members, sequences, context, sizes)
+    expected = [step_bytes(shape_of(family, size, context), sequences, "float32", stack=members) for size in sizes]
+    ratios = [model.total / real for model, real in zip(expected, found, strict=True)]
+    assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios), (ratios, found)
 
 
 def test_the_whole_batch_where_it_fits_and_else_the_most_in_equal_parts() -> None:
