@@ -22,6 +22,8 @@ from sweeps.store import Store, read_cell
 from sweeps.tracing import traced
 
 WARM_TURNS, PROBE_TURNS = 2, 7
+PROBE_SECONDS = 10.0
+"""A probe that has taken so long judges by the turns that it has made."""
 
 
 def pays(store: Store, cell_ids: Sequence[str], base_dir: Path | None = None) -> bool:
@@ -29,8 +31,8 @@ def pays(store: Store, cell_ids: Sequence[str], base_dir: Path | None = None) ->
 
     A family of the user's own is looked up from `base_dir`; None allows no such code.
 
-    A probe takes a second or so for models that small. What cannot be stacked at all (a model of the user's own that
-    `vmap` does not take) does not pay.
+    A probe takes a second or so for models that small, and at most a turn longer than `PROBE_SECONDS`. What cannot be
+    stacked at all (a model of the user's own that `vmap` does not take) does not pay.
     """
     cells = [cell_from_identity(read_cell(store, cell_id)["identity"]) for cell_id in cell_ids]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +51,7 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
     median over turns of both."""
     cell = cells[0]
     family = find_family(cell.family, allow_code=base_dir is not None, base_dir=base_dir or Path())
-    choose_numerics(cell, stack=len(cells))  # raises where their memory does not suffice
+    micro_batch = choose_numerics(cell, stack=len(cells)).micro_batch  # raises where their memory does not suffice
     amplify = precision(cell.precision, device)
 
     models = [make_model(family, one).to(device).train() for one in (cell, *cells)]
@@ -62,9 +64,13 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
 
     def seconds(program: Solo | Stack, part: torch.Tensor) -> float:
         began = time.perf_counter()
-        program.backward(part, cell.sequences, amplify)
+        program.backward(part, micro_batch if program is stack else cell.sequences, amplify)
         float(program.table.step(range(len(part)))[0])  # the device is waited for
         return time.perf_counter() - began
 
-    turns = [(seconds(solo, batch[:1]), seconds(stack, batch)) for _ in range(WARM_TURNS + PROBE_TURNS)]
-    return statistics.median(len(cells) * alone / together for alone, together in turns[WARM_TURNS:])
+    turns: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while len(turns) < WARM_TURNS + PROBE_TURNS and (not turns or time.perf_counter() - start < PROBE_SECONDS):
+        turns.append((seconds(solo, batch[:1]), seconds(stack, batch)))
+    counted = turns[WARM_TURNS:] or turns[-1:]
+    return statistics.median(len(cells) * alone / together for alone, together in counted)

@@ -7,14 +7,17 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from small import Killed, MemoryIO, make_cell, put
 
+from sweeps import probing
 from sweeps.attempt import run_attempts
 from sweeps.cell import Cell, Optimizer
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
+from sweeps.devices import choose_numerics
 from sweeps.errors import InputError
 from sweeps.families import FAMILIES, build_model, resolve_options
 from sweeps.sizes import shape_for
@@ -256,3 +259,20 @@ def test_a_probe_is_kept_for_its_shape_batch_number_and_device(store: Store, cor
     assert known_gain(store, cell, 8, "cpu") is None
     assert known_gain(store, cell, 4, "cuda") is None
     assert known_gain(store, replace(cell, batch_tokens=1024), 4, "cpu") is None
+
+
+def test_a_probe_cuts_its_batch_as_the_stack_would_and_does_not_go_on_for_long(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, taken, backward = differing(corpus, 3), [], Stack.backward
+
+    def noted(stack: Stack, batches: torch.Tensor, micro_batch: int, amplify: Any) -> torch.Tensor:
+        taken.append(micro_batch)
+        return backward(stack, batches, micro_batch, amplify)
+
+    monkeypatch.setattr(Stack, "backward", noted)
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 0.0)
+    numerics = replace(choose_numerics(cells[0], stack=3), micro_batch=4)
+    monkeypatch.setattr(probing, "choose_numerics", lambda cell, stack: numerics)
+    assert probing.probe(cells, torch.device("cpu")) > 0
+    assert taken == [4], "one turn, although none is warm: a stack so slow does not pay"
