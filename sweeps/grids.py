@@ -17,13 +17,13 @@ from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.families import Family, find_family, resolve_options
 from sweeps.fitted import Fit
-from sweeps.lineage import Branch, plan_branches, what_prevents
+from sweeps.lineage import Branch, apart_by_warmup, plan_branches, what_prevents
 from sweeps.planned import LENGTHS, PlannedCell, plan_cell
 from sweeps.points import GridPoint, grid_points
 from sweeps.recipe import ScheduleFields, schedule_fields
 from sweeps.rules import PowerLaw, PowerRule, law_warnings
 from sweeps.stacks import check_stack, stack_key
-from sweeps.study import Factors, LogVary, Study
+from sweeps.study import Factors, LogVary, PointsGrid, Study
 from sweeps.usercode import trainer_identity
 
 MAX_CELLS = 100_000
@@ -213,6 +213,13 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Ite
     yield from law_warnings(one.ruled for one in cells if one.ruled.laws)
     if prevented := what_prevents(one.cell for one in cells):
         yield _unshared(study, cells[0].ruled.laws, prevented)
+    elif _default_warmups(study) and (apart := apart_by_warmup(one.cell for one in cells)):
+        yield (
+            f"{len(apart)} of {len(cells)} cells share no trunk with the longer ones of their model: their warm-up is "
+            "10% of D, since N tokens, as these have, do not fit into half of what comes before their cooldown. Give "
+            f"warmup_tokens as a number, such as {min(one.schedule.warmup_tokens for one in apart):,}, and all lengths "
+            "of a model train their common past once."
+        )
     what = f"{len(cells)} cells" if study.search is None else f"{len(cells)} cells at the ends of the searched space"
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
@@ -248,6 +255,13 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Ite
             f"{len(repeated)} of {what} see the corpus more than once (most: {max(repeated):.2f} epochs); "
             "fits of single-epoch laws leave out those above 1.5."
         )
+
+
+def _default_warmups(study: Study) -> bool:
+    """Whether all warm-ups are what follows from N and D."""
+    points = study.grid.points if isinstance(study.grid, PointsGrid) else []
+    given = {name for part in (study.vary, *(point.training for point in points)) for name in part}
+    return study.training.warmup_tokens is None and study.search is None and not {"warmup_tokens", "schedule"} & given
 
 
 def _unshared(study: Study, laws: Mapping[str, PowerLaw], fields: tuple[str, ...]) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sweeps.cell import Cell, cell_from_identity, differences
@@ -82,6 +82,21 @@ def what_prevents(cells: Iterable[Cell]) -> tuple[str, ...]:
             names = [{name for name, _, _ in differences(past, _past(one))} for one in members if one.tokens == most]
             found |= min(names, key=len)
     return tuple(sorted(found))
+
+
+def apart_by_warmup(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that would branch off a longer one if they had its warm-up, and do not since theirs is another."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        alike = replace(cell, schedule=replace(cell.schedule, warmup_tokens=0)) if stable_steps(cell) else cell
+        if (key := lineage(alike)) is not None:
+            groups.setdefault(key, []).append(cell)
+    found = []
+    for members in groups.values():
+        longest = max(members, key=lambda one: one.tokens)
+        shorter = [one for one in members if one.tokens < longest.tokens]
+        found += [one for one in shorter if one.schedule.warmup_tokens != longest.schedule.warmup_tokens]
+    return found
 
 
 # --- on record ---------------------------------------------------------------------------------------------------

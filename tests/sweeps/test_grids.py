@@ -511,6 +511,18 @@ def test_what_keeps_lengths_from_sharing_a_trunk_is_named_with_its_remedy() -> N
     assert "learning_rate follows C, warmup_tokens differs between their lengths. Let them be numbers" in told
 
 
+def test_a_default_warm_up_that_keeps_the_short_cells_from_the_trunk_is_told() -> None:
+    def told(**training: Any) -> list[str]:
+        lengths = [{"size": 2e4, "tokens": tokens} for tokens in (32_000, 64_000, 128_000)]
+        warnings = planned(points(*lengths, training={"batch_tokens": 640, "schedule": "wsd"} | training)).warnings
+        return [text for text in warnings if "no trunk" in text]
+
+    (text,) = told()
+    assert "1 of 3 cells share no trunk with the longer ones of their model: their warm-up is 10% of D" in text
+    assert "Give warmup_tokens as a number, such as 3,200" in text
+    assert told(warmup_tokens=3200) == []
+
+
 def test_what_a_schedule_does_not_use_makes_no_other_cell() -> None:
     def ids_of(**training: Any) -> set[str]:
         return ids(points(POINT, training={"batch_tokens": 640} | training))
