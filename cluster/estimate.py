@@ -7,14 +7,16 @@ and no total is made of the rest.
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.calibration import Calibration, core_share
 from cluster.hardware import Amount, energy, local_gpus, money
 from cluster.placement import Demand, Node
 from cluster.scheduling import Job
 from cluster.simulation import Edge, simulate
+from sweeps.cell import Cell
 from sweeps.grids import Plan
+from sweeps.stacks import stack_key, stack_size
 from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
 
 BUSY = 0.9
@@ -90,6 +92,11 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
             f"other work had the cores while this was calibrated (its workers had {share:.0%} of them): times on a "
             f"quiet machine are shorter, down to {share:.2f} times these"
         )
+    if stacked := _stackable(plan, calibration, missing, count):
+        notes.append(
+            f"{stacked} of the cells may train as stacks, which takes less time than is told here: that of cells one "
+            "by one"
+        )
     todo = [one.cell.id for one in plan.cells if one.cell.id in missing]
     known = [(cell_id, value) for cell_id in todo if (value := seconds[cell_id]) is not None]
     total = sum(value for _, value in known) if len(known) == len(todo) else None
@@ -112,6 +119,20 @@ def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], wor
         dollars=paid,
         notes=tuple(dict.fromkeys([*notes, used.note, paid.note])),
     )
+
+
+def _stackable(plan: Plan, calibration: Calibration, missing: Collection[str], workers: int) -> int:
+    """How many of the cells that are still to do are alike enough, and small enough, for stacks."""
+    stacking = plan.study.stack
+    if stacking == "off":
+        return 0
+    device: Literal["cpu", "cuda"] = "cpu" if core_share(calibration) is not None else "cuda"
+    alike: dict[str | None, list[Cell]] = {}
+    for one in plan.cells:
+        if one.cell.id in missing:
+            alike.setdefault(stack_key(one.cell), []).append(one.cell)
+    sizes = [len(cells) for cells in alike.values() if stack_size(len(cells), workers, stacking, device, cells[0]) > 1]
+    return sum(sizes)
 
 
 def edges(plan: Plan, calibration: Calibration) -> dict[str, Edge]:

@@ -211,6 +211,15 @@ def test_what_was_not_timed_has_no_seconds_and_no_total(known: Calibration, tmp_
     assert finished.makespan_seconds is not None, "what is done already needs no prediction"
 
 
+def test_cells_that_may_train_as_stacks_are_told_to_take_less_time(known: Calibration, tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    for text, said in (("", []), ("vary: {learning_rate: [0.01, 0.02, 0.03, 0.04]}", ["24 of the cells"])):
+        for stack, expected in (("auto", said), ("off", [])):
+            plan = plan_of(f"{LADDER}{text}\nstack: {stack}\n", store)
+            told = estimate(plan, known, {one.cell.id for one in plan.cells}, workers=2)
+            assert [note[:15] for note in told.notes if "may train as stacks" in note] == expected
+
+
 def test_far_beyond_what_was_timed_a_plan_says_that_it_extrapolates(known: Calibration, tmp_path: Path) -> None:
     text = TINY.replace("budgets: [4e8, 8e8]", "budgets: [4e9]").replace("N: 14142", "N: 250000")
     plan = plan_of(text.replace("tokens: 200000", "tokens: 2000000"), open_store(tmp_path / "store"))
