@@ -301,22 +301,31 @@ def test_the_slurm_script_gives_as_long_as_slurm_does() -> None:
     assert re.search(r"^#SBATCH --mem=0$", script, re.MULTILINE), "--exclusive gives no memory"
 
 
-def test_a_job_that_is_signalled_before_its_run_begins_is_requeued_and_begins_none(tmp_path: Path) -> None:
-    """Slurm's programs are played: the first step, which makes a folder, is what the signal comes during."""
-    played = {
-        "escala": "",
-        "ray": "",
-        "squeue": "echo 1-00:00:00",
-        "srun": "kill -TERM $PPID",
-        "scontrol": "[ $1 = requeue ] || echo here",
-    }
-    for name, does in played.items():
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/calls\n{does}\n')
-        (tmp_path / name).chmod(0o755)
-    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7-played", "SLURM_JOB_NODELIST": "here"}
-    command = ["bash", str(DEPLOY / "slurm" / "escala.sbatch"), "study.yaml", str(tmp_path / "store")]
+def played_slurm(folder: Path, *options: str, **does: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """The Slurm script with Slurm's programs played by these lines of shell: its end, and how they were called."""
+    played = {"escala": "", "ray": "", "squeue": "", "srun": "", "scontrol": "[ $1 = requeue ] || echo here", **does}
+    for name, words in played.items():
+        (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {folder}/calls\n{words}\n')
+        (folder / name).chmod(0o755)
+    settings = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7-played", "SLURM_JOB_NODELIST": "here"}
+    command = ["bash", str(DEPLOY / "slurm" / "escala.sbatch"), "study.yaml", str(folder / "store"), *options]
     ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
-    calls = (tmp_path / "calls").read_text()
+    return ended, (folder / "calls").read_text()
+
+
+@pytest.mark.parametrize("typed", [("--checkpoint-seconds", "7200"), ("--checkpoint-seconds=7200.5", "--workers=2")])
+def test_a_checkpoint_interval_that_was_typed_is_what_the_time_limit_is_held_against(
+    tmp_path: Path, typed: tuple[str, ...]
+) -> None:
+    ended, calls = played_slurm(tmp_path, *typed, squeue="echo 1:00:00")
+    assert ended.returncode == 2
+    assert "the time limit of 1:00:00 is shorter than a checkpoint interval (7200" in ended.stderr
+    assert "srun" not in calls
+
+
+def test_a_job_that_is_signalled_before_its_run_begins_is_requeued_and_begins_none(tmp_path: Path) -> None:
+    """The first step, which makes a folder, is what the signal comes during."""
+    ended, calls = played_slurm(tmp_path, squeue="echo 1-00:00:00", srun="kill -TERM $PPID")
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "scontrol requeue 7-played" in calls
     assert "symmetric-run" not in calls
