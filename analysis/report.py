@@ -116,9 +116,18 @@ def _head(plan: dict[str, Any], runs: pd.DataFrame, findings: Sequence[_Finding]
         parts.append(f"<p class=partial>Provisional: {pending} of {len(runs)} planned cells are still to come.</p>")
     for finding in findings:
         name = f"<b>{escape(finding.family)}.</b> " if len(findings) > 1 else ""
-        told = [] if finding.isoflop is not None else list(answers(finding.hyperparameters))
-        parts += [f"<p class=answer>{name}{text}</p>" for text in told or [_answer(finding)]]
+        parts += [f"<p class=answer>{name}{text}</p>" for text in _answers(finding)]
     return "".join(parts)
+
+
+def _answers(finding: _Finding) -> list[str]:
+    """What is said first of all. Budgets that were swept too answer both questions; where they settle no growth, they
+    may have been no more than runs of nearly equal compute, and the sweep is what was asked for."""
+    told = list(answers(finding.hyperparameters))
+    if finding.isoflop is None:
+        return told or [_answer(finding)]
+    settled = np.isfinite([finding.isoflop.params[f"{v}_exponent"] for v in ("N", "D")]).all()
+    return [_answer(finding), *told] if settled else [*told, _answer(finding)]
 
 
 def _answer(finding: _Finding) -> str:

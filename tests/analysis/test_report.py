@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from sweeps.errors import InputError
 from sweeps.foreign import import_runs
 from sweeps.records import read_json, write_json
 from sweeps.store import open_store
-from tests.analysis.synthetic import BUDGETS, Run, grid, surface
+from tests.analysis.synthetic import BUDGETS, Run, grid, record, surface
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -120,6 +121,18 @@ def test_study_without_budgets_is_answered_by_the_loss_surface(study) -> None:
     assert "The best size at each budget" not in page.text
     assert "foretell" not in page.text
     assert page.pictures == 3
+
+
+@pytest.mark.parametrize("budgets", [BUDGETS[:3], BUDGETS[:1]])
+def test_budgets_at_which_the_rate_was_swept_answer_for_both_what_they_settle_first(study, budgets) -> None:
+    runs = []
+    for run, times in product(grid(budgets), (0.25, 0.5, 1.0, 2.0, 4.0)):
+        N, D = (float(v) for v in (record(run)["counts"]["N"], record(run)["identity"]["tokens"]))
+        loss = float(surface(N, D)["loss"].iloc[0]) * np.exp(0.02 * np.log(times) ** 2)
+        runs.append(replace(run, changes={"learning_rate": 0.01 * times}, loss=loss))
+    head = page_of(study(runs)).text.split("The best size at each budget")[0]
+    growth = head.index("best size grows as C" if len(budgets) > 1 else "do not settle how the best size")
+    assert (growth < head.index("The best learning rate is 0.01")) == (len(budgets) > 1)
 
 
 @pytest.mark.slow
