@@ -352,7 +352,8 @@ def sensitivity(
 ) -> None:
     """How much the learning rate matters: best rate per size and tokens, its plateau, and how it moves with them.
 
-    Where the weight decay was varied, its best timescale too (batch / (rate x decay x D), a fraction of the run).
+    Where the batch was varied, the critical batch too, from which on tokens are wasted; where the weight decay was, its
+    best timescale (batch / (rate x decay x D), a fraction of the run).
     """
     from dataclasses import replace
 
@@ -370,6 +371,10 @@ def sensitivity(
         found = replace(found, verdicts=(*said, *found.verdicts))
         known = {"weight_decay", "batch_tokens"} <= set(runs.columns)
         timescales = analysis.decay_timescales(runs) if known else ()
+        batches = None
+        searched = "search" in runs.columns and runs["search"].notna().any()  # its settings are not crossed
+        if not searched and analysis.sweeps_batches(runs):
+            batches = analysis.critical_batches(runs, _curves(study, store, tracking_uri) if not source else None)
     if home is not None:
         place, name = home
         try:
@@ -377,13 +382,14 @@ def sensitivity(
         except InputError as error:  # a store of someone else's may be read
             say(f"the optimum is not kept: {error}", file=sys.stderr)
     if as_json:
-        decays = {"timescales": [one.to_json() for one in timescales]} if timescales else {}
-        print(json.dumps(found.to_json() | decays | ({"source": source} if source else {})))
+        more = {"timescales": [one.to_json() for one in timescales]} if timescales else {}
+        more |= {"critical_batches": batches.to_json()} if batches else {}
+        print(json.dumps(found.to_json() | more | ({"source": source} if source else {})))
     else:
         from cluster.display import console
         from cluster.sensitivity import sensitivity_tables
 
-        for part in sensitivity_tables(found, source, timescales):
+        for part in sensitivity_tables(found, source, timescales, batches):
             console.print(part)
     if found.refused:
         raise typer.Exit(1)
@@ -558,6 +564,13 @@ def _read_runs(
     name = study_name(study, place)
     runs = analysis.keep_rows(analysis.load_runs(name, place, tracking_uri=tracking_uri), conditions)
     return runs, {}, (place, name) if place is not None and not conditions else None
+
+
+def _curves(study: str, store: Path, tracking_uri: str | None) -> "pd.DataFrame":
+    import analysis
+
+    place = _store_or_none(store)
+    return analysis.load_curves(study_name(study, place), place, tracking_uri=tracking_uri)
 
 
 def _is_table(text: str) -> bool:

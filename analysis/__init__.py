@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from analysis.approaches import approach2_bias, compare_approaches
     from analysis.audits import Audit, audit
     from analysis.backtest import Backtest, judge_targets
-    from analysis.batches import CriticalBatch, CriticalBatches, critical_batches
+    from analysis.batches import CriticalBatch, CriticalBatches, critical_batches, sweeps_batches
     from analysis.compare import compare_recipes
     from analysis.conventions import compare_conventions
     from analysis.envelope import fit_curve_envelope, fit_envelope
@@ -84,6 +84,7 @@ __all__ = [
     "read_table",
     "seed_noise",
     "sensitivity",
+    "sweeps_batches",
     "transfer",
     "tuning_worth",
     "write_optimum",
@@ -133,6 +134,7 @@ _HOME = {
     "read_table": "tables",
     "seed_noise": "uncertainty",
     "sensitivity": "sensitivities",
+    "sweeps_batches": "batches",
     "transfer": "transfers",
     "tuning_worth": "tuning",
     "write_optimum": "sensitivities",

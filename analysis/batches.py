@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 
 from analysis.selection import merged, with_states
-from analysis.uncertainty import SETTINGS, interval, seed_noise
+from analysis.uncertainty import SETTINGS, exclusions, interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
 from sweeps.errors import InputError
 from sweeps.units import human
 
 LEAST_BATCHES = 3
-"""A curve of two parameters, and one batch to contradict it."""
+"""A curve of two parameters, and one batch to contradict it: so many at one size and length are a sweep."""
 SEEN = 2.0
 """B_crit is seen by batches that reach within this factor of it from both sides."""
 BEYOND = 1.2
@@ -73,6 +73,14 @@ class CriticalBatches:
         return clean(
             {"sweeps": [one.to_json() for one in self.sweeps], "growth": self.growth, "verdicts": self.verdicts}
         )
+
+
+def sweeps_batches(runs: pd.DataFrame) -> bool:
+    """Whether the runs, of `load_runs` or `read_table`, are a sweep over batches: at some N and D, to whole batches."""
+    if "batch_tokens" not in runs.columns:
+        return False
+    usable = runs[exclusions(runs).isna()]
+    return bool((usable.groupby([usable["N"], usable["D"].round(-2)])["batch_tokens"].nunique() >= LEAST_BATCHES).any())
 
 
 def critical_batches(

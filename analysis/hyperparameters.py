@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from analysis import audit_page, page, search_page, sweep_page, sweep_plots
 from analysis.audits import Audit
-from analysis.batches import CriticalBatches, critical_batches
+from analysis.batches import CriticalBatches, critical_batches, sweeps_batches
 from analysis.importance import Importance, importances
 from analysis.importance_plots import batch_curves, importance_bars
 from analysis.noise_scale import NoiseScale, noise_scales
@@ -26,9 +26,6 @@ from analysis.verdicts import Estimate, Verdict
 from sweeps.rungs import Correlation
 from sweeps.store import Store
 from sweeps.units import human
-
-BATCHES = 3
-"""Batches of one size and length from which on a study sweeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +69,6 @@ def find_hyperparameters(
     searched = search_page.searched(plan)
     sweep = None if searched else sweep_page.find_sweep(runs)  # settings of a search are not crossed
     own_default = bool(runs["is_default"].eq(True).any())
-    same = [usable["N"], usable["D"].round(-2)]
-    crossed = not searched and len(usable) and bool((usable.groupby(same)["batch_tokens"].nunique() >= BATCHES).any())
     return Hyperparameters(
         runs=runs,
         searched=searched,
@@ -82,7 +77,7 @@ def find_hyperparameters(
         own_default=own_default,
         worth=audit_page.find_worth(runs, sweep) if (sweep or own_default) and len(usable) else None,
         transfers=tuple(transfer(runs)) if sweep is not None and len(kinds) > 1 else (),
-        batches=critical_batches(runs, curves) if crossed else None,
+        batches=critical_batches(runs, curves) if not searched and sweeps_batches(runs) else None,
         noise=noise_scales(runs, curves) if len(usable) else (),
         timescales=decay_timescales(runs),
         importances=importances(runs) if len(usable) else (),

@@ -15,11 +15,11 @@ _NOTHING = (float("nan"), float("nan"))
 
 
 def sensitivity_tables(
-    found: Any, source: Mapping[str, Any] | None = None, timescales: Sequence[Any] = ()
+    found: Any, source: Mapping[str, Any] | None = None, timescales: Sequence[Any] = (), batches: Any = None
 ) -> Iterator[RenderableType]:
     """A `Sensitivity` as tables; source: of a table, {"table", "columns", "where"}, columns by their role.
 
-    timescales: of the weight decay, where that was varied.
+    timescales: of the weight decay, where that was varied. batches: the `CriticalBatches`, where the batch was.
     """
     share = f"{100 * found.level:g}% interval"
     refused = sum(one.refused for one in found.optima)
@@ -80,9 +80,29 @@ def sensitivity_tables(
             table.add_row(name, number(one.best.value), *ends, Text(said, style="red" if one.refused else "dim"))
         yield table
         verdicts += [v for one in timescales for v in one.verdicts]
+    if batches is not None and batches.sweeps:
+        yield ""
+        yield _critical(batches, share)
+        verdicts += [*batches.verdicts, *(v for one in batches.sweeps for v in one.verdicts)]
     if verdicts:
         yield ""
         yield verdict_table(verdicts)
+
+
+def _critical(batches: Any, share: str) -> RenderableType:
+    """Tokens a step from which on a target loss takes twice the fewest tokens, and how they grow with these."""
+    table = plain_table("critical batch", "tokens a step", share, "fewest tokens", "20% beyond linear", "verdict")
+    for one in batches.sweeps:
+        name = f"{one.group['family']} N={human(one.group['N'])} at {number(one.target)} nats".strip()
+        said = next((v.code for v in one.verdicts if v.severity == "refuse"), "")
+        said = said or next((v.code for v in one.verdicts), "")
+        values = (number(e.value) for e in (one.tokens, one.beyond_linear))
+        style = "red" if one.refused else "dim"
+        table.add_row(name, number(one.batch.value), span(one.batch.interval), *values, Text(said, style=style))
+    for family, power in batches.growth.items():
+        if power.value == power.value:
+            table.add_row(f"{family} power of tokens".strip(), number(power.value), span(power.interval))
+    return table
 
 
 def _written(name: str, value: float) -> str:

@@ -1,6 +1,7 @@
 """`escala sensitivity` on tables and studies: what a user types, what is printed, and exit code 2 with one sentence."""
 
 import json
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -71,6 +72,23 @@ def test_decays_that_were_varied_have_a_best_timescale(door, tmp_path) -> None:
     text = " ".join(door(*words).out.split())
     assert "decay's timescale" in text
     assert "Power Lines" in text
+
+
+def test_batches_that_were_varied_have_a_critical_batch(door, tmp_path) -> None:
+    rows = []
+    for batch, D, rate in product(2.0 ** np.arange(12, 21), 1e8 * 2.0 ** np.arange(4), (1e-3, 2e-3, 4e-3)):
+        worth = D / (1 + batch / 65_536)  # tokens of a small batch that do as much
+        loss = (1.7 + 400 * worth**-0.28) * np.exp(0.02 * np.log(rate / 2e-3) ** 2)
+        rows.append({"N": 1e7, "D": D, "lr": rate, "batch_tokens": batch, "loss": loss})
+    pd.DataFrame(rows).to_csv(tmp_path / "batches.csv", index=False)
+    found = json.loads(door("sensitivity", "batches.csv", "--json").out)
+    told = found["critical_batches"]["sweeps"]
+    assert [one["batch"]["value"] for one in told] == pytest.approx([65_536] * len(told), rel=0.1)
+    assert len(told) >= 3
+    text = " ".join(door("sensitivity", "batches.csv").out.split())
+    assert "critical batch" in text
+    assert "N=10M at" in text
+    assert "critical_batches" not in json.loads(door("sensitivity", "fan.csv", "--columns", "lr=eta", "--json").out)
 
 
 def test_sizes_and_tokens_are_written_as_in_other_tables(door, tmp_path) -> None:
