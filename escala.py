@@ -343,6 +343,12 @@ def sensitivity(
     axis: Annotated[
         list[str] | None, typer.Option(help="Seek over learning_rate, batch_tokens. Default: what was crossed.")
     ] = None,
+    importance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How much of the loss's variance each of these explains: COL,COL (fANOVA). Also width, depth."
+        ),
+    ] = None,
     method: Annotated[
         str, typer.Option(help="Of the power laws. quadratic: through the vertices. near-best: as Step Law fitted.")
     ] = "quadratic",
@@ -359,10 +365,12 @@ def sensitivity(
 
     import analysis
     from analysis.expressions import split_definitions
+    from analysis.tables import SHORT
     from cluster.display import patience
     from sweeps.errors import InputError
 
     conditions = split_definitions(where or [], "--where")
+    asked = [name.strip() for text in importance or () for name in text.split(",")]
     runs, source, home = _read_runs(study, columns, conditions, "sensitivity", store, tracking_uri)
     with patience("measuring sensitivity"):
         found = analysis.sensitivity(runs, axes=axis, eps=eps, method=method)  # type: ignore[arg-type]
@@ -375,6 +383,7 @@ def sensitivity(
         searched = "search" in runs.columns and runs["search"].notna().any()  # its settings are not crossed
         if not searched and analysis.sweeps_batches(runs):
             batches = analysis.critical_batches(runs, _curves(study, store, tracking_uri) if not source else None)
+        shares = analysis.importances(runs, [SHORT.get(name, name) for name in asked]) if asked else ()
     if home is not None:
         place, name = home
         try:
@@ -384,14 +393,15 @@ def sensitivity(
     if as_json:
         more = {"timescales": [one.to_json() for one in timescales]} if timescales else {}
         more |= {"critical_batches": batches.to_json()} if batches else {}
+        more |= {"importances": [one.to_json() for one in shares]} if shares else {}
         print(json.dumps(found.to_json() | more | ({"source": source} if source else {})))
     else:
         from cluster.display import console
         from cluster.sensitivity import sensitivity_tables
 
-        for part in sensitivity_tables(found, source, timescales, batches):
+        for part in sensitivity_tables(found, source, timescales, batches, shares):
             console.print(part)
-    if found.refused:
+    if found.refused and all(one.refused for one in shares):
         raise typer.Exit(1)
 
 

@@ -12,7 +12,7 @@ seeds does taken for an effect.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ TRIALS = 4
 LEVELS = 8
 """Numbers of one column beside which a blank is one more level, as on a grid. Of more, as a search draws them, each
 would be a word of its own, for which a forest takes a time that doubles with every second one and learns nothing."""
+ONE_LENGTH = 1.1
+"""Token counts of one N within this factor are one length: batches round them, and shapes of nearly equal N."""
 _GROUP = ("family", "parametrisation", "N", "D", "corpus", "tokenizer", "context", "trainer")
 """What a hyperparameter's importance is asked at."""
 
@@ -80,18 +82,43 @@ def importances(
     runs: pd.DataFrame, parameters: Sequence[str] | None = None, *, loss: str | None = None, **options: Any
 ) -> tuple[Importance, ...]:
     """`importance` in each group of family, N and D (and what else runs are not compared across) whose runs vary two
-    hyperparameters or more, or in each where parameters are given."""
+    hyperparameters or more, or in each where parameters are given. Of parameters that make the size, such as width, the
+    runs of all N are one group, and of all D too where each N has one."""
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
     asked = tuple(parameters or ())
     runs = runs.assign(**{c: merged(runs[c].to_numpy(dtype=float)) for c in ("N", "D") if c in runs.columns})
     keys = [c for c in _GROUP if c in runs.columns and c not in asked and runs[c].notna().any()]
+    keys, said = _across_sizes(runs, keys, asked)
     groups = runs.groupby(keys, dropna=False) if keys else [((), runs)]
     found = []
     for key, rows in groups:
         if asked or (loss in rows.columns and len(_known(_counted(rows, loss)[0], None)[1]) > 1):
             group = {name: value for name, value in zip(keys, key) if name in ("family", "parametrisation", "N", "D")}
-            found.append(importance(rows, parameters, loss=loss, group=group, **options))
+            one = importance(rows, parameters, loss=loss, group=group, **options)
+            found.append(replace(one, verdicts=(*one.verdicts, *said)))
     return tuple(found)
+
+
+def _across_sizes(runs: pd.DataFrame, keys: list[str], asked: Sequence[str]) -> tuple[list[str], list[Verdict]]:
+    """What still divides the runs where a parameter that is asked for makes their size, and what is said of that.
+
+    Such a one is no hyperparameter of training and has one value at most N, where nothing could be said of it: two
+    shapes may come to the same N, and heads do not change it.
+    """
+    if "N" not in keys:
+        return keys, []
+    named = [c for c in asked if c in runs.columns and c not in SETTINGS and runs[c].nunique() > 1]
+    makes = [c for c in named if (runs.groupby("N")[c].nunique() == 1).mean() > 0.5]
+    if not makes:
+        return keys, []
+    spread = runs.groupby("N")["D"].agg(lambda D: D.max() / D.min()) if "D" in keys else pd.Series(np.inf)
+    follows = bool(spread.max() < ONE_LENGTH)
+    message = (
+        f"{'N and D differ' if follows else 'N differs'} between these runs, by {' and '.join(makes)}: their shares "
+        "hold what a larger model gains."
+    )
+    left = [c for c in keys if c != "N" and not (c == "D" and follows)]
+    return left, [Verdict("tied_parameters", "info", "parameter", makes[0], message)]
 
 
 def importance(

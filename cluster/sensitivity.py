@@ -15,11 +15,16 @@ _NOTHING = (float("nan"), float("nan"))
 
 
 def sensitivity_tables(
-    found: Any, source: Mapping[str, Any] | None = None, timescales: Sequence[Any] = (), batches: Any = None
+    found: Any,
+    source: Mapping[str, Any] | None = None,
+    timescales: Sequence[Any] = (),
+    batches: Any = None,
+    importances: Sequence[Any] = (),
 ) -> Iterator[RenderableType]:
     """A `Sensitivity` as tables; source: of a table, {"table", "columns", "where"}, columns by their role.
 
     timescales: of the weight decay, where that was varied. batches: the `CriticalBatches`, where the batch was.
+    importances: where they were asked for.
     """
     share = f"{100 * found.level:g}% interval"
     refused = sum(one.refused for one in found.optima)
@@ -84,6 +89,10 @@ def sensitivity_tables(
         yield ""
         yield _critical(batches, share)
         verdicts += [*batches.verdicts, *(v for one in batches.sweeps for v in one.verdicts)]
+    if importances:
+        yield ""
+        yield _shares(importances, share)
+        verdicts += [v for one in importances for v in one.verdicts]
     if verdicts:
         yield ""
         yield verdict_table(verdicts)
@@ -102,6 +111,26 @@ def _critical(batches: Any, share: str) -> RenderableType:
     for family, power in batches.growth.items():
         if power.value == power.value:
             table.add_row(f"{family} power of tokens".strip(), number(power.value), span(power.interval))
+    return table
+
+
+def _shares(importances: Sequence[Any], share: str) -> RenderableType:
+    """What each parameter explains of the loss's variance, by evaluator; interactions of a hundredth and more."""
+    table = plain_table("importance", "for", "share", share, "by")
+    table.columns[-1].no_wrap = False
+    for one in importances:
+        name = " ".join(f"{k}={_written(k, v)}" if isinstance(v, float) else str(v) for k, v in one.group.items())
+        if one.refused:
+            table.add_row(name or "all runs", Text("refused", style="red"))
+            continue
+        rows = [row for row in one.table().to_dict("records") if " x " not in row["effect"] or row["share"] >= 0.01]
+        for order, row in enumerate(rows):
+            ends = (
+                f"{row['share']:.1%}",
+                f"{row['low']:.1%} .. {row['high']:.1%}" if row["low"] == row["low"] else "-",
+            )
+            by = f"{row['evaluator']}, {row['region']}"
+            table.add_row("" if order else name or "all runs", row["effect"], *ends, Text(by, style="dim"))
     return table
 
 

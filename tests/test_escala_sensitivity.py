@@ -91,6 +91,27 @@ def test_batches_that_were_varied_have_a_critical_batch(door, tmp_path) -> None:
     assert "critical_batches" not in json.loads(door("sensitivity", "fan.csv", "--columns", "lr=eta", "--json").out)
 
 
+def test_what_explains_the_loss_is_told_where_it_is_asked_for(door, tmp_path) -> None:
+    rows = [
+        {"d": d, "warmup": u, "N": 12.0 * d**2, "D": 240.0 * d**2, "lr": 0.003, "loss": 4 - d / 500 + 1e-3 * u}
+        for d, u in product((64, 96, 128), (10, 20, 40))
+    ]
+    pd.DataFrame(rows).to_csv(tmp_path / "shapes.csv", index=False)
+    words = ("sensitivity", "shapes.csv", "--columns", "N=N,D=D", "--importance")
+    run = door(*words, "d,warmup")
+    assert run.code == 0, "one rate gives no optimum, which nobody asked for"
+    text = " ".join(run.out.split())
+    for part in ("exact fANOVA, the whole grid", "all runs d 9", "N and D differ between these runs, by d"):
+        assert part in text, part
+    (found,) = json.loads(door(*words, "d, warmup", "--json").out)["importances"]
+    assert found["evaluations"][0]["shares"]["d"]["value"] > 0.9
+    refused = door("sensitivity", "shapes.csv", "--importance", "lr", "--where", "d=64", "--where", "warmup=10")
+    assert refused.code == 1
+    assert "learning_rate has one value" in " ".join(refused.out.split())
+    wrong = door(*words, "d,warm")
+    assert (wrong.code, "no column 'warm'" in wrong.err) == (2, True)
+
+
 def test_sizes_and_tokens_are_written_as_in_other_tables(door, tmp_path) -> None:
     fan(sizes=(10_240.0, 40_960.0, 163_840.0), tokens=(99_840.0,), batch_tokens=65_536.0).to_csv(
         "small.csv", index=False

@@ -287,6 +287,29 @@ def test_every_size_and_length_is_looked_at_by_itself() -> None:
     )
 
 
+def test_what_makes_the_size_is_asked_over_all_sizes_and_training_at_each() -> None:
+    rows = [
+        {
+            "width": w,
+            "depth": d,
+            "warmup": u,
+            "N": 12.0 * d * w**2,
+            "D": 240.0 * d * w**2,
+            "loss": 4 - w / 500 + d * u / 1e3,
+        }
+        for w, d, u in itertools.product((64, 96, 128), (2, 4, 8), (10, 20))
+    ]
+    table = pd.DataFrame(rows)
+    (one,) = importances(table, ["width", "depth", "warmup"])
+    shares = one.evaluations[0].shares
+    assert shares["width"].value > 0.5 > shares["depth"].value > shares["warmup"].value > 0
+    assert "N and D differ between these runs, by width and depth" in one.verdicts[-1].message
+    longer = importances(pd.concat([table, table.assign(D=2 * table["D"])]), ["width", "depth", "warmup"])
+    assert {tuple(each.group) for each in longer} == {("D",)}, "lengths are not compared where sizes share them"
+    ruled = table.assign(learning_rate=1 / table["width"])
+    assert len(importances(ruled, ["learning_rate", "warmup"])) == table["N"].nunique(), "a rate by rule stays tied"
+
+
 # --- published runs ----------------------------------------------------------------------------------------------
 
 
@@ -311,6 +334,9 @@ def test_gadre_warm_up_matters_by_what_it_does_to_wide_models() -> None:
     assert shares["width"].interval[0] > shares["warmup"].interval[1]
     assert pairs["width x warmup"].value > 2 * shares["warmup"].value
     assert shares["heads"].interval[0] == 0.0, "not told from none"
+    sized = part.assign(N=12 * part["depth"] * part["width"] ** 2 + 100_864 * part["width"], D=part["tokens"])
+    (same,) = importances(sized, ["width", "depth", "heads", "warmup"])
+    assert same.evaluations[0].shares == shares
     warm = {
         width: importance(rows, ["warmup", "depth", "heads"]).evaluations[0].shares["warmup"].value
         for width, rows in part.groupby("width")
