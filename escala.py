@@ -97,7 +97,7 @@ def plan(
     """Dry run: every cell with its size, tokens, FLOPs, state and, after `calibrate`, its time. Trains nothing."""
     from cluster.calibration import find_calibration
     from cluster.estimate import estimate
-    from cluster.ledger import compare, plan_rows, sharing, sharing_words
+    from cluster.ledger import compare, expected_branches, plan_rows, sharing, sharing_words
     from cluster.planning import read_study
     from cluster.summary import ENDED, plan_totals, print_warnings
     from sweeps.summary import planned_summary, summary_lines
@@ -109,7 +109,7 @@ def plan(
     totals, shared = plan_totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
     missing = {row["id"] for row in rows if row["state"] not in ENDED}
-    timed = estimate(planned, found, missing, workers) if found else None
+    timed = estimate(planned, found, missing, workers, expected_branches(place, planned)) if found else None
     if timed is not None:
         rows = [row | {"seconds_predicted": timed.seconds[row["id"]]} for row in rows]
     if as_json:

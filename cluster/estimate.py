@@ -6,7 +6,7 @@ and no total is made of the rest.
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from cluster.calibration import Calibration, core_share
@@ -16,6 +16,7 @@ from cluster.scheduling import Job
 from cluster.simulation import Edge, simulate
 from sweeps.cell import Cell
 from sweeps.grids import Plan
+from sweeps.lineage import Branch
 from sweeps.stacks import stack_key, stack_size
 from sweeps.timing import cell_seconds, is_far, kind_of_work, seconds_until
 
@@ -78,12 +79,19 @@ def predicted_seconds(plan: Plan, calibration: Calibration | None) -> dict[str, 
     return {cell_id: round(value, 3) for cell_id, value in seconds.items() if value is not None}
 
 
-def estimate(plan: Plan, calibration: Calibration, missing: Collection[str], workers: int | None = None) -> Estimate:
+def estimate(
+    plan: Plan,
+    calibration: Calibration,
+    missing: Collection[str],
+    workers: int | None = None,
+    branches: Mapping[str, Branch] | None = None,
+) -> Estimate:
     """What a plan takes on so many workers of a calibrated kind, by default this machine's slots.
 
     `missing` are the ids of the cells that are still to do. A branch waits until its trunk has come so far.
+    `branches`: where cells leave what is trained before them, if not as the plan says (`ledger.expected_branches`).
     """
-    seconds, reasons = cells_seconds(plan, calibration)
+    seconds, reasons = cells_seconds(plan if branches is None else replace(plan, branches=branches), calibration)
     count = min(workers or len(local_gpus()) or os.cpu_count() or 1, max(1, len(missing)))
     notes = [*reasons]
     share = core_share(calibration)

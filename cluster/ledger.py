@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.calibration import find_calibration
@@ -11,13 +11,14 @@ from cluster.estimate import predicted_seconds
 from sweeps.cellrow import cell_row
 from sweeps.faults import fault
 from sweeps.grids import Plan
-from sweeps.lineage import note_lineage
+from sweeps.lineage import Branch, kept_pasts, note_lineage
 from sweeps.planned import PlannedCell
 from sweeps.records import timestamp, write_bytes, write_json
 from sweeps.store import (
     FORMAT,
     CellState,
     Store,
+    attempt_epochs,
     cell_state,
     iterate_cells,
     read_plan,
@@ -66,7 +67,8 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
     (`register_growth`). Of others it is what this machine would take.
     """
     _note_cells(store, plan.cells)
-    seconds = predicted_seconds(plan, find_calibration(store)) | recorded_seconds(store, plan.study.name)
+    known = replace(plan, branches=expected_branches(store, plan))
+    seconds = predicted_seconds(known, find_calibration(store)) | recorded_seconds(store, plan.study.name)
     fault("plan.before_write")
     write_bytes(store.study(plan.study.name) / "study.yaml", text)
     _write_plan(store, plan, seconds)
@@ -126,10 +128,27 @@ def _predicted(seconds: float | None) -> dict[str, float]:
 
 def plan_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:
     """One plain row per planned cell, with its state in this store."""
+    known = replace(plan, branches=expected_branches(store, plan))
     return [
-        _row(_entry(plan, one), {"identity": one.cell.identity, "counts": one.counts}, cell_state(store, one.cell.id))
+        _row(_entry(known, one), {"identity": one.cell.identity, "counts": one.counts}, cell_state(store, one.cell.id))
         for one in plan.cells
     ]
+
+
+def expected_branches(store: Store, plan: Plan) -> dict[str, Branch]:
+    """Where each cell leaves its trunk, by id: as planned, but for cells that are still to begin. These go on from the
+    longest piece of their past that the store has, or that a trunk of the plan is still to train."""
+    expected = dict(plan.branches)
+    fresh = [one.cell for one in plan.cells if not attempt_epochs(store, one.cell.id)]
+    kept = kept_pasts(store, fresh)
+    for cell in fresh:
+        branch = plan.branches.get(cell.id)
+        to_come = branch if branch and not (store.cell(branch.parent) / "result.json").exists() else None
+        both = [one for one in (to_come, kept.get(cell.id)) if one is not None]
+        expected.pop(cell.id, None)
+        if both:
+            expected[cell.id] = max(both, key=lambda one: one.steps)
+    return expected
 
 
 def ledger_rows(store: Store, name: str) -> list[dict[str, Any]]:

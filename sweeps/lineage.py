@@ -22,7 +22,7 @@ from sweeps.cell import Cell, cell_from_identity, differences
 from sweeps.errors import InputError
 from sweeps.records import write_bytes
 from sweeps.schedules import stable_steps
-from sweeps.store import Store, read_cell
+from sweeps.store import Store, attempt_epochs, checkpoint_paths, read_cell
 
 _OWN = ("tokens",)
 _OWN_SCHEDULE = ("name", "final_fraction", "cooldown_fraction", "cooldown_shape")
@@ -113,11 +113,50 @@ def note_lineage(store: Store, cell: Cell) -> None:
 def relatives(store: Store, cell: Cell) -> Iterator[Cell]:
     """The other cells of a cell's lineage that the store knows."""
     key = lineage(cell)
-    folder = store.root / "lineages" / (key or "")
-    for path in sorted(folder.iterdir()) if key and folder.is_dir() else ():
-        if path.name != cell.id and not path.name.startswith("."):
+    for name in _members(store, key) if key else ():
+        if name != cell.id:
             with suppress(InputError):  # nobody planned it any more, and it was taken away
-                yield cell_from_identity(read_cell(store, path.name)["identity"])
+                yield cell_from_identity(read_cell(store, name)["identity"])
+
+
+def _members(store: Store, key: str) -> list[str]:
+    """The ids of the cells of a lineage that the store knows."""
+    folder = store.root / "lineages" / key
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+
+
+def kept_pasts(store: Store, cells: Iterable[Cell]) -> dict[str, Branch]:
+    """Cell id -> the other cell of its lineage that has kept the longest piece of its past, and the steps that it is:
+    what a first attempt goes on from. So say the names of checkpoints, which are verified when they are read."""
+    if not (store.root / "lineages").is_dir():
+        return {}
+    lineages: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if (key := lineage(cell)) is not None:
+            lineages.setdefault(key, []).append(cell)
+    found: dict[str, Branch] = {}
+    for key, members in lineages.items():
+        kept = {name: steps for name in _members(store, key) if (steps := _kept_steps(store, name))}
+        for cell in members:
+            own = stable_steps(cell)
+            pieces = [(max(few), name) for name in kept if (few := [n for n in kept[name] if n <= own])]
+            if others := [piece for piece in pieces if piece[1] != cell.id]:
+                longest, parent = max(others)
+                found[cell.id] = Branch(parent, longest)
+    return found
+
+
+def _kept_steps(store: Store, cell_id: str) -> set[int]:
+    """The steps of a cell's checkpoints that do not depend on its length."""
+    try:
+        folders = [store.checkpoints(cell_id, epoch) for epoch in attempt_epochs(store, cell_id)]
+        tokens = {int(path.name) for folder in folders for path in checkpoint_paths(folder)}
+        if not tokens:
+            return set()
+        cell = cell_from_identity(read_cell(store, cell_id)["identity"])
+    except InputError:  # as in `relatives`; or its name is none of a cell
+        return set()
+    return {count // cell.batch_tokens for count in tokens if count <= stable_steps(cell) * cell.batch_tokens}
 
 
 def branch_points(store: Store, cell: Cell) -> frozenset[int]:

@@ -123,6 +123,24 @@ def test_the_ledger_tells_what_was_planned_until_a_cell_ends_and_then_what_happe
     assert json.loads(escala("status", "shared", "--store", "store", "--json").stdout)["shared"] == told
 
 
+def test_the_plan_of_a_study_that_has_grown_counts_what_the_store_has_kept(escala: Escala) -> None:
+    store = put_on_record(escala, shared(seeds="[0]"))
+    ids = sorted(entries(store), key=lambda one: read_cell(store, one)["identity"]["tokens"])
+    trunk = ids[-1]
+    end(store, trunk)
+    keep(store, trunk, 61_440)  # where its own cooldown begins; those of the branches are gone
+    path = escala.study(grown := shared((*LENGTHS, 163_840), seeds="[0]"))
+    told = json.loads(escala("plan", path, "--store", "store", "--json").stdout)
+    rows = {row["D"]: row for row in told["cells"]}
+    assert (rows[163_840]["trunk"], rows[163_840]["trunk_tokens"]) == (trunk, 61_440)
+    assert rows[163_840]["C_spent"] == rows[163_840]["C"] - 61_440 / 81_920 * rows[81_920]["C"]
+    assert rows[20_480]["trunk"] == rows[163_840]["id"], "what is lost is there again when the longest has come so far"
+    end(put_on_record(escala, grown), rows[163_840]["id"])
+    told = json.loads(escala("plan", path, "--store", "store", "--json").stdout)
+    short = next(row for row in told["cells"] if row["D"] == 20_480)
+    assert (short["trunk"], short["C_spent"]) == (None, short["C"]), "no checkpoint is left, nor is one to come"
+
+
 # --- gc ----------------------------------------------------------------------------------------------------------
 
 
