@@ -65,7 +65,9 @@ def read_study(
     except InputError as error:
         newer = [name for name in fits if name in pinned_fits and _newer(place, fits[name])]
         hint = f"\n  The fit of {' and of '.join(newer)} has changed since this study was planned: --refit takes it."
-        raise InputError(f"{path}: {error}{hint * bool(newer)}") from None
+        long = str(error).startswith("a context of")  # which does not fit the corpus
+        found_at = place_of(path, "context") if long and "context" in declared.model_fields_set else path
+        raise InputError(f"{found_at}: {error}{hint * bool(newer)}") from None
     told = tuple(_changes(place, planned, pinned_fits))
     return place, replace(planned, warnings=told + planned.warnings), path
 

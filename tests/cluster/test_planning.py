@@ -46,6 +46,12 @@ def test_a_corpus_or_a_tokenizer_that_is_not_here_is_named_with_its_line(tmp_pat
     assert said(tmp_path, named).startswith(f"{file}:6: {tmp_path}/tok/tokenizer.json cannot be read as a tokenizer")
 
 
+def test_a_context_longer_than_the_corpus_is_named_with_its_line(tmp_path: Path) -> None:
+    corpus = "corpus: {source: markov, options: {vocab_size: 16, tokens: 20000}}"
+    text = f"{STUDY[: STUDY.index('corpus')]}{corpus}{STUDY[STUDY.index('texts') + 5 :]}context: 100000\n"
+    assert said(tmp_path, text).startswith(f"{tmp_path / 's.yaml'}:7: a context of 100,000 tokens does not fit")
+
+
 def test_what_is_wrong_with_the_store_has_no_line_of_the_study(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for number in range(40):
