@@ -105,7 +105,7 @@ def sections(found: Hyperparameters, study: str) -> str:
     if found.transfers:
         parts.append(_transfer_section(found.transfers))
     if found.sweep is not None:
-        parts.append(sweep_page.section(found.sweep) + sweep_page.rules_note(found.sweep.laws, study))
+        parts.append(sweep_page.section(found.sweep) + sweep_page.rules_note(found.sweep.laws, found.runs, study))
     if found.batches is not None:
         parts.append(_batch_section(found.batches, found.noise))
     if found.timescales:

@@ -187,9 +187,10 @@ def _with_interval(value: Estimate, axis: str) -> str:
     return f"{page.number(value.value, 3)} <span class=range>{page.interval(value.interval)}</span>"
 
 
-def rules_note(laws: Mapping[str, OptimumLaw], study: str) -> str:
-    """How another study takes these optima as its rule."""
+def rules_note(laws: Mapping[str, OptimumLaw], runs: pd.DataFrame, study: str) -> str:
+    """How another study takes these optima as its rule; nothing of imported runs, which none can train on the text of:
+    such runs tell no parametrisation."""
     usable = [law for law in laws.values() if not law.refused]
-    if not usable:
+    if not usable or runs["parametrisation"].isna().any():
         return ""
     return f"<p class=note>A study takes them by <code>learning_rate: {{fitted: {escape(study)}}}</code>.</p>"

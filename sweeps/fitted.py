@@ -43,7 +43,7 @@ class Fit:
 
     study: str
     corpus: str | None
-    """Fingerprint; None where the study's runs are of several."""
+    """Fingerprint; None where the study's runs are of several, or were imported and do not tell theirs."""
     tokenizer: str | None
     context: int | None
     """Tokens a sequence; None where the study had several."""
@@ -107,10 +107,10 @@ def fitted_law(
     """
     of = f"{hyperparameter}: the fit of {fit.study}"
     if fit.corpus != corpus:
+        text = f"corpus {fit.corpus} ({fit.tokenizer})" if fit.corpus else "several corpora, or of none that it names"
         raise InputError(
-            f"{of} is of {f'corpus {fit.corpus} ({fit.tokenizer})' if fit.corpus else 'several corpora'}, and this "
-            f"study trains on {corpus}: the best "
-            f"{hyperparameter} on one text need not be that on another. Let both studies name one corpus and tokenizer."
+            f"{of} is of {text}, and this study trains on {corpus}: the best {hyperparameter} on one text need not be "
+            "that on another. Let both studies name one corpus and tokenizer."
         )
     there = [law for law in fit.laws if law["hyperparameter"] == hyperparameter]
     matching = [law for law in there if (law["family"], law["parametrisation"]) == (family, parametrisation)]

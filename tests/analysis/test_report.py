@@ -15,6 +15,7 @@ from sweeps.errors import InputError
 from sweeps.foreign import import_runs
 from sweeps.records import read_json, write_json
 from sweeps.store import open_store
+from tests.analysis.fans import fan
 from tests.analysis.synthetic import BUDGETS, Run, grid, record, surface
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -193,3 +194,13 @@ def test_of_imported_runs_without_settings_no_table_of_settings_is_shown(tmp_pat
     assert "the best learning rate was measured for none of these runs" in text
     assert "Ratios are to the measured optimum" not in text
     assert "family N D C (FLOPs) tokens per parameter final loss state" in text
+
+
+def test_optima_of_imported_runs_are_not_offered_as_a_rule_for_studies(tmp_path) -> None:
+    store = open_store(tmp_path / "store")
+    fan(seeds=1).assign(C=lambda t: 6 * t["N"] * t["D"]).to_csv(tmp_path / "theirs.csv", index=False)
+    rows, conventions, _ = read_foreign(tmp_path / "theirs.csv")
+    import_runs(store, "demo", rows, conventions, "theirs.csv")
+    text = page_of(store.root).text
+    assert "The best learning rate is" in text
+    assert "{fitted: demo}" not in text

@@ -137,7 +137,9 @@ def test_a_law_may_follow_the_batch() -> None:
 
 
 def test_a_fit_of_several_texts_or_without_a_word_on_parametrisation() -> None:
-    assert "is of several corpora, and this study trains on" in refused(fit(corpus=None, tokenizer=None))
+    assert "is of several corpora, or of none that it names, and this study trains on" in refused(
+        fit(corpus=None, tokenizer=None)
+    )
     assert plan(points(POINT, training=FITTED), fit(LAW | {"parametrisation": None})).cells
 
 
