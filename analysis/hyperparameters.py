@@ -18,6 +18,7 @@ from analysis.batches import CriticalBatches, critical_batches, sweeps_batches
 from analysis.importance import Importance, importances
 from analysis.importance_plots import batch_curves, importance_bars
 from analysis.noise_scale import NoiseScale, noise_scales
+from analysis.optima import Optimum
 from analysis.sensitivities import Sensitivity
 from analysis.timescale import Timescale, decay_timescales
 from analysis.transfers import Transfer, transfer
@@ -38,6 +39,8 @@ class Hyperparameters:
     rungs: tuple[tuple[str, Correlation], ...]
     """What shorter lengths tell of the full one, by search."""
     sweep: Sensitivity | None
+    crossed: tuple[Optimum, ...]
+    """Optima over rate and batch where these were crossed, the refused ones too: their losses make a map."""
     worth: tuple[TuningWorth, str] | None
     own_default: bool
     """Whether the study itself says what is not tuned: the worth of tuning is then what it asks for."""
@@ -74,6 +77,7 @@ def find_hyperparameters(
         searched=searched,
         rungs=search_page.rank_correlations(runs, plan) if searched else (),
         sweep=sweep,
+        crossed=sweep_page.find_crossed(runs, sweep) if sweep is not None else (),
         own_default=own_default,
         worth=audit_page.find_worth(runs, sweep) if (sweep or own_default) and len(usable) else None,
         transfers=tuple(transfer(runs)) if sweep is not None and len(kinds) > 1 else (),
@@ -122,7 +126,7 @@ def pictures(found: Hyperparameters) -> list[Picture]:
     """The pictures, in the order of the sections."""
     every = []
     if found.sweep is not None:
-        every += list(_sweep_pictures(found.sweep))
+        every += list(_sweep_pictures(found.sweep, found.crossed))
     if found.batches is not None and found.batches.sweeps:
         caption = (
             "Tokens to a target loss against the batch. The curve is E_min (1 + B / B_crit) (McCandlish et al. 2018); "
@@ -143,18 +147,18 @@ def pictures(found: Hyperparameters) -> list[Picture]:
     return every
 
 
-def _sweep_pictures(found: Sensitivity) -> Iterator[Picture]:
+def _sweep_pictures(found: Sensitivity, crossed: Sequence[Optimum]) -> Iterator[Picture]:
     yield Picture(
         name="learning-rates",
         figure=sweep_plots.fans(found.optima),
         caption="Final loss against learning rate. Filled points are fitted, diamonds the optima with 95% intervals; "
         "crosses on the upper edge are runs that diverged.",
     )
+    for order, one in enumerate(crossed[: sweep_plots.MOST]):
+        caption = f"{one.name}: loss above the lowest at each learning rate and batch, in percent."
+        caption += "" if not one.refused else " No optimum over both is found inside the grid."
+        yield Picture(name=f"rate-and-batch-{order}", figure=sweep_plots.heat_map(one), caption=caption)
     axes = found.optima[0].axes
-    if "batch_tokens" in axes:
-        for order, one in enumerate(found.optima[: sweep_plots.MOST]):
-            caption = f"{one.name}: loss above the lowest at each learning rate and batch, in percent."
-            yield Picture(name=f"rate-and-batch-{order}", figure=sweep_plots.heat_map(one), caption=caption)
     if sum(not one.refused for one in found.optima) < 2:
         return
     for axis in axes:

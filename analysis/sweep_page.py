@@ -46,6 +46,15 @@ def find_sweep(runs: pd.DataFrame) -> Sensitivity | None:
     return found if rates.refused else replace(rates, verdicts=(*lost, *rates.verdicts))
 
 
+def find_crossed(runs: pd.DataFrame, sweep: Sensitivity) -> tuple[Optimum, ...]:
+    """The groups in which rates and batches were crossed, over both, for their maps: also where `find_sweep` tells the
+    rate at each batch, since no best batch lies inside the grid."""
+    if "batch_tokens" not in sweep.optima[0].axes and not any("batch_tokens" in one.group for one in sweep.optima):
+        return ()
+    both = sweep if "batch_tokens" in sweep.optima[0].axes else sensitivity(runs)
+    return both.optima if "batch_tokens" in both.optima[0].axes else ()
+
+
 def answer(found: Sensitivity) -> str:
     """How much the learning rate matters and how its optimum moves, in two or three sentences."""
     known = [one for one in found.optima if not one.refused]

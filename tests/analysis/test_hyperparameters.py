@@ -54,6 +54,8 @@ def test_where_the_smallest_batch_is_best_the_rate_at_each_batch_is_told(sweeps:
     assert "the loss falls towards the smallest batch tried (128)" in html
     assert "The critical batch" in html
     assert "exact fANOVA" in html
+    assert "loss above the lowest at each learning rate and batch" in html, "a map needs no optimum"
+    assert (sweeps / "studies" / "batch-size" / "pictures" / "rate-and-batch-0.png").exists()
 
 
 def test_a_study_with_a_default_says_first_what_tuning_is_worth(sweeps: Path) -> None:
