@@ -115,7 +115,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
                 *(f"{w.default_loss:.4f}", f"{w.tuned_loss.value:.4f}"),
                 f"{least}{w.percent.value:.2f} {_range(w.percent)}",
                 *(_times(w.compute), size),
-                "" if w.told_apart else "within noise",
+                "" if w.told_apart else "within noise" if w.noise_known else "noise not known",
             ]
         )
     names = " and ".join(axis.replace("_", " ") for axis in found.axes)

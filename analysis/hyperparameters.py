@@ -91,6 +91,13 @@ def find_hyperparameters(
 
 def answers(found: Hyperparameters) -> Iterator[str]:
     """Sentences for the head of the report, the most telling first."""
+    told = list(_answers(found))
+    if not told and found.searched and (words := search_page.best_words(found.runs, found.searched)):
+        told = [words]
+    yield from told
+
+
+def _answers(found: Hyperparameters) -> Iterator[str]:
     if found.transfers:
         yield " ".join(_transfer_words(one) for one in found.transfers)
     if found.worth is not None and found.own_default and (words := audit_page.best_worth(found.worth[0])):

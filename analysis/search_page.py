@@ -35,7 +35,7 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
         own = [trial for trial in losses.index[SHOWN:] if trials["is_default"][trial] is True]
         for trial in [*losses.index[:SHOWN], *own]:
             row = trials.loc[trial]
-            setting = [page.number(row[name], 3) if _is_number(row[name]) else escape(str(row[name])) for name in known]
+            setting = [_written(row[name]) for name in known]
             label = f"{trial:.0f}{' (the recipe)' if row['is_default'] is True else ''}"
             rows.append([human(row["N"]), human(row["D"]), label, *setting, f"{np.exp(losses[trial]):.4f}"])
     if not rows:
@@ -48,6 +48,33 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
     )
     head = ["N", "D", "trial", *(name.replace("_", " ") for name in known), "final loss"]
     return "<h3>The best settings found</h3>" + note + page.table(head, rows)
+
+
+def best_words(runs: pd.DataFrame, names: Sequence[str]) -> str:
+    """The lowest loss of each search and its setting, beside the recipe's own; empty where no trial ended in full.
+
+    It is what remains to be said where neither its gain nor what matters can be told from noise."""
+    parts = []
+    for _, group in _full(runs).groupby("search"):
+        logs = group.assign(y=np.log(group["val_loss_final"].astype(float)))
+        losses = np.exp(logs.groupby("trial")["y"].mean())
+        trials = group.drop_duplicates("trial").set_index("trial")
+        best = trials.loc[losses.idxmin()]
+        setting = ", ".join(f"{n.replace('_', ' ')} {_written(best[n])}" for n in names if n in runs.columns)
+        own = losses[trials["is_default"].eq(True).reindex(losses.index)]
+        beside = f", where the recipe's own has {own.iloc[0]:.4f}" if len(own) else ""
+        place = f"{human(best['N'])} parameters on {human(best['D'])} tokens"
+        parts.append(f"at {place} {losses.min():.4f} nats, with {setting}{beside}")
+    if not parts:
+        return ""
+    return (
+        f"The lowest losses that the trials found: {'; '.join(parts)}. How much of that is the luck of the best of "
+        "many, these runs do not tell."
+    )
+
+
+def _written(value: Any) -> str:
+    return page.number(value, 3) if _is_number(value) else escape(str(value))
 
 
 def rank_correlations(runs: pd.DataFrame, plan: Mapping[str, Any]) -> tuple[tuple[str, Correlation], ...]:

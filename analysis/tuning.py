@@ -84,7 +84,7 @@ def tuning_worth(
     for one in sweeps:
         place = gain_at(one, axes, default, table, spread, resamples, generator)
         places.append(place) if isinstance(place, Place) else lost.append(place)
-    verdicts += _said(places, lost, axes, level)
+    verdicts += _said(places, lost, axes, level, spread.sd > 0)
     if not places:
         return TuningWorth(axes=axes, verdicts=tuple(verdicts), noise=spread.to_json(), level=level)
 
@@ -135,10 +135,17 @@ class Worth:
     def told_apart(self) -> bool:
         return bool(self.gain.interval[0] > 0)
 
+    @property
+    def noise_known(self) -> bool:
+        """Whether there is anything to tell the gain apart from: seeds, or a curve that the runs scatter about."""
+        return bool(np.isfinite(self.gain.interval).any())
+
     def __str__(self) -> str:
         """One sentence: "tuning at 1 M is worth a 1.8x larger model, 1.5 to 2.1"."""
         N, D = (human(float(self.group[v])) for v in ("N", "D"))
         start = f"tuning at {N} parameters on {D} tokens"
+        if not self.noise_known:
+            return f"{start} gains {self.percent.value:.2f}% of the loss, if that is no noise, which nothing tells"
         if not self.told_apart:
             return f"{start} gains nothing that can be told from noise ({self.percent.value:.2f}% of the loss)"
         more = "at least " if self.at_least else ""
@@ -259,7 +266,9 @@ def _estimate(values: np.ndarray, level: float) -> Estimate:
     return Estimate(value=float(values[0]), interval=interval(values[1:], level))
 
 
-def _said(places: Sequence[Place], lost: Iterable[str], axes: Sequence[str], level: float) -> list[Verdict]:
+def _said(
+    places: Sequence[Place], lost: Iterable[str], axes: Sequence[str], level: float, known: bool
+) -> list[Verdict]:
     verdicts = []
     lost = list(lost)
     if lost:
@@ -280,7 +289,7 @@ def _said(places: Sequence[Place], lost: Iterable[str], axes: Sequence[str], lev
         )
         verdicts.append(Verdict("selected_best", "caution", "fit", None, message, {"places": len(chosen)}))
     gains = [interval(p.default_loss[1:] - p.tuned_loss[1:], level)[0] for p in places]
-    silent = sum(not low > 0 for low in gains)
+    silent = sum(not low > 0 for low in gains) if known else 0  # else nothing tells it, which is said
     if silent:
         message = f"at {silent} of {plural(len(places), 'place')} the gain cannot be told from noise."
         verdicts.append(Verdict("not_told_apart", "info", "fit", None, message, {"places": silent}))

@@ -93,6 +93,30 @@ def test_a_search_shows_its_best_trials_and_what_they_gain(tmp_path: Path) -> No
     assert re.search(r"<td>llama</td><td>0.25</td><td>\d</td><td>1</td>", html), "a rung that ranks as the full length"
 
 
+def test_a_search_without_seeds_tells_its_best_settings_and_that_nothing_tells_their_noise(tmp_path: Path) -> None:
+    runs = []
+    for trial, (rate, decay, batch) in enumerate(
+        [(0.003, 0.1, 512), (0.01, 0.2, 256), (0.02, 0.3, 512), (0.03, 0, 768)]
+    ):
+        found = loss(size(24), 163_840, rate, batch=batch) * (1 + 0.1 * (decay - 0.3) ** 2)
+        labels = {"search": "llama", "trial": trial, "rung": 1.0, "default": trial == 0}
+        changes = {"learning_rate": rate, "weight_decay": decay, "batch_tokens": batch}
+        runs.append(Run(width=24, tokens=163_840, loss=found, changes=changes, labels=labels))
+    root = write_study(tmp_path / "store", runs, name="search")
+    path = root / "studies" / "search" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["study"]["search"] = {"space": {key: {} for key in ("learning_rate", "weight_decay", "batch_tokens")}}
+    path.write_text(json.dumps(plan))
+    (text,) = answers(root, "search")
+    lowest = min(run.loss for run in runs if run.loss)
+    assert f"at 20k parameters on 164k tokens {lowest:.4f} nats, with learning rate" in text
+    assert f"where the recipe's own has {runs[0].loss:.4f}" in text
+    html = (root / "studies" / "search" / "report.html").read_text()
+    assert "noise not known" in html
+    assert "within noise" not in html
+    assert "cannot be told from noise" not in html
+
+
 def test_a_study_of_the_decay_shows_its_timescale_beside_the_published_one(tmp_path: Path) -> None:
     runs = []
     for decay in 0.05 * 2.0 ** np.arange(5):
