@@ -352,6 +352,9 @@ def sensitivity(
     method: Annotated[
         str, typer.Option(help="Of the power laws. quadratic: through the vertices. near-best: as Step Law fitted.")
     ] = "quadratic",
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the losses and optima into this file (.png, .pdf, .svg).")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     tracking_uri: TrackingOption = None,
     as_json: JsonOption = False,
@@ -365,10 +368,13 @@ def sensitivity(
 
     import analysis
     from analysis.expressions import split_definitions
+    from analysis.pictures import check_picture, draw_sensitivity
     from analysis.tables import SHORT
     from cluster.display import patience
     from sweeps.errors import InputError
 
+    if plot is not None:
+        check_picture(plot)
     conditions = split_definitions(where or [], "--where")
     asked = [name.strip() for text in importance or () for name in text.split(",")]
     runs, source, home = _read_runs(study, columns, conditions, "sensitivity", store, tracking_uri)
@@ -401,6 +407,10 @@ def sensitivity(
 
         for part in sensitivity_tables(found, source, timescales, batches, shares):
             console.print(part)
+    if plot is not None:
+        told = draw_sensitivity(found, plot)
+        if not as_json:
+            say(told)
     if found.refused and all(one.refused for one in shares):
         raise typer.Exit(1)
 

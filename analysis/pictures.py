@@ -1,9 +1,10 @@
-"""A picture of a fit in a file: the one that shows best whether to believe it."""
+"""A picture of an analysis in a file: the one that shows best whether to believe it."""
 
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.sensitivities import Sensitivity
 from analysis.verdicts import Fit
 from sweeps.errors import InputError
 
@@ -29,4 +30,15 @@ def draw_fit(fit: Fit, runs: pd.DataFrame, path: Path) -> str:
         return "no picture: the fit is refused."
     figure = plots.isoflop_curves(fit) if fit.law == "isoflop" else plots.residuals(fit, runs)
     figure.savefig(path, dpi=200, bbox_inches="tight")
+    return f"picture: {path}"
+
+
+def draw_sensitivity(found: Sensitivity, path: Path) -> str:
+    """Draw the losses against the learning rate, with the optima, into a file; says what was done. Losses without an
+    optimum are drawn as well: they show why."""
+    from analysis import sweep_plots
+
+    if not any("learning_rate" in one.axes for one in found.optima):
+        return "no picture: no group has several learning rates."
+    sweep_plots.fans(found.optima).savefig(path, dpi=200, bbox_inches="tight")
     return f"picture: {path}"

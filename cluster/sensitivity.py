@@ -30,7 +30,8 @@ def sensitivity_tables(
     refused = sum(one.refused for one in found.optima)
     lost = f", {refused} of them refused" if refused else ""
     blown = f" ({found.diverged} diverged)" if found.diverged else ""
-    yield Text.assemble(("sensitivity", "bold"), f" of {found.runs} runs{blown} in {len(found.optima)} groups{lost}")
+    groups = f"{len(found.optima)} group{'s' * (len(found.optima) != 1)}"
+    yield Text.assemble(("sensitivity", "bold"), f" of {found.runs} runs{blown} in {groups}{lost}")
     if source:
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""

@@ -2,6 +2,7 @@
 
 import json
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -174,3 +175,16 @@ def test_step_laws_table_is_measured_as_it_is(door) -> None:
     assert run.code == 0
     assert (found["runs"], found["diverged"], len(found["optima"])) == (1911, 181, 17)
     assert np.isfinite(found["laws"][0]["value"])
+
+
+def test_the_fan_of_a_table_goes_into_a_picture(door) -> None:
+    run = door("sensitivity", "fan.csv", "--columns", "lr=eta", "--plot", "fan.svg")
+    assert "picture: fan.svg" in run.out
+    assert "final loss (nats per token)" in Path("fan.svg").read_text()
+    bad = door("sensitivity", "fan.csv", "--columns", "lr=eta", "--plot", "fan.gif")
+    assert (bad.code, "a picture is a .png, .pdf or .svg file" in bad.err) == (2, True)
+    one_rate = door(
+        "sensitivity", "crossed.csv", "--columns", "batch=bs*2048", "--axis", "batch_tokens", "--plot", "b.png"
+    )
+    assert "no picture: no group has several learning rates" in one_rate.out
+    assert not Path("b.png").exists()
