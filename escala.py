@@ -471,7 +471,8 @@ def import_table(
         say(f"note: {told.repeated} rows are equal to another row in everything and count once.")
     if left_out:
         some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
-        say(f"note: {len(left_out)} rows without a positive N, D, C and loss are left out (rows {some}).")
+        lacking = "rows of runs that have not finished, or without a positive N, D, C and loss,"
+        say(f"note: {len(left_out)} {lacking} are left out (rows {some}).")
 
 
 @app.command(rich_help_panel=ANALYSE)
