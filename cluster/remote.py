@@ -74,7 +74,7 @@ def submit(
     The cluster's nodes need Escala's requirements and a folder that they share; the code goes with the job. Ctrl-C
     stops following, not the job. Exit code: the job's.
     """
-    from cluster.jobs import ClusterGone, check_address, connect, follow
+    from cluster.jobs import check_address, connect
     from cluster.submit import prepare, send
 
     given = {"--workers": workers, "--checkpoint-seconds": checkpoint_seconds, "--give-up-after": give_up_after}
@@ -108,30 +108,32 @@ def submit(
         tell(f"sent as {job.id} to {dashboard.address}")
     else:
         _say_running(job, submission, detach, tell)
-    if detach:
-        if as_json:
-            print(json.dumps(vars(job)))
-        else:
-            say(_how_to(dashboard, job))
-        return
+    ended = None if detach else _followed(dashboard, job, sys.stderr if as_json else sys.stdout, tell)
+    if as_json:
+        print(json.dumps(vars(ended or job)))
+    elif detach:
+        say(_how_to(dashboard, job))
+    elif ended is not None and ended.status == "SUCCEEDED":
+        say(f"{job.id} has ended well.")
+    if ended is not None:
+        _raise_fate(ended)
+    elif not detach:
+        raise typer.Exit(1)
+
+
+def _followed(dashboard: "Dashboard", job: "Job", stream: TextIO, tell: Callable[[str], None]) -> "Job | None":
+    """Show a job's log until it has ended, and return it as it is then; None where it is followed no longer, and why
+    was told."""
+    from cluster.jobs import ClusterGone, follow
+
     try:
-        with _redacted(sys.stderr if as_json else sys.stdout) as write:
-            job = follow(dashboard, job.id, write, tell)
+        with _redacted(stream) as write:
+            return follow(dashboard, job.id, write, tell)
     except KeyboardInterrupt:
         tell(f"\nno longer followed; {job.id} goes on. {_how_to(dashboard, job)}")
-        if as_json:
-            print(json.dumps(vars(job)))
-        raise typer.Exit(1) from None
     except ClusterGone as error:
         say(f"error: {error}", file=sys.stderr)
-        if as_json:
-            print(json.dumps(vars(job)))
-        raise typer.Exit(1) from None
-    if as_json:
-        print(json.dumps(vars(job)))
-    elif job.status == "SUCCEEDED":
-        say(f"{job.id} has ended well.")
-    _raise_fate(job)
+    return None
 
 
 def _introduction(submission: "Submission") -> list[str]:
