@@ -11,14 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ANALYSIS_MAY_USE = {
     "sweeps.accounting",
-    "sweeps.published",
-    "sweeps.rules",
-    "sweeps.store",
-    "sweeps.records",
-    "sweeps.foreign",
+    "sweeps.cellrow",
     "sweeps.errors",
+    "sweeps.foreign",
+    "sweeps.published",
+    "sweeps.records",
+    "sweeps.redaction",
+    "sweeps.rules",
+    "sweeps.rungs",
+    "sweeps.store",
+    "sweeps.units",
 }
-ANALYSIS_MAY_USE |= {"sweeps.cellrow", "sweeps.units", "sweeps.redaction", "sweeps.rungs"}
 
 
 def imports(path: Path) -> Iterator[str]:
