@@ -11,7 +11,7 @@ from cluster.estimate import predicted_seconds
 from sweeps.cellrow import cell_row
 from sweeps.faults import fault
 from sweeps.grids import Plan
-from sweeps.lineage import Branch, kept_pasts, note_lineage
+from sweeps.lineage import Branch, kept_pasts, lineage, note_lineage
 from sweeps.planned import PlannedCell
 from sweeps.records import timestamp, write_bytes, write_json
 from sweeps.store import (
@@ -139,7 +139,8 @@ def expected_branches(store: Store, plan: Plan) -> dict[str, Branch]:
     """Where each cell leaves its trunk, by id: as planned, but for cells that are still to begin. These go on from the
     longest piece of their past that the store has, or that a trunk of the plan is still to train."""
     expected = dict(plan.branches)
-    fresh = [one.cell for one in plan.cells if not attempt_epochs(store, one.cell.id)]
+    waiting = [one.cell for one in plan.cells if not (store.cell(one.cell.id) / "result.json").exists()]
+    fresh = [cell for cell in waiting if lineage(cell) is not None and not attempt_epochs(store, cell.id)]
     kept = kept_pasts(store, fresh)
     for cell in fresh:
         branch = plan.branches.get(cell.id)
