@@ -11,7 +11,7 @@ demo: .venv/demo
 	$(BIN)/escala report quickstart
 
 # With SLOW=1 also those that take more than ten seconds each, as in .ci/run. JOBS files of tests at once: those of the
-# cluster mostly wait.
+# cluster mostly wait. TESTS names some.
 JOBS ?= 2
 test: check
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(if $(SLOW),,-m "not slow") $(TESTS)

@@ -323,6 +323,13 @@ def test_a_checkpoint_interval_that_was_typed_is_what_the_time_limit_is_held_aga
     assert "srun" not in calls
 
 
+def test_a_checkpoint_interval_that_is_no_number_is_refused_in_words(tmp_path: Path) -> None:
+    ended, calls = played_slurm(tmp_path, "--checkpoint-seconds", "five", squeue="echo 1:00:00")
+    assert ended.returncode == 2
+    assert "error: 'five' is no checkpoint interval. Write seconds" in ended.stderr
+    assert "srun" not in calls
+
+
 def test_a_job_that_is_signalled_before_its_run_begins_is_requeued_and_begins_none(tmp_path: Path) -> None:
     """The first step, which makes a folder, is what the signal comes during."""
     ended, calls = played_slurm(tmp_path, squeue="echo 1-00:00:00", srun="kill -TERM $PPID")
