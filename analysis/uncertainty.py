@@ -105,8 +105,8 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     """The noise that the intervals of a fit are built on, and what has to be said about it.
 
     Seed noise where it was measured, unless the runs scatter about the law significantly more than seeds do (F test,
-    5%): then the law, or the tuning of the cells, is off by more than noise, and intervals from seed noise alone
-    would be too narrow. Residuals where no seeds were replicated.
+    5%): then the law or the tuning of the cells is off, or seeds differ more elsewhere, and intervals from seed noise
+    alone would be too narrow. Residuals where no seeds were replicated.
     """
     known = residual_freedom > 0 and np.isfinite(residual_sd)
     residual = Noise(sd=residual_sd, freedom=residual_freedom, source="residuals") if known else UNKNOWN
@@ -128,7 +128,8 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
     between = "between seeds" if seeds.source == "seeds" else "of their noise"
     message = (
         f"the runs scatter by {residual_sd:.2%} about the curves, more than the {seeds.sd:.2%} {between}: the "
-        "form, or the tuning of the cells, is off by more than noise. Intervals use the larger figure."
+        "form, or the tuning of the cells, is off by more than noise, or seeds differ more where they were not "
+        "replicated. Intervals use the larger figure."
     )
     return residual, [Verdict("residuals_exceed_noise", "caution", "fit", None, message)]
 
