@@ -19,6 +19,8 @@ import pandas as pd
 from sweeps.cellrow import cell_row
 from sweeps.errors import InputError
 from sweeps.foreign import described, is_foreign
+from sweeps.hosts import ANSWER_SECONDS, ask_host
+from sweeps.redaction import redact
 from sweeps.store import Store, iterate_cells, open_store, read_metrics, study_names
 
 if TYPE_CHECKING:
@@ -332,6 +334,13 @@ def _curves_of_store(store: Store, cells: pd.Series) -> Iterator[tuple[str, list
 def _client(tracking_uri: str) -> "MlflowClient":
     from mlflow import MlflowClient  # 2 s to import; only where it is asked for
 
+    # MLflow's own patience with a server that is not there is four minutes, and with a database still more.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("PGCONNECT_TIMEOUT", f"{ANSWER_SECONDS:.0f}")
+    try:
+        ask_host(tracking_uri)
+    except OSError as error:
+        raise InputError(f"MLflow at {redact(tracking_uri)} cannot be read ({error}). Check --tracking-uri.") from None
     return MlflowClient(tracking_uri)
 
 

@@ -7,16 +7,15 @@ mean the same the older stays.
 
 import logging
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from cluster import charts
 from cluster.credentials import check_file, check_uri, refusal
 from sweeps.errors import InputError
+from sweeps.hosts import ANSWER_SECONDS, ask_host, is_database
 from sweeps.redaction import redact
 from sweeps.store import Store, read_plan
 
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 TRIES = 3
 """How often a server is asked for the experiment before it counts as not there."""
 PAGE = 1000
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
-"""Of databases that MLflow takes, where the address names none."""
-PROBE_SECONDS = 5.0
-"""How long the host of a database has to answer."""
 
 
 @dataclass(frozen=True)
@@ -106,17 +101,14 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
 def ask_database(tracking_uri: str) -> None:
     """Connect once to a database that is given as the tracking URI: MLflow tries ten times, over minutes, before it
     says what is wrong. OSError, ImportError or SQLAlchemyError where it cannot; nothing is done with other URIs."""
-    port = PORTS.get(urlsplit(tracking_uri).scheme.partition("+")[0])
-    if port is None:
+    if not is_database(tracking_uri):
         return
     from mlflow.store.db.utils import create_sqlalchemy_engine
-    from sqlalchemy.engine import make_url
 
-    os.environ.setdefault("PGCONNECT_TIMEOUT", f"{PROBE_SECONDS:.0f}")  # a host that takes connections and is silent
-    url, engine = make_url(tracking_uri), create_sqlalchemy_engine(tracking_uri)
+    os.environ.setdefault("PGCONNECT_TIMEOUT", f"{ANSWER_SECONDS:.0f}")  # a host that takes connections and is silent
+    engine = create_sqlalchemy_engine(tracking_uri)
     try:
-        if url.host:  # else a socket of this machine, or hosts that only the driver knows how to read
-            socket.create_connection((url.host, url.port or port), timeout=PROBE_SECONDS).close()
+        ask_host(tracking_uri)
         engine.connect().close()
     finally:
         engine.dispose()

@@ -14,6 +14,7 @@ ANALYSIS_MAY_USE = {
     "sweeps.cellrow",
     "sweeps.errors",
     "sweeps.foreign",
+    "sweeps.hosts",
     "sweeps.published",
     "sweeps.records",
     "sweeps.redaction",

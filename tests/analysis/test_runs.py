@@ -187,6 +187,11 @@ def test_fit_of_a_store_names_what_it_left_out(mixed) -> None:
     assert {"partial", "too_few_runs"} <= {v.code for v in found.verdicts}
 
 
+def test_a_database_whose_host_is_not_there_is_said_at_once_and_not_after_minutes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"MLflow at postgresql://127.0.0.1:9/x cannot be read \(.*refused"):
+        load_runs("nothing", tmp_path / "nowhere", tracking_uri="postgresql://127.0.0.1:9/x")
+
+
 def test_grid_of_the_tests_is_a_real_isoflop_grid() -> None:
     assert len({run.width for run in grid(budgets=(1.2e11,))}) == 5
 
