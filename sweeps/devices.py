@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sweeps.cell import Cell
 from sweeps.errors import InputError
+from sweeps.hostmemory import host_bytes_free
 from sweeps.memory import choose_micro_batch, part_sizes, step_bytes
 
 if TYPE_CHECKING:
@@ -132,11 +133,10 @@ def keep_freed_memory() -> bool:
 
 def bytes_available() -> int:
     """Memory that this process may still take: a share of the host's, or of its device within the process's own cap."""
-    import psutil
     import torch
 
     if not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available * HOST_SHARE)
+        return int(host_bytes_free() * HOST_SHARE)
     free, total = torch.cuda.mem_get_info()
     reserved, held = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     cap = int(total * torch.cuda.get_per_process_memory_fraction())
