@@ -22,6 +22,7 @@ TOLERANCE_SMALL, TOLERANCE = 0.08, 0.03
 """How far the realised N may lie from its target, relatively: below and above a million parameters."""
 _MLP_BAND = 1.5  # MLP ratio, and
 _DEPTH_BAND = 1.6  # depth, stay within these factors of the ideal
+_SMALL_HEADS = 64  # below this width, where heads have 8, they weigh twice: heads of 6 have but three turning pairs
 _MAX_WIDTH = 16384
 _SMALLEST = 2500  # below, one step of MLP width is more than the tolerance
 
@@ -129,7 +130,7 @@ def _shape_for(
                 2 * math.log(depth / ideal_depth) ** 2
                 + math.log(mlp_width / ideal_mlp) ** 2
                 + 25 * math.log(size / target) ** 2
-                + 0.1 * rung.misfit**2
+                + (0.2 if rung.width < _SMALL_HEADS else 0.1) * rung.misfit**2
             )
             if best is None or cost < best[0]:
                 best = (cost, rung, depth, mlp_width)
@@ -179,7 +180,7 @@ def _split(width: int, heads_per_kv: int) -> tuple[int, float]:
     Few heads of 16 in place of many of 8 would take .5 to .8 of a CPU's time for widths below 64, but seeds then differ
     two to four times as much (the quickstart's replicates: by .6 and 1.2% of the loss, one standard deviation).
     """
-    ideal = 8 if width < 64 else 16 if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
+    ideal = 8 if width < _SMALL_HEADS else 16 if width < 256 else 32 if width < 512 else 64 if width < 2048 else 128
     even = 2 if width < 512 else 8  # rotary turns pairs; wide models want what attention kernels like
     best = (0, math.inf)
     for head_dim in range(even, 2 * ideal, even):
