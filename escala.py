@@ -471,7 +471,7 @@ def import_table(
         say(f"note: {told.repeated} rows are equal to another row in everything and count once.")
     if left_out:
         some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
-        lacking = "rows of runs that have not finished, or without a positive N, D, C and loss,"
+        lacking = "rows of runs that have not finished or are excluded, or without a positive N, D, C and loss,"
         say(f"note: {len(left_out)} {lacking} are left out (rows {some}).")
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.conventions import SIZES
+from analysis.runs import MAX_EPOCHS
 from analysis.tables import keep_rows, read_table
-from analysis.uncertainty import SEEDS
+from analysis.uncertainty import SEEDS, exclusions
 from sweeps.errors import InputError
 from sweeps.records import write_bytes
 
@@ -41,8 +42,8 @@ def read_foreign(
     path, columns: as `read_table` takes them; where: as `keep_rows` does. n_is: what N counts, one of `SIZES`.
     c_is: "C", counted operation by operation, or "C_6nd". A row is {"run": {"N", "D", "C", "loss", ...}, "row": the
     raw row}, with N in parameters, D in tokens, C in FLOPs (6 N D where the table has none) and loss in nats per token.
-    A row without a positive N, D, C and loss, or whose `state` is not finished, is no finished run and is left out; it
-    is named by its number, from 1.
+    A row without a positive N, D, C and loss, or whose `state` is not finished, is no finished run and is left out, as
+    is one that the table's column `excluded` takes out of fits; it is named by its number, from 1.
     Raises InputError where the table cannot be read or holds no finished run.
     """
     for option, value, allowed in (("--n-is", n_is, SIZES), ("--c-is", c_is, ("C", "C_6nd"))):
@@ -60,8 +61,12 @@ def read_foreign(
     needed = table[["N", "D", "C", "loss"]].astype("float64")
     whole = ((needed > 0) & np.isfinite(needed)).all(axis=1)
     whole &= table["state"].isin(("finished", "")) if "state" in table.columns else True
+    marked = exclusions(table).notna()  # repeats, by `epochs`, are excluded again by whoever reads the study
+    whole &= ~marked | (table["epochs"] > MAX_EPOCHS if "epochs" in table.columns else False)
     if not whole.any():
-        raise InputError(f"{path} holds no finished run: no row has a positive N, D, C and loss and is finished.")
+        raise InputError(
+            f"{path} holds no finished run: no row has a positive N, D, C and loss, is finished and is not excluded."
+        )
     raw = table.drop(columns=["C_assumed", "excluded"], errors="ignore")
     rows = []
     for index in table.index[whole]:

@@ -225,7 +225,7 @@ def _row(
         "state": state,
         "reason": reason,
         "excluded": None,
-        "trunk": entry.get("trunk", {}).get("cell", entry["id"]),
+        "trunk": entry.get("trunk", {}).get("cell") or identity.get("trunk") or entry["id"],
         "flops_per_token": cell["counts"]["flops_per_token"],
         "C_assumed": identity.get("foreign", {}).get("run", {}).get("C_assumed", False),
         "budget": labels.get("budget"),

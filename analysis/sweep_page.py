@@ -198,8 +198,9 @@ def _with_interval(value: Estimate, axis: str) -> str:
 
 def rules_note(laws: Mapping[str, OptimumLaw], runs: pd.DataFrame, study: str) -> str:
     """How another study takes these optima as its rule; nothing of imported runs, which none can train on the text of:
-    such runs tell no parametrisation."""
+    such runs ended without an attempt."""
     usable = [law for law in laws.values() if not law.refused]
-    if not usable or runs["parametrisation"].isna().any():
+    imported = (runs["state"] == "finished") & (runs["attempts"] == 0)
+    if not usable or imported.any():
         return ""
     return f"<p class=note>A study takes them by <code>learning_rate: {{fitted: {escape(study)}}}</code>.</p>"

@@ -17,13 +17,14 @@ def cell_row(
     identity, counts = record["identity"], record["counts"]
     tokens, batch = identity["tokens"], identity["batch_tokens"]
     rate, decay = identity["optimizer"].get("learning_rate"), identity["optimizer"].get("weight_decay")
-    scaled = identity.get("parametrisation", {"kind": None if "foreign" in identity else "standard"})
+    scaled = identity.get("parametrisation", {"kind": "standard"})
+    spent = spent_flops(dict(entry), dict(counts), None if result is None else dict(result))
     return {
         "family": identity["family"],
         **{name: counts[name] for name in ("N", "N_nonembedding", "N_nonembedding_head", "N_total")},
         "D": tokens,
         **{name: counts[name] for name in ("C", "C_6nd", "steps", "epochs")},
-        "C_spent": spent_flops(dict(entry), dict(counts), None if result is None else dict(result)),
+        "C_spent": identity.get("C_spent") or spent,  # of a run from elsewhere, where its table tells it
         "tokens_per_parameter": tokens / counts["N"],
         "learning_rate": rate,
         "weight_decay": decay,

@@ -25,6 +25,10 @@ COUNTS = ("N", "N_nonembedding", "N_nonembedding_head", "N_total")
 _FIELDS = ("family", "seed", "data_seed", "batch_tokens", "corpus", "tokenizer", "precision")
 _OPTIMIZER = ("learning_rate", "weight_decay", "beta2")
 _SHAPE = ("width", "depth", "heads", "mlp_width", "context")
+_ROW_OPTIMIZER = ("beta1", "eps", "clip_norm")
+_ROW_SCHEDULE = ("cooldown_fraction", "final_fraction")
+"""What tells settings apart that is read from the raw row alone, under these very names, as a fit of the table does:
+else two parametrisations at one rate would pass for seeds. Not in `run`, so that a run's id stays what it was."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,23 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's record with every field that a table shows: what is not known of a foreign cell is None."""
     if not is_foreign(record):
         return dict(record)
-    run = record["identity"]["foreign"]["run"]
+    run, row = (record["identity"]["foreign"][part] for part in ("run", "row"))
+
+    def word(name: str) -> str | None:
+        return None if row.get(name) in (None, "") else str(row[name])
+
+    def number(name: str) -> float | None:
+        return row[name] if isinstance(row.get(name), int | float) else None
+
     identity = {key: run.get(key) for key in _FIELDS} | {"tokens": round(run["D"])}
     identity["family"] = identity["family"] or "foreign"
-    identity["optimizer"] = {key: run.get(key) for key in _OPTIMIZER}
-    identity["schedule"] = {"name": None, "warmup_tokens": run.get("warmup_tokens")}
+    identity["optimizer"] = {key: run.get(key) for key in _OPTIMIZER} | {key: number(key) for key in _ROW_OPTIMIZER}
+    identity["optimizer"]["name"] = word("optimizer")
+    identity["schedule"] = {"name": word("schedule"), "warmup_tokens": run.get("warmup_tokens")}
+    identity["schedule"] |= {key: number(key) for key in _ROW_SCHEDULE} | {"cooldown_shape": word("cooldown_shape")}
+    identity["parametrisation"] = {"kind": word("parametrisation")}
+    identity["trunk"] = word("trunk")
+    identity |= {key: number(key) for key in ("C_spent", "init_std", "validation_tokens")}
     identity["shape"] = {key: run.get(key) for key in _SHAPE}
     return {**record, "identity": {"foreign": record["identity"]["foreign"], **identity}}
 

@@ -242,3 +242,43 @@ def test_imported_runs_of_equal_compute_share_a_budget_as_those_of_their_table_d
     found, read = fit(runs, "isoflop"), fit(read_table(tmp_path / "theirs.csv"), "isoflop", loss="loss")
     assert found.params == pytest.approx(read.params)
     assert not np.isnan(found.params["N_exponent"])
+
+
+def test_what_tells_runs_apart_survives_an_export_and_its_import(study, tmp_path: Path) -> None:
+    """Else two parametrisations at one rate would pass for seeds, and branches of one trunk for independent runs."""
+    cells = [Run(width=width, budget=1.2e11, seed=seed) for width in (16, 24) for seed in (0, 1)]
+    table = load_runs("demo", study(cells)).assign(
+        parametrisation=["standard", "mup"] * 2,
+        schedule="wsd",
+        cooldown_fraction=[0.1, 0.4] * 2,
+        cooldown_shape="linear",
+        final_fraction=0.0,
+        optimizer=["adamw", "muon"] * 2,
+        validation_tokens=8192,
+        trunk=["one", "one", "two", "two"],
+        C_spent=[1e9, 2e9, 3e9, 4e9],
+    )
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    store = open_store(tmp_path / "other")
+    rows, conventions, _ = read_foreign(tmp_path / "runs.csv")
+    import_runs(store, "again", rows, conventions, "runs.csv")
+    runs = load_runs("again", store)
+    told = [*SETTINGS, "validation_tokens", "trunk", "C_spent", "val_loss_final"]
+    pd.testing.assert_frame_equal(
+        runs.sort_values("val_loss_final")[told].reset_index(drop=True),
+        table.sort_values("val_loss_final")[told].reset_index(drop=True),
+        check_dtype=False,
+    )
+
+
+def test_runs_that_a_table_takes_out_of_fits_are_not_imported_as_runs_that_count(tmp_path: Path) -> None:
+    N, D = np.full(4, 1e7), np.full(4, 1e9)
+    table = surface(N, D, noise=0.003).assign(
+        excluded=["", "an early rung of a search", "", "repeats its corpus (2 epochs)"], epochs=[0.1, 0.1, 0.1, 2.0]
+    )
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    store = open_store(tmp_path / "store")
+    rows, conventions, left_out = read_foreign(tmp_path / "runs.csv")
+    assert (len(rows), left_out) == (3, [2])
+    import_runs(store, "theirs", rows, conventions, "runs.csv")
+    assert load_runs("theirs", store)["excluded"].notna().sum() == 1, "what repeats its corpus is there, and left out"
