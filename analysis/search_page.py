@@ -121,8 +121,8 @@ def _judged(one: Correlation) -> str:
 
 def importance_words(found: Sequence[Importance]) -> str:
     """Which hyperparameter matters most at each size and length, by the first evaluator; empty where none is told."""
-    parts = []
-    for one in found:
+    parts, evaluator = [], ""
+    for one in found:  # some of them may have no evaluation: too few runs
         first = next(iter(one.evaluations), None)
         shares = {} if first is None else {k: v for k, v in first.shares.items() if np.isfinite(v.value)}
         if first is None or not shares:
@@ -130,10 +130,10 @@ def importance_words(found: Sequence[Importance]) -> str:
         name, share = max(shares.items(), key=lambda item: item[1].value)
         place = f"{human(one.group['N'])} parameters on {human(one.group['D'])} tokens"
         bounds = f" ({share.interval[0]:.0%} to {share.interval[1]:.0%})" if np.isfinite(share.interval).all() else ""
+        evaluator = evaluator or escape(first.evaluator)
         parts.append(f"at {place} {name.replace('_', ' ')}, {share.value:.0%}{bounds}")
     if not parts:
         return ""
-    evaluator = escape(found[0].evaluations[0].evaluator)
     return f"What matters most, as a share of the loss's variance ({evaluator}): {'; '.join(parts)}."
 
 

@@ -4,11 +4,14 @@ import itertools
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from searched import drive, make_corpus, search_plan
 
+from analysis.importance import importances
 from analysis.runs import load_runs
-from analysis.search_page import rank_correlations, rungs_section
+from analysis.search_page import importance_words, rank_correlations, rungs_section
 from cluster.ledger import ledger_rows
 from sweeps.rungs import Correlation, is_control
 from sweeps.store import open_store, read_plan
@@ -45,3 +48,15 @@ def test_the_rank_correlation_of_a_rung_is_the_one_that_status_tells(tmp_path: P
 )
 def test_a_rung_is_judged_by_its_interval(found: Correlation, words: str) -> None:
     assert f"<td>{words}" in rungs_section([("llama", found)])
+
+
+def test_a_size_with_too_few_trials_keeps_no_words_from_the_others() -> None:
+    """A search that goes on has such sizes: what they lack is no fault of the page."""
+    grid = list(itertools.product((1e-3, 2e-3, 4e-3), (0.0, 0.1)))
+    runs = pd.DataFrame(grid, columns=["learning_rate", "weight_decay"]).assign(N=4e5, D=1e6, family="llama")
+    runs["val_loss_final"] = 3.0 + np.log(runs["learning_rate"] / 2e-3) ** 2 + runs["weight_decay"]
+    found = importances(pd.concat([runs[:3].assign(N=1e5), runs]))
+    assert [bool(one.evaluations) for one in found] == [False, True]
+    words = importance_words(found)
+    assert "at 400k parameters on 1M tokens learning rate" in words
+    assert found[1].evaluations[0].evaluator in words
