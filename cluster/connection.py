@@ -74,6 +74,8 @@ def _start(address: str, workers: int | None) -> Any:
             _join(ray, address, quiet)
     except InputError:  # it says itself what to do
         raise
+    except SystemExit:  # SIGTERM, which Ray answers so while it starts: whoever called this takes it as Ctrl-C
+        raise KeyboardInterrupt from None
     except Exception as error:  # of a node that starts too slowly Ray raises no other kind
         if address == "local":
             raise InputError(

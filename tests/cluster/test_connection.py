@@ -1,6 +1,7 @@
 """An address at which no cluster answers is said at once, in one sentence; and leaving Ray does not end the process."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -139,3 +140,20 @@ def test_a_ray_that_does_not_start_leaves_no_token_mode_behind(monkeypatch: pyte
     with pytest.raises(InputError, match="no room"):
         start_ray("local")
     assert "RAY_AUTH_MODE" not in os.environ
+
+
+def test_sigterm_while_ray_starts_is_an_interruption_as_at_any_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own handler of it would end the process with exit code 15."""
+    import ray
+
+    def starts(**_: object) -> None:
+        ray._private.utils.set_sigterm_handler(lambda number, frame: sys.exit(number))  # as ray.init does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", starts)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_ray("local")
+    finally:
+        signal.signal(signal.SIGTERM, before)
