@@ -100,7 +100,7 @@ class Standing:
             if note and end is not None and end[0] not in ("preemption", "stopped"):
                 self._count_failure(f"{end[0]}: {end[1]}")
             if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
-                self.halt = end[1]
+                self.halt = end[1].removeprefix("InputError: ")
             if state.state == "running":
                 self.elsewhere[cell_id] = one
             else:

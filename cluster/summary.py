@@ -60,7 +60,7 @@ def print_run(place: Store, planned: Plan, tally: Tally) -> None:
     for note in tally.notes:
         console.print(f"note: {note}")
     if tally.stopped:
-        console.print(f"{tally.stopped}. What was done is kept; the same command goes on from there.")
+        console.print(f"{tally.stopped.removesuffix('.')}. What was done is kept; the same command goes on from there.")
     if tally.mirror_fault:
         told = f" {tally.mirror_fault}. `escala sync {study}` sends what is missing."
         console.print(Text.assemble(("MLflow is behind:", "yellow"), told))

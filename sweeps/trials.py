@@ -135,7 +135,13 @@ def start_settings(search: Search, group: Group) -> list[dict[str, Any]]:
             except ValueError:
                 inside = False
             if not inside:
-                raise InputError(f"search: start has {name} {value!r}, which is not in the space ({distribution}).")
+                axis = search.space[name].model_dump(by_alias=True, exclude_unset=True)
+                room = ", ".join(f"{form}: {values}" for form, values in axis.items())
+                whose = "Change it" if name in given else "It is the recipe's own: name another in start"
+                raise InputError(
+                    f"search: start has {name} {value!r}, which is not in the space ({room}). {whose}, or widen the "
+                    "space."
+                )
         found.append(setting)
     return found
 

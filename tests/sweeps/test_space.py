@@ -77,8 +77,14 @@ def test_what_is_searched_stands_nowhere_else(tmp_path: Path) -> None:
 
 
 def test_a_start_setting_outside_the_space_is_a_sentence(corpus: CorpusInfo) -> None:
-    with pytest.raises(InputError, match=r"start has learning_rate 0\.5, which is not in the space"):
+    with pytest.raises(InputError, match=r"start has learning_rate 0\.5, which is not in the space \(.*\)\. Change"):
         groups(search_plan(corpus, start=[{"learning_rate": 0.5}]))
+
+
+def test_a_recipe_whose_own_value_is_not_in_the_space_is_told_as_such(corpus: CorpusInfo) -> None:
+    space = {"learning_rate": {"categorical": [0.02, 0.05]}}
+    with pytest.raises(InputError, match=r"space \(categorical: \[0\.02, 0\.05\]\)\. It is the recipe's own: name"):
+        groups(search_plan(corpus, {"learning_rate": 0.01}, space=space, start=[{}]))
 
 
 def test_a_start_setting_that_must_name_what_the_recipe_cannot_give_is_a_sentence(corpus: CorpusInfo) -> None:
