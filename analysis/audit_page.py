@@ -68,10 +68,15 @@ def references(
 # --- what tuning is worth ----------------------------------------------------------------------------------------
 
 
+def has_default(runs: pd.DataFrame) -> bool:
+    """Whether a run of the study's own setting counts: it may have diverged, ended at a rung or be still to come."""
+    return bool(runs.loc[runs["excluded"].isna(), "is_default"].eq(True).any())
+
+
 def find_worth(runs: pd.DataFrame, sweep: Sensitivity | None) -> tuple[TuningWorth, str] | None:
     """The worth of tuning over the study's default, with its words; where the study has none, over the one learning
     rate that is best for all sizes. runs: of one family; sweep: what was found of them."""
-    if runs["is_default"].eq(True).any():
+    if has_default(runs):
         searched = "search" in runs.columns and runs["search"].notna().any()
         return tuning_worth(runs, sweep=sweep), f"the study's own setting{'' if searched else ' (1 times its rule)'}"
     rate = _one_for_all(runs)

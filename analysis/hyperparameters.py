@@ -71,7 +71,7 @@ def find_hyperparameters(
     kinds = sorted(usable["parametrisation"].dropna().unique())
     searched = search_page.searched(plan)
     sweep = None if searched else sweep_page.find_sweep(runs)  # settings of a search are not crossed
-    own_default = bool(runs["is_default"].eq(True).any())
+    own_default = audit_page.has_default(runs)
     return Hyperparameters(
         runs=runs,
         searched=searched,

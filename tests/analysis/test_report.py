@@ -204,3 +204,19 @@ def test_optima_of_imported_runs_are_not_offered_as_a_rule_for_studies(tmp_path)
     text = page_of(store.root).text
     assert "The best learning rate is" in text
     assert "{fitted: demo}" not in text
+
+
+def test_a_search_whose_own_setting_does_not_count_is_reported_all_the_same(study) -> None:
+    """The recipe's own trial may diverge, end at a rung, be quarantined or still run."""
+    runs = [
+        Run(
+            width=32,
+            budget=BUDGETS[0],
+            state="finished" if trial else "diverged",
+            changes={"learning_rate": 0.002 * (1 + trial), "weight_decay": 0.05 * trial},
+            labels={"search": "llama N=32 0123abcd", "trial": trial, "rung": 1.0, "default": not trial},
+        )
+        for trial in range(6)
+    ]
+    text = page_of(study(runs)).text
+    assert "left out of fits 1 diverged: the loss is not finite" in text
