@@ -164,7 +164,11 @@ class _Run:
     def run(self, address: str) -> None:
         self.began = time.monotonic()
         before = descendants()  # of whoever called this, and not to be ended with Ray
-        ray = start_ray(address, self.limit)
+        try:
+            ray = start_ray(address, self.limit)
+        except KeyboardInterrupt:
+            self.tally.stopped, self.tally.planned = "interrupted", len(self.standing.elsewhere)
+            return
         try:
             if address == "local":
                 self.own = OwnRay(before)

@@ -308,6 +308,22 @@ def test_ray_ends_with_the_run_where_a_full_disk_takes_no_record_of_what_was_use
     assert over == [ray]
 
 
+def test_a_run_that_is_stopped_while_ray_starts_tells_so_as_one_that_is_stopped_later(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C that got through to the command line would end it with exit code 130, and without a word."""
+    plan = make_plan(40_000)
+    run = run_of(store, claim, plan)
+    run.standing.elsewhere = {one.cell.id: one for one in plan.cells}
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "start_ray", stopped)
+    run.run("local")
+    assert (run.tally.stopped, run.tally.planned) == ("interrupted", len(plan.cells))
+
+
 # --- how far it is -----------------------------------------------------------------------------------------------
 
 
