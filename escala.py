@@ -206,15 +206,13 @@ def run(
     if not as_json:
         console.print(f"{planned.study.name}: {change}.", style="bold")
         print_warnings(planned.warnings)
-    with (
-        _terminable(),
-        LiveProgress(quiet=as_json or (change.done == len(planned.cells) and not planned.places)) as display,
-    ):
+    with _terminable(), LiveProgress(quiet=as_json) as display:
         tally = run_study(
             place,
             planned,
             path.read_bytes(),
             watch=display.update,
+            starting=display.starting,
             address=address,
             tracking_uri=tracking_uri,
             workers=workers,

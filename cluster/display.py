@@ -197,12 +197,15 @@ class LiveProgress:
         self._linked = False
 
     def __enter__(self) -> "LiveProgress":
+        return self
+
+    def starting(self) -> None:
+        """Something is to do: what a search has left is not known before its journal was read."""
         if not self._quiet and console.is_terminal:
             self._live.start()
             self._live.update(Text("starting Ray and MLflow ..."))
         elif not self._quiet:
             console.print("starting Ray and MLflow ...")
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._live.is_started:

@@ -58,6 +58,7 @@ def run_study(
     text: bytes,
     *,
     watch: Callable[[Progress], None],
+    starting: Callable[[], None] = lambda: None,
     address: str = "local",
     tracking_uri: str | None = None,
     workers: int | None = None,
@@ -68,9 +69,10 @@ def run_study(
     """Put a plan on record, train its cells that have not ended, and mirror them to MLflow.
 
     `text` is the study file, kept beside the plan. `address` is "local" for an own Ray on this machine, or a
-    cluster's. Starts neither Ray nor MLflow when there is nothing to do. Ctrl-C asks the cells that run to keep a
-    checkpoint and leaves the rest planned. Cells that have failed stay failed until they are forgiven. Raises
-    InputError where Ray or MLflow cannot be reached, the study is paused, or another driver holds it.
+    cluster's. Starts neither Ray nor MLflow when there is nothing to do; `starting` is called before it starts them.
+    Ctrl-C asks the cells that run to keep a checkpoint and leaves the rest planned. Cells that have failed stay failed
+    until they are forgiven. Raises InputError where Ray or MLflow cannot be reached, the study is paused, or another
+    driver holds it.
     """
     began = time.monotonic()
     study = plan.study.name
@@ -102,6 +104,7 @@ def run_study(
                         run.standing.know(one, result)
                 run.standing.failed = {one.cell.id: one for one in plan.cells if one.cell.id in tally.failed}
                 run.standing.elsewhere = {one.cell.id: one for one in missing}
+                starting()
                 run.run(address)
             else:
                 mirror.connect()

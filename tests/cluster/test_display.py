@@ -44,3 +44,21 @@ def test_the_json_of_a_run_has_the_notes_that_it_prints_for_people(
     told = json.loads(front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s", "--json").out)
     assert told["notes"] == ["a node is closed", "the search is at an edge"]
     assert "warnings" in told
+
+
+def test_that_ray_starts_is_said_when_it_does(
+    front_door: FrontDoor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search that has ended starts nothing, which only its driver finds out."""
+    starts = False
+
+    def run_study(*_: object, starting: Callable[[], None], **__: object) -> Tally:
+        if starts:
+            starting()
+        return Tally()
+
+    monkeypatch.setattr("cluster.driver.run_study", run_study)
+    (tmp_path / "study.yaml").write_text(TINY)
+    assert "starting Ray" not in front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s").out
+    starts = True
+    assert "starting Ray and MLflow ..." in front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s").out

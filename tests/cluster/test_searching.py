@@ -117,4 +117,6 @@ def test_a_killed_search_goes_on_with_no_trial_lost_or_run_twice(
     assert {one.value for one in found.trials if one.number in whole} == values
     told = json.loads(escala("status", "s", "--store", "store", "--json").stdout)["search"][0]
     assert (told["asked"], told["told"], told["to_come"]) == (12, 12, 0)
-    assert "nothing to train" in escala(*options).stdout
+    again = escala(*options).stdout
+    assert "nothing to train" in again
+    assert "starting Ray" not in again
