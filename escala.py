@@ -137,8 +137,8 @@ def plan(
         console.print(line)
     if timed is None and (missing or searched):
         console.print(f"How long this takes is not known: escala calibrate {study} times a few shapes here.")
-    for line in estimate_lines(timed) if timed and missing else ():
-        console.print(line)
+    for part in estimate_lines(timed) if timed and missing else ():
+        console.print(part)
     print_warnings(planned.warnings)
 
 
@@ -395,7 +395,7 @@ def sensitivity(
         except InputError as error:  # a store of someone else's may be read
             say(f"the optimum is not kept: {error}", file=sys.stderr)
     if as_json:
-        more = {"timescales": [one.to_json() for one in timescales]} if timescales else {}
+        more: dict[str, Any] = {"timescales": [one.to_json() for one in timescales]} if timescales else {}
         more |= {"critical_batches": batches.to_json()} if batches else {}
         more |= {"importances": [one.to_json() for one in shares]} if shares else {}
         print(json.dumps(found.to_json() | more | ({"source": source} if source else {})))
