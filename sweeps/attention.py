@@ -2,7 +2,8 @@
 
 - Heads of 6, 10 or 14 are not whole vectors of a CPU, and its fused attention takes up to twice as long over them: they
   are padded to 16 with zeros, which add nothing to a product.
-- A forward pass that is traced: the library would trace a mask too, where it otherwise leaves it out.
+- A forward pass that is traced or compiled: the library would make a mask too, where it otherwise leaves it out, and a
+  GPU's fastest attention takes none. A forward pass on a GPU: to leave it out, the library waits for the device.
 - The members of a stack: fused attention on a CPU has no batching rule under `vmap` and would loop over them.
 """
 
@@ -39,13 +40,20 @@ def unmasked(model: torch.nn.Module) -> Iterator[None]:
     """Meanwhile a model of transformers' attends without a mask: to what came before, as it does anyway."""
     config: Any = model.config
     before = config._attn_implementation
-    if before == "sdpa":  # ours know of no mask
-        _register()
-        config._attn_implementation = UNMASKED
+    drop_mask(model)
     try:
         yield
     finally:
         config._attn_implementation = before
+
+
+def drop_mask(model: torch.nn.Module) -> None:
+    """From now on a model of transformers' attends without a mask: to all that came before, which must be what it does
+    anyway."""
+    config: Any = model.config
+    if config._attn_implementation == "sdpa":  # ours know of no mask
+        _register()
+        config._attn_implementation = UNMASKED
 
 
 @contextmanager
@@ -54,7 +62,7 @@ def stackable(model: torch.nn.Module) -> Iterator[None]:
     whose length depends on the data."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "_attn_implementation", None)
-    if before not in ("sdpa", PADDED):
+    if before not in ("sdpa", PADDED, UNMASKED):
         yield
         return
     _register()
@@ -132,11 +140,10 @@ def _grouped(
 
 
 def _register() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    """Ours have no way to make a mask, so that the library makes none, and reads no tensor to find whether it could."""
+    from transformers import AttentionInterface
 
     padded, stacked = partial(_attend, _causal), partial(_attend, _Folded.apply)
     for name, attend in ((PADDED, padded), (UNMASKED, _attend_unmasked), (STACKED, stacked)):
         if name not in AttentionInterface().valid_keys():
             AttentionInterface.register(name, attend)
-            AttentionMaskInterface.register(name, sdpa_mask)

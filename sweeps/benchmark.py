@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 from sweeps.accounting import Shape, flops_6nd, flops_per_token, parameters
+from sweeps.attention import drop_mask
 from sweeps.cell import Optimizer
 from sweeps.devices import peak_flops
 from sweeps.families import FAMILIES, build_model
@@ -164,7 +165,10 @@ def stacked_step(setting: Setting, device: torch.device) -> Step:
 
 
 def _model(setting: Setting, device: torch.device) -> nn.Module:
-    return build_model(FAMILIES["gpt2"], setting.shape, init_std=0.02, seed=0).to(device).train()
+    model = build_model(FAMILIES["gpt2"], setting.shape, init_std=0.02, seed=0)
+    if device.type == "cuda":
+        drop_mask(model)  # as sweeps/models.py does
+    return model.to(device).train()
 
 
 def _step(program: Solo | Stack, batches: torch.Tensor, device: torch.device) -> Step:

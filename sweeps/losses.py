@@ -92,6 +92,12 @@ def is_dense(model: torch.nn.Module) -> bool:
     return _type_of(model) in DENSE
 
 
+def is_causal(model: torch.nn.Module) -> bool:
+    """Whether it is a model of transformers' own whose tokens attend to all that came before them, and to no other."""
+    known: Any = model
+    return _type_of(model) in LINEAR_HEADS and getattr(known.config, "sliding_window", None) is None
+
+
 def _type_of(model: torch.nn.Module) -> str | None:
     """The type of a model of transformers'; None of any other, also of a user's own subclass, which may do anything."""
     config: Any = getattr(model, "config", None)

@@ -12,17 +12,21 @@ from typing import Any
 import torch
 
 from sweeps.accounting import Shape
-from sweeps.attention import pad_heads
+from sweeps.attention import drop_mask, pad_heads
 from sweeps.cell import Cell
 from sweeps.families import Family, build_model
+from sweeps.losses import is_causal
 from sweeps.parametrisation import LAYOUTS, Parametrisation, TensorFactors, factors, role
 
 
-def make_model(family: Family, cell: Cell) -> torch.nn.Module:
-    """The cell's model with its initial weights, on the CPU. Raises InputError as `build_model` does."""
+def make_model(family: Family, cell: Cell, device: str = "cpu") -> torch.nn.Module:
+    """The cell's model with its initial weights, on the CPU, to train on such a device (cpu, cuda). Raises InputError
+    as `build_model` does."""
     model = build_model(family, cell.shape, init_std=cell.init_std, seed=cell.seed, options=dict(cell.options))
     parametrise(model, cell.family, cell.shape, cell.parametrisation)
     pad_heads(model)
+    if device != "cpu" and is_causal(model):
+        drop_mask(model)
     return model
 
 

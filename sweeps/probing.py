@@ -54,7 +54,7 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
     micro_batch = choose_numerics(cell, stack=len(cells)).micro_batch  # raises where their memory does not suffice
     amplify = precision(cell.precision, device)
 
-    models = [make_model(family, one).to(device).train() for one in (cell, *cells)]
+    models = [make_model(family, one, device.type).to(device).train() for one in (cell, *cells)]
     factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
     solo = Solo(models[0], cell.optimizer, traced(models[0], cell, device, cell.sequences), factors)
     stack = Stack(models[1:], [one.optimizer for one in cells], factors)

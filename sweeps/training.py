@@ -84,7 +84,7 @@ def train_together(
         if str(family.version) != cell.family_version:
             raise InputError(f"family {cell.family}: it has changed since this cell was planned. Run the study again.")
         place = "cpu" if numerics.sharded else device  # whole it would not fit there
-        models = [make_model(family, one).to(place).train() for one in cells]
+        models = [make_model(family, one, device.type).to(place).train() for one in cells]
         factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
         recipes = [one.optimizer for one in cells]
         amplify, evaluations = precision(cell.precision, device), evaluation_steps(cell.steps)

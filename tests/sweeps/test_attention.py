@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from sweeps.attention import PADDED, pad_heads, pays_to_pad, stackable
+from sweeps.attention import PADDED, drop_mask, pad_heads, pays_to_pad, stackable
 from sweeps.families import FAMILIES, build_model
+from sweeps.losses import MeanLoss, is_causal
 from sweeps.sizes import shape_for
 
 SIZES = {"gpt2": 40_000, "gpt_neox": 40_000, "llama": 40_000, "qwen3": 40_000, "granite": 40_000, "mixtral": 80_000}
@@ -81,3 +83,70 @@ def test_a_model_of_ones_own_is_left_alone() -> None:
     pad_heads(model)
     with stackable(model):
         pass
+
+
+# --- without a mask: what training on a GPU has ------------------------------------------------------------------
+
+DENSE = sorted(set(FAMILIES) - {"mixtral"})
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a tensor's value is asked for, which waits for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def plain_model(name: str) -> Any:
+    shape = shape_for(FAMILIES[name], 100_000, vocab_size=64, context=32)
+    return build_model(FAMILIES[name], shape, init_std=0.2, seed=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_without_a_mask_a_model_is_the_same_to_the_bit(name: str) -> None:
+    model = plain_model(name)
+    tokens = torch.randint(64, (3, 32), generator=torch.Generator().manual_seed(0))
+    before = model(tokens).logits
+    drop_mask(model)
+    assert model.config._attn_implementation != "sdpa"
+    assert torch.equal(model(tokens).logits, before)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_without_a_mask_no_value_of_a_tensor_is_asked_for(name: str) -> None:
+    model = plain_model(name)
+    tokens = torch.randint(64, (3, 33), generator=torch.Generator().manual_seed(0))
+    drop_mask(model)
+    with Reads() as reads:
+        MeanLoss(model)(tokens).backward()
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_without_a_mask_a_compiled_model_has_none_either(name: str) -> None:
+    """The attention of a GPU that is fast takes no mask, and skips what lies ahead."""
+    found = []
+
+    def look(graph: Any, inputs: Any) -> Any:
+        found.extend(node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph
+
+    model = plain_model(name)
+    drop_mask(model)
+    torch.compiler.reset()
+    torch.compile(MeanLoss(model), backend=look, dynamic=False)(torch.zeros(3, 33, dtype=torch.int64))
+    assert found
+    assert all(node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] for node in found)
+
+
+def test_only_models_that_attend_to_all_before_lose_their_mask() -> None:
+    from transformers import AutoModelForCausalLM
+
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    for kind, window, causal in (("mixtral", None, True), ("mixtral", 4, False), ("mistral", 4, False)):
+        config = AutoConfig.for_model(kind, vocab_size=16, num_key_value_heads=2, sliding_window=window, **fields)
+        assert is_causal(AutoModelForCausalLM.from_config(config)) is causal
+    assert not is_causal(torch.nn.Linear(2, 2))
