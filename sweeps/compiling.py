@@ -22,6 +22,9 @@ LEAST_GAIN = 1.05
 """Eager seconds over compiled ones from which on the compiled way is kept."""
 PROBE_STEPS = 5
 
+_last: tuple[torch.Size, ...] = ()
+"""The shapes of what this process has compiled last."""
+
 
 def can_compile(device: torch.device) -> bool:
     """Whether the compilers are here: one for C++ on a CPU; triton, and one for C, for a GPU."""
@@ -50,14 +53,14 @@ def maybe_compile(
     if chosen is False or not can_compile(tokens.device):
         return eager, False
     if chosen:
-        return torch.compile(eager, dynamic=False), True
+        return _compiled(eager, tokens), True
     devices = [tokens.device] if tokens.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
             plain = _seconds(eager, model, tokens, amplify)
             if plain * forward_passes < least_seconds:
                 return eager, False
-            compiled: Loss = torch.compile(eager, dynamic=False)
+            compiled = _compiled(eager, tokens)
             pays = plain > LEAST_GAIN * _seconds(compiled, model, tokens, amplify)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -65,6 +68,21 @@ def maybe_compile(
             torch.compiler.reset()  # a compiler that fails leaves the eager way, which works
             return eager, False
     return (compiled, True) if pays else (eager, False)
+
+
+def _compiled(eager: MeanLoss, tokens: torch.Tensor) -> Loss:
+    """The loss as it is compiled at its first call, or as one of these shapes was before.
+
+    Of one function torch keeps a few compiled forms in a process, for each shape one; further ones run eager, without
+    an error. A worker trains many shapes, so those of the last one are forgotten with it.
+    """
+    global _last
+    shapes = (tokens.shape, *(parameter.shape for parameter in eager.parameters()))
+    if shapes != _last:
+        torch.compiler.reset()
+        _last = shapes
+    compiled: Loss = torch.compile(eager, dynamic=False)
+    return compiled
 
 
 def _seconds(loss: Loss, model: torch.nn.Module, tokens: torch.Tensor, amplify: AbstractContextManager[Any]) -> float:

@@ -1,6 +1,8 @@
 """Compiling is tried only where it can pay, and a compiled loss is the eager one but for rounding."""
 
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +44,30 @@ def test_what_the_first_attempt_chose_is_kept() -> None:
     assert maybe_compile(model, tokens, 10**9, nullcontext(), chosen=False)[1] is False
     if can_compile(tokens.device):
         assert maybe_compile(model, tokens, 1, nullcontext(), chosen=True)[1] is True  # compiled at its first call
+
+
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+def test_however_many_shapes_a_worker_trains_each_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+
+    def count(graph: Any, inputs: Any) -> Any:
+        def run(*values: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return graph(*values)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))  # Inductor takes its time
+    model, _ = model_and_tokens()
+    for context in (*range(4, 14), 13):
+        loss, compiled = maybe_compile(
+            model, torch.zeros((2, context), dtype=torch.int64), 1, nullcontext(), chosen=True
+        )
+        before = calls
+        loss(torch.zeros((2, context), dtype=torch.int64))
+        assert compiled
+        assert calls > before, f"eager at a context of {context}"
 
 
 @pytest.mark.slow
