@@ -1,20 +1,22 @@
 """The training step of the gpt2 family against the same step written straight in PyTorch: python -m sweeps.benchmark
 
-Needs torch and transformers alone. On a GPU both sides are compiled, in bfloat16, at 124 M and 350 M parameters; 10 M
-and 30 M follow alone, and stacks of 1 M, 10 M and 30 M against their members one by one. On a CPU neither is compiled,
-on one thread, at the widths 64, 128 and 256. Sides alternate (A B A B ...) and a ratio is the median of neighbours'
-ratios, so that a machine that slows down slows both.
+Needs torch and transformers alone. On a GPU both sides are compiled, where there are compilers, in bfloat16, at 124 M
+and 350 M parameters; 10 M and 30 M follow alone, and stacks of 1 M, 10 M and 30 M against their members one by one. A
+batch that does not fit is halved, for both sides. On a CPU neither is compiled, on one thread, at the widths 64, 128
+and 256. Sides alternate (A B A B ...) and a ratio is the median of neighbours' ratios, so that a machine that slows
+down slows both.
 
 FLOPs of MFU: C of sweeps/accounting.py, three times the forward matmuls with the head and full (not causal) attention.
 GFLOP/s beside it are of 6 N per token.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -23,6 +25,7 @@ from torch.nn import functional
 from sweeps.accounting import Shape, flops_6nd, flops_per_token, parameters
 from sweeps.attention import drop_mask
 from sweeps.cell import Optimizer
+from sweeps.compiling import can_compile
 from sweeps.devices import peak_flops
 from sweeps.families import FAMILIES, build_model
 from sweeps.losses import Loss, MeanLoss
@@ -83,6 +86,8 @@ class Result:
     gflops: float
     """By 6 N per token, in 1e9 a second."""
     mfu: float | None
+    sequences: int
+    """Of a step, of each member."""
     members: int
     other_gflops: float | None
     """Of the plain step, or of a stack's members one by one."""
@@ -134,7 +139,7 @@ def plain_step(setting: Setting, device: torch.device) -> Step:
     """The step of the straight model."""
     model, tokens = PlainModel(setting.shape).to(device), setting.tokens(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    loss: Loss = torch.compile(model, dynamic=False) if device.type == "cuda" else model
+    loss: Loss = torch.compile(model, dynamic=False) if _compiles(device) else model
     amplify = precision(_precision(device), device)
 
     def take() -> None:
@@ -152,7 +157,7 @@ def escala_step(setting: Setting, device: torch.device) -> Step:
     """The step as sweeps/training.py takes it."""
     model = _model(setting, device)
     loss: Loss = MeanLoss(model)
-    if device.type == "cuda":
+    if _compiles(device):
         loss = torch.compile(loss, dynamic=False)
     return _step(Solo(model, RECIPE, loss), setting.tokens(device)[None], device)
 
@@ -179,6 +184,10 @@ def _step(program: Solo | Stack, batches: torch.Tensor, device: torch.device) ->
         program.table.step(range(len(batches)))
 
     return take
+
+
+def _compiles(device: torch.device) -> bool:
+    return device.type == "cuda" and can_compile(device)
 
 
 def _precision(device: torch.device) -> str:
@@ -209,6 +218,7 @@ def measure(setting: Setting, device: torch.device, *, against_plain: bool) -> R
         tokens_per_second=speed,
         gflops=speed * work,
         mfu=speed * flops_per_token(shape) / peak if peak else None,
+        sequences=setting.sequences,
         members=setting.members,
         other_gflops=tokens / seconds[1] * work if len(sides) > 1 else None,
         ratio=statistics.median(other / ours for ours, other in rounds) if len(sides) > 1 else None,
@@ -229,9 +239,22 @@ def _seconds(step: Step, device: torch.device) -> float:
 def results(device: torch.device) -> Iterator[Result]:
     """Every setting of a device, one after another."""
     for setting in CPU if device.type == "cpu" else GPU_PAIRS:
-        yield measure(setting, device, against_plain=True)
+        yield fitting(setting, lambda one: measure(one, device, against_plain=True))
     for setting in () if device.type == "cpu" else (*GPU_ALONE, *GPU_STACKS):
-        yield measure(setting, device, against_plain=False)
+        yield fitting(setting, lambda one: measure(one, device, against_plain=False))
+
+
+def fitting(setting: Setting, take: Callable[[Setting], Result]) -> Result:
+    """What `take` finds of a setting, with as many of its sequences as the device holds: half where it runs out."""
+    while True:
+        torch.compiler.reset()  # torch compiles one function a few times in a process, and then leaves it eager
+        gc.collect()  # what is left of the setting before lies in cycles
+        try:
+            return take(setting)
+        except torch.OutOfMemoryError:
+            if setting.sequences == 1:
+                raise
+        setting = replace(setting, sequences=setting.sequences // 2)
 
 
 def main() -> None:
@@ -244,14 +267,16 @@ def main() -> None:
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     if not arguments.json:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, one thread, float32, eager"
+        name = "CPU, one thread, float32, eager"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name() + ("" if _compiles(device) else ", eager: no C compiler or no triton")
         print(f"{name}. torch {torch.__version__}. MFU by C: 3 x forward matmuls, head and full attention included.")
     for one in results(device):
         print(json.dumps(asdict(one)) if arguments.json else _line(one), flush=True)
 
 
 def _line(one: Result) -> str:
-    size = f"gpt2 {one.width} x {one.depth}, {one.parameters / 1e6:.3g} M parameters"
+    size = f"gpt2 {one.width} x {one.depth}, {one.parameters / 1e6:.3g} M parameters, {one.sequences} sequences"
     size, other = (f"{size}, {one.members} stacked", "one by one") if one.members > 1 else (size, "plain PyTorch")
     parts = [f"{one.tokens_per_second:,.0f} tokens/s", f"{one.gflops:,.1f} GFLOP/s (6 N D)"]
     parts += [f"MFU {one.mfu:.1%}"] if one.mfu is not None else []

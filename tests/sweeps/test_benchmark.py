@@ -1,6 +1,7 @@
 """The step's benchmark: a person measures a GPU with it, and it must say what it needs."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -17,3 +18,16 @@ def test_a_gpu_that_is_not_there_is_a_sentence(
         benchmark.main()
     assert caught.value.code == 2
     assert "--device cuda: this torch finds no GPU here. Leave it out" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
+    tried = []
+
+    def take(setting: benchmark.Setting) -> Any:
+        tried.append(setting.sequences)
+        if setting.sequences > 4:
+            raise torch.OutOfMemoryError
+        return setting.sequences
+
+    assert benchmark.fitting(benchmark.CPU[0], take) == 4  # type: ignore[comparison-overlap]
+    assert tried == [16, 8, 4]
