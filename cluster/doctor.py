@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from cluster.hardware import local_gpus
 from sweeps.errors import InputError
 from sweeps.store import Store, check_room, open_store
 
@@ -65,6 +66,17 @@ def _device() -> Finding:
         import torch
     except ImportError as error:
         return Finding("device", False, str(error), "see PyTorch's install page for this machine's build.")
+    there = local_gpus()
+    if there and not torch.cuda.is_available():
+        what = (
+            "this torch is built without CUDA" if torch.version.cuda is None else f"it wants CUDA {torch.version.cuda}"
+        )
+        return Finding(
+            "device",
+            False,
+            f"{', '.join(there)}, which torch does not find: {what}",
+            "install the torch that suits this GPU's driver (see PyTorch's install page), or a newer driver.",
+        )
     if not torch.cuda.is_available():
         return Finding("device", True, f"CPU, {os.cpu_count()} cores, no GPU")
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))

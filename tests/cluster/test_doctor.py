@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commandline import Escala, refused
 from raynodes import free_port, over, ray_node, wait_for
 
@@ -39,6 +40,15 @@ def doctor(escala: Escala, monkeypatch: pytest.MonkeyPatch, *arguments: object, 
         monkeypatch.setenv(name, value)
     found: list[dict[str, Any]] = json.loads(escala("doctor", "--json", *arguments, ok=ok).stdout)
     return found
+
+
+def test_a_gpu_that_torch_does_not_find_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_alone, "local_gpus", lambda: ("NVIDIA H200",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor_alone._device()
+    assert not found.ok
+    assert "NVIDIA H200, which torch does not find" in found.found
+    assert "driver" in found.advice
 
 
 @pytest.mark.parametrize("look", [doctor_alone._store, _driver_store])
