@@ -163,16 +163,14 @@ def _hear_sigterm() -> None:
 def _train(config: dict[str, Any]) -> None:
     """One rank: cell after cell."""
     import ray
-    import torch
 
     from sweeps.attempt import run_attempts
-    from sweeps.devices import keep_freed_memory
+    from sweeps.devices import cap_memory, keep_freed_memory
     from sweeps.gang import follow_attempt
     from sweeps.ranks import join_ranks
 
     keep_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(memory_share(1))
+    cap_memory(memory_share(1))
     gang, ranks = config["gang"], join_ranks()
     number = ray.get(gang.first.remote())
     while True:

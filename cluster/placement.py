@@ -118,7 +118,7 @@ def gpu_share(together: int) -> float:
 
 
 def memory_share(gpus: float) -> float:
-    """The share of its GPU's memory that a worker may hold: for set_per_process_memory_fraction."""
+    """The share of its GPU's memory that a worker may hold, its process included."""
     return (1 - KEPT_FREE) / (int(1 / gpus) if 0 < gpus < 1 else 1)
 
 

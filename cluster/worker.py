@@ -6,7 +6,7 @@ It writes to the store and returns a few words; losses never travel through Ray.
 from pathlib import Path
 from typing import Any
 
-from sweeps.devices import keep_freed_memory
+from sweeps.devices import cap_memory, keep_freed_memory
 from sweeps.loading import loading
 from sweeps.store import Store, cell_state
 
@@ -19,15 +19,14 @@ class Worker:
         # Imported when the worker starts, so that its first cell does not wait for it. The models' code takes longer
         # than all else together, and a trainer that Escala does not know may have no use for it.
         with loading():
-            import torch
+            import torch  # noqa: F401
 
             if not own_trainer:
                 import transformers.modeling_utils  # noqa: F401
 
                 import sweeps.training  # noqa: F401
         keep_freed_memory()
-        if torch.cuda.is_available():
-            torch.cuda.set_per_process_memory_fraction(memory_share)
+        cap_memory(memory_share)
 
     def run(
         self,

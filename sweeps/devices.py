@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sweeps.cell import Cell
 from sweeps.errors import InputError
 from sweeps.hostmemory import host_bytes_free
-from sweeps.memory import choose_micro_batch, part_sizes, step_bytes
+from sweeps.memory import allocator_share, choose_micro_batch, part_sizes, step_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -129,6 +129,15 @@ def keep_freed_memory() -> bool:
         return False
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def cap_memory(share: float) -> None:
+    """Let this process take no more than a share of its GPU's memory, if it has one: others may have theirs."""
+    import torch
+
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(allocator_share(share, total))
 
 
 def bytes_available() -> int:

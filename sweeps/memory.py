@@ -125,6 +125,12 @@ def demand(shape: Shape, sequences: int, precision: str, *, device: str = "cpu",
     return PROCESS_BYTES[device] + step_bytes(shape, sequences, precision, device, stack).total
 
 
+def allocator_share(share: float, device_bytes: int) -> float:
+    """Of a process's share of a device of so many bytes what its allocator may take, as a share of the device: the
+    device's context, which the allocator does not count, has its place there too."""
+    return max(share / 2, share - PROCESS_BYTES["cuda"] / device_bytes)
+
+
 def workers_for(cell: Cell, gpu_bytes: int, gpus_per_node: int) -> int:
     """How many GPUs of a node a cell needs: one where a sequence of it fits, else the fewest that hold it in parts.
 

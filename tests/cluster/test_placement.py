@@ -22,6 +22,7 @@ from cluster.placement import (
     threads_for,
 )
 from sweeps.errors import InputError
+from sweeps.memory import PROCESS_BYTES, allocator_share
 from tests.plans import POINT, only, points
 
 GIB = 1024**3
@@ -204,6 +205,14 @@ def test_cells_that_share_a_gpu_fit_its_memory_whichever_they_are(needs: list[in
     assert max(needs) <= 80 * GIB * memory_share(share)
     assert together * memory_share(share) <= 1.0
     assert together * Fraction(str(share)) <= 1 < (together + 1) * Fraction(str(share)), "Ray starts exactly so many"
+
+
+@pytest.mark.parametrize("together", [1, 3, 16])
+@pytest.mark.parametrize("device_bytes", [24 * GIB, 80 * GIB])
+def test_the_contexts_of_workers_that_share_a_gpu_have_their_place_on_it(together: int, device_bytes: int) -> None:
+    cap = allocator_share(memory_share(gpu_share(together)), device_bytes) * device_bytes
+    assert together * (cap + PROCESS_BYTES["cuda"]) <= device_bytes
+    assert cap > 0
 
 
 def test_a_cell_that_no_gpu_holds_is_refused_with_its_size() -> None:
