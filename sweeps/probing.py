@@ -52,11 +52,12 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
     cell = cells[0]
     family = find_family(cell.family, allow_code=base_dir is not None, base_dir=base_dir or Path())
     micro_batch = choose_numerics(cell, stack=len(cells)).micro_batch  # raises where their memory does not suffice
+    solo_batch = choose_numerics(cell).micro_batch
     amplify = precision(cell.precision, device)
 
     models = [make_model(family, one, device.type).to(device).train() for one in (cell, *cells)]
     factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
-    solo = Solo(models[0], cell.optimizer, traced(models[0], cell, device, cell.sequences), factors)
+    solo = Solo(models[0], cell.optimizer, traced(models[0], cell, device, solo_batch), factors)
     stack = Stack(models[1:], [one.optimizer for one in cells], factors)
     generator = torch.Generator().manual_seed(0)
     size = (len(cells), cell.sequences, cell.shape.context + 1)
@@ -64,7 +65,7 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
 
     def seconds(program: Solo | Stack, part: torch.Tensor) -> float:
         began = time.perf_counter()
-        program.backward(part, micro_batch if program is stack else cell.sequences, amplify)
+        program.backward(part, micro_batch if program is stack else solo_batch, amplify)
         float(program.table.step(range(len(part)))[0])  # the device is waited for
         return time.perf_counter() - began
 
