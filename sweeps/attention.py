@@ -4,6 +4,8 @@
   are padded to 16 with zeros, which add nothing to a product.
 - A forward pass that is traced or compiled: the library would make a mask too, where it otherwise leaves it out, and a
   GPU's fastest attention takes none. A forward pass on a GPU: to leave it out, the library waits for the device.
+- float32 on a GPU: fused attention wants heads of whole vectors there, and as many of keys and values as of queries.
+  Without it all scores lie in memory at once, which sweeps/memory.py does not reckon with.
 - The members of a stack: fused attention on a CPU has no batching rule under `vmap` and would loop over them.
 """
 
@@ -18,7 +20,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 PADDED, UNMASKED, STACKED = "escala_padded", "escala_unmasked", "escala_stacked"
 """Our attentions' names in transformers."""
 LANES = 16
-"""What narrow heads are padded to."""
+"""What narrow heads are padded to on a CPU."""
+GPU_LANES = 4
+"""And in float32 on a GPU, to a multiple of so many."""
 
 
 def pays_to_pad(head_dim: int) -> bool:
@@ -95,8 +99,12 @@ class _Folded(torch.autograd.Function):
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention over (sequences, heads, tokens, head_dim)."""
     width = query.shape[-1]
-    if query.device.type == "cpu" and pays_to_pad(width):
-        query, key, value = (pad(one, (0, LANES - width)) for one in (query, key, value))
+    if query.device.type == "cpu":
+        lacking = LANES - width if pays_to_pad(width) else 0
+    else:
+        lacking = -width % GPU_LANES if value.dtype == torch.float32 else 0
+    if lacking:
+        query, key, value = (pad(one, (0, lacking)) for one in (query, key, value))
     mixed = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     return mixed[..., :width]
 
@@ -124,6 +132,9 @@ def _attend_unmasked(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
+    wide = value.dtype == torch.float32  # under autocast queries may be, but no values
+    if wide and value.device.type != "cpu" and not options.get("dropout"):
+        return _attend(_causal, module, query, key, value, None, **options)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward(module, query, key, value, None, **options)

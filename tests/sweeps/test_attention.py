@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
@@ -150,3 +151,33 @@ def test_only_models_that_attend_to_all_before_lose_their_mask() -> None:
         config = AutoConfig.for_model(kind, vocab_size=16, num_key_value_heads=2, sliding_window=window, **fields)
         assert is_causal(AutoModelForCausalLM.from_config(config)) is causal
     assert not is_causal(torch.nn.Linear(2, 2))
+
+
+class Attentions(TorchFunctionMode):
+    """The shapes of what fused attention is asked for, and its options."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[torch.Size], dict[str, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.asked.append(([one.shape for one in args], kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite"])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_in_float32_on_a_gpu_attention_is_what_its_fused_kernel_takes(name: str, narrow: bool) -> None:
+    """By torch's own checks: heads of whole vectors of four, and as many of keys as of queries."""
+    model = (model_of if narrow else plain_model)(name).float()
+    drop_mask(model)
+    model.to("meta")  # a device that is no CPU
+    with Attentions() as attentions:
+        model(torch.zeros((3, 32), dtype=torch.int64, device="meta"))
+    assert attentions.asked
+    for (query, key, value), options in attentions.asked:
+        assert query == key == value
+        assert query[-1] % 4 == 0
+        assert options["is_causal"]
+        assert options.get("attn_mask") is None
+        assert not options.get("enable_gqa")
