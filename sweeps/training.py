@@ -204,8 +204,10 @@ class _Runner:
     def begin(self, member: _Member) -> None:
         with self.clock("build"):
             state = member.io.restore()
+        # Of what a family of one's own may draw in training, such as dropout; a state that was kept on a CPU has none
+        # for a GPU.
+        torch.manual_seed(member.cell.seed)
         if state is None:
-            torch.manual_seed(member.cell.seed)  # of what a family of one's own may draw in training, such as dropout
             member.progress = Progress(start=self._evaluate(member))
             member.io.log(0, {"val_loss": member.progress.start, "flops": 0.0, "optimizer_step": 0.0})
         else:
