@@ -52,7 +52,7 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
     cell = cells[0]
     family = find_family(cell.family, allow_code=base_dir is not None, base_dir=base_dir or Path())
     micro_batch = choose_numerics(cell, stack=len(cells)).micro_batch  # raises where their memory does not suffice
-    solo_batch = choose_numerics(cell).micro_batch
+    solo_batch = choose_numerics(cell, stack=1).micro_batch
     amplify = precision(cell.precision, device)
 
     models = [make_model(family, one, device.type).to(device).train() for one in (cell, *cells)]
