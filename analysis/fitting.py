@@ -19,7 +19,7 @@ from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixe
 from analysis.resampling import Way, along_curves, dependent_runs, draw_thetas, group_labels, root_weights, trunk_labels
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
-from analysis.uncertainty import Noise, interval, judge_noise
+from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
 from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span
 from sweeps.errors import InputError, nearest
 
@@ -159,7 +159,13 @@ def fit_law(
     if settings.resample == "auto" and (settings.cluster or many):
         way = "rows"
     drawn = _pooled(noise, spread, freedom)
-    thetas = draw_thetas(problem, robust, best.theta, drawn, way, labels, count=settings.resamples, seed=settings.seed)
+    own, said = [drawn] * len(rows), list[Verdict]()
+    if way == "noise" and "C" in rows.columns:  # rows and trunks that are drawn bring their own scatter along
+        own, said = _by_compute(problem, best.theta, rows["C"].to_numpy(dtype=float), drawn, spread, free)
+    verdicts += said
+    thetas = draw_thetas(
+        problem, robust, best.theta, drawn, way, labels, by_row=own, count=settings.resamples, seed=settings.seed
+    )
     draws = problem.params(thetas) if len(thetas) else {}
     if not len(thetas) and way == "rows":
         verdicts.append(_too_few_units(units, None if cluster == "cell" else cluster, free))
@@ -179,6 +185,7 @@ def fit_law(
     verdicts += said
     misses = problem.predict(best.theta) - problem.target
     worst = int(np.abs(misses).argmax())
+    dearest = int(rows["C"].to_numpy(dtype=float).argmax()) if "C" in rows.columns else 0
     return Fit(
         law=form.name,
         loss=selection.loss,
@@ -191,7 +198,8 @@ def fit_law(
         excluded=selection.excluded,
         noise=noise.to_json()
         | {"residual_sd": spread, "residual_freedom": freedom}
-        | {"drawn_sd": drawn.sd, "drawn_freedom": drawn.freedom},
+        | {"drawn_sd": drawn.sd, "drawn_freedom": drawn.freedom}
+        | {"dearest_sd": own[dearest].sd, "dearest_freedom": own[dearest].freedom},
         decisions=decisions,
         provenance=provenance(
             selection,
@@ -310,6 +318,15 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
     if noise.source != "seeds" or freedom <= noise.freedom or not spread > 0:
         return noise
     return replace(noise, sd=spread, freedom=freedom)
+
+
+def _by_compute(
+    problem: Problem, theta: np.ndarray, C: np.ndarray, drawn: Noise, spread: float, free: int
+) -> tuple[list[Noise], list[Verdict]]:
+    """The noise of each row's copies, by its compute. A residual beyond three scales counts as three: one outlier does
+    not make half of the runs noisy."""
+    misses = np.clip((problem.predict(theta) - problem.target) * root_weights(problem), -3.0 * spread, 3.0 * spread)
+    return noise_by_scale(C, misses**2, np.full(len(C), max(1.0 - free / len(C), 0.0)), drawn)
 
 
 def _too_few_units(units: int, cluster: str | None, free: int) -> Verdict:

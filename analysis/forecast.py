@@ -149,8 +149,9 @@ def predict(
     if not found.draws or not np.isfinite(found.noise["sd"]):
         return predicted, low, high
     draws = {name: value[:, None] for name, value in found.draws.items()}
-    own = {key: found.noise[key] for key in ("sd", "freedom", "source", "groups")}
-    scales = Noise(**own).draw(generator, len(next(iter(draws.values()))))
+    # new runs are as dear as the dearest fitted, or dearer, and the noise may have grown up to there
+    dearest = Noise(sd=found.noise["dearest_sd"], freedom=found.noise["dearest_freedom"], source=found.noise["source"])
+    scales = dearest.draw(generator, len(next(iter(draws.values()))))
     # The noise of a fit of raw losses is in nats, and the draws are of ln loss.
     raw = found.provenance.get("settings", {}).get("scale") == "response"
     divisor = (1.0 if seeds is None else np.sqrt(seeds)) * (predicted if raw else np.ones(len(rows)))

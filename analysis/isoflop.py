@@ -20,7 +20,7 @@ from analysis.frontier import Counter, flop_counter, line_targets, line_through_
 from analysis.resampling import dependent_runs, trunk_labels
 from analysis.runs import shared_budgets
 from analysis.selection import Selection, provenance
-from analysis.uncertainty import SEEDS, Noise, interval, judge_noise
+from analysis.uncertainty import SEEDS, Noise, interval, judge_noise, noise_by_scale
 from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span, plural
 from sweeps.errors import InputError, nearest
 
@@ -109,39 +109,48 @@ def fit_isoflop(
     points = [_points(_best(group), np.inf) if splined else _points(group, height) for group in groups]
     curves = [parabola(p["x"], p["y"], p["count"]) if len(p["x"]) >= 3 and not splined else None for p in points]
 
-    # 1. noise of one run's ln loss: between seeds, checked against the scatter about the parabolas
-    residual_sd, freedom = _scatter(points, curves)
+    # 1. noise of one run's ln loss: between seeds, checked against the scatter about the parabolas and pooled with it
+    squares, free = _scatter(points, curves)
+    freedom = float(free.sum())
+    residual_sd = float(np.sqrt(squares.sum() / freedom)) if freedom else NAN
     if splined:
         noise, said = _spline_noise(selection.noise, rows)
     else:
         noise, said = judge_noise(selection.noise, residual_sd, freedom)
+    drawn = noise if splined else noise.pooled(residual_sd, freedom)
+    if noise.source == "seeds":
+        squares += [float(p["squares"].sum()) for p in points]
+        free += [float((p["count"] - 1).sum()) for p in points]
+    own, uneven = noise_by_scale(np.array([float(p["C"]) for p in points]), squares, free, drawn)
+    said = [*said, *uneven]
     verdicts += said if points else []
     if points and (trunks := trunk_labels(rows)) is not None:
         verdicts.append(dependent_runs(trunks, "A law fitted to these runs draws trunks whole; more seeds help too."))
 
     # 2. the minimum of each budget, with a batch of noisy copies
     generator = np.random.default_rng(seed)
-    scales = noise.draw(generator, resamples)[:, None]
     assumed = splined and selection.noise is None
     budgets, copies = [], []
-    for p, curve in zip(points, curves):
+    for p, curve, noise_here in zip(points, curves, own):
+        scales = noise_here.draw(generator, resamples)[:, None]
         here = assumed_noise(np.exp(p["y"])) / np.exp(p["y"]) if assumed else scales
         errors = generator.standard_normal((resamples, len(p["x"]))) * here / np.sqrt(p["count"])
-        budget, draws, said = _budget(p, curve, flop_counter(rows), noise, errors, level)
+        budget, draws, said = _budget(p, curve, flop_counter(rows), noise_here, errors, level)
         budgets.append(budget)
         copies.append(draws)
         verdicts += said
 
     # 3. the power laws through the accepted minima
     kept = [i for i, b in enumerate(budgets) if b.accepted]
-    line, said = line_through_minima([budgets[i] for i in kept], [copies[i] for i in kept], noise, weighted=weighted)
+    line, said = line_through_minima([budgets[i] for i in kept], [copies[i] for i in kept], drawn, weighted=weighted)
     verdicts += said
     if len(kept) >= 2:
         verdicts += narrow_span(np.array([budgets[i].C for i in kept]))
     spent = [b.C for b in budgets] or [NAN]
     decisions, said = line_targets(line, targets, min(spent), max(spent), level)
     verdicts += said
-    extra = {"residual_sd": residual_sd, "residual_freedom": freedom} | ({"source": "assumed"} if assumed else {})
+    extra: dict[str, object] = {"residual_sd": residual_sd, "residual_freedom": freedom}
+    extra |= {"drawn_sd": drawn.sd, "drawn_freedom": drawn.freedom} | ({"source": "assumed"} if assumed else {})
     options = {"method": method, "height": height, "weighted": weighted, "resamples": resamples, "level": level}
     return Fit(
         law="isoflop",
@@ -163,15 +172,14 @@ def fit_isoflop(
     ).settle()
 
 
-def _scatter(points: list[dict[str, np.ndarray]], curves: list[Parabola | None]) -> tuple[float, int]:
-    """Pooled standard deviation of one run's ln loss about the parabolas, and its degrees of freedom."""
-    squares, freedom = 0.0, 0
-    for p, curve in zip(points, curves):
+def _scatter(points: list[dict[str, np.ndarray]], curves: list[Parabola | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Squares of one run's ln loss about each parabola, and their degrees of freedom; (budgets,) each."""
+    squares, freedom = np.zeros(len(points)), np.zeros(len(points))
+    for i, (p, curve) in enumerate(zip(points, curves)):
         if curve is not None and len(p["x"]) > 3:
             misses = p["y"] - np.vander(p["x"] - curve.center, 3, increasing=True) @ curve.curve
-            squares += float(p["count"] @ misses**2)
-            freedom += len(p["x"]) - 3
-    return float(np.sqrt(squares / freedom)) if freedom else NAN, freedom
+            squares[i], freedom[i] = p["count"] @ misses**2, len(p["x"]) - 3
+    return squares, freedom
 
 
 def _spline_noise(seeds: Noise | None, rows: pd.DataFrame) -> tuple[Noise, list[Verdict]]:
@@ -210,10 +218,11 @@ def _points(group: pd.DataFrame, height: float) -> dict[str, np.ndarray]:
     sizes = group.assign(_y=np.log(group["loss"])).groupby("N")
     x = np.log(np.array(sizes["N"].first(), dtype=float))
     y, count = sizes["_y"].mean().to_numpy(), sizes["_y"].count().to_numpy().astype(float)
+    squares = sizes["_y"].var(ddof=0).to_numpy() * count
     near = y - y.min() <= max(height, float(np.sort(y)[:ENOUGH][-1] - y.min()))
     budget, C = np.array(group["budget"].iloc[0]), np.array(np.exp(np.log(group["C"]).mean()))
     far = {"far_x": x[~near], "far_y": y[~near]}
-    return far | {"budget": budget, "C": C, "x": x[near], "y": y[near], "count": count[near]}
+    return far | {"budget": budget, "C": C, "x": x[near], "y": y[near], "count": count[near], "squares": squares[near]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.quadratics import Surface, lowest_point, skewed, surface_of, take_out_bad_runs
 from analysis.swept import Group
-from analysis.uncertainty import Noise, interval, judge_noise
+from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
 from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, clean, plural, refused
 
 HEIGHT = 0.01
@@ -101,7 +101,8 @@ def find_optima(
     """The optimum of each group, the noise of one run's ln loss behind the intervals, and what is said of the noise.
 
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds, pooled over the
-    settings that are fitted, and checked against the scatter about the quadratics (`uncertainty.judge_noise`).
+    settings that are fitted, checked against the scatter about the quadratics (`uncertainty.judge_noise`), and pooled
+    with it.
     """
     seeds = Noise(sd=noise, freedom=np.inf, source="given") if noise is not None else _between_seeds(groups)
     reach = max(HEIGHT, NOISES * seeds.sd) if seeds else HEIGHT
@@ -111,27 +112,46 @@ def find_optima(
     freedom = float(sum(free for _, free in scatter))
     residual = float(np.sqrt(sum(squares for squares, _ in scatter) / freedom)) if freedom > 0 else NAN
     judged, said = judge_noise(seeds, residual, freedom)
+    drawn = judged.pooled(residual, freedom)
+    own, uneven = _by_size(groups, surfaces, drawn)
+    said += uneven
     said += skewed([s for s in surfaces if s is not None and s.fits]) if len(axes) == 1 else []
     generator = np.random.default_rng(seed)
-    scales = judged.draw(generator, resamples) if judged.sd >= 0 else np.empty(0)
+    draws = {one: one.draw(generator, resamples) if one.sd >= 0 else np.empty(0) for one in dict.fromkeys(own)}
     found = [
-        _optimum(group, tuple(axes), surface, scales, generator, eps, level) for group, surface in zip(groups, surfaces)
+        _optimum(group, tuple(axes), surface, draws[one], generator, eps, level)
+        for group, surface, one in zip(groups, surfaces, own)
     ]
-    return found, judged, said if scatter else []
+    return found, drawn, said if scatter else []
 
 
 def _between_seeds(groups: Sequence[Group]) -> Noise | None:
-    """Pooled over the settings within a tenth of each group's lowest: rates near the edge of stability are noisier."""
-    squares, freedom, many = 0.0, 0, 0
-    for group in groups:
-        count, loss = group.columns["count"], group.columns["loss"]
-        near = (count > 1) & (loss <= 1.1 * np.min(loss[count > 0], initial=np.inf))
-        squares += float(group.columns["squares"][near].sum())
-        freedom += int((count[near] - 1).sum())
-        many += int(near.sum())
+    """Pooled over the groups; None where no setting near a group's best has two seeds."""
+    squares, freedom, many = map(sum, zip(*map(_replicates, groups))) if groups else (0.0, 0, 0)
     return (
         Noise(sd=float(np.sqrt(squares / freedom)), freedom=freedom, source="seeds", groups=many) if freedom else None
     )
+
+
+def _replicates(group: Group) -> tuple[float, int, int]:
+    """Squares about the means over seeds, their degrees of freedom, and the number of settings: of those within a tenth
+    of the group's lowest, since rates near the edge of stability are noisier."""
+    count, loss = group.columns["count"], group.columns["loss"]
+    near = (count > 1) & (loss <= 1.1 * np.min(loss[count > 0], initial=np.inf))
+    return float(group.columns["squares"][near].sum()), int((count[near] - 1).sum()), int(near.sum())
+
+
+def _by_size(
+    groups: Sequence[Group], surfaces: Sequence[Surface | None], drawn: Noise
+) -> tuple[list[Noise], list[Verdict]]:
+    """The noise of each group's copies, by its N D, which compute goes by."""
+    parts = np.zeros((len(groups), 2))
+    for i, (group, surface) in enumerate(zip(groups, surfaces)):
+        parts[i] = surface.scatter() if surface is not None and surface.fits else (0.0, 0.0)
+        if drawn.source == "seeds":
+            parts[i] += _replicates(group)[:2]
+    size = np.array([float(group.key["N"]) * float(group.key["D"]) for group in groups])
+    return noise_by_scale(size, parts[:, 0], parts[:, 1], drawn)
 
 
 # --- one group ---------------------------------------------------------------------------------------------------

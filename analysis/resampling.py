@@ -5,7 +5,7 @@ trunk) or from a fit's residuals as if the fit had cost nothing. Units are drawn
 the degrees of freedom that the parameters took.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -92,13 +92,14 @@ def draw_thetas(
     way: Way,
     labels: np.ndarray,
     *,
+    by_row: Sequence[Noise],
     count: int,
     seed: int,
 ) -> np.ndarray:
     """Draws of the solver's coordinates around a fit, (count, K); none where there is nothing to draw from.
 
-    noise: new losses from the fitted law with Gaussian noise, its scale drawn too; rows: whole groups of rows that
-    share a label (n,), with replacement; delta: a normal approximation.
+    noise: new losses from the fitted law with Gaussian noise, that of `by_row` (n,), its scale drawn too; rows: whole
+    groups of rows that share a label (n,), with replacement; delta: a normal approximation.
     """
     generator = np.random.default_rng(seed)
     free = int((problem.lower < problem.upper).sum())
@@ -123,8 +124,9 @@ def draw_thetas(
     center = problem.predict(best)
 
     def copies(size: int) -> np.ndarray:
-        scales = noise.draw(generator, size)
-        return center + generator.standard_normal((size, problem.rows)) * scales[:, None] / root_weights(problem)
+        scales = {own: own.draw(generator, size)[:, None] for own in dict.fromkeys(by_row)}
+        of_rows = np.hstack([scales[own] for own in by_row])
+        return center + generator.standard_normal((size, problem.rows)) * of_rows / root_weights(problem)
 
     return _many(problem, robust, best, count, targets=copies)
 

@@ -7,7 +7,7 @@ sizes can be seen at all. Tokens of one document are not independent, so documen
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -56,10 +56,25 @@ class Noise:
             return np.full(count, self.sd)
         return self.sd * np.sqrt(self.freedom / generator.chisquare(self.freedom, count))
 
+    def pooled(self, residual_sd: float, residual_freedom: float) -> "Noise":
+        """What copies are drawn with: noise between seeds pooled with residuals of the means over seeds.
+
+        A few replicated cells tell the noise to within a third, and only there: seeds of other sizes may differ more.
+        Where residuals agree with them (`judge_noise` has asked), all runs measure one noise: the residual mean square
+        after a passed test for lack of fit (Draper & Smith 1998, 2.1). Any other noise stays as it is.
+        """
+        if self.source != "seeds" or not residual_freedom > 0 or not np.isfinite([residual_sd, self.freedom]).all():
+            return self
+        freedom = self.freedom + residual_freedom
+        squares = self.freedom * self.sd**2 + residual_freedom * residual_sd**2
+        return replace(self, sd=float(np.sqrt(squares / freedom)), freedom=freedom)
+
     def to_json(self) -> dict[str, Any]:
         return {"sd": self.sd, "freedom": self.freedom, "source": self.source, "groups": self.groups}
 
 
+UNEVEN = 1.5
+"""Noises of two halves that differ by less than this factor are one: intervals would hardly change."""
 UNKNOWN = Noise(sd=NAN, freedom=0, source="unknown")
 
 
@@ -132,6 +147,36 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
         "replicated. Intervals use the larger figure."
     )
     return residual, [Verdict("residuals_exceed_noise", "caution", "fit", None, message)]
+
+
+def noise_by_scale(
+    scale: np.ndarray, squares: np.ndarray, freedom: np.ndarray, noise: Noise
+) -> tuple[list[Noise], list[Verdict]]:
+    """The noise of each unit (a budget, a size, a run): one for all, or one for each half where these differ.
+
+    Seeds of larger models often differ more, and one figure for all then says too much of the dearest runs, on which
+    forecasts rest. scale: what the units are ordered by, (n,). squares, freedom: of each unit's ln losses about what
+    is fitted, (n,). The halves are split at the median and told apart by the ratio of their variances (Goldfeld &
+    Quandt 1965, two-sided, 5%) where they differ by a factor that matters. A noise that was given, or is not known,
+    stays.
+    """
+    same = [noise] * len(scale)
+    high = scale > np.median(scale) if len(scale) else np.zeros(0, dtype=bool)
+    halves = [(float(squares[half].sum()), float(freedom[half].sum())) for half in (~high, high)]
+    if noise.source not in ("seeds", "residuals") or min(f for _, f in halves) < 2 or min(s for s, _ in halves) <= 0:
+        return same, []
+    (below, own_below), (above, own_above) = halves
+    ratio = (above / own_above) / (below / own_below)
+    chance = min(fdtrc(own_above, own_below, ratio), fdtrc(own_below, own_above, 1.0 / ratio))
+    if chance >= 0.025 or 1.0 / UNEVEN**2 < ratio < UNEVEN**2:
+        return same, []
+    apart = [replace(noise, sd=float(np.sqrt(s / f)), freedom=f) for s, f in halves]
+    message = (
+        f"the dearer half scatters by {apart[1].sd:.2%} of the loss, the cheaper by {apart[0].sd:.2%}, more apart than "
+        "chance: each is drawn with its own noise. Replicate seeds at the dearest runs too."
+    )
+    evidence = {"cheaper": apart[0].sd, "dearer": apart[1].sd}
+    return [apart[int(h)] for h in high], [Verdict("uneven_noise", "caution", "fit", None, message, evidence)]
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> Interval:

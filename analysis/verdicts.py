@@ -44,6 +44,7 @@ class Code(StrEnum):
     NOISE_ASSUMED = "noise_assumed"
     NOISE_FROM_RESIDUALS = "noise_from_residuals"
     RESIDUALS_EXCEED_NOISE = "residuals_exceed_noise"
+    UNEVEN_NOISE = "uneven_noise"
     TOO_FEW_UNITS = "too_few_units"
     DEPENDENT_RUNS = "dependent_runs"
     OUTLIER_DRIVEN = "outlier_driven"

@@ -9,6 +9,7 @@ from analysis import fit
 from analysis.laws import CHINCHILLA
 from analysis.problems import Robust, make_problem
 from analysis.solver import SAMPLE_ROWS, descend, solve
+from tests.analysis.closed import closed_form
 from tests.analysis.synthetic import codes, surface
 
 BES = dict(CHINCHILLA.published["Besiroglu et al. 2024"])
@@ -90,3 +91,22 @@ def test_misfit_beyond_the_seeds_still_widens_the_intervals() -> None:
     found = fit(replicated(0, misfit=0.03), resamples=20)
     assert "residuals_exceed_noise" in codes(found)
     assert found.noise["drawn_sd"] == found.noise["residual_sd"] > 0.015
+
+
+def test_noise_that_grows_with_compute_is_drawn_by_halves() -> None:
+    """The forecast rests on the dearest runs: drawn with the noise of all, its intervals held four in five."""
+    said, held = [], []
+    for seed in range(24):
+        table = replicated(seed).assign(C=lambda t: 6 * t["N"] * t["D"])
+        clean = CHINCHILLA({"N": table["N"], "D": table["D"]}, BES)
+        dear = table["C"] > table["C"].median()
+        table["loss"] = clean * (table["loss"] / clean) ** np.where(dear, 3.0, 0.6)
+        found = fit(table, resamples=100, targets=[1e23])
+        said.append("uneven_noise" in codes(found))
+        low, high = found.decisions["targets"][0]["loss"].interval
+        held.append(low <= float(closed_form(1e23, BES).loss) <= high)
+        if said[-1]:
+            assert found.noise["dearest_sd"] > 1.2 * found.noise["drawn_sd"]
+        assert "uneven_noise" not in codes(fit(table, resamples=20, noise=0.01))
+    assert np.mean(said) > 0.7
+    assert np.mean(held) > 0.85

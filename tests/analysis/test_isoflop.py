@@ -409,3 +409,43 @@ def test_marin_exponents_are_those_of_a_plain_refit(data, exponent) -> None:
     named = table.assign(C=table["budget"], C_assumed=False)
     plain = fit_isoflop(select(named), height=np.inf, weighted=False)
     assert plain.params["N_exponent"] == pytest.approx(exponent, abs=0.005)
+
+
+# --- noise that differs between cells -----------------------------------------------------------------------------
+
+
+def small_study(seed: int, sd) -> pd.DataFrame:
+    """Four budgets of five sizes, three seeds at the centre of the two cheapest; sd(budget, size) of ln loss."""
+    generator = np.random.default_rng(seed)
+    table = budgets_table(BUDGETS, sizes=5, seed=seed)
+    order, size = table["budget"].rank(method="dense").to_numpy(int) - 1, table.groupby("budget").cumcount().to_numpy()
+    more = table[(order < 2) & (size == 2)]
+    cells = np.append(np.arange(len(table)), np.repeat(more.index.to_numpy(), 2))
+    noise = np.array([sd(b, s) for b, s in zip(order, size)])[cells] * generator.standard_normal(len(cells))
+    seeds = np.append(np.zeros(len(table), dtype=int), np.tile([1, 2], len(more)))
+    grown = table.iloc[cells].reset_index(drop=True)
+    return grown.assign(loss=grown["loss"] * np.exp(noise), seed=seeds)
+
+
+def test_a_few_replicates_do_not_speak_for_all_runs() -> None:
+    """Where seeds and scatter agree by their small number alone, copies are drawn with the noise of both."""
+    agreed = 0
+    for seed in range(20):
+        found = fit(small_study(seed, lambda b, s: 0.002 if s == 2 else 0.006), "isoflop", resamples=50)
+        if found.noise["source"] == "seeds":
+            agreed += 1
+            assert found.noise["drawn_freedom"] == found.noise["freedom"] + found.noise["residual_freedom"]
+            assert found.noise["sd"] < found.noise["drawn_sd"] < found.noise["residual_sd"]
+    assert agreed > 5
+
+
+def test_noise_that_grows_with_compute_is_told_and_drawn_by_halves() -> None:
+    tables = [small_study(seed, lambda b, s: 0.001 * 8 ** (b / 3)) for seed in range(40)]
+    found = [fit(table, "isoflop", resamples=400) for table in tables]
+    assert np.mean(["uneven_noise" in codes(each, "caution") for each in found]) > 0.5
+    for each in (f for f in found if "uneven_noise" in codes(f, "caution")):
+        said = next(v for v in each.verdicts if v.code == "uneven_noise")
+        assert said.evidence["dearer"] > 1.5 * said.evidence["cheaper"]
+        assert each.noise["drawn_sd"] < said.evidence["dearer"]
+    even = [fit(small_study(seed, lambda b, s: 0.003), "isoflop", resamples=50) for seed in range(60)]
+    assert np.mean(["uneven_noise" in codes(each) for each in even]) < 0.12

@@ -85,6 +85,26 @@ def test_noise_between_seeds_is_measured_beside_the_optimum_alone() -> None:
     assert noise["sd"] == pytest.approx(0.002, rel=0.3)
 
 
+def test_a_few_replicates_are_pooled_with_the_scatter_about_the_curves() -> None:
+    table = fan(noise=0.003, seed=3)
+    few = sensitivity(table[(table["seed"] == 0) | (table["N"] == table["N"].min())], resamples=20).noise
+    seeds = sensitivity(table[table["N"] == table["N"].min()], resamples=20).noise
+    assert few["source"] == "seeds"
+    assert few["freedom"] > 1.5 * seeds["freedom"]
+    assert few["sd"] == pytest.approx(0.003, rel=0.3)
+
+
+def test_sizes_that_are_noisier_have_wider_intervals() -> None:
+    table, even = fan(noise=0.0, seeds=1), fan(noise=0.004, seeds=1, seed=5)
+    grown = (even["loss"] / table["loss"]) ** np.where(table["N"] > table["N"].median(), 2.5, 0.5)
+    found = sensitivity(table.assign(loss=table["loss"] * grown), resamples=400)
+    assert "uneven_noise" in [v.code for v in found.verdicts]
+    widths = [
+        np.log(one.best["learning_rate"].interval[1] / one.best["learning_rate"].interval[0]) for one in found.optima
+    ]
+    assert widths[-1] > 2.0 * widths[0]
+
+
 def test_one_bad_run_is_taken_out_and_named() -> None:
     table = fan(seeds=1, noise=0.001)
     spoiled = table.index[(table["N"] == 1.6e6) & np.isclose(table["learning_rate"], 0.02)]

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from analysis import load_runs, paired_errors, seed_noise
-from analysis.uncertainty import Noise, clustered_loss, interval, judge_noise, paired_difference
+from analysis.uncertainty import Noise, clustered_loss, interval, judge_noise, noise_by_scale, paired_difference
 from tests.analysis.synthetic import LAW, Run, grid, surface
 
 
@@ -69,6 +69,39 @@ def test_residuals_a_little_above_a_given_noise_do_not_replace_it() -> None:
     assert judge_noise(given, 0.012, 10) == (given, [])  # chi-square of 14.4 with 10 degrees: a chance of .16
     noise, (verdict,) = judge_noise(given, 0.014, 10)  # 19.6: .03
     assert (noise.source, verdict.code) == ("residuals", "residuals_exceed_noise")
+
+
+def test_few_seeds_are_pooled_with_residuals_and_a_given_noise_is_not() -> None:
+    seeds = Noise(sd=0.002, freedom=2, source="seeds", groups=2)
+    pooled = seeds.pooled(0.004, 6)
+    assert (pooled.source, pooled.freedom) == ("seeds", 8)
+    assert pooled.sd == pytest.approx(np.sqrt((2 * 0.002**2 + 6 * 0.004**2) / 8))
+    assert seeds.pooled(np.nan, 0) == seeds
+    for source in ("given", "residuals"):
+        noise = Noise(sd=0.002, freedom=np.inf, source=source)
+        assert noise.pooled(0.004, 6) == noise
+
+
+@pytest.mark.parametrize("ratio", [5.0, 0.2])
+def test_noise_that_differs_between_cheap_and_dear_units_is_told_apart(ratio) -> None:
+    scale, free = np.array([4.0, 1.0, 3.0, 2.0]), np.full(4, 4.0)
+    sds = np.where(scale > 2.5, 0.002 * ratio, 0.002)
+    pooled = Noise(sd=0.007, freedom=16, source="seeds", groups=4)
+    found, (said,) = noise_by_scale(scale, free * sds**2, free, pooled)
+    assert said.code == "uneven_noise"
+    assert [one.sd for one in found] == pytest.approx(sds)
+    assert {one.freedom for one in found} == {8.0}
+    given = Noise(sd=0.002, freedom=np.inf, source="given")
+    assert noise_by_scale(scale, free * sds**2, free, given) == ([given] * 4, [])
+
+
+def test_halves_that_differ_by_chance_or_by_little_have_one_noise() -> None:
+    scale, pooled = np.arange(4.0), Noise(sd=0.003, freedom=16, source="seeds", groups=4)
+    few, many = np.full(4, 1.0), np.full(4, 1000.0)
+    for free, dear in ((few, 0.006), (many, 0.0024)):
+        sds = np.where(scale > 1.5, dear, 0.002)
+        assert noise_by_scale(scale, free * sds**2, free, pooled) == ([pooled] * 4, [])
+    assert noise_by_scale(np.array([]), np.array([]), np.array([]), pooled) == ([], [])
 
 
 def test_interval_leaves_out_nan_and_keeps_infinity() -> None:
