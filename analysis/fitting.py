@@ -326,7 +326,10 @@ def _by_compute(
     """The noise of each row's copies, by its compute. A residual beyond three scales counts as three: one outlier does
     not make half of the runs noisy."""
     misses = np.clip((problem.predict(theta) - problem.target) * root_weights(problem), -3.0 * spread, 3.0 * spread)
-    return noise_by_scale(C, misses**2, np.full(len(C), max(1.0 - free / len(C), 0.0)), drawn)
+    # what the law misses is common to the seeds of a cell, which then count as one
+    cells = len(np.unique(np.stack(list(problem.variables.values())), axis=1).T)
+    count = cells / len(C) if drawn.source == "residuals" else 1.0
+    return noise_by_scale(C, count * misses**2, np.full(len(C), count * max(1.0 - free / len(C), 0.0)), drawn)
 
 
 def _too_few_units(units: int, cluster: str | None, free: int) -> Verdict:
