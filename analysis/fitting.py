@@ -323,13 +323,12 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
 def _by_compute(
     problem: Problem, theta: np.ndarray, C: np.ndarray, drawn: Noise, spread: float, free: int
 ) -> tuple[list[Noise], list[Verdict]]:
-    """The noise of each row's copies, by its compute. A residual beyond three scales counts as three: one outlier does
-    not make half of the runs noisy."""
-    misses = np.clip((problem.predict(theta) - problem.target) * root_weights(problem), -3.0 * spread, 3.0 * spread)
+    """The noise of each row's copies, by its compute. Clipped as Huber does: outliers make no half noisy."""
+    misses = np.clip((problem.predict(theta) - problem.target) * root_weights(problem), -1.5 * spread, 1.5 * spread)
     # what the law misses is common to the seeds of a cell, which then count as one
     cells = len(np.unique(np.stack(list(problem.variables.values())), axis=1).T)
     count = cells / len(C) if drawn.source == "residuals" else 1.0
-    return noise_by_scale(C, count * misses**2, np.full(len(C), count * max(1.0 - free / len(C), 0.0)), drawn)
+    return noise_by_scale(C, count * misses**2 / 0.7784, np.full(len(C), count * max(1.0 - free / len(C), 0.0)), drawn)
 
 
 def _too_few_units(units: int, cluster: str | None, free: int) -> Verdict:
