@@ -122,10 +122,15 @@ def _unit_faults(table: pd.DataFrame, shown: Sequence[str], taken: Mapping[str, 
         span = f"{_from(name, taken)} has values from {low[name]:.4g} to {high[name]:.4g}"
         return f"{span}: that looks like {what}; write --columns '{name}={mend.format(again(name))}'."
 
+    counted = "C" in shown and not table.get("C_assumed", pd.Series([False])).all()
+    times = middle["C"] / (6.0 * middle["N"] * middle["D"]) if counted and {"N", "D"} <= set(shown) else 1.0
+
     # 1. each by itself
     for name, least in (("N", 1e3), ("D", 1e4), ("U", 1e4)):
         if name not in shown or low[name] >= least or taken.get(name, "").startswith("C/"):
             continue
+        if name == "D" and counted and low.get("N", 0.0) >= 1e3 and 0.01 < times < 100.0:
+            continue  # few tokens, but C says so too
         if high[name] > 1e6:
             span = f"{_from(name, taken)} goes from {low[name]:.4g} to {high[name]:.4g}"
             yield f"{span}: its rows are in different units. Bring them to one in the file."
@@ -165,13 +170,11 @@ def _unit_faults(table: pd.DataFrame, shown: Sequence[str], taken: Mapping[str, 
             f"{'few' if ratio < 1 else 'many'} for any run: one of the two is in another unit. Scale it, as in "
             f"--columns 'D=1e6*{again('D')}'; steps become tokens by D=STEPS*BATCH*CONTEXT."
         )
-    if "C" in shown and not table.get("C_assumed", pd.Series([False])).all():
-        times = middle["C"] / (6.0 * middle["N"] * middle["D"])
-        if not 0.01 < times < 100.0:
-            yield (
-                f"{_from('C', taken)} is {times:.2g} times 6 N D: one of the three is in another unit. If it is C, "
-                f"scale it, as in --columns 'C={_power(1.0 / times)}*{again('C')}'."
-            )
+    if not 0.01 < times < 100.0:
+        yield (
+            f"{_from('C', taken)} is {times:.2g} times 6 N D: one of the three is in another unit. If it is C, scale "
+            f"it, as in --columns 'C={_power(1.0 / times)}*{again('C')}'."
+        )
 
 
 def _likely(units: Sequence[float], ratio: float) -> float:

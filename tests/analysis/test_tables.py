@@ -395,6 +395,15 @@ def test_mistakes_of_published_tables_get_a_sentence(tmp_path, change, sentence)
     assert sentence in faulty(tmp_path, frame.drop(columns="C") if frame["C"].isna().all() else frame)
 
 
+def test_few_tokens_are_believed_where_a_counted_compute_agrees_with_them(tmp_path) -> None:
+    small = surface(N / 1e3, D / 1e6, noise=0.003)
+    assert small["D"].min() == 1e3
+    assert "looks like" in faulty(tmp_path, small.drop(columns="C", errors="ignore"))
+    counted = small.assign(C=7 * small["N"] * small["D"])
+    assert not [v for v in check_table(read_table(write(tmp_path, counted))) if v.severity == "refuse"]
+    assert "looks like" in faulty(tmp_path, counted.assign(C=counted["C"] / 1e6))
+
+
 def test_compute_in_another_unit_is_found_where_tokens_come_from_it(tmp_path) -> None:
     message = faulty(tmp_path, RUNS.assign(C=RUNS["C"] / 8.64e19).drop(columns="D"))
     assert "it is not in FLOPs" in message
