@@ -54,7 +54,8 @@ class Pool:
         they have: that the last node with one is away must not move the others to CPUs. `scales` tells of an
         autoscaler, and waits so long to hear of it; where there is none InputError is raised then."""
         if self.device == "cuda":
-            return [] if self.gpu_bytes else ["no node tells the memory of its GPUs, so each cell gets a whole one"]
+            blind = "torch finds none of the GPUs that Ray counts: each cell gets a whole one and trains on a CPU there"
+            return [] if self.gpu_bytes else [f"{blind}; `escala doctor` says what is wrong"]
         if before is None and scales(0.0):
             return [
                 "no node with a GPU is up, so cells train on CPUs. If they are to train on GPUs, end this run and have "

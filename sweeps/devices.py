@@ -5,6 +5,8 @@ import gc
 import os
 import platform
 import re
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -150,6 +152,16 @@ def bytes_available() -> int:
     reserved, held = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     cap = int(total * torch.cuda.get_per_process_memory_fraction())
     return min(free + reserved, cap) - held  # what is reserved and not held is the allocator's to give
+
+
+def peak_memory_bytes(device: "torch.device") -> int:
+    """The most that was held: of a GPU, by the tensors of this attempt; of the host, by the process so far, which
+    Linux counts in KiB and macOS in bytes."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def probe_micro_batch(

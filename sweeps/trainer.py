@@ -55,6 +55,7 @@ class Outcome:
     """Wall-clock seconds of this attempt by part of the work."""
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    """The most that was held: of the GPU's memory by the attempt, or of the host's by its process."""
     document_losses: np.ndarray | None = None
     """Summed loss of each validation document in the final evaluation, float64."""
     document_tokens: np.ndarray | None = None

@@ -7,8 +7,6 @@ not, at equal numerics: `snapshot` holds everything that the next step depends o
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +21,7 @@ from sweeps.accounting import flops_per_token, small_part
 from sweeps.batches import Batches
 from sweeps.cell import Cell
 from sweeps.corpora import Corpus
-from sweeps.devices import peak_flops
+from sweeps.devices import peak_flops, peak_memory_bytes
 from sweeps.divergence import Progress
 from sweeps.errors import InputError
 from sweeps.evaluation import Evaluation, evaluate, spread_windows
@@ -78,6 +76,8 @@ def train_together(
     context = cell.shape.context
     torch.set_num_threads(numerics.threads)
     device = torch.device("cpu") if numerics.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     clock = _Clock()
     with clock("build"):
         family = find_family(cell.family, allow_code=ios[0].base_dir is not None, base_dir=ios[0].base_dir or Path())
@@ -348,7 +348,7 @@ class _Runner:
             steps=member.progress.step,
             seconds={part: spent / len(self.program.models) for part, spent in seconds.items()},
             tokens_per_second=done / max(seconds["train"], 1e-9) if done else None,
-            peak_memory_bytes=_peak_memory_bytes(),
+            peak_memory_bytes=peak_memory_bytes(self.device),
             document_losses=final.document_sums if final else None,
             document_tokens=final.document_tokens if final else None,
         )
@@ -374,11 +374,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _peak_memory_bytes() -> int:
-    """The process's largest resident size so far; Linux counts it in KiB, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Clock:
