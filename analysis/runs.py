@@ -339,7 +339,7 @@ def _client(tracking_uri: str) -> "MlflowClient":
     os.environ.setdefault("PGCONNECT_TIMEOUT", f"{ANSWER_SECONDS:.0f}")
     try:
         ask_host(tracking_uri)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"MLflow at {redact(tracking_uri)} cannot be read ({error}). Check --tracking-uri.") from None
     return MlflowClient(tracking_uri)
 

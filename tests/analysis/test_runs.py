@@ -190,6 +190,8 @@ def test_fit_of_a_store_names_what_it_left_out(mixed) -> None:
 def test_a_database_whose_host_is_not_there_is_said_at_once_and_not_after_minutes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"MLflow at postgresql://127.0.0.1:9/x cannot be read \(.*refused"):
         load_runs("nothing", tmp_path / "nowhere", tracking_uri="postgresql://127.0.0.1:9/x")
+    with pytest.raises(InputError, match=r"cannot be read .*Invalid IPv6"):
+        load_runs("nothing", tmp_path / "nowhere", tracking_uri="http://[x")
 
 
 def test_grid_of_the_tests_is_a_real_isoflop_grid() -> None:
