@@ -8,16 +8,22 @@ times the memory of everything else, and so decide how large a batch may be.
 A model whose logits are not simply hidden states times the head's matrix takes the plain way, whatever its size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from sweeps.attention import stackable
 from sweeps.memory import LOGITS_BYTES
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
 """Tokens (sequences, context + 1) -> mean nats per token; eager or compiled."""
+StackLoss = Callable[[Mapping[str, torch.Tensor], torch.Tensor], torch.Tensor]
+"""Parameters of all members by name, each (members, ...), and tokens (members, sequences, context + 1) -> (members,)
+mean nats per token."""
 DENSE = {"gpt2", "gpt_neox", "llama", "qwen3", "granite"}
 """Model types of transformers that do the same operations whatever their data."""
 LINEAR_HEADS = DENSE | {"mixtral"}
@@ -54,6 +60,20 @@ def mean_loss(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int | N
     loss: torch.Tensor
     loss, _, _ = _ChunkedLoss.apply(hidden[None], weight[None], targets.flatten()[None], scaling, limit)
     return loss[0]
+
+
+def stack_loss(model: torch.nn.Module) -> StackLoss:
+    """`mean_loss` of every member of a stack of models like this one, by `torch.vmap`, which raises RuntimeError over a
+    model that it does not take."""
+    loss = MeanLoss(model)
+
+    def losses(parameters: Mapping[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        own = {f"model.{name}": value for name, value in parameters.items()}
+        with stackable(model):
+            found: torch.Tensor = torch.vmap(partial(functional_call, loss))(own, (tokens,))
+        return found
+
+    return losses
 
 
 def mean_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

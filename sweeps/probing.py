@@ -59,6 +59,7 @@ def probe(cells: Sequence[Cell], device: torch.device, base_dir: Path | None = N
     factors = tensor_factors(models[0], cell.family, cell.shape, cell.parametrisation)
     solo = Solo(models[0], cell.optimizer, traced(models[0], cell, device, solo_batch), factors)
     stack = Stack(models[1:], [one.optimizer for one in cells], factors)
+    stack.trace(cell, cell.steps, micro_batch)
     generator = torch.Generator().manual_seed(0)
     size = (len(cells), cell.sequences, cell.shape.context + 1)
     batch = torch.randint(cell.shape.vocab_size, size, generator=generator).to(device)

@@ -1,25 +1,24 @@
 """Stacked training: several models of one shape as one program.
 
 The members' parameters lie in one table, a row a member (sweeps/table.py). The forward and backward pass of all members
-is one call (`torch.func.functional_call` under `vmap`), while clipping, the optimizer's step and its state are the
-table's, row by row: own rate and decay, a checkpoint in solo format, and a member that has diverged is simply not
-stepped any more. What a stack must never do is let a number of one member reach another.
+is one call (`torch.func.functional_call` under `vmap`, or a graph of that: sweeps/tracing.py), while clipping, the
+optimizer's step and its state are the table's, row by row: own rate and decay, a checkpoint in solo format, and a
+member that has diverged is simply not stepped any more. What a stack must never do is let a number of one member reach
+another.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
-from sweeps.attention import stackable
-from sweeps.cell import Optimizer
+from sweeps.cell import Cell, Optimizer
 from sweeps.errors import InputError
-from sweeps.losses import Loss, MeanLoss
+from sweeps.losses import Loss, MeanLoss, stack_loss
 from sweeps.parametrisation import TensorFactors
 from sweeps.table import Table
+from sweeps.tracing import traced_stack
 
 
 class Solo:
@@ -77,10 +76,15 @@ class Stack:
     ) -> None:
         """`recipes` are the members' optimizers, each with own rate, decay, betas and clipping. `factors`: as of
         `Table`, the same for all."""
-        self.models, self.table, self._loss = list(models), Table(models, recipes, factors), MeanLoss(models[0])
+        self.models, self.table = list(models), Table(models, recipes, factors)
+        self._losses = stack_loss(models[0])
         values = self.table.columns(self.table.values)
-        self._parameters = {f"model.{name}": value.requires_grad_() for name, value in values.items()}
+        self._parameters = {name: value.requires_grad_() for name, value in values.items()}
         self._gradients = list(self.table.columns(self.table.gradients).values())
+
+    def trace(self, cell: Cell, steps: int, micro_batch: int) -> None:
+        """Take a graph of the forward pass from now on, if one pays over so many steps of cells like this one."""
+        self._losses = traced_stack(self.models[0], self._parameters, cell, steps, micro_batch) or self._losses
 
     def state(self, member: int) -> dict[str, Any]:
         """As of `Solo`."""
@@ -94,13 +98,13 @@ class Stack:
         self, batches: torch.Tensor, micro_batch: int, amplify: AbstractContextManager[Any], *, eager: bool = False
     ) -> torch.Tensor:
         """Gradients of each member's mean loss over its own batch (members, sequences, context + 1). Returns the
-        losses, (members,). A stack is always eager. InputError for a model that `vmap` does not take."""
+        losses, (members,). A stack is never compiled. InputError for a model that `vmap` does not take."""
         parts = batches.split(micro_batch, dim=1)
         total: torch.Tensor | None = None
         for part in parts:
             try:
-                with amplify, stackable(self.models[0]):
-                    losses = torch.vmap(partial(functional_call, self._loss))(self._parameters, (part,))
+                with amplify:
+                    losses = self._losses(self._parameters, part)
             except RuntimeError as error:
                 if "vmap" not in str(error):
                     raise

@@ -121,6 +121,7 @@ def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> N
     for member in members:
         runner.attempt(member, runner.begin)
     first = 1 + min((member.progress.step for member in members if member.end is None), default=cell.steps)
+    runner.trace(cell, cell.steps + 1 - first, micro_batch)
     for step in range(first, cell.steps + 1):
         going = [member for member in members if member.end is None]
         live = [member for member in going if member.progress.step < step]
@@ -222,6 +223,11 @@ class _Runner:
                 member.losses += [loss.to(self.device) for loss in kept]
         member.first = member.since = member.progress.step
         member.batches = Batches(self.corpus, member.cell, self.device, member.first + 1)
+
+    def trace(self, cell: Cell, steps: int, micro_batch: int) -> None:
+        if isinstance(self.program, Stack):  # a model alone has its graph, if one pays
+            with self.clock("build"):
+                self.program.trace(cell, steps, micro_batch)
 
     def step(self, members: Sequence[_Member], live: Sequence[_Member], step: int, micro_batch: int) -> None:
         """One optimizer step of the live members; the others' numbers do not change."""

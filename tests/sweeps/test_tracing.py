@@ -1,5 +1,6 @@
 """A graph is used where it equals the model to the bit, and nowhere else."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from sweeps.corpora import Corpus
 from sweeps.families import FAMILIES, resolve_options
 from sweeps.models import make_model
 from sweeps.sizes import shape_for
-from sweeps.tracing import traced
-from sweeps.training import train
+from sweeps.stacking import Stack
+from sweeps.tracing import traced, traced_stack
+from sweeps.training import train, train_together
 
 CPU = torch.device("cpu")
 DENSE = sorted(set(FAMILIES) - {"mixtral"})
@@ -27,6 +29,19 @@ def cell_of(corpus: Corpus, family: str = "llama", size: int = 14_000, **changes
 
 def model_of(cell: Any) -> torch.nn.Module:
     return make_model(FAMILIES[cell.family], cell).train()
+
+
+def stack_graph(cell: Any, micro_batch: int = 100) -> Any:
+    """The graph of a stack of two of a cell, over all its steps."""
+    stack = Stack([model_of(cell), model_of(replace(cell, seed=1))], [cell.optimizer] * 2)
+    return traced_stack(stack.models[0], stack._parameters, cell, cell.steps, micro_batch)
+
+
+def solo_graph(cell: Any, micro_batch: int = 100) -> Any:
+    return traced(model_of(cell), cell, CPU, micro_batch)
+
+
+BOTH = pytest.mark.parametrize("graph_of", [solo_graph, stack_graph], ids=["solo", "stack"])
 
 
 @pytest.mark.slow
@@ -46,9 +61,26 @@ def test_a_run_of_every_dense_family_is_the_same_to_the_bit(
     assert quick.rows == plain.rows
 
 
-def test_dense_models_are_traced(corpus: Corpus) -> None:
-    cells = [cell_of(corpus, family, size) for family in DENSE for size in (14_000, 100_000)]
-    found = [traced(model_of(cell), cell, CPU, cell.sequences) is not None for cell in cells]
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DENSE)
+def test_a_stack_of_every_dense_family_is_the_same_to_the_bit(
+    family: str, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = cell_of(corpus, family)
+    cell = replace(cell, tokens=30 * cell.batch_tokens)
+    cells = [cell, replace(cell, seed=1), replace(cell, data_seed=1)]
+    rows = []
+    for least in (30, 1000):
+        monkeypatch.setattr(tracing, "LEAST_STEPS", least)
+        ios = [MemoryIO(one, corpus) for one in cells]
+        train_together(cells, ios)
+        rows.append([io.rows for io in ios])
+    assert rows[0] == rows[1]
+
+
+@BOTH
+def test_dense_models_are_traced(graph_of: Callable[..., Any], corpus: Corpus) -> None:
+    found = [graph_of(cell_of(corpus, family, size)) is not None for family in DENSE for size in (14_000, 100_000)]
     assert sum(found) > len(found) / 2, "a processor may round one family otherwise, which then goes its own way"
 
 
@@ -58,6 +90,32 @@ def test_batches_of_another_shape_take_the_models_own_way(corpus: Corpus) -> Non
     assert loss is not None
     tokens = torch.randint(corpus.info.vocab_size, (5, CONTEXT + 1), generator=torch.Generator().manual_seed(1))
     assert torch.equal(loss(tokens), tracing.MeanLoss(model)(tokens))
+
+
+def test_a_stacks_batches_of_another_shape_take_the_models_own_way(corpus: Corpus) -> None:
+    cell = cell_of(corpus)
+    stack = Stack([model_of(cell), model_of(replace(cell, seed=1))], [cell.optimizer] * 2)
+    losses = traced_stack(stack.models[0], stack._parameters, cell, cell.steps, 3)
+    assert losses is not None
+    tokens = torch.randint(corpus.info.vocab_size, (2, 5, CONTEXT + 1), generator=torch.Generator().manual_seed(1))
+    found = losses(stack._parameters, tokens)
+    assert torch.equal(found, tracing.stack_loss(stack.models[0])(stack._parameters, tokens))
+
+
+def test_a_stack_is_left_as_it_was_and_goes_on_by_its_graph(corpus: Corpus) -> None:
+    cell = cell_of(corpus)
+    stack, before = (
+        Stack([model_of(cell), model_of(replace(cell, seed=1))], [cell.optimizer] * 2),
+        torch.get_rng_state(),
+    )
+    values, own = stack.table.values.clone(), stack._losses
+    stack.trace(cell, 199, cell.sequences)
+    assert stack._losses is own, "too few steps are left"
+    stack.trace(cell, 200, cell.sequences)
+    assert stack._losses is not own
+    assert torch.equal(values, stack.table.values)
+    assert not stack.table.gradients.any()
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_a_model_is_left_as_it_was(corpus: Corpus) -> None:
@@ -70,6 +128,7 @@ def test_a_model_is_left_as_it_was(corpus: Corpus) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@BOTH
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -79,45 +138,54 @@ def test_a_model_is_left_as_it_was(corpus: Corpus) -> None:
     ],
 )
 def test_what_does_not_pay_or_depends_on_data_is_not_traced(
-    family: str, changes: dict[str, Any], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    graph_of: Callable[..., Any],
+    family: str,
+    changes: dict[str, Any],
+    corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.jit, "trace", lambda *_, **__: pytest.fail("it was traced"))
-    cell = replace(cell_of(corpus, family), **changes)
-    assert traced(model_of(cell), cell, CPU, cell.sequences) is None
+    assert graph_of(replace(cell_of(corpus, family), **changes)) is None
 
 
-def test_large_micro_batches_are_not_traced(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_large_micro_batches_are_not_traced(
+    graph_of: Callable[..., Any], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tracing, "MOST_FLOPS", 1e6)
-    cell = cell_of(corpus)
-    assert traced(model_of(cell), cell, CPU, cell.sequences) is None
+    assert graph_of(cell_of(corpus)) is None
 
 
-def test_a_graph_that_is_not_the_model_is_not_used(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_a_graph_that_is_not_the_model_is_not_used(
+    graph_of: Callable[..., Any], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = torch.jit.trace
 
-    def frozen(module: Any, tokens: torch.Tensor, **options: Any) -> Any:
+    def frozen(module: Any, inputs: tuple[torch.Tensor, ...], **options: Any) -> Any:
         """As of a model that looks at its data: the graph answers every batch as it did the first."""
-        logits = trace(module, tokens, **options)(tokens)
-        return lambda _: logits
+        logits = trace(module, inputs, **options)(*inputs)
+        return lambda *_: logits
 
     monkeypatch.setattr(torch.jit, "trace", frozen)
-    cell = cell_of(corpus)
-    assert traced(model_of(cell), cell, CPU, cell.sequences) is None
+    assert graph_of(cell_of(corpus)) is None
 
 
-def test_gradients_that_differ_are_noticed(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+@BOTH
+def test_gradients_that_differ_are_noticed(
+    graph_of: Callable[..., Any], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trace = torch.jit.trace
 
-    def other_gradients(module: Any, tokens: torch.Tensor, **options: Any) -> Any:
-        graph = trace(module, tokens, **options)
-        return lambda tokens: doubled(graph(tokens))
+    def other_gradients(module: Any, inputs: tuple[torch.Tensor, ...], **options: Any) -> Any:
+        graph = trace(module, inputs, **options)
+        return lambda *inputs: doubled(graph(*inputs))
 
     def doubled(logits: torch.Tensor) -> torch.Tensor:
         return logits.detach() + 2 * (logits - logits.detach())
 
     monkeypatch.setattr(torch.jit, "trace", other_gradients)
-    cell = cell_of(corpus)
-    assert traced(model_of(cell), cell, CPU, cell.sequences) is None
+    assert graph_of(cell_of(corpus)) is None
 
 
 def test_a_torch_that_cannot_trace_leaves_the_models_own_way(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
