@@ -21,6 +21,7 @@ from cluster.joined import Joined
 from cluster.ledger import recorded_seconds, register, register_growth
 from cluster.mirror import Mirror
 from cluster.nodes import REPORT_SECONDS, Bundle, bundle, death, wanted
+from cluster.outage import Outage
 from cluster.pace import flops_left, flops_won
 from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
@@ -163,6 +164,8 @@ class _Run:
         """The Ray of this run's own, or the cluster that it has joined."""
         self.late = 0
         """Units that have waited long for their worker."""
+        self.beginning, self.ending, self.showing = (Outage(self._excuse) for _ in range(3))
+        """The parts of a turn: before the wait for workers, after it, and what people see of it."""
 
     def run(self, address: str) -> None:
         self.began = time.monotonic()
@@ -234,48 +237,62 @@ class _Run:
                 "what was used alone, and those begun last may go beyond it. `escala calibrate` measures it"
             )
         self.search.predict(found)
-        self.queue.extend(self.plan, len(self.plan.cells), self.search.seconds)
+        self.queue.extend(self.plan, (), self.search.seconds)
         if self.search.seconds != recorded_seconds(self.store, self.plan.study.name) and self._holds():
-            register_growth(self.store, self.plan, len(self.plan.cells), self.search.seconds)
+            register_growth(self.store, self.plan, (), self.search.seconds)
 
     def _work(self, ray: Any) -> None:
         self._take_turns(ray)
         if self.ended or self.notes:  # of the last turn, which may have been the first
-            self.watch(self._progress())
+            self._show()
 
     def _take_turns(self, ray: Any) -> None:
         """Turn after turn, until nothing is left to do or something ends the run before."""
         looked = 0.0
-        while self.queue or self.tasks or self.standing.elsewhere or self.search.goes_on():
+        while self.queue or self.schedule.running or self.standing.elsewhere or self.search.goes_on():
+            self._undo()
             if not self._holds():
                 self.tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
                 return
-            if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:
-                looked = time.monotonic()
-                if self.joined is not None and (gone := self.joined.members.lost()):
-                    self.tally.stopped = f"Ray is gone ({gone})"
-                    self._let_go(gone)
+            with self.beginning:
+                if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:
+                    if self.joined is not None and (gone := self.joined.members.lost()):
+                        self.tally.stopped = f"Ray is gone ({gone})"
+                        self._let_go(gone)
+                        return
+                    self._look()
+                    self._follow()
+                    looked = time.monotonic()
+                if (why := self._over()) is not None:
+                    self.tally.stopped = why
                     return
-                self._look()
-                self._follow()
-            if (why := self._over()) is not None:
-                self.tally.stopped = why
-                return
-            if self.wish in ("drain", "cancel") and not self.tasks:
-                return
-            self._begin()
-            if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
-                self.tally.stopped = why
-                return
+                if self.wish in ("drain", "cancel") and not self.tasks:
+                    return
+                self._begin()
+                if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
+                    self.tally.stopped = why
+                    return
             done = self._wait(ray)
-            if not self._holds():  # it may have slept in the wait
-                continue
+            if self._holds():  # it may have slept in the wait
+                self._take_in(ray, done)
+
+    def _take_in(self, ray: Any, done: list[Any]) -> None:
+        """What the workers that are done leave, and who must be killed."""
+        with self.ending:
             for handle in done:
                 self._finish(ray, handle)
             for task in self.tasks.values():
                 if (fate := task.fate()) is not None:
                     task.kill(ray, fate)
-            self.watch(self._progress())
+        self._show()
+
+    def _show(self) -> None:
+        """How all stands, for people to see."""
+        now: Progress | None = None
+        with self.showing:
+            now = self._progress()
+        if now is not None:
+            self.watch(now)
 
     def _over(self) -> str | None:
         """Why nothing more can come of this run on the Ray that it has, if so."""
@@ -292,6 +309,15 @@ class _Run:
                 return
             self._start(unit)
 
+    def _undo(self) -> None:
+        """A unit that got room and no worker, since the disk broke its beginning off, has neither."""
+        begun = {task.start.place.number for task in self.tasks.values()}
+        for number in self.schedule.running.keys() - begun:
+            start = self.schedule.running[number]
+            ids = {job.id for job in start.jobs}
+            self.schedule.end(start, start.began)
+            self.standing.elsewhere |= {one.cell.id: one for one in self.plan.cells if one.cell.id in ids}
+
     def _wait(self, ray: Any) -> list[Any]:
         """The calls of the workers that are done, after a moment at most."""
         if not self.tasks:
@@ -307,10 +333,13 @@ class _Run:
         waited for, and nothing is done meanwhile; not for longer than until others may take over."""
         asked = time.monotonic()
         held = self.claim.holds(SILENCE_SECONDS)
-        if (waited := time.monotonic() - asked) >= BEAT_SECONDS:  # workers could give no sign of life either
-            for hand in self._in_hands():
-                hand.pulse.excuse(waited)
+        self._excuse(time.monotonic() - asked)
         return held
+
+    def _excuse(self, seconds: float) -> None:
+        """The disk refused for so long: workers could give no sign of life either."""
+        for hand in self._in_hands() if seconds >= BEAT_SECONDS else ():
+            hand.pulse.excuse(seconds)
 
     def _grow(self) -> None:
         """Take in the cells of a search's next trials, where workers have nothing else to do."""
@@ -319,7 +348,7 @@ class _Run:
             idle = self.schedule.room(self.demand, self.search.to_come()[0]) - len(self.queue)
         if new := self.search.grow(max(0, idle)):
             self.plan = self.search.plan
-            self.queue.extend(self.plan, len(self.plan.cells) - len(new), self.search.seconds)
+            self.queue.extend(self.plan, new, self.search.seconds)
             self.standing.sort(new)
 
     def _left(self) -> int:
@@ -353,8 +382,7 @@ class _Run:
 
     def _finish(self, ray: Any, handle: Any) -> None:
         """A worker is done. What it says is only a hint: the files tell how each cell stands."""
-        task = self.tasks.pop(handle)
-        self.schedule.end(task.start, time.monotonic())
+        task = self.tasks[handle]
         try:
             ray.get(handle)
             self.pool.keep(task.worker)
@@ -364,15 +392,21 @@ class _Run:
                 self.fleet.remove(task.start.place.node)
                 if self.joined is not None:
                     self.joined.members.doubt(task.start.place.node)
+            for hand in task.hands:
+                self.standing.record_death(hand, kind, hand.pulse.killed or words)
             # It lives where it raised an error before the attempt could record one: a bug, the disk, a rank's death.
             lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
             (self.pool.keep if lives else self.pool.lose)(task.worker)
-            for hand in task.hands:
-                self.standing.record_death(hand, kind, hand.pulse.killed or words)
-        for index, hand in enumerate(task.hands):  # the failure of a program is one failure
-            self.standing.flops_done += flops_won(self.queue, hand, kept_tokens(self.store, hand.one))
-            self.standing.settle(hand.one, note=index == 0)
-        self.queue.look([hand.one.cell.id for hand in task.hands])
+        ids = [hand.one.cell.id for hand in task.hands]
+        while task.hands:
+            hand = task.hands[0]
+            won = flops_won(self.queue, hand, kept_tokens(self.store, hand.one))
+            self.standing.settle(hand.one, note=not task.noted)
+            self.standing.flops_done += won
+            task.hands, task.noted = task.hands[1:], True
+        del self.tasks[handle]
+        self.schedule.end(task.start, time.monotonic())
+        self.queue.look(ids)
 
     # --- what changes seldom -----------------------------------------------------------------------------------------
 
@@ -458,11 +492,10 @@ class _Run:
         self.wish = "cancel"
         try:
             while self.tasks and time.monotonic() < deadline and self.claim.holds(deadline - time.monotonic()):
-                self._ask_to_stop("interrupted")
+                with self.beginning:
+                    self._ask_to_stop("interrupted")
                 done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-                for handle in done:
-                    self._finish(ray, handle)
-                self.watch(self._progress())
+                self._take_in(ray, done)
         except KeyboardInterrupt:
             pass
 

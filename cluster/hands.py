@@ -89,6 +89,8 @@ class Task:
     """Its room, as the scheduling code gave it."""
     given: float = field(default_factory=time.monotonic)
     """When the worker got it."""
+    noted: bool = False
+    """Whether its end was looked at as that of a program: a failure of many cells is one failure."""
 
     def waits(self) -> bool:
         """Whether it has begun nothing: its worker starts, or has no room yet."""
@@ -105,10 +107,10 @@ class Task:
     def kill(self, ray: Any, fate: str) -> None:
         """Kill the worker; the end of its cells is recorded when Ray reports the death."""
         ray.kill(self.worker)
-        for hand in self.hands:
-            hand.pulse.killed = fate
         if (attempt := self.hands[0].attempt()) is not None:  # all are of one process
             kill_worker(attempt)
+        for hand in self.hands:
+            hand.pulse.killed = fate
 
 
 def display_name(unit: list[PlannedCell]) -> str:

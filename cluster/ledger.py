@@ -74,10 +74,10 @@ def register(store: Store, plan: Plan, text: bytes) -> None:
     _write_plan(store, plan, seconds)
 
 
-def register_growth(store: Store, plan: Plan, known: int, seconds: Mapping[str, float]) -> None:
-    """Put on record the cells that a plan has won since it had `known`, those of a search's new trials; and how many
-    `seconds` all of its cells are predicted to take, by id."""
-    _note_cells(store, plan.cells[known:])
+def register_growth(store: Store, plan: Plan, new: Sequence[PlannedCell], seconds: Mapping[str, float]) -> None:
+    """Put on record the `new` cells that a plan has won, those of a search's new trials; and how many `seconds` all of
+    its cells are predicted to take, by id."""
+    _note_cells(store, new)
     fault("plan.before_write")
     _write_plan(store, plan, seconds)
 

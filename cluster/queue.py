@@ -54,22 +54,24 @@ class Queue:
         """Ready cells by stack key."""
         self._timed: bool | None = None
         """Whether chains are in seconds, and not in FLOPs."""
-        self.extend(plan, seconds=seconds)
+        self.extend(plan, plan.cells, seconds or {})
 
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def extend(self, plan: Plan, known: int = 0, seconds: Mapping[str, float] | None = None) -> None:
-        """Know the cells of a plan that has grown since it had `known`, before any of them is put; and the `seconds` of
-        all of its cells, as far as they are told."""
-        self._branches, self._own, self._seconds = plan.branches, own_flops(plan), seconds or {}
+    def extend(self, plan: Plan, new: Iterable[PlannedCell], seconds: Mapping[str, float]) -> None:
+        """Know the `new` cells of a plan that has grown, before any of them is put; and the `seconds` of all of its
+        cells, as far as they are told."""
+        self._branches, self._own, self._seconds = plan.branches, own_flops(plan), seconds
         before, self._timed = self._timed, all(cell_id in self._seconds for cell_id in self._own)
         self._chains = self._lengths(plan)
-        for one in plan.cells[known:] if self._stacking != "off" else ():
+        for one in new if self._stacking != "off" else ():
             self._keys[one.cell.id] = stack_key(one.cell)
         if self._timed != before:  # what waits was put by the other unit, which must not be held against this one
-            for one in self.drain():
-                self.put(one)
+            ready = self.schedule.ready()
+            for index, one in enumerate(list(self.cells())):
+                self.schedule.remove(one.cell.id)
+                self.schedule.put(self._job(one), held=index >= ready)
 
     def cells(self) -> Iterator[PlannedCell]:
         """All that wait, those that could begin before those that are held."""
@@ -79,29 +81,22 @@ class Queue:
         """Add a cell, in its order or as the `first` to be taken."""
         cell_id = one.cell.id
         held = cell_id in self._branches and not self._may_begin(one)
-        job = Job(
+        self._cells[cell_id] = one
+        self.schedule.put(self._job(one), first=first, held=held)
+        if held:
+            self._held.setdefault(self._branches[cell_id].parent, []).append(one)
+        else:
+            self._make_ready(one)
+
+    def _job(self, one: PlannedCell) -> Job:
+        cell_id = one.cell.id
+        return Job(
             id=cell_id,
             demand=self._asks(one),
             chain=self._chains[cell_id],
             seconds=self._seconds[cell_id] / self._speed(one) if cell_id in self._seconds else None,
             flops=self.own_flops(one),
         )
-        self._cells[cell_id] = one
-        self.schedule.put(job, first=first, held=held)
-        if held:
-            self._held.setdefault(self._branches[cell_id].parent, []).append(one)
-        else:
-            self._make_ready(one)
-
-    def drain(self) -> list[PlannedCell]:
-        """Take all out."""
-        found = list(self.cells())
-        for one in found:
-            self.schedule.remove(one.cell.id)
-        self._cells.clear()
-        self._held.clear()
-        self._alike.clear()
-        return found
 
     def _asks(self, one: PlannedCell) -> Demand:
         if one.cell.id not in self._demands:  # it takes the memory model, and the plan of a search grows by one
@@ -126,13 +121,10 @@ class Queue:
     def look(self, trunks: Iterable[str] | None = None) -> None:
         """Let go the branches of these trunks, or of all, whose trunks have come so far."""
         for trunk in list(self._held) if trunks is None else [one for one in trunks if one in self._held]:
-            branches, self._held[trunk] = self._held[trunk], []
-            for one in branches:
-                if self._may_begin(one):
-                    self.schedule.release(one.cell.id)
-                    self._make_ready(one)
-                else:
-                    self._held[trunk].append(one)
+            for one in [one for one in self._held[trunk] if self._may_begin(one)]:
+                self.schedule.release(one.cell.id)
+                self._make_ready(one)
+                self._held[trunk].remove(one)
             if not self._held[trunk]:
                 del self._held[trunk]
 

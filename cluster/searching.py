@@ -24,6 +24,9 @@ class Searching:
         self._calibration: Calibration | None = None
         self.seconds: dict[str, float] = {}
         """How long the plan's cells are predicted to take, by id."""
+        self._told = {one.cell.id for one in self.plan.cells}
+        """Cells that the driver knows of."""
+        self._broken = False
         if self._searcher is not None:
             self.predict(find_calibration(store))
 
@@ -58,16 +61,22 @@ class Searching:
         cells that the plan has won, on record, with those of trials that go on after a rung."""
         if self._searcher is None:
             return []
-        known = len(self._searcher.plan.cells)
+        if self._broken:  # by the disk, in the middle: what it holds is true, as after a kill
+            self._searcher = Searcher(self._store, self._plan)
+        self._broken = True
         self._searcher.look()
-        if idle and len(self._searcher.plan.cells) == known:
+        if idle and not self._new():
             self._searcher.ask(max(idle, self._searcher.search.batch))
         self._searcher.sync()
-        plan = self._searcher.plan
-        if len(plan.cells) > known:  # only the new ones are predicted: a search has thousands, and grows by one
-            self.seconds |= predicted_seconds(replace(plan, cells=plan.cells[known:]), self._calibration)
-            register_growth(self._store, plan, known, self.seconds)
-        return list(plan.cells[known:])
+        if new := self._new():  # only they are predicted: a search has thousands, and grows by one
+            self.seconds |= predicted_seconds(replace(self.plan, cells=tuple(new)), self._calibration)
+            register_growth(self._store, self.plan, new, self.seconds)
+        self._told |= {one.cell.id for one in new}
+        self._broken = False
+        return new
+
+    def _new(self) -> list[PlannedCell]:
+        return [one for one in self.plan.cells if one.cell.id not in self._told]
 
     def to_come(self) -> tuple[int, float]:
         """Cells and FLOPs of the trials that are not asked yet, as far as they can be told."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from cluster.hands import Hand
 from cluster.leftovers import settle
+from cluster.outage import refuses
 from cluster.progress import Tally, ended_words
 from cluster.queue import Queue
 from cluster.searching import Searching
@@ -62,15 +63,13 @@ class Standing:
     def sort_elsewhere(self) -> None:
         """Sort the cells that others may have. Those in the queue are looked at when they are taken: a look at each of
         thousands every two seconds would hold up what is ready."""
-        others = list(self.elsewhere.values())
-        self.elsewhere.clear()
-        self.sort(others)
+        self.sort(list(self.elsewhere.values()))
 
     def sort(self, waiting: list[PlannedCell]) -> None:
         """Sort cells by what others have left: ended or failed meanwhile, in other hands, or free to be queued."""
+        self.elsewhere |= {one.cell.id: one for one in waiting}
         for one in waiting:
             if not settle(self._store, one.cell.id, self._search.plan.study.name, self._driver):
-                self.elsewhere[one.cell.id] = one
                 continue
             state = cell_state(self._store, one.cell.id)
             if state.result is not None:
@@ -82,13 +81,16 @@ class Standing:
                 self._say(ended_words(one, state))
             else:
                 self._queue.put(one)
+            del self.elsewhere[one.cell.id]
 
     def record_death(self, hand: Hand, kind: str, message: str) -> None:
         """A worker died, which a cell is charged with."""
         try:
             hand.record_death(kind, message)
-        except InputError as error:  # the disk is full: what cannot be recorded must not go on
-            self.halt = str(error)
+        except InputError as error:
+            if refuses(error):
+                raise
+            self.halt = str(error)  # the disk is full: what cannot be recorded must not go on
 
     def settle(self, one: PlannedCell, *, note: bool) -> None:
         """Put a cell that a worker had where its files say that it belongs. `note`: its failure is one to count."""
@@ -97,14 +99,14 @@ class Standing:
         if state.state in ("planned", "running"):
             last = attempt_epochs(self._store, cell_id)
             end = read_end(self._store, cell_id, last[-1]) if last else None
-            if note and end is not None and end[0] not in ("preemption", "stopped"):
-                self._count_failure(f"{end[0]}: {end[1]}")
-            if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
-                self.halt = end[1].removeprefix("InputError: ")
             if state.state == "running":
                 self.elsewhere[cell_id] = one
             else:
                 self._queue.put(one, first=True)
+            if note and end is not None and end[0] not in ("preemption", "stopped"):
+                self._count_failure(f"{end[0]}: {end[1]}")
+            if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
+                self.halt = end[1].removeprefix("InputError: ")
             return
         if state.state == "failed":
             self._note_failed(one, state.reason)

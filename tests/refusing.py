@@ -1,5 +1,10 @@
 """A disk that refuses, as one in a network does for a while."""
 
+import errno
+import io
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,3 +25,33 @@ def refuse_claims(monkeypatch: pytest.MonkeyPatch, times: float) -> None:
         return read(path)
 
     monkeypatch.setattr(claims, "read_json", refuse)
+
+
+class RefusingDisk:
+    """A disk that tells and takes files, and refuses some calls of the main thread in `folder`: real files, and the
+    error of a network file system in place of the call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.only = "?", ""
+        """Under this, paths with this word in them."""
+        self.calls = 0
+        """So many there were."""
+        self.refused: Callable[[int], bool] = lambda _: False
+        """Whether the call of this number is refused."""
+        self.last = ""
+        """What was refused last."""
+        for module, names in ((io, ["open"]), (os, ["listdir", "scandir", "stat", "open", "replace", "link"])):
+            for name in names:
+                monkeypatch.setattr(module, name, self._guarded(getattr(module, name)))
+
+    def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(path: Any = ".", *given: Any, **named: Any) -> Any:
+            mine = threading.current_thread() is threading.main_thread()
+            if mine and isinstance(path, str | Path) and str(path).startswith(self.folder) and self.only in str(path):
+                self.calls += 1
+                if self.refused(self.calls):
+                    self.last = f"{call.__name__} {path}"
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return call(path, *given, **named)
+
+        return guarded

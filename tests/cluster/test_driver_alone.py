@@ -513,7 +513,7 @@ def test_cells_that_wait_by_their_seconds_are_put_anew_where_others_come_that_ha
     queue = Queue(store, few, Schedule(Fleet([Node("n", 16, 8)])), demand, seconds)
     for one in few.cells:
         queue.put(one)
-    queue.extend(grown, len(few.cells), seconds)
+    queue.extend(grown, grown.cells[len(few.cells) :], seconds)
     queue.put(short)
     taken = []
     while (unit := queue.take(0.0, "cuda")) is not None:
