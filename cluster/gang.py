@@ -51,6 +51,8 @@ class Gang:
         self._task: tuple[Any, ...] = ()
         self._end: asyncio.Future[dict[str, Any]] | None = None
         self._ranks: asyncio.Future[None] | None = None
+        self._short: str | None = None
+        """What a rank said that ran out of memory at this task; rank 0 says that in its attempt."""
         self._folder = ""
 
     async def run(
@@ -71,7 +73,7 @@ class Gang:
         if self._ranks is None:
             self._ranks = asyncio.ensure_future(asyncio.to_thread(self._start))
         async with self._changed:
-            self._number += 1
+            self._number, self._short = self._number + 1, None
             self._task = root, cell_id, study, base_dir, checkpoint_seconds, driver, threads
             self._end = asyncio.get_running_loop().create_future()
             self._changed.notify_all()
@@ -81,6 +83,8 @@ class Gang:
         if ended is None or ended["state"] not in ALIKE:
             await asyncio.wait([self._ranks])
             error, self._ranks = self._ranks.exception(), None
+            if ended is None and self._short is not None:
+                raise MemoryError(self._short)
             if ended is None:
                 raise RuntimeError(f"the gang died ({' '.join(str(error).split())[:500]})")
             if ended["state"] == "preemption":  # whoever sent SIGTERM wants the processes gone
@@ -104,6 +108,11 @@ class Gang:
         """Rank 0 tells how a task has ended."""
         if self._end is not None and number == self._number and not self._end.done():
             self._end.set_result(ended)
+
+    async def ran_out(self, number: int, reason: str) -> None:
+        """A rank that writes nothing ran out of memory, of which the others hear only that it is gone."""
+        if number == self._number:
+            self._short = reason
 
     def _start(self) -> None:
         """Start the ranks and wait for their end. In a thread of its own."""
@@ -164,7 +173,7 @@ def _train(config: dict[str, Any]) -> None:
     """One rank: cell after cell."""
     import ray
 
-    from sweeps.attempt import run_attempts
+    from sweeps.attempt import kind_of, run_attempts
     from sweeps.devices import cap_memory, keep_freed_memory
     from sweeps.gang import follow_attempt
     from sweeps.ranks import join_ranks
@@ -177,7 +186,12 @@ def _train(config: dict[str, Any]) -> None:
         root, cell_id, study, base_dir, checkpoint_seconds, driver, threads = ray.get(gang.task.remote(number))
         store, base = Store(Path(root)), Path(base_dir) if base_dir else None
         if ranks.rank:
-            follow_attempt(store, cell_id, ranks, base_dir=base)
+            try:
+                follow_attempt(store, cell_id, ranks, base_dir=base)
+            except Exception as error:
+                if kind_of(error) == "out_of_memory":
+                    ray.get(gang.ran_out.remote(number, f"{type(error).__name__}: {error}"))
+                raise
         else:
             (ended,) = run_attempts(
                 store,

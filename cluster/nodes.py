@@ -92,11 +92,14 @@ def death(ray: Any, error: Exception, node: str) -> tuple[str, str]:
 
     "preemption", where its node, or the one to which this driver is connected, died or is taken away, or the head does
     not answer: Ray ends the workers of a driver that it takes for dead. "out_of_memory", where Ray killed it for want
-    of memory; else "infrastructure". The head learns of a node's end after seconds, and a machine that goes down may
-    end its worker before Ray's own process: so that process is asked, and once more a moment later.
+    of memory, or a rank that could not record it met that; else "infrastructure". The head learns of a node's end after
+    seconds, and a machine that goes down may end its worker before Ray's own process: so that process is asked, and
+    once more a moment later.
     """
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "out_of_memory", f"the worker died ({_first_line(error)})"
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, MemoryError):
+        return "out_of_memory", _first_line(error.cause)
     if getattr(error, "preempted", False):
         return "preemption", "its node was preempted"
     try:

@@ -167,7 +167,7 @@ class _Try:
             if state != "superseded":
                 record_error(self.attempt, state, reason)
         except Exception as error:
-            state, reason = _kind_of(error), redact(f"{type(error).__name__}: {error}")
+            state, reason = kind_of(error), redact(f"{type(error).__name__}: {error}")
             record_error(self.attempt, state, reason, traceback.format_exc())
         if isinstance(end, Exception):  # with it the frames that hold it, and all that these do: a model on its GPU
             end.__traceback__ = None
@@ -315,7 +315,7 @@ def _write_documents(path: Path, losses: np.ndarray, tokens: np.ndarray) -> None
     write_bytes(path, buffer.getvalue())
 
 
-def _kind_of(error: Exception) -> str:
+def kind_of(error: Exception) -> str:
     """Which budget an error is charged to."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out_of_memory"

@@ -1,5 +1,6 @@
 """Ray Train's ranks train the cells of a study; a rank that is killed takes its gang with it, and the cell goes on."""
 
+import asyncio
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from cluster import driver
 from cluster.driver import run_study
+from cluster.gang import Gang
 from cluster.progress import Progress
 from sweeps.attempt import run_attempt
 from sweeps.corpora import make_source, prepare
@@ -27,6 +29,24 @@ STUDY: dict[str, Any] = {
     "training": {"batch_tokens": 96},
     "workers": 2,
 }
+FAMILY = """
+import dataclasses, pathlib
+
+from sweeps.families import FAMILIES
+
+def config(shape, options):
+    import torch.distributed
+
+    full = pathlib.Path(__file__).parent / "full"
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 1 and full.exists():
+        full.unlink()
+        raise MemoryError("no room on the second GPU")
+    return FAMILIES["llama"].config(shape, options)
+
+def family():
+    return dataclasses.replace(FAMILIES["llama"], name="mine.py:family", config=config)
+"""
+"""A llama that finds no memory for itself on the rank that writes nothing, the first time."""
 
 
 @pytest.fixture
@@ -84,3 +104,40 @@ def test_a_study_with_two_workers_outlives_a_rank_and_equals_one_of_one_worker(
         expected = read_json(alone.cell(cell.id) / "result.json")
         assert found["val_loss_final"] == pytest.approx(expected["val_loss_final"], rel=tolerance)
         assert (found["tokens"], found["flops"]) == (expected["tokens"], expected["flops"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_is_charged_as_that_whichever_it_is(
+    store: Store, ray_address: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(FAMILY)
+    (tmp_path / "full").touch()
+    corpus = prepare(make_source("markov", None, STUDY["corpus"]["options"]), "bytes", store.root)
+    grid = {"type": "points", "points": [{"size": 10_000, "tokens": 40 * 96}]}
+    declared = Study.model_validate(STUDY | {"families": ["mine.py:family"], "grid": grid})
+    plan = plan_study(declared, corpus, allow_code=True, base_dir=tmp_path)
+    (cell,) = [one.cell for one in plan.cells]
+    tally = run_study(store, plan, b"", watch=lambda _: None, address=ray_address, workers=2, base_dir=tmp_path)
+    assert (tally.finished, tally.failed) == (1, {})
+    assert read_end(store, cell.id, 0) == ("out_of_memory", "MemoryError: no room on the second GPU")
+    sizes = [read_json(store.attempt(cell.id, one) / "attempt.json")["numerics"]["micro_batch"] for one in (0, 1)]
+    assert sizes == [2, 1], "half of it, as after rank 0's own"
+
+
+def test_a_gang_whose_rank_ran_out_of_memory_says_so_and_one_whose_rank_died_says_that(tmp_path: Path) -> None:
+    async def run(short: str | None) -> None:
+        gang = Gang([{"CPU": 1.0}] * 2, None)
+        loop = asyncio.get_running_loop()
+
+        def ranks() -> None:
+            if short is not None:
+                asyncio.run_coroutine_threadsafe(gang.ran_out(0, short), loop).result()
+            raise RuntimeError("rank 1 is gone")
+
+        gang._start = ranks  # type: ignore[method-assign]
+        await gang.run(str(tmp_path), ["c"], "s", None, 60.0, 0, False, 1)
+
+    with pytest.raises(MemoryError, match=r"^OutOfMemoryError: CUDA out of memory$"):
+        asyncio.run(run("OutOfMemoryError: CUDA out of memory"))
+    with pytest.raises(RuntimeError, match=r"the gang died .rank 1 is gone"):
+        asyncio.run(run(None))
