@@ -205,7 +205,7 @@ def test_the_ui_listens_on_loopback_alone(finished: Finished) -> None:
         assert {address for _, address in heard} == {"127.0.0.1"}
     finally:
         ui.terminate()
-        ui.communicate(timeout=60)
+        ui.communicate(timeout=300)
 
 
 def test_a_token_that_others_could_read_is_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,7 @@ def test_the_server_script_refuses_half_a_setting(changes: dict[str, str], sente
         "MLFLOW_ARTIFACTS_DESTINATION": str(tmp_path),
     }
     command = ["bash", str(DEPLOY / "mlflow" / "serve.sh")]
-    ended = subprocess.run(command, env=os.environ | needed | changes, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=os.environ | needed | changes, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
     assert sentence in ended.stderr
 
@@ -309,7 +309,7 @@ def played_slurm(folder: Path, *options: str, **does: str) -> tuple[subprocess.C
         (folder / name).chmod(0o755)
     settings = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7-played", "SLURM_JOB_NODELIST": "here"}
     command = ["bash", str(DEPLOY / "slurm" / "escala.sbatch"), "study.yaml", str(folder / "store"), *options]
-    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
     return ended, (folder / "calls").read_text()
 
 

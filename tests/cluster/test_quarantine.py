@@ -85,7 +85,7 @@ def test_a_mark_that_is_made_while_the_two_are_merged_is_kept(study: tuple[Store
         mirror.join(1.0)
         assert mirror.is_alive()
         mark(store, name, ours, "odd")
-    mirror.join(30)
+    mirror.join(300)
     assert {cell: one["why"] for cell, one in read_quarantine(store, name).items()} == {told: "a spike", ours: "odd"}
 
 

@@ -154,7 +154,7 @@ def test_a_killed_worker_is_replaced_and_its_cell_tried_again(escala: Escala, tm
 
     wait_for(lambda: bool(training()), process)
     os.kill(training()[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, out + err
     ended = results(store)
     assert sorted(result["attempt"] for result in ended.values()) == [0, 1]
@@ -176,11 +176,11 @@ def test_ctrl_c_stops_cleanly_and_leaves_no_process_behind(
     second = escala("run", study, "--store", store, ok=2)
     assert f"study tiny is being run by process {process.pid} on " in second.stderr
     process.send_signal(number)
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1, out + err
     assert "interrupted. What was done is kept" in out
     assert "Traceback" not in err
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=180)
     assert not alive
     holder = read_holder(Store(store), "tiny")
     assert holder is not None
@@ -196,11 +196,11 @@ def test_a_run_whose_ray_died_says_so_and_leaves_no_process_behind(escala: Escal
     worker = read_json(next(store.glob("cells/*/attempts/0/attempt.json")))["pid"]
     os.kill(worker, signal.SIGSTOP)  # nobody but the driver can end it now
     next(one for one in family if one.name() == "raylet").kill()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1, out + err
     assert "Ray is gone" in out
     assert "Traceback" not in err
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=180)
     assert not alive
 
 

@@ -46,6 +46,7 @@ def train(cell, io):
     (gate.parent / f"{cell.seed}-from-{state['step']}").touch()
     for step in range(state["step"] + 1, cell.steps + 1):
         while step == 5 and not gate.exists() and not io.should_stop():
+            (gate.parent / f"{cell.seed}-waits").touch()
             time.sleep(0.05)
         io.log(step * cell.batch_tokens, {"train_loss": 1.0 / step})
         io.checkpoint(step * cell.batch_tokens, lambda: {"step": step})
@@ -145,7 +146,7 @@ def test_a_study_with_its_code_is_followed_stopped_and_resumed_under_one_driver(
     assert sorted(one.returncode for one in racing) == [0, 2], said
     job_id, next_id = job_of(str(said), "gated")
     assert re.search(rf"is (pending|running) already as {job_id}", str(said))
-    wait_for(lambda: len(list(marks.glob("*-from-0"))) == 2)
+    wait_for(lambda: len(list(marks.glob("*-waits"))) == 2)
 
     # 2. Whoever submits it meanwhile follows the one that runs; Ctrl-C ends the following alone.
     follower = escala.start(*command)

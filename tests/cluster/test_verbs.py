@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from sweeps.errors import InputError
 from sweeps.records import append_rows, read_json, write_json
 from sweeps.store import Store, begin_attempt, commit_result, open_store, read_plan, read_quarantine, record_error
 from tests.analysis.synthetic import Run, write_study
+
+SECONDS = 180.0
+"""In which a command line has started and ended, on a busy machine too."""
 
 
 def row(tokens: int, **metrics: float) -> dict[str, Any]:
@@ -48,12 +52,12 @@ def test_status_shows_how_far_a_running_cell_is_and_how_its_attempts_ended(place
         "tokens_per_second": 2500.0,
     }
     assert running["progress"]["horizon"] == running["D"]
-    os.utime(attempt.folder / "log.jsonl", (time.time() - 900,) * 2)
-    os.utime(attempt.folder / "attempt.json", (time.time() - 900,) * 2)
-    write_json(attempt.folder / "heartbeat.json", {"time": time.time() - 30, "tokens": 2000, "progressed": 0.0})
+    os.utime(attempt.folder / "log.jsonl", (time.time() - 86_400,) * 2)
+    os.utime(attempt.folder / "attempt.json", (time.time() - 86_400,) * 2)
+    write_json(attempt.folder / "heartbeat.json", {"time": time.time() - 7_500, "tokens": 2000, "progressed": 0.0})
     text = escala("status", "demo", "--store", store.root).stdout
     assert "2k/" in text
-    assert "30s" in text or "31s" in text or "32s" in text
+    assert re.search(r"\b2h \d\dm", text), "as long ago as its last sign, whenever a busy machine tells it"
     assert "attempts that failed: 1 code" in text
 
 
@@ -85,7 +89,7 @@ def test_watching_ends_by_itself_when_nothing_is_left(tmp_path: Path) -> None:
     time.sleep(3)
     assert watch.poll() is None, "a cell is still to come"
     (tmp_path / "result.json").rename(store.cell(cell) / "result.json")
-    text, _ = watch.communicate(timeout=20)
+    text, _ = watch.communicate(timeout=SECONDS)
     assert watch.returncode == 0
     assert "3 finished" in text
     assert "--json" not in text
@@ -115,7 +119,7 @@ def test_following_shows_each_row_once_over_attempts_and_ends_with_the_cell(plac
         append_rows(again, [row(100, train_loss=4.5), row(200, train_loss=3.0)])
     rows.append(json.loads(follow.stdout.readline()))
     commit_result(second, {"state": "finished", "reason": None, "val_loss_final": 3.0})
-    rest, errors = follow.communicate(timeout=20)
+    rest, errors = follow.communicate(timeout=SECONDS)
     claim.__exit__(None, None, None)
     assert (follow.returncode, rest, errors) == (0, "", "")
     assert [one.get("tokens") for one in rows] == [100, None, 200]
@@ -136,7 +140,7 @@ def test_following_ends_at_once_where_nothing_more_can_come_and_at_ctrl_c(place:
     assert json.loads(follow.stdout.readline())["tokens"] == 100
     assert follow.poll() is None
     follow.send_signal(signal.SIGINT)
-    _, errors = follow.communicate(timeout=20)
+    _, errors = follow.communicate(timeout=SECONDS)
     assert (follow.returncode, errors) == (0, "")
 
 

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,21 @@ def test_a_second_attempt_keeps_the_numerics_of_the_first(corpus: Corpus, store:
     assert json.dumps(read_json(store.cell(cell.id) / "result.json")["numerics"]) == json.dumps(numerics[1])
 
 
-def wait_for(condition: Any, seconds: float = 60) -> None:
+def wait_for(condition: Any, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def once_it_logs(store: Store, cell_id: str, act: Callable[[], object]) -> None:
+    """Do something, in a thread, once the cell's first attempt has logged a row."""
+
+    def wait() -> None:
+        wait_for(lambda: (store.attempt(cell_id, 0) / "log.jsonl").exists())
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @pytest.mark.slow
@@ -153,7 +164,7 @@ def test_sigterm_keeps_a_checkpoint_and_ends_the_attempt_as_preempted(corpus: Co
     log = store.attempt(cell.id, 0) / "log.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size > 1000)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert json.loads(out)["state"] == "preemption"
     (path,) = checkpoint_paths(store.checkpoints(cell.id, 0))
     assert load(path) is not None
@@ -164,8 +175,7 @@ def test_sigterm_keeps_a_checkpoint_and_ends_the_attempt_as_preempted(corpus: Co
 def test_a_request_in_the_store_stops_an_attempt_that_runs_elsewhere(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, 3000, data_seed=7)
     put(store, cell)
-    asked = threading.Timer(1.0, lambda: ask_to_stop(Attempt(store, cell.id, 0), "stopped", "paused by a test"))
-    asked.start()
+    once_it_logs(store, cell.id, lambda: ask_to_stop(Attempt(store, cell.id, 0), "stopped", "paused by a test"))
     ended = run_attempt(store, cell.id, study="s")
     assert (ended.state, ended.reason) == ("stopped", "paused by a test")
     assert checkpoint_paths(store.checkpoints(cell.id, 0))
@@ -174,8 +184,7 @@ def test_a_request_in_the_store_stops_an_attempt_that_runs_elsewhere(corpus: Cor
 def test_an_attempt_that_lost_its_lease_ends_and_leaves_the_cell_to_its_successor(corpus: Corpus, store: Store) -> None:
     cell = make_cell(corpus, 3000, data_seed=8)
     put(store, cell)
-    taken = threading.Timer(1.0, lambda: begin_attempt(store, cell.id, {"study": "s", "numerics": {}}))
-    taken.start()
+    once_it_logs(store, cell.id, lambda: begin_attempt(store, cell.id, {"study": "s", "numerics": {}}))
     ended = run_attempt(store, cell.id, study="s")
     assert ended.state == "superseded"
     assert not (store.attempt(cell.id, 0) / "error.txt").exists()

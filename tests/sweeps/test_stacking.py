@@ -13,7 +13,7 @@ import pytest
 import torch
 from small import Killed, MemoryIO, make_cell, put
 
-from sweeps import probing
+from sweeps import heartbeat, probing
 from sweeps.attempt import run_attempts
 from sweeps.cell import Cell, Optimizer
 from sweeps.corpora import Corpus, make_source, open_corpus, prepare
@@ -204,7 +204,10 @@ def test_every_member_is_an_attempt_of_its_own(store: Store, corpus: Corpus) -> 
 
 
 @pytest.mark.slow
-def test_a_member_that_is_asked_to_stop_leaves_the_others(store: Store, corpus: Corpus) -> None:
+def test_a_member_that_is_asked_to_stop_leaves_the_others(
+    store: Store, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "LOOK_SECONDS", 0.02)  # it hears that long before its last step
     cells = [make_cell(corpus, 400, seed=seed) for seed in (31, 32)]
     ids = [put(store, cell) for cell in cells]
 
