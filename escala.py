@@ -422,9 +422,12 @@ def report(
     """One self-contained HTML page with the pictures and the answer to the study's question."""
     import analysis
     from cluster.parent import bring_command, left_outside
+    from sweeps.errors import InputError
 
     place = existing_store(store)
     name = study_name(study, place)
+    if out is None and not os.access(place.study(name), os.W_OK):  # a store of someone else's may be read
+        raise InputError(f"the store {place.root} is not writable. Name a file for the report: --out report.html.")
     path = analysis.write_report(name, place, out)
     say(f"report: {path}")
     if out is None and (note := left_outside(place, name)):

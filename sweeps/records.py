@@ -109,9 +109,9 @@ def disk_error(path: Path, error: OSError) -> InputError:
     advice = {
         errno.ENOSPC: f"the disk is full: {FREE_SPACE}",
         errno.EDQUOT: f"the disk quota is used up: {FREE_SPACE}",
-        errno.EACCES: "permission denied: change the permissions, or name another store with --store",
-        errno.EROFS: "the file system is read-only: name another store with --store",
-        errno.ENOTDIR: "a part of the path is a file, not a folder: name another store with --store",
+        errno.EACCES: "permission denied: change the permissions, or name another place for it",
+        errno.EROFS: "the file system is read-only: name another place for it",
+        errno.ENOTDIR: "a part of the path is a file, not a folder: name another place for it",
     }.get(error.errno or 0, str(error))
     return InputError(f"cannot write {path}: {advice}.")
 

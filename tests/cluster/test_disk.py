@@ -123,7 +123,7 @@ def test_a_study_on_a_disk_that_fills_up_ends_with_the_sentence_and_then_converg
         cwd=escala.folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     said = " ".join((full.stdout + full.stderr).split())
     assert full.returncode in (1, 2), said
@@ -163,3 +163,6 @@ def test_a_read_only_store_is_refused_by_what_writes_and_read_by_what_reads(
     assert plan["totals"]["missing"] == 0
     fit = escala("fit", "tiny", "--store", store, "--json", "--law", "chinchilla")
     assert json.loads(fit.stdout)["params"]
+    refused = escala("report", "tiny", "--store", store, ok=2)
+    assert "is not writable. Name a file for the report: --out report.html." in " ".join(refused.stderr.split())
+    assert escala("report", "tiny", "--store", store, "--out", "r.html").stdout == "report: r.html\n"
