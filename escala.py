@@ -104,12 +104,13 @@ def plan(
 
     known = (store / "store.json").exists()  # a store that is there is only read
     place, planned, _ = read_study(study, store, allow_code, accept_corpus, create=not known, refit=refit)
-    rows = plan_rows(place, planned)
+    branches = expected_branches(place, planned)
+    rows = plan_rows(place, planned, branches)
     searched = planned_summary(place, planned, rows)
     totals, shared = plan_totals(rows), sharing(rows)
     found = find_calibration(place, hardware)
     missing = {row["id"] for row in rows if row["state"] not in ENDED}
-    timed = estimate(planned, found, missing, workers, expected_branches(place, planned)) if found else None
+    timed = estimate(planned, found, missing, workers, branches) if found else None
     if timed is not None:
         rows = [row | {"seconds_predicted": timed.seconds[row["id"]]} for row in rows]
     if as_json:

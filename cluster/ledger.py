@@ -10,6 +10,7 @@ from cluster.calibration import find_calibration
 from cluster.estimate import predicted_seconds
 from sweeps.cellrow import cell_row
 from sweeps.faults import fault
+from sweeps.foreign import described
 from sweeps.grids import Plan
 from sweeps.lineage import Branch, kept_pasts, lineage, note_lineage
 from sweeps.planned import PlannedCell
@@ -126,9 +127,9 @@ def _predicted(seconds: float | None) -> dict[str, float]:
     return {} if seconds is None else {"seconds_predicted": seconds}
 
 
-def plan_rows(store: Store, plan: Plan) -> list[dict[str, Any]]:
-    """One plain row per planned cell, with its state in this store."""
-    known = replace(plan, branches=expected_branches(store, plan))
+def plan_rows(store: Store, plan: Plan, branches: Mapping[str, Branch]) -> list[dict[str, Any]]:
+    """One plain row per planned cell, with its state in this store; `branches` as of `expected_branches`."""
+    known = replace(plan, branches=branches)
     return [
         _row(_entry(known, one), {"identity": one.cell.identity, "counts": one.counts}, cell_state(store, one.cell.id))
         for one in plan.cells
@@ -188,7 +189,7 @@ def _row(entry: Mapping[str, Any], record: Mapping[str, Any], state: CellState) 
     trunk = trunk_of(dict(entry), state.result) or {}
     return {
         "id": entry["id"],
-        **cell_row(entry, record, state.result),
+        **cell_row(entry, described(record), state.result),
         "trunk": trunk.get("cell"),
         "trunk_tokens": trunk.get("tokens"),
         "labels": dict(entry["labels"]),

@@ -6,7 +6,7 @@ from typing import Any
 from rich.text import Text
 
 from cluster.display import console
-from cluster.ledger import ledger_rows, plan_rows, sharing, sharing_words
+from cluster.ledger import expected_branches, ledger_rows, plan_rows, sharing, sharing_words
 from cluster.progress import Tally
 from sweeps.grids import Plan
 from sweeps.store import Store
@@ -47,7 +47,7 @@ def print_run(place: Store, planned: Plan, tally: Tally) -> None:
             f"{tally.finished} finished, {tally.diverged} diverged, {len(tally.failed)} failed, "
             f"{tally.skipped} were done before{left}, in {duration(tally.seconds)}."
         )
-    if planned.branches and (shared := sharing(plan_rows(place, planned))):
+    if planned.branches and (shared := sharing(plan_rows(place, planned, expected_branches(place, planned)))):
         console.print(f"{sharing_words(shared)}.")
     for line in (
         line for one in search_summary(place, study, ledger_rows(place, study)) for line in summary_lines(one)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sweeps.foreign import described
 from sweeps.rules import adamw_timescale
 from sweeps.store import spent_flops
 
@@ -11,9 +10,8 @@ from sweeps.store import spent_flops
 def cell_row(
     entry: Mapping[str, Any], record: Mapping[str, Any], result: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Of a cell's `entry` in the plan, its `record` and its `result`, if it has one. None where something is not known,
-    as of a run from elsewhere."""
-    record = described(record)
+    """Of a cell's `entry` in the plan, its `record` (as `foreign.described` tells it) and its `result`, if it has one.
+    None where something is not known, as of a run from elsewhere."""
     identity, counts = record["identity"], record["counts"]
     tokens, batch = identity["tokens"], identity["batch_tokens"]
     rate, decay = identity["optimizer"].get("learning_rate"), identity["optimizer"].get("weight_decay")

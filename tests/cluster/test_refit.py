@@ -197,7 +197,8 @@ def test_the_plan_shows_each_cells_rate_batch_and_decay_where_they_vary(escala: 
 def test_a_narrow_terminal_goes_without_what_follows_from_the_rest_and_cuts_nothing_off(escala: Escala) -> None:
     rules = "batch_tokens: {rule: step-law}, learning_rate: {rule: deepseek}, weight_decay: {rule: power-lines}"
     text = SOURCE.replace("batch_tokens: 256, learning_rate: 0.01", rules) + "vary: {learning_rate: {times: [0.5, 1]}}"
-    rows = plan_rows(*planned(escala, text))
+    place, plan = planned(escala, text)
+    rows = plan_rows(place, plan, plan.branches)
     for width, gone in ((80, {"steps", "timescale"}), (160, set())):
         terminal = Console(width=width, file=io.StringIO())
         terminal.print(cell_table(rows, title="all", width=width))

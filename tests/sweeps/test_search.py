@@ -331,7 +331,7 @@ def test_what_is_to_come_is_as_much_as_the_budget_leaves(store: Store, make_plan
     assert [one["C_to_come"] for one in told] == [3 * costs[0], 2 * costs[1]]
     assert "has room for 2 of the 6 to come" in next(summary_lines(told[1]))
     drive(store, plan, most=2)
-    told = planned_summary(store, plan, plan_rows(store, with_trials(store, plan)))
+    told = planned_summary(store, plan, plan_rows(store, with_trials(store, plan), plan.branches))
     assert [(one["asked"], one["to_come"]) for one in told] == [(1, 2), (1, 1)]
     assert told[0]["C_left"] == pytest.approx(1.5 * sum(costs))
     nothing = planned_summary(open_store(store.root.parent / "other"), make_plan(flops=1), [])
