@@ -228,21 +228,21 @@ def _plainly(error: Exception) -> str:
     return " ".join(str(error).split()) if lines[0].startswith("Version mismatch") else lines[0].rstrip(".")
 
 
-def make_worker(ray: Any, place: Place, own_trainer: bool) -> Any:
+def make_worker(ray: Any, place: Place, own_trainer: bool, host_part: float) -> Any:
     """A new worker in a place, unnamed: a name that a dead one had may be taken for a while. `own_trainer`: the study
-    brings its own."""
+    brings its own. `host_part`: of its node's memory, each process's."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     demand = place.demand
     if demand.workers > 1:
         from cluster.gang import make_gang
 
-        return make_gang(ray, demand, place.node)
+        return make_gang(ray, demand, host_part, place.node)
     from cluster.worker import Worker
 
     there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)
     actor = ray.remote(**demand.options(), scheduling_strategy=there)(Worker)
-    return actor.remote(memory_share(demand.gpus), own_trainer)
+    return actor.remote(memory_share(demand.gpus), host_part, own_trainer)
 
 
 def cluster_nodes(ray: Any, *, memory_too: bool = False, barred: Collection[str] = ()) -> list[Node]:

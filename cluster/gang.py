@@ -30,22 +30,23 @@ TRAIN_SETTINGS = {
 }
 
 
-def make_gang(ray: Any, demand: Demand, node: str | None = None) -> Any:
+def make_gang(ray: Any, demand: Demand, host_part: float, node: str | None = None) -> Any:
     """A new gang, unnamed, with a rank for each worker of a demand, on a node where it is given: a handle like that of
-    a worker. Ray Train's controller goes where the gang is, so that all of it lives and dies with one node."""
+    a worker. `host_part` is of the node's memory, each rank's. Ray Train's controller goes where the gang is, so that
+    all of it lives and dies with one node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
     if node is not None:
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    return ray.remote(**options)(Gang).remote(demand.bundles(), node)
+    return ray.remote(**options)(Gang).remote(demand.bundles(), host_part, node)
 
 
 class Gang:
     """The ranks of one cell at a time. Ray makes it an actor; it holds no resources, its ranks do."""
 
-    def __init__(self, bundles: list[dict[str, float]], node: str | None) -> None:
-        self._bundles, self._node = bundles, node
+    def __init__(self, bundles: list[dict[str, float]], host_part: float, node: str | None) -> None:
+        self._bundles, self._host_part, self._node = bundles, host_part, node
         self._changed = asyncio.Condition()
         self._number = -1
         self._task: tuple[Any, ...] = ()
@@ -125,7 +126,7 @@ class Gang:
         try:
             TorchTrainer(
                 _train,
-                train_loop_config={"gang": ray.get_runtime_context().current_actor},
+                train_loop_config={"gang": ray.get_runtime_context().current_actor, "host_part": self._host_part},
                 torch_config=_listening(),
                 scaling_config=ScalingConfig(
                     num_workers=len(self._bundles),
@@ -179,7 +180,7 @@ def _train(config: dict[str, Any]) -> None:
     from sweeps.ranks import join_ranks
 
     keep_freed_memory()
-    cap_memory(memory_share(1))
+    cap_memory(memory_share(1), config["host_part"])
     gang, ranks = config["gang"], join_ranks()
     number = ray.get(gang.first.remote())
     while True:

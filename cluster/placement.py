@@ -369,6 +369,12 @@ def _cpus(place: Place) -> int:
     return place.demand.workers * round(place.demand.cpus * WHOLE)
 
 
+def host_part(demand: Demand, node: Node, cells: int) -> float:
+    """The part of a node's own memory that is there for each process of a unit: as many units as have room beside one
+    another, or as there are cells."""
+    return 1 / (max(1, Fleet([node]).count(demand, cells)) * demand.workers)
+
+
 def check_holds(fleet: Fleet, demands: Mapping[Demand, str]) -> None:
     """Raise InputError that names the first demand, and whose it is, that no node of the fleet has ever room for."""
     for demand, whose in demands.items():

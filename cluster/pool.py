@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from cluster.connection import cluster_nodes, make_worker
 from cluster.nodes import REPORT_SECONDS
-from cluster.placement import WHOLE, Demand, Fleet, Place, demand_of
+from cluster.placement import WHOLE, Demand, Fleet, Node, Place, demand_of, host_part
 from sweeps.errors import InputError
 from sweeps.planned import PlannedCell
 
@@ -47,7 +47,7 @@ class Pool:
         self.device: Literal["cpu", "cuda"] = "cuda" if fleet.gpus else "cpu"
         self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
         self._gpus_per_node = int(max((node.gpus for node in nodes), default=1))
-        self._crowd = -(-cells // max(1, fleet.gpus))
+        self._cells, self._crowd = cells, -(-cells // max(1, fleet.gpus))
 
     def meet_gpus(self, before: str | None, scales: Callable[[float], bool], address: str) -> list[str]:
         """Notes on the device of a joined cluster. `before` is the GPU on which cells of the study have trained, if
@@ -102,7 +102,9 @@ class Pool:
             if not self._has_room([place, *(other.place for other in there)]):
                 self._give_back(one)
                 there.remove(one)
-        kept = _Kept(make_worker(self._ray, place, self._own_trainer), place)
+        node = self._node(place.node)
+        part = host_part(place.demand, node, self._cells) if node is not None else 1.0
+        kept = _Kept(make_worker(self._ray, place, self._own_trainer, part), place)
         self._kept.append(kept)
         return kept.worker
 
@@ -145,9 +147,12 @@ class Pool:
         self._ray.kill(one.worker)
         self._kept.remove(one)
 
+    def _node(self, node_id: str) -> Node | None:
+        return next((node for node in self._fleet.nodes() if node.id == node_id), None)
+
     def _has_room(self, places: list[Place]) -> bool:
         """Whether Ray has room for workers in all these places of one node."""
-        node = next((node for node in self._fleet.nodes() if node.id == places[0].node), None)
+        node = self._node(places[0].node)
         used: Counter[int] = Counter()
         for place in places:
             used.update(dict(place.gpus))

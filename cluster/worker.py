@@ -14,8 +14,9 @@ from sweeps.store import Store, cell_state
 class Worker:
     """One process in one slot. Ray makes it an actor (cluster/driver.py)."""
 
-    def __init__(self, memory_share: float, own_trainer: bool) -> None:
-        """`memory_share`: of its GPU's memory, where it has one. `own_trainer`: a study's own trains its cells."""
+    def __init__(self, memory_share: float, host_part: float, own_trainer: bool) -> None:
+        """`memory_share`: of its GPU's memory, where it has one; `host_part`: of its node's. `own_trainer`: a study's
+        own trains its cells."""
         # Imported when the worker starts, so that its first cell does not wait for it. The models' code takes longer
         # than all else together, and a trainer that Escala does not know may have no use for it.
         with loading():
@@ -26,7 +27,7 @@ class Worker:
 
                 import sweeps.training  # noqa: F401
         keep_freed_memory()
-        cap_memory(memory_share)
+        cap_memory(memory_share, host_part)
 
     def run(
         self,

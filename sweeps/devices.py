@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     import torch
 
 HOST_SHARE = 0.5
-"""Of the host's free memory that one worker takes for granted; it does not know how many others there are."""
+"""Of the host's free memory, the most that an attempt on a CPU takes for granted."""
+_host_part = 1.0
+"""Of the host's memory, what is for this process among those that may train beside it (`cap_memory`)."""
 
 # Dense bfloat16 peaks in FLOP/s, by words of the device's name; the first match counts. Vendors' data sheets; figures
 # "with sparsity" are twice these, and that of an MI250X is for two devices. A device that is not here has no MFU.
@@ -100,6 +102,8 @@ def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1, workers: in
         gc.collect()  # what an earlier cell of this process left in cycles is on the device until then
     share, room = -(-cell.sequences // workers), bytes_available()
     whole = step_bytes(cell.shape, 1, cell.precision, device, stack).total
+    if device == "cpu" and workers == 1 and whole > room:  # others may be smaller than their part
+        room = min(whole, int(host_bytes_free() * HOST_SHARE))
     sharded = workers > 1 and whole > room
     shards = workers if sharded else 1
     return Numerics(
@@ -133,10 +137,13 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
-def cap_memory(share: float) -> None:
-    """Let this process take no more than a share of its GPU's memory, if it has one: others may have theirs."""
+def cap_memory(share: float, host_part: float) -> None:
+    """Let this process take no more than a share of its GPU's memory, if it has one, or plan with no more than its part
+    of the host's: others may have theirs."""
+    global _host_part
     import torch
 
+    _host_part = host_part
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(allocator_share(share, total))
@@ -147,7 +154,7 @@ def bytes_available() -> int:
     import torch
 
     if not torch.cuda.is_available():
-        return int(host_bytes_free() * HOST_SHARE)
+        return int(host_bytes_free() * min(HOST_SHARE, _host_part))
     free, total = torch.cuda.mem_get_info()
     reserved, held = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
     cap = int(total * torch.cuda.get_per_process_memory_fraction())

@@ -141,12 +141,12 @@ def drive(study: Path, root: Path) -> None:
         def __init__(self, host: Any) -> None:
             self.run = host.run
 
-    def make_thread(ray: Any, place: Any, own_trainer: bool) -> Thread:
+    def make_thread(ray: Any, place: Any, own_trainer: bool, host_part: float) -> Thread:
         from cluster.worker import Worker
 
         if not hosts:
             options = {"num_cpus": 0, "max_concurrency": AT_ONCE // HOSTS}
-            hosts.extend(ray.remote(**options)(Worker).remote(1.0, own_trainer) for _ in range(HOSTS))
+            hosts.extend(ray.remote(**options)(Worker).remote(1.0, host_part, own_trainer) for _ in range(HOSTS))
         hosts.append(hosts.pop(0))
         return Thread(hosts[0])
 

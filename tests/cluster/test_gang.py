@@ -126,7 +126,7 @@ def test_a_rank_that_runs_out_of_memory_is_charged_as_that_whichever_it_is(
 
 def test_a_gang_whose_rank_ran_out_of_memory_says_so_and_one_whose_rank_died_says_that(tmp_path: Path) -> None:
     async def run(short: str | None) -> None:
-        gang = Gang([{"CPU": 1.0}] * 2, None)
+        gang = Gang([{"CPU": 1.0}] * 2, 0.5, None)
         loop = asyncio.get_running_loop()
 
         def ranks() -> None:

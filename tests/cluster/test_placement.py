@@ -18,6 +18,7 @@ from cluster.placement import (
     check_holds,
     demand_of,
     gpu_share,
+    host_part,
     memory_share,
     threads_for,
 )
@@ -213,6 +214,24 @@ def test_the_contexts_of_workers_that_share_a_gpu_have_their_place_on_it(togethe
     cap = allocator_share(memory_share(gpu_share(together)), device_bytes) * device_bytes
     assert together * (cap + PROCESS_BYTES["cuda"]) <= device_bytes
     assert cap > 0
+
+
+@pytest.mark.parametrize(
+    ("demand", "node", "cells", "processes"),
+    [
+        (Demand(), Node("n", 2), 100, 2),
+        (Demand(), Node("n", 16), 100, 16),
+        (Demand(), Node("n", 16), 3, 3),
+        (Demand(4), Node("n", 18), 100, 16),
+        (Demand(1, 1.0), Node("n", 64, 8), 100, 8),
+        (Demand(1, 0.25), Node("n", 64, 8), 100, 32),
+        (Demand(2), Node("n", 1), 100, 2),
+    ],
+)
+def test_the_processes_that_train_on_a_node_have_a_part_of_its_memory_each(
+    demand: Demand, node: Node, cells: int, processes: int
+) -> None:
+    assert host_part(demand, node, cells) == 1 / processes
 
 
 def test_a_cell_that_no_gpu_holds_is_refused_with_its_size() -> None:

@@ -39,7 +39,7 @@ def test_a_cell_that_another_studys_worker_has_begun_or_ended_is_left_to_it(
         assert commit_result(theirs, RESULT)
     given = (str(store.root), [one.cell.id], "s", None, 60.0, 0, False, 1)
     assert Worker.__new__(Worker).run(*given) == []
-    assert asyncio.run(Gang(Demand(2, 1.0).bundles(), None).run(*given)) == []
+    assert asyncio.run(Gang(Demand(2, 1.0).bundles(), 0.5, None).run(*given)) == []
     assert attempt_epochs(store, one.cell.id) == [0], "it is trained once"
 
 

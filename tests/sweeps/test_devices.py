@@ -15,9 +15,11 @@ from small import make_cell
 
 from sweeps import devices
 from sweeps.corpora import make_source, open_corpus, prepare
-from sweeps.devices import bytes_available, choose_numerics, peak_flops, probe_micro_batch
+from sweeps.devices import bytes_available, cap_memory, choose_numerics, peak_flops, probe_micro_batch
+from sweeps.errors import InputError
 from sweeps.families import FAMILIES, build_model
 from sweeps.losses import MeanLoss
+from sweeps.memory import step_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = """
@@ -60,6 +62,28 @@ def test_the_micro_batch_of_a_small_cell_is_its_batch_and_a_probe_on_a_cpu_leave
         assert probe_micro_batch(MeanLoss(model), model, cell, 7) == 7
     else:
         assert 1 <= probe_micro_batch(MeanLoss(model.cuda()), model, cell, 7) <= cell.sequences
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 1000])
+def test_the_processes_of_a_node_plan_with_no_more_than_its_free_memory_together(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But each with a sequence at once where half of what is free holds it: the others may need less."""
+    source = make_source("markov", None, {"vocab_size": 8, "tokens": 10_000, "seed": 3})
+    cell = make_cell(open_corpus(tmp_path, prepare(source, "bytes", tmp_path).fingerprint))
+    least, whole = (step_bytes(cell.shape, count, cell.precision).total for count in (1, cell.sequences))
+    free = 2 * whole
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "host_bytes_free", lambda: free)
+    monkeypatch.setattr(devices, "_host_part", 1.0)
+    cap_memory(1.0, 1 / processes)
+    chosen = choose_numerics(cell).micro_batch
+    taken = step_bytes(cell.shape, chosen, cell.precision).total
+    assert processes * taken <= free or (chosen == 1 and taken <= free / 2)
+    assert (chosen == cell.sequences) == (processes <= 2)
+    monkeypatch.setattr(devices, "host_bytes_free", lambda: least)
+    with pytest.raises(InputError, match="does not fit"):
+        choose_numerics(cell)
 
 
 @pytest.mark.parametrize(
