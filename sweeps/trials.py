@@ -302,7 +302,15 @@ def open_journal(path: Path) -> Any:
             except OSError as error:
                 raise disk_error(path, error) from error
             finally:
+                self._release()
+
+        def _release(self) -> None:
+            try:
                 lock.release()
+            except RuntimeError as error:  # Optuna's one word for whatever the disk says
+                if isinstance(error.__context__, OSError):
+                    raise disk_error(path, error.__context__) from error.__context__
+                raise
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lock = JournalFileSymlinkLock(str(path), grace_period=_LOCK_SECONDS)

@@ -40,8 +40,9 @@ class RefusingDisk:
         """Whether the call of this number is refused."""
         self.last = ""
         """What was refused last."""
-        for module, names in ((io, ["open"]), (os, ["listdir", "scandir", "stat", "open", "replace", "link"])):
-            for name in names:
+        reads, writes = "listdir scandir stat open", "replace rename link symlink unlink mkdir chmod utime"
+        for module, names in ((io, "open"), (os, f"{reads} {writes}")):
+            for name in names.split():
                 monkeypatch.setattr(module, name, self._guarded(getattr(module, name)))
 
     def _guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:

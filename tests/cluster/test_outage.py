@@ -18,6 +18,7 @@ from cluster.ledger import register
 from cluster.outage import Outage
 from cluster.placement import Demand, Node
 from cluster.searching import Searching
+from sweeps import trials
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.grids import Plan, plan_study
@@ -82,6 +83,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look in every turn, and no waits."""
     monkeypatch.setattr(driver, "local_gpus", tuple)
     monkeypatch.setattr(driver, "death", lambda *_: ("infrastructure", "the worker died"))
+    monkeypatch.setattr(trials, "_LOCK_SECONDS", 0.01)  # of a lock that the disk did not take away
     for place, name in ((driver, "POLL_SECONDS"), (driver, "LOOK_SECONDS"), (claims, "AGAIN_SECONDS")):
         monkeypatch.setattr(place, name, 0.0)
 
@@ -142,6 +144,7 @@ def work(root: Path, plan: Plan, disk: RefusingDisk, refused: Any) -> tuple[Any,
     return states, counts, run.schedule.running, run.tasks, run.schedule.spent_flops, ray.calls, len(run.queue)
 
 
+@pytest.mark.filterwarnings("ignore:The value of `grace_period`")
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("searches", [False, True])
 def test_a_run_that_the_disk_refuses_any_one_call_ends_as_an_undisturbed_one(
