@@ -125,11 +125,11 @@ def plan(
         print(json.dumps(printed | {"estimate": timed.to_json() if timed else None}))
         return
     from cluster.display import cell_table, console, estimate_lines
-    from sweeps.units import flops
+    from sweeps.units import flops, plural
 
     console.print(cell_table(rows, title=planned.study.name, width=console.width))
     console.print(
-        f"{len(rows)} cells, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
+        f"{plural(len(rows), 'cell')}, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."
     )
     if shared:
@@ -455,6 +455,7 @@ def import_table(
     from analysis.foreign import read_foreign
     from sweeps.foreign import import_runs
     from sweeps.store import open_store
+    from sweeps.units import plural
 
     given, conditions = split_definitions(columns or [], "--columns"), split_definitions(where or [], "--where")
     rows, conventions, left_out = read_foreign(table, given, conditions, n_is=n_is, c_is=c_is)
@@ -466,11 +467,11 @@ def import_table(
         f"{what} is not said (--{what.lower()}-is says it)" if found == "unknown" else f"{what} is {found}"
         for what, found in conventions.items()
     )
-    say(f"{study}: {told.new} runs imported, {told.known} were there; {said}.")
+    say(f"{study}: {plural(told.new, 'run')} imported, {told.known} were there; {said}.")
     if told.replaced:
         say(f"note: {told.replaced} of them replace the same rows, which were read in another way before.")
     if told.repeated:
-        say(f"note: {told.repeated} rows are equal to another row in everything and count once.")
+        say(f"note: rows that are equal to another row in everything count once ({told.repeated} left out).")
     if left_out:
         some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
         lacking = "rows of runs that have not finished or are excluded, or without a positive N, D, C and loss,"
@@ -488,6 +489,7 @@ def export(
     """A study's runs, and its curves, as tidy tables for other programs."""
     import analysis
     from analysis.foreign import check_written, write_frame
+    from sweeps.units import plural
 
     for path in filter(None, (out, curves)):
         check_written(path)
@@ -495,11 +497,11 @@ def export(
     name = study_name(study, place)
     runs = analysis.load_runs(name, place, tracking_uri=tracking_uri)
     write_frame(runs, out)
-    say(f"{len(runs)} runs: {out}")
+    say(f"{plural(len(runs), 'run')}: {out}")
     if curves is not None:
         steps = analysis.load_curves(name, place, tracking_uri=tracking_uri)
         write_frame(steps, curves)
-        say(f"{len(steps)} rows of curves: {curves}")
+        say(f"{plural(len(steps), 'row')} of curves: {curves}")
 
 
 @app.command(rich_help_panel=LOOK)

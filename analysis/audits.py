@@ -24,10 +24,10 @@ from analysis.references import Reference, from_sweep
 from analysis.selection import select
 from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.uncertainty import interval
-from analysis.verdicts import NAN, Verdict, clean, plural
+from analysis.verdicts import NAN, Verdict, clean
 from sweeps.errors import InputError
 from sweeps.published import PUBLISHED
-from sweeps.units import human
+from sweeps.units import human, plural
 
 LEAST = 0.001
 """Penalties (ln loss) below a tenth of a percent are nobody's finding, however well they are known."""

@@ -22,8 +22,9 @@ from analysis.forecast import predict
 from analysis.laws import find_law
 from analysis.selection import Selection, select
 from analysis.uncertainty import Noise, seed_noise
-from analysis.verdicts import NAN, Fit, Verdict, budget_name, clean, plural, refused
+from analysis.verdicts import NAN, Fit, Verdict, budget_name, clean, refused
 from sweeps.errors import InputError
+from sweeps.units import plural
 
 LAWS = ("chinchilla", "chinchilla_tied", "kaplan")
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)

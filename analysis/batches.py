@@ -14,9 +14,9 @@ import pandas as pd
 
 from analysis.selection import merged, with_states
 from analysis.uncertainty import SETTINGS, exclusions, interval, seed_noise
-from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, refused
 from sweeps.errors import InputError
-from sweeps.units import human
+from sweeps.units import human, plural
 
 LEAST_BATCHES = 3
 """A curve of two parameters, and one batch to contradict it: so many at one size and length are a sweep."""

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import page, plots
-from analysis.verdicts import plural
 from sweeps.records import timestamp
-from sweeps.units import flops, human
+from sweeps.units import flops, human, plural
 
 MAX_CELLS = 1000
 """Rows of the table of cells; a page with more cannot be read."""

@@ -28,8 +28,9 @@ from scipy.special import stdtrit
 from analysis.joint import MIN_WIDE, Joint, bend, join, resample, solve, spreads
 from analysis.selection import Selection, provenance, select
 from analysis.uncertainty import interval
-from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, budget_name, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, budget_name, clean, refused
 from sweeps.errors import InputError
+from sweeps.units import plural
 
 TABLES = ("baseline", "candidate")
 MIN_RUNS, MIN_LEVELS = 4, 3

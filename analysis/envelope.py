@@ -20,8 +20,9 @@ import pandas as pd
 
 from analysis.frontier import LINE_PARAMS, NO_LINE, Counter, Line, fit_lines, flop_counter, line_targets, make_line
 from analysis.selection import Selection, provenance
-from analysis.verdicts import NAN, Fit, Verdict, budget_name, narrow_span, plural
+from analysis.verdicts import NAN, Fit, Verdict, budget_name, narrow_span
 from sweeps.errors import InputError
+from sweeps.units import plural
 
 POINTS = 1500
 """Values of C at which the lowest size is looked up, as in the paper."""

@@ -22,6 +22,7 @@ from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
 from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span
 from sweeps.errors import InputError, nearest
+from sweeps.units import plural
 
 ISOFLOP: Mapping[str, Method] = {"isoflop": "parabola", "akima": "akima"}
 MANY_ROWS = 20
@@ -267,8 +268,8 @@ def _without_worst(form: Law, selection: Selection, settings: Settings, count: i
     misses = np.abs(problem.predict(best.theta) - problem.target)
     worst = np.argsort(misses)[-count:]
     message = (
-        f"the {count} worst-fitting of {len(misses)} runs were left out on request: the fit looks better than it is, "
-        "and its intervals do not know of the choice."
+        f"{count} of {plural(len(misses), 'run')}, the worst-fitting, left out on request: the fit looks better than "
+        "it is, and its intervals do not know of the choice."
     )
     verdict = Verdict("outcome_selection", "caution", "fit", None, message, {"dropped": count})
     return drop_rows(selection, worst, "among the worst-fitting runs (drop_worst)", verdict)

@@ -14,18 +14,8 @@ from scipy.special import fdtrc
 
 from analysis.allocation import Counter, interpolated_counter
 from analysis.uncertainty import Noise, interval
-from analysis.verdicts import (
-    NAN,
-    NOTHING,
-    Budget,
-    Estimate,
-    Interval,
-    Scope,
-    Verdict,
-    budget_name,
-    extrapolation,
-    plural,
-)
+from analysis.verdicts import NAN, NOTHING, Budget, Estimate, Interval, Scope, Verdict, budget_name, extrapolation
+from sweeps.units import plural
 
 LINE_PARAMS = ("N_exponent", "N_coefficient", "D_exponent", "D_coefficient")
 

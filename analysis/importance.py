@@ -22,8 +22,9 @@ from analysis.effects import Evaluation, exact_effects, surrogate_effects
 from analysis.selection import left_out, merged, with_states
 from analysis.swept import BLOWN_UP
 from analysis.uncertainty import SETTINGS
-from analysis.verdicts import NAN, NOTHING, Verdict, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, Verdict, clean, refused
 from sweeps.errors import InputError, nearest
+from sweeps.units import plural
 
 TRIALS = 4
 """Settings for each parameter below which a surrogate is not asked."""

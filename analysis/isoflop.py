@@ -21,8 +21,9 @@ from analysis.resampling import dependent_runs, trunk_labels
 from analysis.runs import shared_budgets
 from analysis.selection import Selection, provenance
 from analysis.uncertainty import SEEDS, Noise, interval, judge_noise, noise_by_scale
-from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span, plural
+from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span
 from sweeps.errors import InputError, nearest
+from sweeps.units import plural
 
 Method = Literal["parabola", "akima"]
 WIDE = 4.0

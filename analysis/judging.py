@@ -16,7 +16,8 @@ from analysis.laws import Law
 from analysis.problems import Problem, Robust
 from analysis.resampling import root_weights
 from analysis.solver import Solution, descend
-from analysis.verdicts import Verdict, plural
+from analysis.verdicts import Verdict
+from sweeps.units import plural
 
 PATH_SPREAD = 0.2
 """Runs within about 20% of one line in (ln N, ln D) cannot tell two terms apart."""

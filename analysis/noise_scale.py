@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.uncertainty import interval
-from analysis.verdicts import NAN, NOTHING, Estimate, Verdict, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, Estimate, Verdict, clean, refused
 from sweeps.accounting import small_part
+from sweeps.units import plural
 
 SETTLED = 0.1
 """Gradient norms count from this share of a run on: its last decade of tokens."""

@@ -18,7 +18,8 @@ import pandas as pd
 from analysis.quadratics import Surface, lowest_point, skewed, surface_of, take_out_bad_runs
 from analysis.swept import Group
 from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
-from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, clean, refused
+from sweeps.units import plural
 
 HEIGHT = 0.01
 """Settings whose ln loss is at most this above the lowest are fitted, whatever their number. On Step Law's grids the

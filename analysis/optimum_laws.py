@@ -17,7 +17,8 @@ import pandas as pd
 from analysis.optima import Optimum
 from analysis.swept import AXES, Swept
 from analysis.uncertainty import SETTINGS, interval
-from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, plural, refused
+from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, refused
+from sweeps.units import plural
 
 LEAST = 3
 """Optima that a power law needs: through two points any line passes."""

@@ -25,11 +25,11 @@ from analysis.selection import PENDING
 from analysis.sensitivities import write_optimum
 from analysis.sweep_page import find_sweep
 from analysis.uncertainty import Noise, paired_errors, seed_noise
-from analysis.verdicts import Estimate, Fit, Verdict, plural
+from analysis.verdicts import Estimate, Fit, Verdict
 from sweeps.records import write_bytes
 from sweeps.redaction import redact
 from sweeps.store import Store, open_store, read_plan
-from sweeps.units import flops, human
+from sweeps.units import flops, human, plural
 
 LAW = "chinchilla"
 """The law of the loss surface: named beforehand, so that its backtest is no winner's."""

@@ -14,7 +14,8 @@ import pandas as pd
 from analysis.problems import Problem, Robust
 from analysis.solver import descend
 from analysis.uncertainty import DESIGN, SEEDS, Noise
-from analysis.verdicts import Verdict, plural
+from analysis.verdicts import Verdict
+from sweeps.units import plural
 
 Way = Literal["noise", "rows", "delta"]
 Draws = Callable[[int], np.ndarray]

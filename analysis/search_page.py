@@ -13,7 +13,7 @@ import pandas as pd
 from analysis import page
 from analysis.importance import Importance
 from sweeps.rungs import Correlation, correlation, is_control
-from sweeps.units import human
+from sweeps.units import human, plural
 
 SHOWN = 3
 """Trials of each size and length that the table shows, the best first."""
@@ -43,8 +43,8 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
     asked = runs[runs["trial"].notna()]
     lost = int(asked["state"].eq("diverged").sum())
     note = (
-        f"<p class=note>The best {SHOWN} of up to {asked['trial'].nunique()} trials, over their seeds; {lost} cells "
-        "diverged. The best of many noisy runs is in part luck.</p>"
+        f"<p class=note>The best {SHOWN} of up to {plural(asked['trial'].nunique(), 'trial')}, over their seeds; "
+        f"{plural(lost, 'cell')} diverged. The best of many noisy runs is in part luck.</p>"
     )
     head = ["N", "D", "trial", *(name.replace("_", " ") for name in known), "final loss"]
     return "<h3>The best settings found</h3>" + note + page.table(head, rows)

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.uncertainty import DESIGN, SEEDS, SETTINGS, Noise, exclusions, seed_noise
-from analysis.verdicts import Verdict, budget_name, plural
+from analysis.verdicts import Verdict, budget_name
 from sweeps.errors import InputError
+from sweeps.units import plural
 
 PENDING = ("planned", "running", "failed")
 """States of cells that may yet give a loss."""
@@ -95,7 +96,7 @@ def select(
     if len(repeated):
         reason = reason.where(~table.index.isin(repeated), "listed twice: another row has the same setting and loss")
         message = (
-            f"{plural(len(repeated), 'row')} repeat another row's setting and {response} to the last digit; one counts."
+            f"{plural(len(repeated), 'row')} with another row's setting and {response} to the last digit; one counts."
         )
         verdicts.append(Verdict("repeated_losses", "info", "fit", None, message, {"runs": len(repeated)}))
 
@@ -106,8 +107,8 @@ def select(
     if len(beaten):
         reason = reason.where(~table.index.isin(beaten), "a better setting was tried at this size and token count")
         message = (
-            f"{len(beaten)} runs with other settings are left out: at each size and token count the setting with the "
-            "lowest mean loss stands for it. The best of several is a little too good by luck."
+            f"{plural(len(beaten), 'run')} with other settings left out: at each size and token count the setting with "
+            "the lowest mean loss stands for it. The best of several is a little too good by luck."
         )
         verdicts.append(Verdict("best_settings", "info", "fit", None, message, {"runs": len(beaten)}))
 
@@ -115,8 +116,8 @@ def select(
     verdicts += [*_comparable(rows, name), *_survivors(table, rows)]
     if "steps" in rows.columns and (few := int((rows["steps"] < FEW_STEPS).sum())):
         message = (
-            f"{few} of {len(rows)} runs took fewer than {FEW_STEPS} optimiser steps; their losses still carry the "
-            "warmup. Lower batch_tokens, or train longer."
+            f"{few} of {plural(len(rows), 'run')} took fewer than {FEW_STEPS} optimiser steps; their losses still "
+            "carry the warmup. Lower batch_tokens, or train longer."
         )
         verdicts.append(Verdict("few_steps", "caution", "fit", None, message, {"runs": few}))
     finished = int((table["state"] == "finished").sum()) if "state" in table.columns else int((~broken).sum())
@@ -204,7 +205,7 @@ def left_out(reasons: pd.Series) -> list[Verdict]:
         return []
     counts = reasons.value_counts()
     listed = "; ".join(f"{count}: {reason}" for reason, count in counts.head(4).items())
-    more = f"; and {len(counts) - 4} other reasons" if len(counts) > 4 else ""
+    more = f"; and {plural(len(counts) - 4, 'other reason')}" if len(counts) > 4 else ""
     message = f"{plural(len(reasons), 'run')} left out of the fit ({listed}{more})."
     evidence = {str(reason): int(count) for reason, count in counts.items()}
     return [Verdict("excluded_runs", "info", "fit", None, message, evidence)]

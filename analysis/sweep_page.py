@@ -16,9 +16,9 @@ from analysis.optima import Optimum
 from analysis.optimum_laws import OptimumLaw
 from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.swept import swept_groups
-from analysis.verdicts import Estimate, plural
+from analysis.verdicts import Estimate
 from sweeps.errors import InputError
-from sweeps.units import human
+from sweeps.units import human, plural
 
 LEAST_RATES = 3
 """Learning rates of one group from which on a study is a sweep of them."""

@@ -15,9 +15,9 @@ import pandas as pd
 
 from analysis.selection import PENDING, merged, with_states
 from analysis.uncertainty import SETTINGS
-from analysis.verdicts import NAN, Verdict, plural
+from analysis.verdicts import NAN, Verdict
 from sweeps.errors import InputError, nearest
-from sweeps.units import human
+from sweeps.units import human, plural
 
 AXES = ("learning_rate", "batch_tokens")
 """What an optimum is sought over."""
@@ -308,13 +308,14 @@ def _say(
         message = f"{plural(sum(map(len, left_out.values())), 'run')} left out ({listed})."
         said.append(Verdict("excluded_runs", "info", "fit", None, message))
     if moving:
+        what = f"{', '.join(moving)} {'differs' if len(moving) == 1 else 'differ'}"
         message = (
-            f"{', '.join(moving)} differ among runs of equal N and D and were not crossed with the learning rate: an "
-            "optimum here is one along the way on which they move together."
+            f"{what} among runs of equal N and D without being crossed with the learning rate: an optimum here is one "
+            "along the way on which they move together."
         )
         said.append(Verdict("moving_settings", "caution", "fit", None, message, {"settings": list(moving)}))
     if repeated:
-        message = f"{plural(len(repeated), 'row')} repeat another row's setting and loss to the last digit; one counts."
+        message = f"{plural(len(repeated), 'row')} with another row's setting and loss to the last digit; one counts."
         said.append(Verdict("repeated_losses", "info", "fit", None, message, {"runs": len(repeated)}))
     settled = rows[rows["measured"].notna()]
     same = settled.groupby(["at", "measured"])["learning_rate"].nunique()

@@ -20,8 +20,9 @@ from analysis.optima import Optimum, find_optima
 from analysis.optimum_laws import between_groups, weighted
 from analysis.swept import swept_groups
 from analysis.uncertainty import interval
-from analysis.verdicts import NOTHING, Estimate, Verdict, clean, plural, refused
+from analysis.verdicts import NOTHING, Estimate, Verdict, clean, refused
 from sweeps.errors import InputError
+from sweeps.units import plural
 
 LEAST_WIDTHS = 3
 SPAN = 8.0

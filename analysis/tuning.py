@@ -27,8 +27,8 @@ from analysis.gains import (
 from analysis.multipliers import NO_SIZE, SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
 from analysis.sensitivities import Sensitivity, sensitivity
 from analysis.uncertainty import interval
-from analysis.verdicts import NOTHING, Estimate, Fit, Verdict, clean, plural, refused
-from sweeps.units import human
+from analysis.verdicts import NOTHING, Estimate, Fit, Verdict, clean, refused
+from sweeps.units import human, plural
 
 
 def tuning_worth(

@@ -169,11 +169,6 @@ def budget_name(budget: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def plural(count: int, word: str) -> str:
-    """ "1 budget", "2 budgets"."""
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
-
-
 def refused(verdicts: Iterable[Verdict], scope: Scope = "fit", target: str | None = None) -> bool:
     """Whether a verdict takes this number away. A refused fit takes everything with it."""
     return any(

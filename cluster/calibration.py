@@ -26,6 +26,7 @@ from sweeps.grids import Plan, examples
 from sweeps.records import read_json, timestamp, write_json
 from sweeps.store import Store
 from sweeps.timing import Costs, Timed, costs_from_json, fit_costs, pick_cells, timed_from_json
+from sweeps.units import plural
 
 FORMAT = 1
 ROUNDS = 3
@@ -126,7 +127,7 @@ def _time_all(
             answer = ray.get(handle)
             answers.setdefault(answer["kind"], []).append(answer | {"worker": order})
             done += 1
-            progress(f"timing {len(cells)} shapes on {len(watches)} workers", done / total)
+            progress(f"timing {plural(len(cells), 'shape')} on {plural(len(watches), 'worker')}", done / total)
             if left[order]:
                 ask(order)
     return answers

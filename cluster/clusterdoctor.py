@@ -16,6 +16,7 @@ from cluster.doctor import Finding, disk, find_store
 from cluster.nodeprobe import Probes, Report, caution, obstacle, this_process
 from cluster.nodes import has_autoscaler, living_nodes
 from sweeps.errors import InputError
+from sweeps.units import plural
 
 SKEW_SECONDS = 2.0
 """Clocks may differ by so much. Escala times out by the clock of who waits, but logs and claims show wall clocks."""
@@ -35,7 +36,7 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
     try:
         here, nodes = this_process(), living_nodes(ray)
         cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-        words = f"{len(nodes)} nodes with {cpus:g} CPUs and {gpus:g} GPUs at {address}"
+        words = f"{plural(len(nodes), 'node')} with {cpus:g} CPUs and {gpus:g} GPUs at {address}"
         findings.append(Finding("cluster", True, words, "it has no CPU for a worker: add nodes." if not cpus else ""))
         findings.append(_scaling(ray))
         with Probes(ray, root) as probes:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.terminal import CONTROL, visible
-from sweeps.units import duration, flops, human
+from sweeps.units import duration, flops, human, plural
 
 _PIPE_COLUMNS = 160
 
@@ -113,7 +113,7 @@ def estimate_lines(found: Any) -> Iterator[RenderableType]:
     span, total = found.makespan_seconds, found.worker_seconds
     energy, dollars = found.energy_kwh.value, found.dollars.value
     parts = [
-        f"about {duration(span) if span is not None else '-'} on {found.workers} workers",
+        f"about {duration(span) if span is not None else '-'} on {plural(found.workers, 'worker')}",
         f"{number(total / 3600) if total is not None else '-'} worker-hours",
         f"{number(energy) if energy is not None else '-'} kWh",
         f"${dollars:,.2f}" if dollars is not None else "$ -",
@@ -254,7 +254,7 @@ class LiveProgress:
 def _words(progress: Any) -> str:
     states = ", ".join(f"{count} {state}" for state, count in progress.counts.items() if count)
     wish = {"pause": "paused: ", "drain": "draining: ", "cancel": "stopping: "}.get(progress.wish, "")
-    return f"{wish}{states}; {progress.workers} workers"
+    return f"{wish}{states}; {plural(progress.workers, 'worker')}"
 
 
 def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[RenderableType]:

@@ -26,7 +26,7 @@ from sweeps.store import (
     study_names,
     trunk_of,
 )
-from sweeps.units import flops
+from sweeps.units import flops, plural
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Change:
 
     def __str__(self) -> str:
         if self.first:
-            return f"{self.new} cells" + (f", {self.done} of them done already in this store" if self.done else "")
-        parts = [f"+{self.new} cells, {self.kept} reused"]
+            return plural(self.new, "cell") + (f", {self.done} of them done already in this store" if self.done else "")
+        parts = [f"+{plural(self.new, 'cell')}, {self.kept} reused"]
         if self.dropped:
             parts.append(f"{self.dropped} no longer planned")
         return ", ".join([*parts, f"{self.done} done"])
@@ -178,10 +178,10 @@ def sharing(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def sharing_words(told: dict[str, Any]) -> str:
     """`15 cells branch off 9 trunks: 6.2e12 of 9.8e12 FLOPs are spent (37% saved)`."""
-    cells = f"{told['branches']} cell{'s branch' if told['branches'] > 1 else ' branches'} off {told['trunks']}"
+    cells = f"{told['branches']} cell{'s branch' if told['branches'] > 1 else ' branches'} off"
     return (
-        f"{cells} trunk{'s' if told['trunks'] > 1 else ''}: {flops(told['C_spent'])} of {flops(told['C'])} FLOPs are "
-        f"spent ({100 * told['saved']:.0f}% saved)"
+        f"{cells} {plural(told['trunks'], 'trunk')}: {flops(told['C_spent'])} of {flops(told['C'])} FLOPs are spent "
+        f"({100 * told['saved']:.0f}% saved)"
     )
 
 

@@ -137,18 +137,20 @@ def _followed(dashboard: "Dashboard", job: "Job", stream: TextIO, tell: Callable
 
 
 def _introduction(submission: "Submission") -> list[str]:
-    from sweeps.units import flops
+    from sweeps.units import flops, plural
 
     total = sum(submission.package.sizes.values())
     lines = [
-        f"{submission.study}: {total / 1e6:.1f} MB in {len(submission.package.files)} files; store on the cluster: "
-        f"{submission.store}"
+        f"{submission.study}: {total / 1e6:.1f} MB in {plural(len(submission.package.files), 'file')}; store on "
+        f"the cluster: {submission.store}"
     ]
     if submission.plan is None:
         lines.append(f"not planned here: {submission.unplanned}. The cluster does.")
     elif submission.plan.cells:
         total_flops = sum(one.counts["C"] for one in submission.plan.cells)
-        lines.append(f"{len(submission.plan.cells)} cells, {flops(total_flops)} FLOPs; those that have ended stay.")
+        lines.append(
+            f"{plural(len(submission.plan.cells), 'cell')}, {flops(total_flops)} FLOPs; those that have ended stay."
+        )
     return lines
 
 
@@ -291,7 +293,7 @@ def simulate(
     from cluster.simulation import Faults, simulate, simulation_lines
     from cluster.workload import simulated_nodes, workload
     from sweeps.errors import InputError
-    from sweeps.units import parse_duration
+    from sweeps.units import parse_duration, plural
 
     given = {"--preempt": preempt, "--checkpoint-seconds": checkpoint_seconds, "--gpu-memory": gpu_memory}
     for name, value in given.items():
@@ -317,8 +319,8 @@ def simulate(
         told = {"study": planned.study.name, "cells": len(work.jobs), "gpus": gpus, "nodes": nodes}
         print(json.dumps(told | {"times": work.times, "notes": work.notes} | found.to_json()))
     else:
-        machines = f"{gpus:,} GPU{'s' * (gpus > 1)} in {nodes:,} node{'s' * (nodes > 1)}"
-        print(f"{planned.study.name}: {len(work.jobs):,} cells on {machines}, simulated.")
+        machines = f"{plural(gpus, 'GPU')} in {plural(nodes, 'node')}"
+        print(f"{planned.study.name}: {plural(len(work.jobs), 'cell')} on {machines}, simulated.")
         for line in simulation_lines(found):
             print(line)
         print(f"Cell times are {work.times}.")

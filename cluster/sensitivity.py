@@ -7,7 +7,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from cluster.display import number, plain_table, span, verdict_table
-from sweeps.units import human
+from sweeps.units import human, plural
 
 _SHOWN = 100
 """Groups on a terminal; --json prints all."""
@@ -30,8 +30,8 @@ def sensitivity_tables(
     refused = sum(one.refused for one in found.optima)
     lost = f", {refused} of them refused" if refused else ""
     blown = f" ({found.diverged} diverged)" if found.diverged else ""
-    groups = f"{len(found.optima)} group{'s' * (len(found.optima) != 1)}"
-    yield Text.assemble(("sensitivity", "bold"), f" of {found.runs} runs{blown} in {groups}{lost}")
+    runs, groups = plural(found.runs, "run"), plural(len(found.optima), "group")
+    yield Text.assemble(("sensitivity", "bold"), f" of {runs}{blown} in {groups}{lost}")
     if source:
         read = ", ".join(f"{k} = {v}" if k != v else k for k, v in source["columns"].items())
         kept = " where " + ", ".join(f"{k} = {v}" for k, v in source["where"].items()) if source["where"] else ""

@@ -40,12 +40,14 @@ def print_run(place: Store, planned: Plan, tally: Tally) -> None:
     """What a run did, what it could not do, and where to look now."""
     study = planned.study.name
     if tally.skipped == len(planned.cells):
-        console.print(f"nothing to train: all {tally.skipped} cells have ended already.")
+        ended = {0: "", 1: ": its only cell has ended already"}
+        console.print(f"nothing to train{ended.get(tally.skipped, f': all {tally.skipped} cells have ended already')}.")
     else:
+        before = "was" if tally.skipped == 1 else "were"
         left = f", {tally.planned} still to do" if tally.planned else ""
         console.print(
             f"{tally.finished} finished, {tally.diverged} diverged, {len(tally.failed)} failed, "
-            f"{tally.skipped} were done before{left}, in {duration(tally.seconds)}."
+            f"{tally.skipped} {before} done before{left}, in {duration(tally.seconds)}."
         )
     if planned.branches and (shared := sharing(plan_rows(place, planned, expected_branches(place, planned)))):
         console.print(f"{sharing_words(shared)}.")

@@ -26,6 +26,7 @@ from sweeps.store import (
     read_quarantine,
     study_names,
 )
+from sweeps.units import plural
 
 Json = dict[str, Any]
 TAIL_BYTES = 65_536
@@ -238,7 +239,7 @@ def explain_lines(found: Json) -> Iterator[str]:
         yield "it is the only cell of the store"
     for one in found["nearest"]:
         by = f"planned by {', '.join(one['studies'])}" if one["studies"] else "no longer planned"
-        yield f"nearest: {one['cell']} ({one['state']}, {by}) differs in {len(one['fields'])} fields"
+        yield f"nearest: {one['cell']} ({one['state']}, {by}) differs in {plural(len(one['fields']), 'field')}"
         yield from (f"  {each['field']}: {each['one']!r} here, {each['other']!r} there" for each in one["fields"])
 
 

@@ -20,6 +20,7 @@ from sweeps.planned import PlannedCell
 from sweeps.samplers import most_trials
 from sweeps.store import Store
 from sweeps.timing import AROUND_SECONDS
+from sweeps.units import plural
 
 DEVICE, MFU = "H100", 0.4
 """What is assumed where nothing was calibrated: a usual model FLOPs utilisation of dense training in bfloat16."""
@@ -64,8 +65,8 @@ def simulated_nodes(gpus: int, nodes: int, gpu_gib: float | None = None) -> list
     """So many equal nodes. InputError where the GPUs cannot be shared evenly among them."""
     if gpus < 1 or nodes < 1 or gpus % nodes:
         raise InputError(
-            f"{gpus} GPUs cannot be shared evenly among {nodes} node{'s' * (nodes != 1)}. Give --gpus as a multiple of "
-            "--nodes, both at least 1."
+            f"{plural(gpus, 'GPU')} cannot be shared evenly among {plural(nodes, 'node')}. Give --gpus as a multiple "
+            "of --nodes, both at least 1."
         )
     each = gpus // nodes
     memory = int((gpu_gib or 0) * GIB)
@@ -90,7 +91,7 @@ def workload(
     notes: tuple[str, ...] = ()
     if plan.study.search is not None:
         cells, trials = first_trials(plan), most_trials(plan.study.search)
-        notes = (f"{trials} trials are taken to be asked all at once, and to train in full.",)
+        notes = (f"Of {plural(trials, 'trial')}, all are taken to be asked at once, and to train in full.",)
     seconds, times = _seconds(store, plan, cells, device, mfu, hardware)
     gpus = sum(node.gpus for node in nodes)
     crowd = -(-len(cells) * trials // max(1, int(gpus)))

@@ -15,6 +15,7 @@ from sweeps.cell import Cell
 from sweeps.errors import InputError
 from sweeps.hostmemory import host_bytes_free
 from sweeps.memory import allocator_share, choose_micro_batch, part_sizes, step_bytes
+from sweeps.units import plural
 
 if TYPE_CHECKING:
     import torch
@@ -90,8 +91,8 @@ def choose_numerics(cell: Cell, *, stack: int = 1, threads: int = 1, workers: in
     """
     if cell.sequences < workers:
         raise InputError(
-            f"a batch of {cell.sequences} sequences has none for some of {workers} workers. Use fewer workers, or "
-            "raise batch_tokens."
+            f"a batch of {plural(cell.sequences, 'sequence')} has none for some of {workers} workers. Use fewer "
+            "workers, or raise batch_tokens."
         )
     import numpy
     import torch

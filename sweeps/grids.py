@@ -24,6 +24,7 @@ from sweeps.recipe import ScheduleFields, schedule_fields
 from sweeps.rules import PowerLaw, PowerRule, law_warnings
 from sweeps.stacks import check_stack, stack_key
 from sweeps.study import Factors, LogVary, PointsGrid, Study
+from sweeps.units import plural
 from sweeps.usercode import trainer_identity
 
 MAX_CELLS = 100_000
@@ -220,7 +221,7 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Ite
             f"warmup_tokens as a number, such as {min(one.schedule.warmup_tokens for one in apart):,}, and all lengths "
             "of a model train their common past once."
         )
-    what = f"{len(cells)} cells" if study.search is None else f"{len(cells)} cells at the ends of the searched space"
+    what = plural(len(cells), "cell") + (" at the ends of the searched space" if study.search else "")
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
         yield (

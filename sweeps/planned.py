@@ -18,6 +18,7 @@ from sweeps.recipe import Training, check_hyperparameter, flat_recipe
 from sweeps.rules import PowerLaw, PowerRule, Ruled, evaluate
 from sweeps.sizes import head_dim_at
 from sweeps.study import Study
+from sweeps.units import plural
 
 MAX_TOKENS = 1e16
 SMALL_BATCH_SEQUENCES = 128
@@ -172,8 +173,8 @@ def _check_batch(study: Study, who: str, batch_tokens: int, gradient_noise: bool
         )
     if study.workers != "auto" and sequences < study.workers:
         raise ValueError(
-            f"{who}: a batch of {sequences} sequences ({batch_tokens:,} tokens) has none for some of {study.workers} "
-            "workers. Raise batch_tokens, or lower workers."
+            f"{who}: a batch of {plural(sequences, 'sequence')} ({batch_tokens:,} tokens) has none for some of "
+            f"{study.workers} workers. Raise batch_tokens, or lower workers."
         )
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sweeps.units import flops, human
+from sweeps.units import flops, human, plural
 
 VARIABLES = ("N", "D", "C", "width", "depth", "batch_tokens")
 """What a rule may depend on: parameters, training tokens, training FLOPs, width, depth, tokens a batch."""
@@ -148,7 +148,7 @@ def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
         by = f"{name} by {law.source}"
         if not law.range:
             yield (
-                f"{by}: in what range it was fitted is not known here; {_cells(len(ruled))} take it, of "
+                f"{by}: in what range it was fitted is not known here; {plural(len(ruled), 'cell')} take it, of "
                 f"{_span(ruled, 'N')} and {_span(ruled, 'D')}."
             )
         elif outside := _outside(law, ruled):
@@ -160,7 +160,7 @@ def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
                 found = " and ".join(_amount(other) for other in dict.fromkeys([min(others), max(others)]))
                 yield (
                     f"{by}: it was fitted at {key} {_amount(held)}, where another value may be best than at {found} "
-                    f"({len(others)} of {_cells(len(ruled))})."
+                    f"({len(others)} of {plural(len(ruled), 'cell')})."
                 )
 
 
@@ -179,7 +179,7 @@ def _outside(law: PowerLaw, ruled: list[Ruled]) -> str:
             fitted = f"{_count(name, low)} to {_count(name, high)}" if high > low else f"at {_count(name, low)} alone"
             parts.append(f"{name} {' and '.join(far)} (fitted {fitted})")
     lie = "lies" if count == 1 else "lie"
-    told = f"{count} of {_cells(len(ruled))} {lie} outside the range that it was fitted in: {', '.join(parts)}"
+    told = f"{count} of {plural(len(ruled), 'cell')} {lie} outside the range that it was fitted in: {', '.join(parts)}"
     return told if count else ""
 
 
@@ -200,10 +200,6 @@ def _batch_conflicts(law: PowerLaw, ruled: list[Ruled]) -> Iterator[str]:
                 f"{'is given otherwise' if '' in others else 'is by ' + ' and '.join(sorted(others - {law.batch}))}: "
                 "laws of different batch rules do not combine. Take the rate and the batch from one law."
             )
-
-
-def _cells(count: int) -> str:
-    return f"{count} cell{'s' * (count != 1)}"
 
 
 def _span(ruled: list[Ruled], name: str) -> str:

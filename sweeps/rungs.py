@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sweeps.samplers import draw
+from sweeps.units import plural
 
 ETA = 3
 """A trial goes on if it is among the best 1/ETA of those that have come to the rung (asynchronous successive halving,
@@ -43,7 +44,7 @@ class Correlation:
 
     def __str__(self) -> str:
         if self.rho is None or self.interval is None:
-            return f"rung {self.rung:g}: rank correlation with full length not known yet ({self.pairs} pairs)"
+            return f"rung {self.rung:g}: rank correlation with full length not known yet ({plural(self.pairs, 'pair')})"
         low, high = self.interval
         told = f"rung {self.rung:g}: rank correlation with full length {self.rho:.2f} ({low:.2f} to {high:.2f}"
         told += f", {self.pairs} pairs)"

@@ -19,6 +19,7 @@ from sweeps.published import PublishedRule
 from sweeps.recipe import NamedSchedule
 from sweeps.rules import PowerRule
 from sweeps.study import Factors, LogVary, Study
+from sweeps.units import plural
 
 MAX_FILE_BYTES = 1_000_000
 MAX_BITS = 4096
@@ -68,7 +69,7 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         lines = sorted({(_line_of(root, fault["loc"]), _describe(fault)) for fault in error.errors()})
         faults = "\n".join(f"  {path}:{line}: {text}" for line, text in lines)
-        raise InputError(f"{len(lines)} fault{'s' if len(lines) > 1 else ''} in the study file:\n{faults}") from None
+        raise InputError(f"{plural(len(lines), 'fault')} in the study file:\n{faults}") from None
 
 
 def place_of(path: Path, *keys: str) -> str:

@@ -15,7 +15,7 @@ from sweeps.samplers import most_trials
 from sweeps.space import Search
 from sweeps.store import Store, read_plan, study_names
 from sweeps.trials import Trial, expected_costs, groups, journal_path, open_journal, read_group
-from sweeps.units import flops
+from sweeps.units import flops, plural
 
 STATES = {"RUNNING": "running", "COMPLETE": "told", "PRUNED": "ended at a rung", "FAIL": "failed"}
 Costs = tuple[float, float]
@@ -66,7 +66,7 @@ def _summarise(
 def summary_lines(one: Mapping[str, Any]) -> Iterator[str]:
     """A group's entry in words: `llama N=9.7k D=40k: 12 of 30 trials asked (9 told, 3 running); best 2.345 ...`."""
     told = [f"{one[word]} {word}" for word in (*STATES.values(), "diverged") if one[word]]
-    line = f"{one['group'].rpartition(' ')[0]}: {one['asked']} of {one['planned']} trials asked"
+    line = f"{one['group'].rpartition(' ')[0]}: {one['asked']} of {plural(one['planned'], 'trial')} asked"
     line += f" ({', '.join(told)})" if told else ""
     if one["to_come"] and one["C_to_come"]:
         line += f", about {flops(one['C_to_come'])} FLOPs to come"

@@ -19,6 +19,11 @@ def flops(number: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}" if number else "0"
 
 
+def plural(count: int, word: str) -> str:
+    """ "1 budget", "2 budgets", "1,000 budgets"."""
+    return f"{count:,} {word}{'s' * (count != 1)}"
+
+
 def duration(seconds: float) -> str:
     """75 is 1m 15s."""
     minutes, rest = divmod(round(seconds), 60)

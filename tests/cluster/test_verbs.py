@@ -174,7 +174,7 @@ def test_why_of_one_cell_names_its_nearest_and_those_no_longer_planned_first(pla
     changed = ids(store)[0]
     write_json(store.study("demo") / "plan.json", before)
     text = escala("why", cell, "--store", gone).stdout
-    assert f"nearest: {changed} (finished, no longer planned) differs in 1 fields" in text
+    assert f"nearest: {changed} (finished, no longer planned) differs in 1 field" in text
     assert "optimizer.learning_rate: 0.01 here, 0.02 there" in text
     assert text.index(changed) < text.index(twin)
     assert "no study plans it any more" in escala("why", changed, "--store", store.root).stdout

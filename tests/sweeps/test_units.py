@@ -2,7 +2,7 @@
 
 import pytest
 
-from sweeps.units import duration, flops, human
+from sweeps.units import duration, flops, human, plural
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,8 @@ def test_flops_are_written_as_powers_of_ten(number: float, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(4.4, "4s"), (75, "1m 15s"), (59.7, "1m 00s"), (7384, "2h 03m")])
 def test_durations_carry_over(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 cells"), (1, "1 cell"), (2, "2 cells"), (1000, "1,000 cells")])
+def test_one_is_not_plural(count: int, text: str) -> None:
+    assert plural(count, "cell") == text
