@@ -313,9 +313,13 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
 
 
 def verdict_table(verdicts: Sequence[Any]) -> Table:
-    """One row a kind: the first of many budgets' verdicts speaks for the others, which are counted."""
+    """One row a kind: the first of many budgets' verdicts speaks for the others, which are counted. What is said of two
+    targets in the same words, as of A and alpha, is said once."""
     kinds: dict[tuple[str, str], list[Any]] = {}
+    said: dict[str, Any] = {}
     for verdict in verdicts:
+        said.setdefault(verdict.message, verdict)
+    for verdict in said.values():
         kinds.setdefault((verdict.severity, verdict.code), []).append(verdict)
     table = Table.grid(padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from commandline import TINY, FrontDoor
 
+from analysis.verdicts import Verdict
 from cluster import display
 from cluster.progress import Progress, Tally
 
@@ -62,3 +63,15 @@ def test_that_ray_starts_is_said_when_it_does(
     assert "starting Ray" not in front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s").out
     starts = True
     assert "starting Ray and MLflow ..." in front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s").out
+
+
+def test_what_is_said_of_two_targets_in_the_same_words_is_said_once() -> None:
+    words = {"A": "alpha is open.", "alpha": "alpha is open.", "beta": "beta is open."}
+    verdicts = [Verdict("not_identifiable", "refuse", "parameter", name, said) for name, said in words.items()]
+    console = display._make_console()
+    with console.capture() as captured:
+        console.print(display.verdict_table(verdicts[:2]))
+        console.print(display.verdict_table(verdicts))
+    alone, both = captured.get().splitlines()
+    assert alone.split() == ["refuse", "not_identifiable:", "alpha", "is", "open."]
+    assert both.strip().endswith("alpha is open. The same of beta.")
