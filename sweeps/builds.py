@@ -22,6 +22,7 @@ import numpy as np
 from sweeps import markov, shards, sources, splits, tokenizers
 from sweeps.errors import InputError
 from sweeps.sources import Source
+from sweeps.units import plural
 
 FORMAT = 1
 """Raise it when the same source would give other files: signatures of older builds are then not found again."""
@@ -207,7 +208,7 @@ def _write(source: Source, tokenizer: str, kind: str, folder: Path, progress: Pr
     if not kept or not counts["train"]:
         found = len(kept) + counts["train"]
         raise InputError(
-            f"the corpus {sources.describe(source)} has {found} distinct non-empty documents; "
+            f"the corpus {sources.describe(source)} has {plural(found, 'distinct non-empty document')}; "
             "at least 3 are needed to split off validation. Use a larger corpus.",
             field=("corpus", "path"),
         )

@@ -222,10 +222,11 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Ite
             "of a model train their common past once."
         )
     what = plural(len(cells), "cell") + (" at the ends of the searched space" if study.search else "")
+    have, see = ("has", "sees") if len(cells) == 1 else ("have", "see")
     short = [one.counts["steps"] for one in cells if one.counts["steps"] < FEW_STEPS]
     if short:
         yield (
-            f"{len(short)} of {what} have fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
+            f"{len(short)} of {what} {have} fewer than {FEW_STEPS} optimizer steps (fewest: {min(short)}): "
             "their losses may say more about the warm-up than about size. Use a smaller batch_tokens."
         )
     if least < study.context:
@@ -253,7 +254,7 @@ def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Ite
     repeated = [one.counts["epochs"] for one in cells if one.counts["epochs"] > 1]
     if repeated:
         yield (
-            f"{len(repeated)} of {what} see the corpus more than once (most: {max(repeated):.2f} epochs); "
+            f"{len(repeated)} of {what} {see} the corpus more than once (most: {max(repeated):.2f} epochs); "
             "fits of single-epoch laws leave out those above 1.5."
         )
 

@@ -380,7 +380,7 @@ def _field(row: Mapping[str, Any], field: str, place: str) -> Iterator[bytes]:
     if text is None:
         return
     if not isinstance(text, str):
-        raise InputError(f'{place}: the field "{field}" holds a {type(text).__name__}, not text')
+        raise InputError(f'{place}: the field "{field}" holds {str(text)[:40]}, not text')
     try:
         encoded = text.encode()
     except UnicodeEncodeError as error:

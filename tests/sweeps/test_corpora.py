@@ -301,7 +301,7 @@ def write(path: Path, content: bytes) -> Path:
     [
         ("folder", "a.txt", b"good\n" * 70_000 + b"\xe9t\xe9", r"a\.txt is not UTF-8 text: byte 350000 is 0xe9"),
         ("folder", "a.txt", b"", "0 distinct non-empty documents"),
-        ("folder", "a.txt", b"too small", "1 distinct non-empty documents"),
+        ("folder", "a.txt", b"too small", "1 distinct non-empty document;"),
         ("folder", ".hidden.txt", b"text", "no files that match"),
         ("jsonl", "a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl:2: not a line of JSON"),
         ("jsonl", "a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000, r"a\.jsonl:2: not a line of JSON"),
@@ -312,7 +312,7 @@ def write(path: Path, content: bytes) -> Path:
             r"a\.jsonl:3: no field .text. .*found: txt, id",
         ),
         ("jsonl", "a.jsonl", b'["x"]', r"a\.jsonl:1: a list, not a JSON object"),
-        ("jsonl", "a.jsonl", b'{"text": 3}', "holds a int, not text"),
+        ("jsonl", "a.jsonl", b'{"text": 3}', "holds 3, not text"),
         ("jsonl", "a.jsonl", b'{"text": "\\ud800"}', "surrogate"),
         ("parquet", "a.parquet", b"nothing of the kind", "cannot be read as Parquet"),
         ("parquet", "a.txt", b"x", r"no files that match \*\*/\*\.parquet"),
