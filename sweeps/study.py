@@ -166,7 +166,8 @@ class Study(Declared):
     """What the study asks; printed at the head of the report."""
     corpus: CorpusSource = CorpusSource()
     tokenizer: str = "bytes"
-    """bytes, bpe:<vocabulary size>, or the path of a local Hugging Face tokenizer."""
+    """bytes, bpe:<vocabulary size>, or the path of a local Hugging Face tokenizer, relative to where the command is
+    given."""
     context: Annotated[Whole, Field(ge=2, le=1_048_576)] = 128
     """Tokens a sequence."""
     validation_tokens: Annotated[Whole, Field(ge=8192)] | None = None

@@ -64,7 +64,8 @@ def tokenizer_kind(spec: str) -> str:
         )
     raise InputError(
         f'unknown tokenizer "{spec}"{nearest(spec, ["bytes", "bpe:512", "bpe:32768"])}: neither bytes, bpe:<vocabulary '
-        "size>, nor a path to a tokenizer on this machine (names on the Hub are not downloaded)"
+        f"size>, nor a path to a tokenizer on this machine, where a relative one begins at {Path.cwd()} (names on the "
+        "Hub are not downloaded)"
     )
 
 

@@ -35,7 +35,9 @@ def test_a_corpus_or_a_tokenizer_that_is_not_here_is_named_with_its_line(tmp_pat
     (texts / "a.txt").write_bytes(b"\xff\xfe")
     assert said(tmp_path, STUDY).startswith(f"{file}:5: {texts}/a.txt is not UTF-8 text")
     unknown = STUDY.replace("bytes", "gpt9")
-    assert said(tmp_path, unknown).startswith(f'{file}:6: unknown tokenizer "gpt9"')
+    told = said(tmp_path, unknown)
+    assert told.startswith(f'{file}:6: unknown tokenizer "gpt9"')
+    assert f"where a relative one begins at {Path.cwd()}" in told
     (tmp_path / "tok").mkdir()
     named = STUDY.replace("bytes", str(tmp_path / "tok"))
     assert said(tmp_path, named).startswith(f"{file}:6: the tokenizer folder")
