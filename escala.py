@@ -636,7 +636,9 @@ def main() -> None:
     except Exception:
         say(traceback.format_exc(), file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != 130:  # which typer makes of Ctrl-C, without a word
+            raise
         say("interrupted", file=sys.stderr)
         sys.exit(1)
     finally:

@@ -80,7 +80,7 @@ def logs(
 ) -> None:
     """A cell's metric rows, and the traceback of an attempt that failed. With --follow, JSON is one row a line."""
     from cluster import watching
-    from sweeps.store import read_metrics
+    from sweeps.store import cell_state, read_metrics
 
     place = existing_store(store)
     cell_id = find_cell(cell, place)
@@ -101,6 +101,8 @@ def logs(
         return
     if rows:
         say("\n".join(map(_log_line, rows)))
+    else:
+        say(f"{cell_id} is {cell_state(place, cell_id).state} and has logged nothing.")
 
 
 def _log_line(row: dict[str, Any]) -> str:

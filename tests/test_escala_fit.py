@@ -160,7 +160,7 @@ def test_a_study_takes_the_same_words_except_columns(door, tmp_path) -> None:
     assert (run.code, run.err[:35]) == (2, "error: --columns is for tables; wha")
 
 
-def test_ctrl_c_ends_a_fit_at_once_and_quietly(door, tmp_path) -> None:
+def test_ctrl_c_ends_a_fit_at_once_with_a_word(door, tmp_path) -> None:
     rows = 1000
     many = surface(np.geomspace(1e7, 1e10, rows), 10 ** np.random.default_rng(0).uniform(9, 12, rows), noise=0.01)
     many.to_csv(tmp_path / "many.csv", index=False)
@@ -173,9 +173,7 @@ def test_ctrl_c_ends_a_fit_at_once_and_quietly(door, tmp_path) -> None:
         time.sleep(0.1)
     run.send_signal(signal.SIGINT)
     out, err = run.communicate(timeout=300)
-    assert run.returncode in (1, 130)
-    assert out == ""
-    assert "Traceback" not in err
+    assert (run.returncode, out, err) == (1, "", "interrupted\n")
 
 
 def test_every_option_of_a_law_reaches_the_fit(door) -> None:

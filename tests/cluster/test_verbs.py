@@ -158,6 +158,15 @@ def test_the_json_of_a_log_tells_of_the_attempts_that_failed(
     assert all(set(row) == {"time", "tokens", "metrics"} for row in rows)
 
 
+def test_the_log_of_a_cell_that_has_not_begun_says_so(
+    place: tuple[Escala, Store], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, store = place
+    planned = ids(store)[5]
+    verbs.logs(planned, store.root)
+    assert capsys.readouterr().out == f"{planned} is planned and has logged nothing.\n"
+
+
 # --- why ---------------------------------------------------------------------------------------------------------
 
 
