@@ -1,8 +1,8 @@
 """Tables of finished runs as rows that a store can keep: what each number is, and under which convention.
 
 The failure it guards against: non-embedding and total parameters, or counted and assumed compute, put beside each
-other as if they were one. Which N and which C a table holds is asked, or read from its columns' names; else it says
-"unknown".
+other as if they were one. Which N and which C a table holds is asked, or read from its columns' names, all of which
+`escala export` writes; else it says "unknown".
 """
 
 import os
@@ -37,13 +37,14 @@ def read_foreign(
     n_is: str | None = None,
     c_is: str | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, str], list[int]]:
-    """The finished runs of a table: (rows, conventions, numbers of rows that were left out).
+    """The ended runs of a table: (rows, conventions, numbers of rows that were left out).
 
     path, columns: as `read_table` takes them; where: as `keep_rows` does. n_is: what N counts, one of `SIZES`.
     c_is: "C", counted operation by operation, or "C_6nd". A row is {"run": {"N", "D", "C", "loss", ...}, "row": the
     raw row}, with N in parameters, D in tokens, C in FLOPs (6 N D where the table has none) and loss in nats per token.
     A row without a positive N, D, C and loss, or whose `state` is not finished, is no finished run and is left out, as
-    is one that the table's column `excluded` takes out of fits; it is named by its number, from 1.
+    is one that the table's column `excluded` takes out of fits; it is named by its number, from 1. A row of a run that
+    diverged stays, with "state" in its run, and needs no loss.
     Raises InputError where the table cannot be read or holds no finished run.
     """
     for option, value, allowed in (("--n-is", n_is, SIZES), ("--c-is", c_is, ("C", "C_6nd"))):
@@ -55,28 +56,33 @@ def read_foreign(
         raise InputError(f"--columns: {', '.join(sizes)} cannot be renamed; use N=COLUMN and say --n-is {min(sizes)}.")
     table = keep_rows(read_table(path, given, "chinchilla"), where or {})
     taken = table.attrs.get("columns", {})
-    conventions = {"N": n_is or _counted(taken.get("N", "")), "C": c_is or _computed(table, taken)}
+    conventions = {"N": n_is or _counted(table, taken.get("N", "")), "C": c_is or _computed(table, taken)}
     words = [c for c in (*SEEDS, "context") if c in table.columns and not pd.api.types.is_numeric_dtype(table[c])]
     names = [name for name in (*_KEPT, *_ALSO, *SIZES) if name in table.columns and name not in words]
     needed = table[["N", "D", "C", "loss"]].astype("float64")
-    whole = ((needed > 0) & np.isfinite(needed)).all(axis=1)
+    known = (needed > 0) & np.isfinite(needed)
+    whole = known.all(axis=1)
     whole &= table["state"].isin(("finished", "")) if "state" in table.columns else True
-    marked = exclusions(table).notna()  # repeats, by `epochs`, are excluded again by whoever reads the study
-    whole &= ~marked | (table["epochs"] > MAX_EPOCHS if "epochs" in table.columns else False)
+    reasons = exclusions(table)  # repeats, by `epochs`, are excluded again by whoever reads the study
+    whole &= reasons.isna() | (table["epochs"] > MAX_EPOCHS if "epochs" in table.columns else False)
+    diverged = table["state"].eq("diverged") if "state" in table.columns else pd.Series(False, table.index)
+    diverged &= known[["N", "D", "C"]].all(axis=1) & reasons.astype(str).str.startswith("diverged")
     if not whole.any():
         raise InputError(
             f"{path} holds no finished run: no row has a positive N, D, C and loss, is finished and is not excluded."
         )
     raw = table.drop(columns=["C_assumed", "excluded"], errors="ignore")
     rows = []
-    for index in table.index[whole]:
+    for index in table.index[whole | diverged]:
         run = {name: _plain(table.at[index, name]) for name in names}
         if conventions["N"] in SIZES:
             run[conventions["N"]] = run["N"]
         run["C_assumed"] = bool(table.at[index, "C_assumed"])
+        if diverged[index]:
+            run |= {"state": "diverged", "loss": run["loss"] if known.at[index, "loss"] else None}
         row = {str(key): _plain(value) for key, value in raw.loc[index].items() if key != "cell" or not _numbered(raw)}
         rows.append({"run": {k: v for k, v in run.items() if v is not None}, "row": row})
-    return rows, conventions, [int(index) + 1 for index in table.index[~whole]]
+    return rows, conventions, [int(index) + 1 for index in table.index[~(whole | diverged)]]
 
 
 def _numbered(table: pd.DataFrame) -> bool:
@@ -84,9 +90,9 @@ def _numbered(table: pd.DataFrame) -> bool:
     return bool(table["cell"].astype(str).str.fullmatch(r"row \d+").all())
 
 
-def _counted(column: str) -> str:
-    """Which N a column's name speaks of."""
-    if column in SIZES and column != "N":
+def _counted(table: pd.DataFrame, column: str) -> str:
+    """Which N a column's name speaks of: N that stands beside every other count is that of `load_runs`."""
+    if column in SIZES and (column != "N" or all(c in table and table[c].notna().all() for c in SIZES)):
         return column
     words = column.lower().replace(" ", "_")
     if any(part in words for part in _NONEMBEDDING):
@@ -95,9 +101,12 @@ def _counted(column: str) -> str:
 
 
 def _computed(table: pd.DataFrame, taken: Mapping[str, str]) -> str:
-    """C_6nd where C was made from N and D, or D or N from it."""
-    derived = table["C_assumed"].all() or any("6*" in taken.get(name, "") for name in ("N", "D", "C"))
-    return "C_6nd" if derived else "unknown"
+    """C_6nd where C was made from N and D, or D or N from it; C where 6 N D stands beside it and is another."""
+    if table["C_assumed"].all() or any("6*" in taken.get(name, "") for name in ("N", "D", "C")):
+        return "C_6nd"
+    if taken.get("C") != "C" or "C_6nd" not in table or not pd.api.types.is_numeric_dtype(table["C_6nd"]):
+        return "unknown"
+    return "C_6nd" if np.allclose(table["C"].astype(float), table["C_6nd"]) else "C"
 
 
 def _plain(value: Any) -> Any:

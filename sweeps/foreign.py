@@ -6,7 +6,7 @@ failure it guards against: a run whose recipe nobody here knows passes for one t
 "foreign", what was not told stays unknown, and the study that holds it trains nothing.
 
     cell.json    {"format", "id", "identity": {"foreign": {"run", "conventions", "row"}}, "counts": {...}}
-    result.json  {"format", "cell", "foreign": true, "state": "finished", "val_loss_final", "tokens", "imported", ...}
+    result.json  {"format", "cell", "foreign": true, "state", "val_loss_final", "tokens", "imported", ...}
 """
 
 import hashlib
@@ -77,10 +77,11 @@ def described(record: Mapping[str, Any]) -> dict[str, Any]:
 def import_runs(
     store: Store, name: str, rows: Iterable[Mapping[str, Any]], conventions: Mapping[str, str], source: str
 ) -> Imported:
-    """Add finished runs to the foreign study `name`, which is made where there is none.
+    """Add ended runs to the foreign study `name`, which is made where there is none.
 
     rows: {"run": {"N", "D", "C", "loss", ...}, "row": the raw row}, plain JSON values; C is in FLOPs, loss in nats per
-    token. conventions: {"N", "C"}: which parameters and which FLOPs are meant. source: the table's name, for people.
+    token. A run with "state" has diverged, and may have no loss. conventions: {"N", "C"}: which parameters and which
+    FLOPs are meant. source: the table's name, for people.
     Raises InputError where a study of that name trains cells of its own, or the store cannot be written.
     """
     if not STUDY_NAME.fullmatch(name):
@@ -151,7 +152,11 @@ def _write_cell(store: Store, one: Mapping[str, Any], conventions: Mapping[str, 
     write_json(
         folder / "cell.json", {"format": FORMAT, "id": cell_id, "identity": identity, "counts": counts}, sync=False
     )
-    result = {"format": FORMAT, "cell": cell_id, "foreign": True, "state": "finished", "reason": None}
-    result |= {"val_loss_final": run["loss"], "val_bpb_final": None, "tokens": round(run["D"]), "flops": run["C"]}
+    state, row = run.get("state", "finished"), one["row"]
+    reason = str(row.get("reason") or "as the table tells") if state == "diverged" else None
+    result = {"format": FORMAT, "cell": cell_id, "foreign": True, "state": state, "reason": reason}
+    result |= {"val_loss_final": run.get("loss"), "val_bpb_final": None, "tokens": round(run["D"]), "flops": run["C"]}
+    if isinstance(row.get("loss_at_start"), int | float):
+        result["loss_at_start"] = row["loss_at_start"]  # what a diverged run counts as, in an optimum
     write_json(folder / "result.json", {**result, "imported": round(time.time(), 3)}, sync=False)
     return cell_id

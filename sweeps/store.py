@@ -171,12 +171,14 @@ def log_stops(store: Store, cell_id: str) -> dict[int, int | None]:
 
 
 def _imported_rows(store: Store, cell_id: str) -> list[Json]:
-    """The one row of a run that was trained elsewhere: its final loss."""
+    """The one row of a run that was trained elsewhere: its final loss, if its table tells one."""
     try:
         result = read_json(store.cell(cell_id) / "result.json")
     except FileNotFoundError:
         return []
     if not result.get("foreign"):
+        return []
+    if result["val_loss_final"] is None:  # it diverged
         return []
     metrics = {"val_loss_final": result["val_loss_final"]}
     return [{"time": result["imported"], "tokens": result["tokens"], "metrics": metrics}]

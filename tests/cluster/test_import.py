@@ -160,3 +160,28 @@ def test_a_study_of_imported_runs_trains_nothing(escala: Escala) -> None:
     study = escala.study(TINY)
     for verb in ("plan", "run"):
         assert "holds imported runs" in refused(escala, verb, study, "--store", "s")
+
+
+def test_an_export_of_escala_says_what_n_and_c_mean_and_keeps_what_diverged(escala: Escala) -> None:
+    """As load_runs counts: N beside every other count of parameters, and C beside 6 N D."""
+    frame = table().rename(columns={"params": "N", "tokens": "D", "loss": "val_loss_final"}).assign(state="finished")
+    frame = frame.assign(N_nonembedding=frame["N"] - 9, N_nonembedding_head=frame["N"] - 4, N_total=frame["N"])
+    frame = frame.assign(C=6.6 * frame["N"] * frame["D"], C_6nd=6 * frame["N"] * frame["D"], loss_at_start=9.5)
+    frame.loc[3, ["state", "reason", "excluded"]] = ["diverged", "loss 80 nats", "diverged: loss 80 nats"]
+    frame.loc[3, "val_loss_final"] = float("nan")
+    frame.loc[4, ["state", "excluded"]] = ["diverged", "a typo"]
+    frame.to_csv(escala.folder / "runs.csv", index=False)
+    told = json.loads(escala("import", "runs.csv", "--study", "lit", "--store", "s", "--json").stdout)
+    assert (told["new"], told["left_out"], told["conventions"]) == (14, [5], {"N": "N", "C": "C"})
+    runs = analysis.load_runs("lit", escala.folder / "s")
+    (lost,) = runs[runs["state"] == "diverged"].to_dict("records")
+    assert (lost["excluded"], lost["loss_at_start"]) == ("diverged: loss 80 nats", 9.5)
+    assert runs["val_loss_final"].isna().sum() == 1
+    assert (runs["N_nonembedding"] == runs["N"] - 9).all()
+    status = json.loads(escala("status", "lit", "--store", "s", "--json").stdout)
+    assert status["counts"] == {"diverged": 1, "finished": 13}
+    escala("export", "lit", "--out", "again.csv", "--curves", "curves.csv", "--store", "s")
+    again = json.loads(escala("import", "again.csv", "--study", "again", "--store", "s", "--json").stdout)
+    assert (again["new"], again["conventions"]) == (14, told["conventions"])
+    copy = analysis.load_runs("again", escala.folder / "s").drop(columns=["cell", "study", "trunk"])
+    pd.testing.assert_frame_equal(copy, runs.drop(columns=["cell", "study", "trunk"]))
