@@ -1,5 +1,6 @@
 """What a person sees in the terminal: tables, the live progress of a run, a fit."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -346,7 +347,7 @@ def _answers(title: str, entry: Mapping[str, Any], share: str) -> Table:
     table = plain_table(title, "value", share)
     for name, value in entry.items():
         if hasattr(value, "interval"):
-            write = _amount if name in ("N", "D") else flops if name == "C" else number
+            write = _amount if name in ("N", "D") else _compute if name == "C" else number
             table.add_row(f"  {names.get(name, name)}", write(value.value), span(value.interval, write))
         elif isinstance(value, Mapping):
             for times, estimate in value.items():
@@ -379,14 +380,18 @@ def _amount(value: float) -> str:
     return "-" if value != value else human(value)
 
 
+def _compute(value: float) -> str:
+    return "-" if value != value else flops(value)
+
+
 def number(value: float) -> str:
     """Four digits; a dash for NaN."""
     return "-" if value != value else f"{value:,.4g}"
 
 
 def span(interval: Any, write: Callable[[float], str] = number) -> str:
-    """An interval (low, high) in words; a bound that is NaN is open."""
-    low, high = ("-" if bound != bound else write(bound) for bound in interval)
+    """An interval (low, high) in words; a bound that is NaN or infinite is open."""
+    low, high = (write(bound) if math.isfinite(bound) else "-" for bound in interval)
     if "-" in (low, high):
         return "-" if low == high else f"above {low}" if high == "-" else f"below {high}"
     return f"{low} .. {high}"

@@ -61,6 +61,13 @@ def test_what_was_read_and_found_is_printed_within_the_width(door) -> None:
         assert word in text, word
 
 
+def test_the_compute_of_a_loss_that_the_law_never_reaches_is_a_dash(door) -> None:
+    run = door("fit", "runs.csv", "--law", "chinchilla", *COLUMNS, "--bootstrap", 50, "--for-loss", 0.5)
+    assert run.code == 0, run.err
+    assert "unreachable_loss: a loss of 0.5" in run.out
+    assert re.search(r"C +- +-", run.out)
+
+
 def test_rows_can_be_chosen(door, tmp_path) -> None:
     lines = (tmp_path / "runs.csv").read_text().splitlines()
     dearer = [line.replace("plain", "other").split(",") for line in lines[1:]]

@@ -75,3 +75,9 @@ def test_what_is_said_of_two_targets_in_the_same_words_is_said_once() -> None:
     alone, both = captured.get().splitlines()
     assert alone.split() == ["refuse", "not_identifiable:", "alpha", "is", "open."]
     assert both.strip().endswith("alpha is open. The same of beta.")
+
+
+def test_a_bound_that_is_not_known_or_infinite_is_open() -> None:
+    assert display.span((2e20, float("inf")), display.flops) == "above 2e20"
+    assert display.span((float("nan"), 2e20), display.flops) == "below 2e20"
+    assert display.span((float("nan"), float("inf"))) == "-"
