@@ -15,7 +15,7 @@ from analysis import judging
 from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import Law, find_law
-from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixed, make_problem
+from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixed, check_floor, make_problem
 from analysis.resampling import Way, along_curves, dependent_runs, draw_thetas, group_labels, root_weights, trunk_labels
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
@@ -91,6 +91,8 @@ def fit(
     selection = _with_noise(
         select(runs, loss, form.variables, form.response, [c for c in (cluster, weights) if c]), noise
     )
+    if len(selection.rows):
+        check_floor(form, fixed or {}, selection.rows["y"].to_numpy(dtype=float))
     settings = Settings(
         objective=objective,
         threshold=threshold,

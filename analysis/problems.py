@@ -18,6 +18,8 @@ from sweeps.errors import InputError, nearest
 OBJECTIVES = ("huber", "lad", "l2", "student")
 Objective = Literal["huber", "lad", "l2", "student"]
 STUDENT_FREEDOM = 4.0
+FLOOR_ROOM = 0.05
+"""So far above the lowest response, in its logarithm, may a floor lie: noise takes some runs below it."""
 _STARTS = 48
 """Starts of a fit that names none: the best of a grid, by their objective."""
 
@@ -195,7 +197,7 @@ def make_problem(
     for term in law.terms:
         if centred:  # a term that is e^-12 of the response is not there; a floor lies below every response
             lows.append(low - 12.0)
-            highs.append(low + (6.0 if term.features else 0.05))
+            highs.append(low + (6.0 if term.features else FLOOR_ROOM))
         else:
             lows.append(-40.0)
             highs.append(80.0)
@@ -222,7 +224,9 @@ def make_problem(
 
 
 def check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
-    """InputError for a parameter that the law lacks, a value that it cannot have, or where nothing is left to fit."""
+    """InputError for a parameter that the law lacks, a value that it cannot have or that is not searched, or where
+    nothing is left to fit."""
+    searched = {p.name: p for p in law.parameters}
     positive = {term.coefficient for term in law.terms} | {p.name for p in law.parameters if p.log}
     floors = {term.coefficient for term in law.terms if not term.features}
     for name, value in fixed.items():
@@ -235,8 +239,24 @@ def check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
             without = [o.name for o in alike if name in floors and name not in o.names]
             other = f" A law without it is {' or '.join(without)}." if without else ""
             raise InputError(f"{name} is fixed at {value:g}; in {law.name} it must be a positive number.{other}")
+        if name in searched and not searched[name].low <= value <= searched[name].high:
+            ends = f"{searched[name].low:g} to {searched[name].high:g}"
+            raise InputError(
+                f"{name} is fixed at {value:g}; {law.name} takes it from {ends}. Fix it there, or free it."
+            )
     if set(law.names) <= set(fixed):
         raise InputError(f"all of {', '.join(law.names)} are fixed, so nothing is left to fit; leave one of them free.")
+
+
+def check_floor(law: Law, fixed: Mapping[str, float], response: np.ndarray) -> None:
+    """InputError where a term that nothing makes smaller is held above the lowest response (n,), as far as a fit may
+    put it there."""
+    for name in (term.coefficient for term in law.terms if not term.features and term.coefficient in fixed):
+        if np.log(fixed[name]) > np.log(response.min()) + FLOOR_ROOM:
+            raise InputError(
+                f"{name} is fixed at {fixed[name]:g}, above the lowest {law.response} of these runs "
+                f"({response.min():.4g}): no run gets below it in {law.name}. Fix it lower, or free it."
+            )
 
 
 # --- starts ------------------------------------------------------------------------------------------------------

@@ -273,9 +273,11 @@ def fit_tables(fit: Any, source: Mapping[str, Any] | None = None) -> Iterator[Re
         yield Text(f"{source['table']}{kept}: {read}", style="dim")
     rest = fit.diagnostics.get("without_worst")  # the fit hangs on a few runs: show both
     table = plain_table("parameter", "value", share, *([f"without the worst {len(rest['cells'])}"] if rest else []))
+    held = fit.provenance.get("settings", {}).get("fixed", {})  # given and not found: no interval is its own
     for name, value in fit.params.items():
         other = [number(rest["params"][name])] if rest else []
-        table.add_row(name, number(value), span(fit.intervals.get(name, _NOTHING)), *other)
+        known = "held" if name in held else span(fit.intervals.get(name, _NOTHING))
+        table.add_row(name, number(value), known, *other)
     yield ""
     yield table
     if fit.budgets:

@@ -242,6 +242,8 @@ def test_parameters_are_held_on_request(door) -> None:
     assert found["params"]["alpha"] == pytest.approx(LAW["alpha"])
     assert found["intervals"]["alpha"] == pytest.approx([LAW["alpha"]] * 2)
     assert found["params"]["beta"] == pytest.approx(LAW["beta"], rel=0.1)
+    told = door(*words[:-1], "--fix", f"alpha={LAW['alpha']}").out
+    assert re.search(r"alpha +[\d.]+ +held", told), "what was given has no interval"
     assert "a number is wanted" in door(*words, "--fix", "E=big").err
     assert "no parameter 'gamma'" in door(*words, "--fix", "gamma=1").err
 
