@@ -119,8 +119,12 @@ def _shares(parts: np.ndarray) -> np.ndarray:
 
 def surrogate_effects(
     means: "pd.Series[float]", names: Sequence[str], level: float, seed: int
-) -> tuple[Evaluation, ...]:
-    """Optuna's two evaluators on settings that are no full grid: on all of them, and on resamples for the spread."""
+) -> tuple[tuple[Evaluation, ...], list[Verdict]]:
+    """Optuna's two evaluators on settings that are no full grid: on all of them, and on resamples for the spread.
+
+    PED-ANOVA is left out where so many settings share the highest loss that the better part is all of them: it then
+    calls every parameter worthless. So are the resamples in which that happens.
+    """
     from optuna import __version__ as version  # a second to import; only where it is asked
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
@@ -137,20 +141,32 @@ def surrogate_effects(
         forests.append(
             _ask(FanovaImportanceEvaluator(n_trees=TREES_RESAMPLED if turn else TREES, seed=seed + turn), study, names)
         )
-        better = _ask(PedAnovaImportanceEvaluator(target_quantile=quantile), study, names)
-        ped.append(better / (better.sum() or 1.0))
+        if all(_has_better_part(some, quantile) for some in (values, values[pick])):
+            better = _ask(PedAnovaImportanceEvaluator(target_quantile=quantile), study, names)
+            ped.append(better / (better.sum() or 1.0))
     fanova = Evaluation(
         evaluator=f"fANOVA (Optuna {version}, random forest)",
         region="the whole space",
         shares=_spread(names, np.array(forests), level),
         rest=_spread(("rest",), np.maximum(1.0 - np.array(forests).sum(axis=1, keepdims=True), 0.0), level)["rest"],
     )
+    if not ped:
+        message = (
+            f"{int((values == values.max()).sum())} of {len(values)} settings share the highest loss, so there is no "
+            "better part for PED-ANOVA to tell from the rest. Run more settings that do not diverge."
+        )
+        return (fanova,), [Verdict("flat_losses", "info", "fit", None, message)]
     best = Evaluation(
         evaluator=f"PED-ANOVA (Optuna {version})",
         region=f"the best {100 * quantile:.0f}% of the settings against all",
         shares=_spread(names, np.array(ped), level),
     )
-    return fanova, best
+    return (fanova, best), []
+
+
+def _has_better_part(values: np.ndarray, quantile: float) -> bool:
+    """Whether the lowest values, up to a quantile and with all that equal it, are not all of them."""
+    return bool(np.sort(values)[math.ceil(quantile * len(values)) - 1] < values.max())
 
 
 def _spread(names: Sequence[str], found: np.ndarray, level: float) -> dict[str, Estimate]:

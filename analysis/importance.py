@@ -187,7 +187,8 @@ def importance(
             one, said = exact_effects(means, varied, sd if freedom else NAN, level, seed)
             evaluations, verdicts = (one,), [*verdicts, *said]
         else:
-            evaluations = surrogate_effects(means["mean"], varied, level, seed)
+            evaluations, said = surrogate_effects(means["mean"], varied, level, seed)
+            verdicts += said
     return Importance(
         group=dict(group or {}),
         parameters=tuple(named),

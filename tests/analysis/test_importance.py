@@ -227,6 +227,20 @@ def test_a_search_is_judged_by_two_named_evaluators_with_spread() -> None:
     assert sum(one.value for one in ped.shares.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("diverged", "evaluators"), [(6, 2), (8, 1)])
+def test_where_most_of_a_search_diverged_no_better_part_is_made_up(diverged: int, evaluators: int) -> None:
+    """Of settings that are all equally bad PED-ANOVA would warn on stderr and call every parameter worthless."""
+    table = search(12, seed=1)
+    lost = table["val_loss_final"].rank() > 12 - diverged
+    result = importance(table.assign(state=np.where(lost, "diverged", "finished"), loss_at_start=6.0))
+    assert len(result.evaluations) == evaluators
+    told = [v.message for v in result.verdicts if v.code == "flat_losses"]
+    assert [message[:29] for message in told] == ["8 of 12 settings share the hi"] * (2 - evaluators)
+    for one in result.evaluations:
+        assert sum(share.value for share in one.shares.values()) > 0.5
+
+
 def test_the_same_trials_and_seed_give_the_same_numbers() -> None:
     table = search(40)
     pd.testing.assert_frame_equal(importance(table).table(), importance(table).table())
