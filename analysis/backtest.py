@@ -20,6 +20,7 @@ import pandas as pd
 from analysis.fitting import Settings, fit_law
 from analysis.forecast import predict
 from analysis.laws import find_law
+from analysis.resampling import along_curves
 from analysis.selection import Selection, select
 from analysis.uncertainty import Noise, seed_noise
 from analysis.verdicts import NAN, Fit, Verdict, budget_name, clean, refused
@@ -41,6 +42,10 @@ HOLDS = 0.6
 """Intervals hold where at least so much of what their level promises lies inside. Runs at one cut miss together, so a
 share near the level cannot be asked for: on simulated studies of a law that holds, 5% of ratios fell below this."""
 RESAMPLES = 200
+ALONG_CURVES = (
+    "so a dear one that is scored is no new run where a cheap one of its curve was fitted, and the law may look better "
+    "than on runs of their own. Test the ends of runs alone."
+)
 _TOO_POOR = ("too_few_runs", "too_few_levels", "one_path")
 """Refusals that are about the number and placing of the runs that were fitted."""
 
@@ -276,7 +281,9 @@ def backtest(
             )
     chosen = (choices[-1].law if choices else None) if len(laws) > 1 else laws[0]
     result = replace(empty, dearest=float(compute[-1]), scores=tuple(scores), choices=tuple(choices), chosen=chosen)
-    return replace(result, verdicts=_judge(result, compute, [t.refused for t in trials.values() if t.refused]))
+    curves = along_curves(selection.rows, ALONG_CURVES)
+    said = _judge(result, compute, [t.refused for t in trials.values() if t.refused])
+    return replace(result, verdicts=(*said, *([curves] if curves else [])))
 
 
 def judge_targets(fit: Fit, backtest: Backtest) -> Fit:

@@ -26,6 +26,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from analysis.joint import MIN_WIDE, Joint, bend, join, resample, solve, spreads
+from analysis.resampling import along_curves
 from analysis.selection import Selection, provenance, select
 from analysis.uncertainty import interval
 from analysis.verdicts import NAN, NOTHING, OPEN, Estimate, Interval, Verdict, budget_name, clean, refused
@@ -43,6 +44,9 @@ FAR_ABOVE = 1.1
 """IsoFLOP runs with a loss above the best of their budget times this are left out."""
 ROUGH = 0.02
 """Scatter of ln loss about the surface beyond which it is more than seeds do, where no seeds tell."""
+ALONG_CURVES = (
+    "but these intervals take each for a run of its own, so they may be far too narrow. Compare the ends of runs alone."
+)
 NARROW = 0.5
 """Decades of compute below which a multiplier is one point, not a statement about scale."""
 
@@ -178,7 +182,9 @@ def _near(selection: Selection) -> Selection:
 
 def _said(chosen: tuple[Selection, Selection]) -> list[Verdict]:
     """What was said while the runs of each table were chosen."""
-    return [replace(v, message=f"{name}: {v.message}") for name, s in zip(TABLES, chosen) for v in s.verdicts]
+    curves = [along_curves(s.rows, ALONG_CURVES) for s in chosen]
+    said = [(*s.verdicts, *([v] if v else [])) for s, v in zip(chosen, curves)]
+    return [replace(v, message=f"{name}: {v.message}") for name, own in zip(TABLES, said) for v in own]
 
 
 def _comparable(chosen: tuple[Selection, Selection]) -> list[Verdict]:

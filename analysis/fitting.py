@@ -27,6 +27,11 @@ from sweeps.units import plural
 ISOFLOP: Mapping[str, Method] = {"isoflop": "parabola", "akima": "akima"}
 MANY_ROWS = 20
 """From so many rows on, and without seed noise, the rows themselves are resampled."""
+ALONG_CURVES = (
+    "but these intervals take each for a run of its own, so they may be far too narrow. --cluster {column} (in "
+    "Python cluster=) draws curves whole; the ends of runs alone are safer, since on the way the learning rate is not "
+    "annealed."
+)
 CREASE = 1e-9
 """Threshold of least absolute deviations, which the solver reaches as a limit of Huber's."""
 
@@ -172,7 +177,7 @@ def fit_law(
     draws = problem.params(thetas) if len(thetas) else {}
     if not len(thetas) and way == "rows":
         verdicts.append(_too_few_units(units, None if cluster == "cell" else cluster, free))
-    if settings.cluster is None and (curves := along_curves(rows)) is not None:
+    if settings.cluster is None and (curves := along_curves(rows, ALONG_CURVES)) is not None:
         verdicts.append(curves)
     if trunks is not None and way != "rows":
         remedy = f'resample="rows" draws trunks whole, from {free + 2} on; more seeds or sizes make more of them.'

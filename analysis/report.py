@@ -25,7 +25,7 @@ from analysis.selection import PENDING
 from analysis.sensitivities import write_optimum
 from analysis.sweep_page import find_sweep
 from analysis.uncertainty import Noise, paired_errors, seed_noise
-from analysis.verdicts import Estimate, Fit, Verdict
+from analysis.verdicts import Estimate, Fit, Verdict, refused
 from sweeps.records import write_bytes
 from sweeps.redaction import redact
 from sweeps.store import Store, open_store, read_plan
@@ -290,8 +290,9 @@ def _forecast(found: Forecast | None) -> str:
 def _backtest(found: Backtest) -> str:
     """Errors and coverage by cut and ratio, and how far they support the law; one sentence where the span is small."""
     title = "<h3>How far can the loss surface be extrapolated?</h3>"
-    if found.verdicts:
-        return title + "".join(f"<p>{escape(v.message[0].upper() + v.message[1:])}</p>" for v in found.verdicts)
+    told = "".join(f"<p>{escape(v.message[0].upper() + v.message[1:])}</p>" for v in found.verdicts)
+    if refused(found.verdicts, "decision", "supported_ratio") or not found.scores:
+        return title + told
     law, supported = found.chosen or LAW, found.supported_ratio
     if supported > 1:
         error, inside, runs = found.at_ratio(law, supported)
@@ -300,6 +301,8 @@ def _backtest(found: Backtest) -> str:
             f"off by {error:.2%} on average over {plural(runs, 'run')}, {inside:.0%} of them inside their "
             f"{found.level:.0%} intervals."
         )
+    elif np.isnan(supported):
+        words = "Whether it predicts the loss of dearer runs is <b>not known</b>."
     else:
         words = "Fitted to cheap runs, it does <b>not</b> predict the loss of dearer runs well enough."
     limit = found.limit(law)
@@ -317,7 +320,7 @@ def _backtest(found: Backtest) -> str:
         f"{found.level:.0%} intervals.</p>"
     )
     head = ["fitted up to (FLOPs)", "runs", *(f"{ratio:g} times" for ratio in ratios)]
-    return title + text + note + page.table(head, rows)
+    return title + told + text + note + page.table(head, rows)
 
 
 def _score(score: Score | None) -> str:

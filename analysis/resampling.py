@@ -45,10 +45,11 @@ MANY_LENGTHS = 10
 each of them from the start does not take so many."""
 
 
-def along_curves(rows: pd.DataFrame) -> Verdict | None:
+def along_curves(rows: pd.DataFrame, meaning: str) -> Verdict | None:
     """A caution where rows look like points along training curves: one run's name, or one size and setting, at many D.
 
-    None for the runs of `load_runs`, whose column `trunk` tells what is shared.
+    meaning: what follows from that, and what to do, "{column}" being what names the curves. None for the runs of
+    `load_runs`, whose column `trunk` tells what is shared.
     """
     if "trunk" in rows.columns or not {"N", "D"} <= set(rows.columns):
         return None
@@ -56,18 +57,18 @@ def along_curves(rows: pd.DataFrame) -> Verdict | None:
         if str(column).strip().lower().replace(" ", "_").replace("-", "_") in RUN_NAMES:
             groups = rows.groupby(column)
             if len(groups) < len(rows) and (groups["N"].nunique() == 1).all() and (groups["D"].nunique() > 1).any():
-                return _curves_verdict(column, len(groups), len(rows))
+                return _curves_verdict(column, len(groups), len(rows), meaning)
     own = [c for c in (*SEEDS, *DESIGN) if c in rows.columns and c not in ("D", "C", "steps", "U", "x", "S1", "S2")]
     lengths = rows.groupby(own, dropna=False)["D"].nunique()
-    return _curves_verdict("N", rows["N"].nunique(), len(rows)) if lengths.median() >= MANY_LENGTHS else None
+    if lengths.median() < MANY_LENGTHS:
+        return None
+    return _curves_verdict("N", rows["N"].nunique(), len(rows), meaning)
 
 
-def _curves_verdict(column: str, curves: int, rows: int) -> Verdict:
+def _curves_verdict(column: str, curves: int, rows: int, meaning: str) -> Verdict:
     message = (
         f"{rows} rows stand at {curves} values of {column} with several token counts each, as points along training "
-        "curves do: chance moves such points together, but these intervals take each for a run of its own, so they may "
-        f"be far too narrow. --cluster {str(column)!r} (in Python cluster=) draws curves whole; the ends of runs alone "
-        "are safer, since on the way the learning rate is not annealed."
+        f"curves do: chance moves such points together, {meaning.replace('{column}', repr(column))}"
     )
     return Verdict("dependent_runs", "caution", "fit", None, message, {"runs": rows, "curves": curves})
 

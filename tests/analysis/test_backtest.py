@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from analysis import fit, judge_targets, read_table, write_report
 from analysis.backtest import ERROR_BOUND, RATIOS, Backtest, backtest
+from analysis.report import _backtest
+from analysis.verdicts import Verdict
 from sweeps.errors import InputError
 from tests.analysis.synthetic import Run, budgets_table, codes, published, surface
 
@@ -259,6 +261,18 @@ def test_backtest_is_written_as_json(compared) -> None:
 
 def text_of(path) -> str:
     return re.sub(r"<[^>]+>", " ", path.read_text())
+
+
+def test_too_few_scores_are_not_reported_as_a_law_that_fails(tested) -> None:
+    cut = min(s.cut for s in tested.scores)
+    few = replace(tested, scores=tuple(replace(s, runs=2) for s in tested.scores if s.cut == cut))
+    text = _backtest(few)
+    assert "Whether it predicts the loss of dearer runs is <b>not known</b>." in text
+    assert "too few scores of chinchilla" in text
+    caution = Verdict("dependent_runs", "caution", "fit", None, "points of curves.")
+    for found in (few, tested):
+        assert _backtest(replace(found, verdicts=(caution,))).count("Points of curves.") == 1, "beside the scores"
+        assert "<table" in _backtest(replace(found, verdicts=(caution,)))
 
 
 def test_report_shows_the_backtest(good_store, tmp_path) -> None:

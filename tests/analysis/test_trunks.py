@@ -6,6 +6,7 @@ import pytest
 
 from analysis import fit
 from analysis.approaches import compare_approaches
+from analysis.backtest import backtest
 from analysis.compare import compare_recipes
 from analysis.envelope import fit_curve_envelope
 from analysis.joint import join
@@ -91,6 +92,18 @@ def test_points_along_curves_are_cautioned_against_and_the_remedy_is_named() -> 
     unnamed = surface(N, D, noise=0.002)
     (told,) = [v for v in fit(unnamed, "chinchilla", resamples=20).verdicts if v.code == "dependent_runs"]
     assert "--cluster 'N'" in told.message
+
+
+def test_a_backtest_and_a_comparison_say_it_of_points_along_curves_too() -> None:
+    rows = table(0, trunks=False).drop(columns="cell").assign(run=lambda r: r["N"].map(str))
+    (told,) = [v for v in backtest(rows, ["chinchilla_tied"]).verdicts if v.code == "dependent_runs"]
+    assert "45 rows stand at 9 values of run with" in told.message
+    assert "Test the ends of runs alone" in told.message
+    found = compare_recipes(rows.assign(run=range(45)), rows, resamples=100)
+    (told,) = [v for v in found.verdicts if v.code == "dependent_runs"]
+    assert told.message.startswith("candidate: 45 rows")
+    assert "Compare the ends of runs alone" in told.message
+    assert not found.refused
 
 
 @pytest.mark.parametrize("resample", ["noise", "delta"])
