@@ -199,7 +199,7 @@ def wortsman(
         best = int(np.nanargmin(loss))
         weights = shares * np.where(np.isnan(capped), 0.0, capped)
         noisy = np.where(lost, 0.0, weights) - loss[best] * (np.arange(len(grid)) == best)
-        value = float(weights.sum() - loss[best])
+        value = max(float(weights.sum() - loss[best]), 0.0)  # which equal losses may miss by rounding
         errors = generator.standard_normal((len(scales), len(grid))) * scales[:, None]
         draws = value + errors @ (noisy / np.sqrt(np.maximum(rows["count"], 1)))
         found.append(Estimate(value=value, interval=interval(draws, level)))
@@ -223,15 +223,18 @@ def _slice(group: Group) -> dict[str, np.ndarray]:
 
 
 def _limits(groups: Sequence[Group], grids: Sequence[np.ndarray], low: float, high: float) -> list[Verdict]:
-    """What the shared range leaves out, and which group is to blame."""
+    """What the shared range leaves out, and which group is to blame, if one is."""
     wide = [(group, g) for group, g in zip(groups, grids) if len(g) >= 2]
     bottom, top = min(g.min() for _, g in wide), max(g.max() for _, g in wide)
     if high - low >= 0.75 * (top - bottom):
         return []
-    narrowest = min(wide, key=lambda pair: float(np.ptp(pair[1])))[0]
+    widths = [float(np.ptp(g)) for _, g in wide]
+    blame = ""  # where grids of one width stand apart
+    if min(widths) < 0.9 * float(np.median(widths)):
+        blame = f" ({wide[int(np.argmin(widths))][0].name} has the narrowest grid)"
     message = (
         f"sensitivities are taken from {np.exp(low):.3g} to {np.exp(high):.3g}, the learning rates that all groups "
-        f"cover, of {np.exp(bottom):.3g} to {np.exp(top):.3g} tried ({narrowest.name} has the narrowest grid)."
+        f"cover, of {np.exp(bottom):.3g} to {np.exp(top):.3g} tried{blame}."
     )
     return [Verdict("narrow_range", "info", "fit", None, message)]
 

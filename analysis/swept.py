@@ -42,7 +42,7 @@ class Group:
         (sum of squared deviations of ln loss between its runs), capped (mean over all its runs of the loss, at most
         that at the start, which a run counts as whose state is diverged, wherever it ended; NaN where a diverged run
         has no loss and the start is not known).
-    start: loss of the untrained model in nats, NaN unknown.
+    start: loss of the untrained model in nats, NaN unknown, or where no run got below it, as in another unit.
     """
 
     key: Mapping[str, Any]
@@ -252,6 +252,7 @@ def _group(rows: pd.DataFrame, names: Sequence[str]) -> Group:
     starts = np.concatenate([[0], changes])
     diverged = rows["diverged"].to_numpy(dtype=bool)[order]
     measured = rows["measured"].to_numpy(dtype=float)[order]
+    start = NAN if start <= np.min(measured[~diverged], initial=np.inf) and not diverged.all() else start
     y = np.where(diverged, 0.0, np.log(np.where(diverged, 1.0, measured)))
     count = np.add.reduceat((~diverged).astype(int), starts)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -322,7 +323,8 @@ def _say(
     if odd := int((same > 1).sum()):
         message = (
             f"{plural(odd, 'value')} of the loss, equal to the last digit, stand at two learning rates of one N and D: "
-            "some rows carry the wrong rate, and the optima there cannot be trusted. Look at the table's source."
+            "losses were rounded, or some rows carry the wrong rate, and then the optima there cannot be trusted. Look "
+            "at the table's source."
         )
         said.append(Verdict("repeated_losses", "caution", "fit", None, message, {"losses": odd}))
     return said

@@ -33,6 +33,8 @@ DESIGN = (
     *("U", "experts", "x", "S1", "S2"),  # what laws vary beside N, D and C
 )
 """What tells runs apart beside their seeds."""
+ROUNDING = 1e-12
+"""Scatter of ln losses that are equal but for the last digit of a double."""
 MANY = 1e9
 """Degrees of freedom of a noise that was given: scipy's F distribution is NaN for infinitely many."""
 
@@ -134,7 +136,7 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
             "also hold what the law misses. Train some cells with two or more seeds."
         )
         return residual, [Verdict("noise_from_residuals", "caution", "fit", None, message)]
-    if not known or residual_sd <= seeds.sd:
+    if not known or residual_sd <= max(seeds.sd, ROUNDING):
         return seeds, []
     ratio = (residual_sd / seeds.sd) ** 2 if seeds.sd > 0 else np.inf
     freedom = min(seeds.freedom, MANY)

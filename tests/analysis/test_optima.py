@@ -339,6 +339,7 @@ def test_misfittings_mislabelled_rows_are_said() -> None:
     assert len(found.optima) == 81
     said = [v for v in found.verdicts if v.code == "repeated_losses"]
     assert {v.severity for v in said} == {"info", "caution"}  # listed twice; and one loss under two rates
+    assert any("losses were rounded, or some rows carry the wrong rate" in v.message for v in said)
     refused = [each for each in found.optima if each.refused]
     assert len(refused) > 40  # most sweeps end at their best rate
     assert found.laws["learning_rate"].optima == 81 - len(refused)

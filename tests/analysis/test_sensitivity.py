@@ -74,6 +74,29 @@ def test_all_sizes_share_the_range_that_every_grid_covers() -> None:
     assert all(np.isnan(each.sensitivity.value) for each in apart.optima)
 
 
+def test_no_grid_is_called_the_narrowest_where_grids_of_one_width_stand_apart() -> None:
+    short, long = one(SEVEN[1:6], WORTSMAN[1:6]), one(SEVEN, WORTSMAN).assign(N=2e6)
+    apart = one(SEVEN, WORTSMAN).assign(N=3e6, learning_rate=lambda t: 4 * t["learning_rate"])
+    told = {}
+    for name, tables in (("narrow", [short, long]), ("apart", [long, apart])):
+        (said,) = [v.message for v in sensitivity(pd.concat(tables)).verdicts if v.code == "narrow_range"]
+        told[name] = "has the narrowest grid" in said
+    assert told == {"narrow": True, "apart": False}
+
+
+def test_losses_that_are_all_equal_have_a_sensitivity_of_zero_and_no_scatter() -> None:
+    flat = pd.concat([one(SEVEN, [4.653] * 7).assign(seed=seed) for seed in range(2)])
+    found = sensitivity(pd.concat([flat, flat.assign(N=2e6, loss=3.0)]))
+    assert [each.sensitivity.value for each in found.optima] == [0.0, 0.0]
+    assert "residuals_exceed_noise" not in codes(found)
+
+
+def test_a_start_that_no_run_got_below_is_not_known() -> None:
+    """Such as a start in bits per byte: losses capped at it would all lie below the best."""
+    plain, wrong = one(SEVEN, WORTSMAN), one(SEVEN, WORTSMAN, loss_at_start=1.0)
+    assert sensitivity(wrong).optima[0].sensitivity.value == sensitivity(plain).optima[0].sensitivity.value > 0
+
+
 def test_grids_of_other_spacing_are_interpolated_onto_one() -> None:
     dense = one(np.geomspace(1e-3, 0.064, 25)).assign(N=2e6)
     coarse, fine = sensitivity(pd.concat([one(SEVEN), dense])).optima
