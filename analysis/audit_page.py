@@ -161,8 +161,8 @@ def audit_section(found: Audit, kind: str = "") -> str:
         apart = ", more than a step of their grid from the optimum" if rate.step else ""
         lead = (
             f"<p>Held against the optimum measured by {escape(rate.source)}, <b>{off} of {int(known.sum())}</b> runs "
-            f"lose more than {found.floor:.1%} of their loss for certain by their learning rate{apart}; the mean "
-            f"estimated loss is {found.cells['penalty'].mean():.2%}.</p>"
+            f"lose more than {found.floor:.1%} of their loss by their learning rate, at the lower end of the interval"
+            f"{apart}; the mean estimated loss is {found.cells['penalty'].mean():.2%}.</p>"
         )
     return title + lead + _changes(found) + _cells(found) + _verdicts(found.verdicts)
 

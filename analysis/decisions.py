@@ -91,7 +91,8 @@ def decide(
         copies = compute_for_loss(wanted, few, counter, form)
         name = f"loss {wanted:g}"
         if np.isnan(least):
-            message = f"a loss of {wanted:g} lies below what this law can reach at any compute."
+            share = f", and so it does in {np.isnan(copies).mean():.0%} of its noisy copies" if draws else ""
+            message = f"a loss of {wanted:g} lies below what this law reaches at any compute{share}."
             said = [Verdict("unreachable_loss", "refuse", "decision", name, message)]
         else:
             beyond = extrapolation(float(least), float(C.max()), float(C.min()))

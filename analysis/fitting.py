@@ -20,7 +20,7 @@ from analysis.resampling import Way, along_curves, dependent_runs, draw_thetas, 
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
-from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span
+from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span, refused
 from sweeps.errors import InputError, nearest
 from sweeps.units import plural
 
@@ -190,7 +190,7 @@ def fit_law(
     verdicts += said
     params = {k: float(v) for k, v in problem.params(best.theta).items()}
     decisions, said = decide(form, params, draws, rows, targets, loss_targets, settings.level)
-    verdicts += said
+    verdicts += said if not refused(verdicts, "decision") else []  # a law that is not determined says nothing of them
     misses = problem.predict(best.theta) - problem.target
     worst = int(np.abs(misses).argmax())
     dearest = int(rows["C"].to_numpy(dtype=float).argmax()) if "C" in rows.columns else 0

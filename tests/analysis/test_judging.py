@@ -310,9 +310,19 @@ def test_no_optimum() -> None:
 def test_unreachable_loss() -> None:
     found = judged(grid(), loss_targets=[1.5, 2.3])
     assert said(found) == {("unreachable_loss", "refuse", "decision", "loss 1.5")}
+    (told,) = [v.message for v in found.verdicts if v.code == "unreachable_loss"]
+    assert told.endswith("at any compute, and so it does in 100% of its noisy copies.")
     none, some = found.decisions["losses"]
     assert np.isnan(none["C"].value)
     assert some["C"].value == pytest.approx(1.065947e21, rel=0.2)
+
+
+def test_a_law_that_is_not_determined_does_not_say_what_can_be_reached() -> None:
+    runs = grid()
+    noise = np.random.default_rng(0).normal(0.0, 0.1, len(runs))
+    found = fit(runs.assign(loss=3.0 * np.exp(noise)), targets=[1e24], loss_targets=[1.5], resamples=20)
+    assert {v.code for v in found.verdicts if v.scope == "decision"} == {"undetermined_law"}
+    assert np.isnan([found.decisions["losses"][0]["C"].value, found.decisions["targets"][0]["N"].value]).all()
 
 
 def test_compute_of_a_loss_too_far_down_is_refused() -> None:
