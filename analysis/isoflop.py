@@ -33,6 +33,8 @@ HEIGHT, ENOUGH = 0.15, 5
 sides of the curve says nothing about its bottom but bends the parabola."""
 AKIMA_POINTS = 25
 """Points of the spline's grid for each gap between neighbouring sizes, as in Porian et al. 2024."""
+ONE_BUDGET = 2.0
+"""Factor in C up to which runs count as runs of one budget, however that is counted."""
 RESOLUTION = 1.0 / 3.0
 """A minimum is never known better than this part of the grid's spacing (Porian et al. 2024)."""
 
@@ -106,7 +108,7 @@ def fit_isoflop(
     rows, missed = _with_budgets(selection.rows)
     verdicts = list(selection.verdicts)
     splined = method == "akima"
-    groups = [group for _, group in rows.groupby("budget")] if len(rows) else []
+    groups = sorted((group for _, group in rows.groupby("budget")), key=lambda group: float(group["C"].mean()))
     points = [_points(_best(group), np.inf) if splined else _points(group, height) for group in groups]
     curves = [parabola(p["x"], p["y"], p["count"]) if len(p["x"]) >= 3 and not splined else None for p in points]
 
@@ -222,7 +224,7 @@ def _points(group: pd.DataFrame, height: float) -> dict[str, np.ndarray]:
     squares = sizes["_y"].var(ddof=0).to_numpy() * count
     near = y - y.min() <= max(height, float(np.sort(y)[:ENOUGH][-1] - y.min()))
     budget, C = np.array(group["budget"].iloc[0]), np.array(np.exp(np.log(group["C"]).mean()))
-    far = {"far_x": x[~near], "far_y": y[~near]}
+    far = {"far_x": x[~near], "far_y": y[~near], "C_span": np.array(group["C"].max() / group["C"].min())}
     return far | {"budget": budget, "C": C, "x": x[near], "y": y[near], "count": count[near], "squares": squares[near]}
 
 
@@ -316,6 +318,8 @@ def _budget(
     def say(code: str, severity: str, message: str) -> None:
         verdicts.append(Verdict(code, severity, "budget", name, f"budget {name}: {message}"))  # type: ignore[arg-type]
 
+    if (span := float(p["C_span"])) > ONE_BUDGET:
+        say("mixed_budget", "caution", f"its runs differ by a factor of {span:.3g} in compute, which moves a minimum.")
     if len(x) < 3:
         say("too_few_sizes", "refuse", f"{plural(len(x), 'size')} finished; a minimum needs 3, better 5.")
         return shown, {}, verdicts

@@ -20,6 +20,8 @@ from sweeps.errors import InputError
 DOUBTFUL, DIFFERENT = 0.01, 0.02
 """Differences in ln loss, at equal N and D, between values of a column that are cautioned against and refused.
 Seeds differ by about .005."""
+FAR_BELOW = 1000.0
+"""A loss so many times below the median is no loss, and would decide every fit: of its logarithm nothing is clipped."""
 FEW = 0.2
 """Share of the rows up to which numbers that are not positive are marks of failed runs, not logarithms."""
 _GROUPS = (
@@ -153,6 +155,12 @@ def _unit_faults(table: pd.DataFrame, shown: Sequence[str], taken: Mapping[str, 
             yield looks(name, "percent", "{}/100")
     if "loss" in shown and middle["loss"] > 12.5:  # nats of a guess among 270,000 tokens
         yield looks("loss", "a perplexity", "log({})") if middle["loss"] < 1e4 else looks("loss", "a sum", "{}/TOKENS")
+
+    if "loss" in shown and low["loss"] < middle["loss"] / FAR_BELOW:
+        yield (
+            f"{_from('loss', taken)} goes down to {low['loss']:.3g}, with a median of {middle['loss']:.4g}: no run "
+            "is so much better than others of its recipe. Leave that number empty, and its row is left out by name."
+        )
 
     # 2. against each other
     if not {"N", "D"} <= set(shown):

@@ -58,6 +58,7 @@ class Code(StrEnum):
     # budgets
     TOO_FEW_SIZES = "too_few_sizes"
     TOO_FEW_BUDGETS = "too_few_budgets"
+    MIXED_BUDGET = "mixed_budget"
     NO_MINIMUM = "no_minimum"
     EDGE_MINIMUM = "edge_minimum"
     UNSTABLE_MINIMUM = "unstable_minimum"

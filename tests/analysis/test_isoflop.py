@@ -261,6 +261,22 @@ def test_sizes_far_from_the_minimum_are_left_out_and_named() -> None:
     assert found.params["N_exponent"] == pytest.approx(0.5, abs=0.02)
 
 
+def test_runs_of_unequal_compute_under_one_budget_are_cautioned() -> None:
+    table = budgets_table([1e18, 1e19, 1e20], noise=0.002)
+    assert "mixed_budget" not in codes(fit(table, "isoflop", resamples=50))
+    found = fit(table.assign(budget=1e18), "isoflop", resamples=50)
+    (told,) = [v for v in found.verdicts if v.code == "mixed_budget"]
+    assert (told.severity, told.scope) == ("caution", "budget")
+    assert "differ by a factor of 100 in compute" in told.message
+
+
+def test_budgets_stand_in_the_order_of_their_compute_whatever_they_are_called() -> None:
+    table = budgets_table([1e18, 1e19, 1e20], noise=0.002)
+    found = fit(table.assign(budget=1e38 / table["budget"]), "isoflop", resamples=50)
+    assert [round(np.log10(b.C)) for b in found.budgets] == [18, 19, 20]
+    assert found.params == fit(table, "isoflop", resamples=50).params
+
+
 def test_budgets_are_found_from_compute_where_no_column_names_them() -> None:
     table = budgets_table(BUDGETS, seeds=2, noise=0.001).drop(columns="budget")
     table["D"] *= 1.0 + np.random.default_rng(0).uniform(-0.01, 0.01, len(table))

@@ -385,6 +385,7 @@ def test_a_sound_table_passes(tmp_path) -> None:
         ({"loss": "none"}, "loss holds no number in any row."),
         ({"loss": np.log(RUNS["loss"]) - 1}, "Is it a logarithm? Then write loss=exp(loss)"),
         ({"loss": np.where(N < 2e7, RUNS["loss"], 0.0)}, "loss is not positive in 12 of 16 rows (row 1: 0"),
+        ({"loss": np.where(np.arange(16) == 5, 1e-9, RUNS["loss"])}, "loss goes down to 1e-09, with a median of"),
         ({"loss": np.where(np.arange(16) == 5, -1.0, RUNS["loss"])}, "not positive in 1 of 16 rows (row 5: -1)"),
     ],
 )
