@@ -321,7 +321,8 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
 
     A few replicated seeds tell the noise only to within a third, and intervals built on that are as unsure. Where the
     residuals scatter no more than the seeds do, all runs measure one noise, replicates included: the residual mean
-    square after a passed test for lack of fit (Draper & Smith 1998, 2.1).
+    square after a passed test for lack of fit (Draper & Smith 1998, 2.1). `Noise.pooled` is for residuals of means over
+    seeds; those of rows hold what seeds differ by already, which it would count twice.
     """
     if noise.source != "seeds" or freedom <= noise.freedom or not spread > 0:
         return noise

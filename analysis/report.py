@@ -20,6 +20,7 @@ from analysis.cells_page import cells_section, provenance_section, times_section
 from analysis.fitting import fit
 from analysis.forecast import Forecast, forecast_dearest
 from analysis.hyperparameters import Hyperparameters, answers, find_hyperparameters, pictures, sections
+from analysis.isoflop import ONE_BUDGET
 from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
 from analysis.sensitivities import write_optimum
@@ -154,11 +155,15 @@ def _answer(finding: _Finding) -> str:
         return growth
     best = kept[-1]
     where = "At the dearest budget" if best is path.budgets[-1] else "At the dearest budget with a usable minimum"
+    named = flops(best.budget if 1 / ONE_BUDGET < best.C / best.budget < ONE_BUDGET else best.C)
     ratio = best.tokens_per_parameter
+    split = f"{human(best.N.value)} parameters on {human(best.D.value)} tokens"
+    if not np.isfinite(ratio.interval).any():
+        lowest = f"the loss is lowest near {ratio.value:.3g} tokens per parameter ({split})"
+        return f"{growth} {where}, {named} FLOPs, {lowest}; how surely, these runs do not tell."
     return (
-        f"{growth} {where}, {flops(best.budget)} FLOPs, training is best spent at {ratio.value:.3g} tokens per "
-        f"parameter ({page.interval(ratio.interval)}): {human(best.N.value)} parameters on "
-        f"{human(best.D.value)} tokens."
+        f"{growth} {where}, {named} FLOPs, training is best spent at {ratio.value:.3g} tokens per "
+        f"parameter ({page.interval(ratio.interval)}): {split}."
     )
 
 

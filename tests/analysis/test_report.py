@@ -16,7 +16,7 @@ from sweeps.foreign import import_runs
 from sweeps.records import read_json, write_json
 from sweeps.store import open_store
 from tests.analysis.fans import fan
-from tests.analysis.synthetic import BUDGETS, Run, grid, record, surface
+from tests.analysis.synthetic import BUDGETS, Run, budgets_table, grid, record, surface
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -194,6 +194,19 @@ def test_of_imported_runs_without_settings_no_table_of_settings_is_shown(tmp_pat
     assert "the best learning rate was measured for none of these runs" in text
     assert "Ratios are to the measured optimum" not in text
     assert "family N D C (FLOPs) tokens per parameter final loss state" in text
+
+
+def test_a_best_split_without_an_interval_and_a_budget_of_another_count_are_told_as_such(tmp_path) -> None:
+    table = budgets_table([1e18, 1e19, 1e20], sizes=3, noise=0.002)  # three sizes: nothing tells the noise
+    table = table.drop(columns=["cell", "seed"], errors="ignore").assign(budget=1e38 / table["budget"])
+    table.to_csv(tmp_path / "theirs.csv", index=False)
+    store = open_store(tmp_path / "store")
+    rows, conventions, _ = read_foreign(tmp_path / "theirs.csv")
+    import_runs(store, "demo", rows, conventions, "theirs.csv")
+    answer = page_of(store.root).text.split("The best size at each budget")[0]
+    assert re.search(r"At the dearest budget, 1e20 FLOPs, the loss is lowest near [\d.]+ tokens per parameter", answer)
+    assert "how surely, these runs do not tell" in answer
+    assert "best spent" not in answer
 
 
 def test_optima_of_imported_runs_are_not_offered_as_a_rule_for_studies(tmp_path) -> None:
