@@ -260,7 +260,9 @@ def _judge(
     if surface.bad:
         told = [group.points.iloc[int(surface.position[i])] for i in surface.bad]
         listed = ", ".join(f"rate {p['learning_rate']:.4g} (loss {p['loss']:.4g})" for p in told[:4])
-        message = f"{name}: {plural(len(told), 'setting')} off the curve of the others not fitted: {listed}. Repeat it."
+        but = ", though counted in the sensitivity" if "learning_rate" in axes else ""
+        off = f"{plural(len(told), 'setting')} off the curve of the others not fitted{but}"
+        message = f"{name}: {off}: {listed}. Repeat it."
         said.append(Verdict("bad_run", "caution", "fit", name, message, {"settings": len(told)}))
     if np.ptp(surface.y) < 1e-12:
         message = (

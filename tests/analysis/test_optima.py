@@ -112,7 +112,9 @@ def test_one_bad_run_is_taken_out_and_named() -> None:
     table.loc[spoiled, "loss"] *= 1.03
     found = sensitivity(table).optima[2]
     assert "bad_run" in codes(found)
-    assert "0.02 " in next(v.message for v in found.verdicts if v.code == "bad_run")
+    told = next(v.message for v in found.verdicts if v.code == "bad_run")
+    assert "0.02 " in told
+    assert "not fitted, though counted in the sensitivity" in told
     assert found.best["learning_rate"].value == pytest.approx(clean.best["learning_rate"].value, rel=0.05)
 
 
