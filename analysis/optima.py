@@ -197,9 +197,9 @@ def _optimum(
         plateau[axis] = _within((float(best[j] - spread[j]), float(best[j] + spread[j])), low[j], high[j])
     if len(drawn) and any(not np.isfinite(one.interval).all() for one in bests.values()):
         flat = 1.0 - float(rises.mean())
+        lost = f"; in {flat:.0%} of the noisy copies the curve is no valley at all" if flat >= 0.005 else ""
         message = (
-            f"{group.name}: the interval of the optimum reaches beyond the grid; in {flat:.0%} of the noisy copies the "
-            "curve is no valley at all. Add seeds, or rates further out."
+            f"{group.name}: the interval of the optimum reaches beyond the grid{lost}. Add seeds, or rates further out."
         )
         verdicts.append(Verdict("open_interval", "caution", "fit", group.name, message, {"flat": flat}))
     bottom = interval(lows[rises], level)

@@ -199,6 +199,13 @@ def test_an_optimum_that_noise_may_put_anywhere_is_open_or_refused() -> None:
     assert all("open_interval" in codes(each) for each in wide)
 
 
+def test_of_an_open_optimum_copies_that_are_no_valley_are_told_where_there_are_some() -> None:
+    found = only(fan(sizes=(1.6e6,), rates=tuple(0.008 * 3.0**i for i in range(-3, 2)), noise=0.03, curvature=0.06))
+    (verdict,) = (each for each in found.verdicts if each.code == "open_interval")
+    assert verdict.evidence == {"flat": 0.0}
+    assert verdict.message.endswith("reaches beyond the grid. Add seeds, or rates further out.")
+
+
 # --- what is one setting, and what is not ------------------------------------------------------------------------
 
 
