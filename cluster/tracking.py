@@ -10,12 +10,14 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster import charts
 from cluster.credentials import check_file, check_uri, refusal
 from sweeps.errors import InputError
 from sweeps.hosts import ANSWER_SECONDS, ask_host, is_database
+from sweeps.records import locked
 from sweeps.redaction import redact
 from sweeps.store import Store, read_plan
 
@@ -59,11 +61,11 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
 
     embedded = tracking_uri == store.tracking_uri
     database = store.root / "mlflow" / "mlflow.db"
-    fresh = embedded and not database.exists()
     for left in reversed(range(TRIES)):
         try:
             if embedded:
                 (store.root / "mlflow" / "artifacts").mkdir(parents=True, exist_ok=True)
+                _make_database(database)
             ask_database(tracking_uri)
             client = MlflowClient(tracking_uri=tracking_uri)
             return _experiment(client, store, study, embedded)
@@ -79,8 +81,6 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
             if left and not embedded:
                 time.sleep(0.5 * (TRIES - left))
                 continue
-            if fresh:  # half a database would stop the next run too; nothing is in it yet
-                database.unlink(missing_ok=True)
             break
     if embedded and "locked" in reason:
         raise InputError(
@@ -96,6 +96,25 @@ def reach(store: Store, study: str, tracking_uri: str) -> Reached:
         f"MLflow is not reachable at {redact(tracking_uri)}: {reason}. Start the server, correct --tracking-uri "
         "(or MLFLOW_TRACKING_URI), or leave it out to use the database in the store."
     )
+
+
+def _make_database(database: Path) -> None:
+    """The embedded database where there is none, whole or not at all: MLflow goes through dozens of changes of its
+    tables, and one that is killed among them stops every later run."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    if database.exists():
+        return
+    part = database.with_name("mlflow.db.part")
+    with locked(database.with_name("making.lock")):
+        try:
+            for left in (part, part.with_name(f"{part.name}-journal")):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            if not database.exists():  # another process may have made it meanwhile
+                SqlAlchemyStore(f"sqlite:///{part}", database.with_name("artifacts").as_uri()).engine.dispose()
+                part.rename(database)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def ask_database(tracking_uri: str) -> None:
