@@ -474,8 +474,8 @@ def import_table(
         say(f"note: rows that are equal to another row in everything count once ({told.repeated} left out).")
     if left_out:
         some = ", ".join(map(str, left_out[:8])) + (", ..." if len(left_out) > 8 else "")
-        lacking = "rows of runs that have not finished or are excluded, or without a positive N, D, C and loss,"
-        say(f"note: {len(left_out)} {lacking} are left out (rows {some}).")
+        lacking = "not finished, excluded, or without a positive N, D, C and loss"
+        say(f"note: {plural(len(left_out), 'row')} left out: {lacking} ({some}).")
 
 
 @app.command(rich_help_panel=ANALYSE)

@@ -218,7 +218,8 @@ def _outliers(
     cells = rows["cell"].astype(str).iloc[order[:k]].tolist()
     message = (
         f"the fit hangs on {plural(k, 'run')} that it fits worst ({', '.join(cells[:3])}{', ...' if k > 3 else ''}): "
-        f"without them {name} goes from {float(before[name]):.4g} to {float(after[name]):.4g}, {z:.1f} standard errors."
+        f"without {'it' if k == 1 else 'them'} {name} goes from {float(before[name]):.4g} to {float(after[name]):.4g}, "
+        f"{z:.1f} standard errors."
     )
     evidence = {"runs": k, "parameter": name, "standard_errors": z}
     notes = {"without_worst": {"cells": cells, "params": {n: float(v) for n, v in after.items()}}}
