@@ -464,7 +464,9 @@ def import_table(
         print(json.dumps({"study": study, **vars(told), "left_out": left_out, "conventions": conventions}))
         return
     said = ", ".join(
-        f"{what} is not said (--{what.lower()}-is says it)" if found == "unknown" else f"{what} is {found}"
+        f"what {what} counts is not said (--{what.lower()}-is says it)"
+        if found == "unknown"
+        else f"{what} counts {'as here' if found == what else f'as {found} does'}"
         for what, found in conventions.items()
     )
     say(f"{study}: {plural(told.new, 'run')} imported, {told.known} were there; {said}.")

@@ -180,7 +180,7 @@ def fit_law(
     if settings.cluster is None and (curves := along_curves(rows, ALONG_CURVES)) is not None:
         verdicts.append(curves)
     if trunks is not None and way != "rows":
-        remedy = f'resample="rows" draws trunks whole, from {free + 2} on; more seeds or sizes make more of them.'
+        remedy = f'In Python resample="rows" draws trunks whole, from {free + 2} on; more seeds or sizes make more.'
         verdicts.append(dependent_runs(trunks, remedy))
     intervals = {k: interval(draws[k], settings.level) if draws else OPEN for k in form.names}
 

@@ -47,6 +47,7 @@ def serve(store: Store, study: str | None, port: int, open_browser: bool) -> Non
     command += ["--artifacts-destination", (store.root / "mlflow" / "artifacts").as_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes, for judging of texts
+    say("starting MLflow ...")
     server = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until_up(port, server)

@@ -37,6 +37,9 @@ def plain_fault(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "too_short":
         least = fault["ctx"]["min_length"]
         return f"at least {least} item{'s are' if least > 1 else ' is'} wanted"
+    if fault["type"] == "too_long":
+        most, found = fault["ctx"]["max_length"], fault["ctx"]["actual_length"]
+        return f"at most {most} item{'s are' if most > 1 else ' is'} wanted, not {found}"
     message = str(fault["msg"]).removeprefix("Value error, ")
     expected = fault.get("ctx", {}).get("expected") or fault.get("ctx", {}).get("expected_tags")
     if expected and isinstance(fault["input"], str | dict):

@@ -199,6 +199,7 @@ def test_the_ui_listens_on_loopback_alone(finished: Finished) -> None:
     ui = finished.escala.start("ui", "--store", finished.store, "--port", port, "--no-browser")
     assert ui.stdout is not None
     try:
+        assert ui.stdout.readline() == "starting MLflow ...\n"
         assert "MLflow UI: http://127.0.0.1" in ui.stdout.readline()
         heard = listening(ui.pid)
         assert heard

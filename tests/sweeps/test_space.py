@@ -37,6 +37,7 @@ def fault_of(tmp_path: Path, search: str, more: str = "") -> str:
         ("space: {learning_rate: {logg: [1e-3, 1e-1]}}", 'did you mean "log"'),
         ("space: {learning_rate: [1e-3, 1e-1]}", "one of {log: [a, b]}, {linear: [a, b]}, {int: [a, b]}, {categorical"),
         ("space: {}", "search.space: found {}; at least 1 item is wanted"),
+        ("space: {learning_rate: {log: [0.1, 0.2, 0.3]}}", "found [0.1, 0.2, 0.3]; at most 2 items are wanted, not 3"),
         ("space: 3", "search.space: found 3; a mapping is wanted"),
         ("[1, 2]", "search: found [1, 2]; a mapping is wanted, of the keys space, sampler"),
         ("space: {schedule: {categorical: [cosine]}}", "at least two different values"),
