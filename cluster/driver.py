@@ -49,6 +49,7 @@ LARGE_STEP_FLOPS = 1e10
 """From so many a step on, several threads are faster than one."""
 MOST_NAMES = 300
 """Units that Ray shows with their cells' names. It keeps 38 kB of every name in the driver for good."""
+TAKEN_OVER = "taken over: another driver runs this study since this one gave no sign of life"
 GRACE_SECONDS = 20.0
 """How long running cells get to keep a checkpoint at Ctrl-C."""
 
@@ -112,6 +113,8 @@ def run_study(
                 mirror.start()
         finally:
             mirror.stop()
+        if tally.stopped is None and not claim.holds(SILENCE_SECONDS):  # frozen before its first turn, with none since
+            tally.stopped = TAKEN_OVER
         tally.mirror_fault, tally.notes = mirror.fault, search.said
         tally.seconds = time.monotonic() - began
         return tally
@@ -252,7 +255,7 @@ class _Run:
         while self.queue or self.schedule.running or self.standing.elsewhere or self.search.goes_on():
             self._undo()
             if not self._holds():
-                self.tally.stopped = "taken over: another driver runs this study since this one gave no sign of life"
+                self.tally.stopped = TAKEN_OVER
                 return
             with self.beginning:
                 if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+from searched import end
 
 from cluster import driver, pulse
 from cluster.claims import Claim
@@ -418,6 +419,21 @@ def test_a_driver_that_was_replaced_ends_without_touching_a_cell(
     assert set(ends(store, plan)) <= {"preemption"}, "Ray sends a SIGTERM some time before it kills"
     assert not any((store.cell(one) / "result.json").exists() for one in ids(plan))
     assert all(attempt_epochs(store, one) in ([], [0]) for one in ids(plan)), "no attempt was taken over"
+
+
+def test_a_driver_that_was_replaced_before_its_first_turn_claims_no_work_of_its_successor(
+    make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
+) -> None:
+    plan = make_plan(1, 40)
+
+    def freeze() -> None:
+        write_json(store.study("s") / "driver-7.json", {"host": "elsewhere", "pid": 1, "started": "now"})
+        for one in plan.cells:
+            end(store, one)
+
+    tally = drive(plan, starting=freeze)
+    assert tally.stopped is not None
+    assert tally.stopped.startswith("taken over")
 
 
 @pytest.mark.slow
