@@ -10,8 +10,8 @@ demo: .venv/demo
 	$(BIN)/escala fit quickstart
 	$(BIN)/escala report quickstart
 
-# With SLOW=1 also those that take more than ten seconds each, as in .ci/run. JOBS files of tests at once: those of the
-# cluster mostly wait. TESTS names some.
+# With SLOW=1 also most of those that take more than five seconds each, as in .ci/run. JOBS files of tests at once:
+# those of the cluster mostly wait. TESTS names some.
 JOBS ?= 2
 test: check
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(if $(SLOW),,-m "not slow") $(TESTS)

@@ -248,6 +248,7 @@ def write_fit(root: Any, study: str, measured: Any, **changes: Any) -> None:
     write_json(folder / "fits" / "optimum.json", measured.to_json() | head | changes)
 
 
+@pytest.mark.slow
 def test_report_says_what_was_not_measured(good_store) -> None:
     page = page_of(good_store)
     assert "Was every cell tuned alike?" in page.text
@@ -347,6 +348,7 @@ def test_damaged_file_of_optima_is_named_and_the_report_written_all_the_same(tmp
     assert "escala sensitivity bad" in page_of(root).text
 
 
+@pytest.mark.slow
 def test_report_of_a_sweep_says_what_tuning_is_worth(tmp_path) -> None:
     runs, labels = [], []
     for width in (16, 24, 40, 64):

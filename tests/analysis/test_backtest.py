@@ -291,6 +291,7 @@ def test_report_says_that_the_span_is_too_small(study) -> None:
 # --- published runs ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_chinchilla_runs_are_predicted_to_a_percent_or_two() -> None:
     table = read_table(published("chinchilla-epoch/svg_extracted_data.csv"))
     found = backtest(table[table["loss"] < np.sort(table["loss"])[-5]], ["chinchilla"])

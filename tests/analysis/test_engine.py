@@ -93,6 +93,7 @@ def test_misfit_beyond_the_seeds_still_widens_the_intervals() -> None:
     assert found.noise["drawn_sd"] == found.noise["residual_sd"] > 0.015
 
 
+@pytest.mark.slow
 def test_noise_that_grows_with_compute_is_drawn_by_halves() -> None:
     """The forecast rests on the dearest runs: drawn with the noise of all, its intervals held four in five."""
     said, held = [], []

@@ -39,12 +39,14 @@ def test_a_sweep_of_rates_says_where_the_best_lies_and_keeps_law_and_pictures(sw
     assert law["powers"]["N"] == pytest.approx(-0.5, abs=0.04)
 
 
+@pytest.mark.slow
 def test_parametrisations_are_held_against_each_other(sweeps: Path) -> None:
     transfer, rates = answers(sweeps, "mup-transfer")
     assert re.search(r"learning rate of mup stays: .* learning rate of standard moves: ", transfer)
     assert re.search(r"it moves as N.* under mup, and moves as N.* under standard\.", rates)
 
 
+@pytest.mark.slow
 def test_where_the_smallest_batch_is_best_the_rate_at_each_batch_is_told(sweeps: Path) -> None:
     told = answers(sweeps, "batch-size")
     power = re.search(r"batch_tokens(\d\.\d+) \(", told[0])
@@ -58,6 +60,7 @@ def test_where_the_smallest_batch_is_best_the_rate_at_each_batch_is_told(sweeps:
     assert (sweeps / "studies" / "batch-size" / "pictures" / "rate-and-batch-0.png").exists()
 
 
+@pytest.mark.slow
 def test_a_study_with_a_default_says_first_what_tuning_is_worth(sweeps: Path) -> None:
     worth, _ = answers(sweeps, "tuned-small-against-untuned-large")
     assert re.match(r"Tuning at .* parameters on .* tokens is worth \d+\.\d+% of the loss, .* larger model", worth)

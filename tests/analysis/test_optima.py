@@ -63,6 +63,7 @@ def test_rate_and_batch_are_found_together_where_they_were_crossed() -> None:
     assert found.laws["batch_tokens"].powers["D"].value == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 def test_intervals_hold_as_often_as_they_say() -> None:
     held, laws = [], []
     for seed in range(40):

@@ -124,6 +124,7 @@ def test_study_without_budgets_is_answered_by_the_loss_surface(study) -> None:
     assert page.pictures == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budgets", [BUDGETS[:3], BUDGETS[:1]])
 def test_budgets_at_which_the_rate_was_swept_answer_for_both_what_they_settle_first(study, budgets) -> None:
     runs = []

@@ -56,6 +56,7 @@ def planned(finished: Finished, *options: object) -> dict[str, Any]:
     return parsed
 
 
+@pytest.mark.slow
 def test_calibrate_keeps_what_was_timed_under_the_kind_of_worker(calibrated: Finished) -> None:
     rows = json.loads(calibrated.output)[local_kind()]
     assert len(rows) == 3, "three sizes at one batch, whatever their budgets and seeds"
@@ -69,6 +70,7 @@ def test_calibrate_keeps_what_was_timed_under_the_kind_of_worker(calibrated: Fin
     assert not (calibrated.store / "cells").exists(), "nothing was trained"
 
 
+@pytest.mark.slow
 def test_a_plan_tells_seconds_of_every_cell_and_of_the_queue(calibrated: Finished) -> None:
     plan = planned(calibrated, "--workers", 2)
     seconds = [cell["seconds_predicted"] for cell in plan["cells"]]
@@ -112,12 +114,14 @@ def test_workers_that_wait_for_room_are_said_to() -> None:
     assert not [words for words in said[1:] if "no word" in words]
 
 
+@pytest.mark.slow
 def test_a_hardware_that_was_not_calibrated_is_refused(calibrated: Finished) -> None:
     run = calibrated.escala("plan", calibrated.study, "--store", calibrated.store, "--hardware", "h100", ok=2)
     assert run.stderr.startswith("error: --hardware: no calibration 'h100'")
     assert local_kind() in run.stderr
 
 
+@pytest.mark.slow
 def test_another_kinds_calibration_gives_energy_and_money(calibrated: Finished, tmp_path: Path) -> None:
     shutil.copytree(calibrated.store, tmp_path / "store")
     record = read_json(tmp_path / "store" / "hardware" / f"{local_kind()}.json")
@@ -235,6 +239,7 @@ def test_a_calibration_beside_other_work_says_so(known: Calibration, tmp_path: P
         assert any("other work had the cores" in note for note in told.notes) is said
 
 
+@pytest.mark.slow
 def test_a_damaged_calibration_is_named(calibrated: Finished, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store")
     (store.root / "hardware").mkdir()

@@ -146,6 +146,7 @@ def losses(store: Store, cell_id: str) -> list[tuple[int, float]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_read_only_store_is_refused_by_what_writes_and_read_by_what_reads(
     mount: Mount, escala: Escala, finished: Finished
 ) -> None:

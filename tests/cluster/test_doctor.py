@@ -208,6 +208,7 @@ def test_a_tracking_address_that_mlflow_cannot_open_is_a_fault_of_the_drivers(ur
     assert "correct --tracking-uri" in found.advice
 
 
+@pytest.mark.slow
 def test_an_mlflow_server_that_is_not_there_is_a_fault_of_the_drivers(
     guarded: str, escala: Escala, monkeypatch: pytest.MonkeyPatch
 ) -> None:

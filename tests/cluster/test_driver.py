@@ -343,6 +343,7 @@ def test_a_study_whose_first_attempts_fail_alike_is_given_up(
     assert tally.planned == 12 - len(tally.failed)
 
 
+@pytest.mark.slow
 def test_what_a_dead_driver_left_is_ended_before_its_cell_is_tried_again(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
 ) -> None:
@@ -359,6 +360,7 @@ def test_what_a_dead_driver_left_is_ended_before_its_cell_is_tried_again(
     assert_whole(store, plan, 30)
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_studys_driver_trains_is_waited_for_and_trained_once(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
 ) -> None:
@@ -382,6 +384,7 @@ def test_a_cell_that_another_studys_driver_trains_is_waited_for_and_trained_once
     assert_whole(store, plan, 60)
 
 
+@pytest.mark.slow
 def test_a_run_ends_although_a_cell_that_another_studys_driver_trains_fails_there(
     make_plan: Callable[..., Plan], drive: Callable[..., Tally], store: Store
 ) -> None:

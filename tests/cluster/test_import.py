@@ -27,6 +27,7 @@ def table(**more: Any) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(**more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs.csv", "runs.parquet", "runs.jsonl"])
 def test_an_imported_table_is_a_study_that_every_verb_reads(escala: Escala, name: str) -> None:
     frame, path = table(), escala.folder / name

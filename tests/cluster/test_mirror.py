@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 # --- faults on the wire ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate", ["drop", "lose", "500", "500-after", "late:0.3"])
 def test_each_request_lost_once_in_each_way_leaves_exactly_one_run_and_one_row(
     fate: str, study: tuple[Store, str], proxy: FaultProxy, mlflow_server: Server, monkeypatch: pytest.MonkeyPatch
@@ -176,6 +177,7 @@ def test_the_offset_goes_on_only_after_the_server_acknowledged(
 POINTS = ("create_run", "log_batch", "state")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [f"mirror.{when}_{what}" for what in POINTS for when in ("before", "after")])
 @pytest.mark.parametrize("action", ["crash", "lose"])
 def test_a_mirror_that_dies_or_loses_a_reply_at_any_point_is_carried_on_by_the_next(

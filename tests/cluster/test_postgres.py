@@ -139,6 +139,7 @@ def test_a_wrong_account_is_refused_before_anything_trains(
         load_runs(name, tracking_uri=shared.uri, store="nowhere")
 
 
+@pytest.mark.slow
 def test_an_account_without_the_permission_is_told_which_one_it_needs(
     study: tuple[Store, str], shared: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_database_whose_driver_is_not_installed_is_refused_with_what_is_missin
         tracking.reach(store, name, "postgresql://127.0.0.1:1/mlflow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_database_that_is_not_there_or_refuses_is_said_within_seconds(
     taken: bool, study: tuple[Store, str], monkeypatch: pytest.MonkeyPatch

@@ -42,6 +42,7 @@ def test_the_process_without_which_ray_is_dead_is_named_once_it_died(
     assert own.died() == "raylet"
 
 
+@pytest.mark.slow
 def test_what_ray_has_started_ends_with_it_and_what_was_there_before_does_not(
     raylet: subprocess.Popen[bytes],
 ) -> None:

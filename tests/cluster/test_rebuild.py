@@ -41,6 +41,7 @@ def test_rebuild_makes_every_run_anew_and_keeps_what_people_said(
     assert tags_of(mlflow_server, after[noted])["reviewed"] == "yes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_rebuild_that_is_killed_is_mended_by_the_next_sync(
     count: int, study: tuple[Store, str], mlflow_server: Server

@@ -120,6 +120,7 @@ def test_an_edited_study_trains_only_what_is_new_and_says_so(copy_of_finished: C
     assert_mirror_is_exact(copy.store, "tiny")
 
 
+@pytest.mark.slow
 def test_a_killed_driver_loses_nothing_and_only_the_missing_cells_train_again(escala: Escala, tmp_path: Path) -> None:
     alone = long_study(5, tokens=60_000) + "stack: off\n"  # a stack's members would all end at once
     study, store = escala.study(alone), tmp_path / "store"
@@ -276,6 +277,7 @@ def test_a_quarantine_tag_set_in_mlflow_takes_the_run_out_of_the_fit(copy_of_fin
     assert status["counts"] == {"finished": 7}
 
 
+@pytest.mark.slow
 def test_a_lost_mlflow_database_is_rebuilt_whole_from_the_files(copy_of_finished: Callable[[], Finished]) -> None:
     copy = copy_of_finished()
     (copy.store / "mlflow" / "mlflow.db").unlink()

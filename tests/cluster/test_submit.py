@@ -204,6 +204,7 @@ def test_what_the_jobs_api_shows_holds_no_secret(head: Head, escala: Escala, tmp
     assert set(record["metadata"]) >= {"escala.study", "escala.store", "escala.person", "escala.commit"}
 
 
+@pytest.mark.slow
 def test_a_token_that_is_missing_wrong_or_not_sent_is_said(
     head: Head, escala: Escala, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -457,6 +458,7 @@ def test_a_log_whose_connection_fell_silent_is_had_whole_when_the_job_has_ended(
     assert "".join(pieces) == "step 1\nstep 2\n"
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_lost_without_a_word_ends_the_following(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "QUIET_SECONDS", 0.5)
     pieces: list[str] = []
@@ -615,6 +617,7 @@ def test_a_link_that_leads_out_of_the_studys_folder_sends_nothing(
     make_package(here / "study.yaml", declared, allow_code=True)
 
 
+@pytest.mark.slow
 def test_a_corpus_beside_the_study_goes_whole_and_one_elsewhere_is_refused(escala: Escala, tmp_path: Path) -> None:
     texts = tmp_path / "texts" / "tests"
     texts.mkdir(parents=True)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from commandline import ROOT
 
 from cluster.tracking import reach
@@ -28,6 +29,7 @@ reach(store, sys.argv[2], store.tracking_uri)
 """
 
 
+@pytest.mark.slow
 def test_a_database_whose_making_was_killed_is_made_by_the_next_run(study: tuple[Store, str]) -> None:
     store, name = study
     killed = subprocess.run([sys.executable, "-c", KILLED, str(store.root), name], cwd=ROOT, check=False)

@@ -126,6 +126,7 @@ def test_without_a_mask_no_value_of_a_tensor_is_asked_for(name: str) -> None:
     assert reads.count == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DENSE)
 def test_without_a_mask_a_compiled_model_has_none_either(name: str) -> None:
     """The attention of a GPU that is fast takes no mask, and skips what lies ahead."""

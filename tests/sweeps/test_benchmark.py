@@ -20,6 +20,7 @@ def test_a_gpu_that_is_not_there_is_a_sentence(
     assert "--device cuda: this torch finds no GPU here. Leave it out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_until_it_does() -> None:
     tried = []
 

@@ -46,6 +46,7 @@ def test_what_the_first_attempt_chose_is_kept() -> None:
         assert maybe_compile(model, tokens, 1, nullcontext(), chosen=True)[1] is True  # compiled at its first call
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 def test_however_many_shapes_a_worker_trains_each_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0

@@ -82,6 +82,7 @@ def slopes(family: str, sizes: list[tuple[int, int]], parametrisation: Parametri
     return np.polyfit(np.log(grows), [changes(family, *size, parametrisation) for size in sizes], 1)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(LAYOUTS))
 def test_under_mup_updates_move_activations_as_much_at_every_width(family: str) -> None:
     sizes = [(width, 2) for width in WIDTHS]
@@ -89,6 +90,7 @@ def test_under_mup_updates_move_activations_as_much_at_every_width(family: str) 
     assert slopes(family, sizes[:3], STANDARD).max() > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(LAYOUTS))
 def test_under_completep_updates_move_activations_as_much_at_every_depth(family: str) -> None:
     sizes = [(64, depth) for depth in DEPTHS]

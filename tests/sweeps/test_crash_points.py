@@ -258,6 +258,7 @@ def registered(store: Store) -> Any:
     return plan, cells, (store.study("crashing") / "study.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_record_whole_or_not_at_all(bench: Bench) -> None:
     (bench.folder / "study.yaml").write_text(STUDY)
     arguments = {"study": str(bench.folder / "study.yaml"), "corpus": str(bench.corpus)}

@@ -115,6 +115,7 @@ def test_two_workers_train_as_one_does(
     assert result_of(store, cell)["numerics"]["workers"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
@@ -134,6 +135,7 @@ def test_a_model_in_parts_trains_as_a_whole_one(
     assert_alike(store, other, cell, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "in parts"])
 def test_a_checkpoint_of_two_workers_resumes_with_one(
     store: Store, other: Store, corpus: Corpus, ranks: Gang, sharded: bool
@@ -151,6 +153,7 @@ def test_a_checkpoint_of_two_workers_resumes_with_one(
     assert not read_differences(other, cell.id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["whole", "in parts"])
 def test_a_checkpoint_of_one_worker_resumes_with_two(
     store: Store, other: Store, corpus: Corpus, ranks: Gang, sharded: bool

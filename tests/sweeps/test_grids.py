@@ -362,6 +362,7 @@ def test_absurd_lengths_are_refused(how: dict[str, float]) -> None:
     assert "training tokens are more than 1e+16" in faults(points({"size": 2e4, **how}, corpus={"repeat": True}))
 
 
+@pytest.mark.slow
 def test_a_study_of_too_many_cells_is_refused_before_they_are_planned() -> None:
     vary = {name: {"log": {"from": 1e-4, "to": 1e-1, "points": 320}} for name in ("learning_rate", "init_std")}
     assert "declares more than 100,000 cells" in faults(points({"size": 2e4, "tokens": 300}, vary=vary))

@@ -162,6 +162,7 @@ print(json.dumps(sum(one.untyped_storage().nbytes() for one in kept.values())))
 """
 
 
+@pytest.mark.slow
 def test_a_model_in_parts_keeps_a_whole_copy_in_bfloat16_for_the_way_back() -> None:
     command, size = [sys.executable, "-c", KEPT], 3_200_000
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

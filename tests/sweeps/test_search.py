@@ -225,6 +225,7 @@ SPACE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
 def test_samplers_take_mixed_spaces_and_ask_anew_what_they_asked(
     sampler: str, store: Store, make_plan: Callable[..., Plan]
@@ -240,6 +241,7 @@ def test_samplers_take_mixed_spaces_and_ask_anew_what_they_asked(
     assert {one["batch_tokens"] for one in first} <= {64, 128, 192, 256}
 
 
+@pytest.mark.slow
 def test_cmaes_asks_in_ranges(store: Store, make_plan: Callable[..., Plan]) -> None:
     space = {name: SPACE[name] for name in ("learning_rate", "weight_decay")}
     plan = make_plan(space=space, sampler="cmaes", trials=30)
@@ -421,6 +423,7 @@ def prefixes(content: bytes) -> Iterator[bytes]:
         yield b"".join(lines[:count]) + torn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rungs", [[], [0.25], [0.0625]])  # at .0625 of 2,000 steps is one more than at .062
 def test_from_every_prefix_of_the_journal_the_search_ends_whole(
     tmp_path: Path, make_plan: Callable[..., Plan], rungs: list[float]

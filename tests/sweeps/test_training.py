@@ -80,6 +80,7 @@ def test_each_seed_moves_the_losses(corpus: Corpus, changes: dict[str, int]) -> 
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(corpus: Corpus) -> None:
     losses = []
     for precision in ("float32", "bfloat16"):
