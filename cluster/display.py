@@ -330,7 +330,7 @@ def verdict_table(verdicts: Sequence[Any]) -> Table:
     for (severity, code), (first, *others) in kinds.items():
         colour = {"refuse": "red", "caution": "yellow"}.get(severity, "dim")
         named = list(dict.fromkeys(str(v.target) for v in others if v.target != first.target))
-        more = f" The same of {_few(named)}." if named else f" (and {len(others)} more like it)" if others else ""
+        more = f" Likewise of {_few(named)}." if named else f" (and {len(others)} more like it)" if others else ""
         table.add_row(Text(severity, style=colour), Text(f"{code}: {first.message}{more}"))
     return table
 

@@ -74,7 +74,7 @@ def test_what_is_said_of_two_targets_in_the_same_words_is_said_once() -> None:
         console.print(display.verdict_table(verdicts))
     alone, both = captured.get().splitlines()
     assert alone.split() == ["refuse", "not_identifiable:", "alpha", "is", "open."]
-    assert both.strip().endswith("alpha is open. The same of beta.")
+    assert both.strip().endswith("alpha is open. Likewise of beta.")
 
 
 def test_a_bound_that_is_not_known_or_infinite_is_open() -> None:
