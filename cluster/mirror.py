@@ -40,6 +40,9 @@ BATCH = 950
 """Metrics a request: MLflow takes 1,000 metrics, params and tags together."""
 INTERVAL_SECONDS = 2.0
 """Between two passes, and before the first retry of a cell that was refused."""
+SLOW_SECONDS = 10.0
+"""The longest rest after a pass that took long. It is as long as the pass, so that a server at its limit gets fewer and
+larger requests, and has time for others."""
 LONGEST_SECONDS = 60.0
 """Between two tries, after many faults."""
 LOOK_SECONDS = 30.0
@@ -138,8 +141,10 @@ class Mirror:
     def _loop(self) -> None:
         wait = INTERVAL_SECONDS
         while not self._stopping.wait(wait):
+            began = time.monotonic()
             answers = self.sync(final=False)
-            wait = INTERVAL_SECONDS if answers else min(2 * wait, LONGEST_SECONDS)
+            took = time.monotonic() - began
+            wait = min(max(INTERVAL_SECONDS, took), SLOW_SECONDS) if answers else min(2 * wait, LONGEST_SECONDS)
         self.sync()
 
     def sync(self, *, final: bool = True, progress: Callable[[str, float], None] | None = None) -> bool:

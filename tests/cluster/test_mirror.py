@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,27 +109,50 @@ def test_an_outage_is_caught_up_and_asked_after_less_and_less_often(
     assert_exact(mlflow_server, store, name)
 
 
+class Clock:
+    """Waits no time, notes how long it was to wait, and says that it is enough after so many waits."""
+
+    def __init__(self, most: int, meanwhile: Callable[[int], None]) -> None:
+        self.waits: list[float] = []
+        self._most, self._meanwhile = most, meanwhile
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self._meanwhile(len(self.waits))
+        return len(self.waits) == self._most
+
+    def is_set(self) -> bool:
+        return False
+
+
 def test_back_off_doubles_up_to_its_limit_and_is_forgotten_after_a_success(
-    study: tuple[Store, str], proxy: FaultProxy
+    study: tuple[Store, str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, name = study
+    monkeypatch.setattr(mirrors, "SLOW_SECONDS", 0.05)
     mirror = connected(store, name, proxy.uri)
-    waits: list[float] = []
-
-    class Clock:
-        def wait(self, seconds: float) -> bool:
-            waits.append(seconds)
-            if len(waits) == 6:
-                proxy.up()
-            return len(waits) == 8
-
-        def is_set(self) -> bool:
-            return False
-
+    clock = Clock(8, lambda waits: proxy.up() if waits == 6 else None)
     proxy.down()
-    mirror._stopping = Clock()  # type: ignore[assignment]
+    mirror._stopping = clock  # type: ignore[assignment]
     mirror._loop()
-    assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.4, 0.4, 0.05, 0.05])
+    assert clock.waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.4, 0.4, 0.05, 0.05])
+
+
+def test_a_pass_that_took_long_is_followed_by_as_long_a_rest(
+    study: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = Mirror(*study)
+    took, now = iter([0.01, 0.3, 7.0, 60.0, 0.0]), [0.0]
+
+    def sync(**_: object) -> bool:
+        now[0] += next(took)
+        return True
+
+    monkeypatch.setattr(mirror, "sync", sync)
+    monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    mirror._stopping = clock = Clock(5, lambda _: None)  # type: ignore[assignment]
+    mirror._loop()
+    assert clock.waits == pytest.approx([0.05, 0.05, 0.3, 7.0, 10.0])
 
 
 def test_a_refused_cell_is_named_and_the_others_go_on(study: tuple[Store, str], mlflow_server: Server) -> None:
