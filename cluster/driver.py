@@ -15,40 +15,37 @@ from cluster.calibration import pool_calibration
 from cluster.claims import Claim
 from cluster.connection import start_ray, stop_ray
 from cluster.control import read_wish
-from cluster.hands import Hand, Task, display_name, kept_tokens, take_up
 from cluster.hardware import local_gpus
 from cluster.joined import Joined
 from cluster.ledger import recorded_seconds, register, register_growth
 from cluster.mirror import Mirror
-from cluster.nodes import REPORT_SECONDS, Bundle, bundle, death, wanted
+from cluster.nodes import REPORT_SECONDS, Bundle, bundle, wanted
 from cluster.outage import Outage
 from cluster.pace import flops_left, flops_won
 from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
 from cluster.processes import OwnRay, descendants
 from cluster.progress import Progress, Tally
-from cluster.queue import Queue, Unit
+from cluster.queue import Queue
 from cluster.scheduling import Bounds, Schedule
 from cluster.searching import Searching
 from cluster.standing import Standing
+from cluster.tasks import Tasks
 from cluster.usage import Usage
 from cluster.workload import study_workers
 from sweeps.errors import InputError
 from sweeps.grids import Plan
-from sweeps.life import BEAT_SECONDS, SILENCE_SECONDS
+from sweeps.life import SILENCE_SECONDS
 from sweeps.planned import PlannedCell
 from sweeps.store import Store, cell_state
 from sweeps.trainer import CHECKPOINT_SECONDS
 
 GIVE_UP_AFTER = 3
 """So many first attempts that all fail in the same way end the run: what fails everywhere would burn the cluster."""
-POLL_SECONDS = 0.5
 LOOK_SECONDS = 2.0
 """Between looks at what changes seldom: wishes, cells trained elsewhere, forgiven failures."""
 LARGE_STEP_FLOPS = 1e10
 """From so many a step on, several threads are faster than one."""
-MOST_NAMES = 300
-"""Units that Ray shows with their cells' names. It keeps 38 kB of every name in the driver for good."""
 TAKEN_OVER = "taken over: another driver runs this study since this one gave no sign of life"
 GRACE_SECONDS = 20.0
 """How long running cells get to keep a checkpoint at Ctrl-C."""
@@ -121,7 +118,7 @@ def run_study(
 
 
 class _Run:
-    """The cells of one run: the queue before the workers, and what these have in hands."""
+    """One run: the queue before the workers, what these have in hands, and the cluster in which they are."""
 
     def __init__(
         self,
@@ -138,15 +135,13 @@ class _Run:
     ) -> None:
         self.store, self.mirror, self.claim, self.tally, self.watch = store, mirror, claim, tally, watch
         self.search, self.plan = search, search.plan
-        self.base_dir = str(base_dir) if base_dir else None
-        self.checkpoint_seconds, self.limit = checkpoint_seconds, workers
+        self.limit = workers
         self.fleet = Fleet()
         limits = self.plan.study.limits.model_dump(exclude={"priority"})
         self.schedule = Schedule(self.fleet, Bounds(units=workers, **limits))
         self.queue = Queue(store, self.plan, self.schedule, lambda one: self.pool.demand(one))
         self.usage = Usage(store, self.plan.study.name, claim.number)
         self.schedule.spent_gpu_seconds = self.usage.before
-        self.tasks: dict[Any, Task] = {}
         self.ended: list[str] = []
         self.notes: list[str] = []
         """What to tell people at the next moment: of cells, and of no cell."""
@@ -159,15 +154,21 @@ class _Run:
             give_up_after=give_up_after,
             say=self.ended.append,
         )
-        self.begun = 0
-        """Units that workers were given."""
+        self.tasks = Tasks(
+            store,
+            self.plan.study,
+            claim.number,
+            self.queue,
+            self.standing,
+            self._lose,
+            base_dir=base_dir,
+            checkpoint_seconds=checkpoint_seconds,
+        )
         self.wish: str | None = None
         self.own: OwnRay | None = None
         self.joined: Joined | None = None
         """The Ray of this run's own, or the cluster that it has joined."""
-        self.late = 0
-        """Units that have waited long for their worker."""
-        self.beginning, self.ending, self.showing = (Outage(self._excuse) for _ in range(3))
+        self.beginning, self.ending, self.showing = (Outage(self.tasks.excuse) for _ in range(3))
         """The parts of a turn: before the wait for workers, after it, and what people see of it."""
 
     def run(self, address: str) -> None:
@@ -199,7 +200,7 @@ class _Run:
         except ray.exceptions.RayError as error:  # not a worker's death, which _finish handles: Ray itself is gone
             self.tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
-            self.tally.planned = len(self.queue) + len(self.standing.elsewhere) + len(self._in_hands())
+            self.tally.planned = len(self.queue) + len(self.standing.elsewhere) + len(self.tasks.hands())
             with suppress(InputError):  # a full disk must not keep Ray alive, nor nodes that were asked for
                 self.usage.note(self.schedule)
             with suppress(ray.exceptions.RayError):  # of a cluster that is gone nothing can be taken back
@@ -253,7 +254,7 @@ class _Run:
         """Turn after turn, until nothing is left to do or something ends the run before."""
         looked = 0.0
         while self.queue or self.schedule.running or self.standing.elsewhere or self.search.goes_on():
-            self._undo()
+            self.tasks.undo(self.plan.cells)
             if not self._holds():
                 self.tally.stopped = TAKEN_OVER
                 return
@@ -261,7 +262,7 @@ class _Run:
                 if self.standing.halt or time.monotonic() - looked >= LOOK_SECONDS:
                     if self.joined is not None and (gone := self.joined.members.lost()):
                         self.tally.stopped = f"Ray is gone ({gone})"
-                        self._let_go(gone)
+                        self.tasks.let_go(gone, GRACE_SECONDS)
                         return
                     self._look()
                     self._follow()
@@ -275,18 +276,16 @@ class _Run:
                 if (why := self.schedule.out_of_budget(time.monotonic())) is not None:
                     self.tally.stopped = why
                     return
-            done = self._wait(ray)
+            done = self.tasks.wait(ray)
             if self._holds():  # it may have slept in the wait
                 self._take_in(ray, done)
 
     def _take_in(self, ray: Any, done: list[Any]) -> None:
         """What the workers that are done leave, and who must be killed."""
         with self.ending:
-            for handle in done:
-                self._finish(ray, handle)
-            for task in self.tasks.values():
-                if (fate := task.fate()) is not None:
-                    task.kill(ray, fate)
+            for call in done:
+                self.tasks.finish(ray, self.pool, call)
+            self.tasks.kill_silent(ray)
         self._show()
 
     def _show(self) -> None:
@@ -305,44 +304,26 @@ class _Run:
 
     def _begin(self) -> None:
         """Give workers what there is room for."""
-        self.queue.look(hand.one.cell.id for hand in self._in_hands())
+        self.queue.look(hand.one.cell.id for hand in self.tasks.hands())
         self._grow()
         while self.wish is None and not (self.tasks and self.joined is not None and self.joined.before):
             if (unit := self.queue.take(time.monotonic(), self.pool.device)) is None:
                 return
-            self._start(unit)
-
-    def _undo(self) -> None:
-        """A unit that got room and no worker, since the disk broke its beginning off, has neither."""
-        begun = {task.start.place.number for task in self.tasks.values()}
-        for number in self.schedule.running.keys() - begun:
-            start = self.schedule.running[number]
-            ids = {job.id for job in start.jobs}
-            self.schedule.end(start, start.began)
-            self.standing.elsewhere |= {one.cell.id: one for one in self.plan.cells if one.cell.id in ids}
-
-    def _wait(self, ray: Any) -> list[Any]:
-        """The calls of the workers that are done, after a moment at most."""
-        if not self.tasks:
-            time.sleep(POLL_SECONDS)
-            return []
-        done: list[Any] = ray.wait(list(self.tasks), timeout=POLL_SECONDS)[0]
-        if done:  # others that have ended too: a turn costs more than they do
-            done = ray.wait(list(self.tasks), num_returns=len(self.tasks), timeout=0)[0]
-        return done
+            self.tasks.start(self.pool, unit, self._threads(unit.cells))
 
     def _holds(self) -> bool:
         """Whether the study is still this run's own. A disk that refuses for a moment, as one in a network does, is
         waited for, and nothing is done meanwhile; not for longer than until others may take over."""
         asked = time.monotonic()
         held = self.claim.holds(SILENCE_SECONDS)
-        self._excuse(time.monotonic() - asked)
+        self.tasks.excuse(time.monotonic() - asked)
         return held
 
-    def _excuse(self, seconds: float) -> None:
-        """The disk refused for so long: workers could give no sign of life either."""
-        for hand in self._in_hands() if seconds >= BEAT_SECONDS else ():
-            hand.pulse.excuse(seconds)
+    def _lose(self, node: str) -> None:
+        """A node is gone, as a worker's death tells: nothing more goes there, before Ray has noticed either."""
+        self.fleet.remove(node)
+        if self.joined is not None:
+            self.joined.members.doubt(node)
 
     def _grow(self) -> None:
         """Take in the cells of a search's next trials, where workers have nothing else to do."""
@@ -358,58 +339,12 @@ class _Run:
         """Cells that no worker has, those of a search's trials to come among them."""
         return len(self.queue) + len(self.standing.elsewhere) + self.search.to_come()[0]
 
-    def _in_hands(self) -> list[Hand]:
-        return [hand for task in self.tasks.values() for hand in task.hands]
-
-    def _start(self, unit: Unit) -> None:
-        hands, others = take_up(self.store, self.plan.study.name, unit.cells)
-        self.standing.elsewhere |= {one.cell.id: one for one in others}
-        if not hands:
-            self.schedule.end(unit.start, unit.start.began)
-            return
-        worker, probe = self.pool.worker(unit.start.place), self.plan.study.stack == "auto"
-        ids, study, root = [hand.one.cell.id for hand in hands], self.plan.study.name, str(self.store.root)
-        threads = self._threads(unit.cells)
-        name = display_name(unit.cells) if self.begun < MOST_NAMES else unit.cells[0].cell.family
-        self.begun += 1
-        shown = worker.run.options(name=name)
-        task = shown.remote(root, ids, study, self.base_dir, self.checkpoint_seconds, self.claim.number, probe, threads)
-        self.tasks[task] = Task(worker, hands, unit.start)
-
     def _threads(self, unit: list[PlannedCell]) -> int:
         """One thread a worker, but for the last cells of a run, if they are large enough to share the idle cores."""
         if sum(one.cell.batch_tokens * one.counts["flops_per_token"] for one in unit) < LARGE_STEP_FLOPS:
             return 1
-        left = self._left() + len(self._in_hands()) + len(unit)
+        left = self._left() + len(self.tasks.hands()) + len(unit)
         return threads_for(left, self.slots, self.pool.cores)
-
-    def _finish(self, ray: Any, handle: Any) -> None:
-        """A worker is done. What it says is only a hint: the files tell how each cell stands."""
-        task = self.tasks[handle]
-        try:
-            ray.get(handle)
-            self.pool.keep(task.worker)
-        except ray.exceptions.RayError as error:
-            kind, words = death(ray, error, task.start.place.node)
-            if kind == "preemption":  # nothing more goes there, before Ray has noticed either
-                self.fleet.remove(task.start.place.node)
-                if self.joined is not None:
-                    self.joined.members.doubt(task.start.place.node)
-            for hand in task.hands:
-                self.standing.record_death(hand, kind, hand.pulse.killed or words)
-            # It lives where it raised an error before the attempt could record one: a bug, the disk, a rank's death.
-            lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
-            (self.pool.keep if lives else self.pool.lose)(task.worker)
-        ids = [hand.one.cell.id for hand in task.hands]
-        while task.hands:
-            hand = task.hands[0]
-            won = flops_won(self.queue, hand, kept_tokens(self.store, hand.one))
-            self.standing.settle(hand.one, note=not task.noted)
-            self.standing.flops_done += won
-            task.hands, task.noted = task.hands[1:], True
-        del self.tasks[handle]
-        self.schedule.end(task.start, time.monotonic())
-        self.queue.look(ids)
 
     # --- what changes seldom -----------------------------------------------------------------------------------------
 
@@ -424,19 +359,19 @@ class _Run:
         if self.wish in ("drain", "cancel"):
             self.tally.stopped = self.standing.halt or str(found)
         if self.wish in ("pause", "cancel"):
-            self._ask_to_stop(self.standing.halt or str(found))
+            self.tasks.ask_to_stop(self.standing.halt or str(found))
         if self.wish is not None:
-            self._take_back()
+            self.tasks.take_back(self.pool)
         self.standing.look()
         self.queue.look()
-        self._count_late()
+        self.notes += self.tasks.count_late(self.pool)
         self.usage.note(self.schedule)
 
     def _follow(self) -> None:
         """The cluster that was joined: what became of it, and what it is asked for."""
         if self.joined is None:
             return
-        self.notes += self.joined.follow(self.schedule, self.pool, self.tasks.values(), late=self.late > 0)
+        self.notes += self.joined.follow(self.schedule, self.pool, self.tasks)
         bundles, waiting = self._wanted()
         idle = not self.tasks and not self.standing.elsewhere
         self.notes += self.joined.ask(bundles, waiting, self.fleet, idle=idle)
@@ -451,44 +386,6 @@ class _Run:
         cells, _ = self.search.to_come()  # it tells its next trials when there is room for one
         return [bundle(self.demand)], {self.demand: cells} if cells else {}
 
-    def _count_late(self) -> None:
-        """Units that have waited long for their worker: idle ones of this run do not stand in their way."""
-        waiting = [task for task in self.tasks.values() if task.waits()]
-        for task in waiting:
-            task.start.began = time.monotonic()  # what has no worker yet uses no GPU time
-        before, late = self.late, [task for task in waiting if task.is_old()]
-        for task in late:
-            self.pool.give_back(node=task.start.place.node)
-        self.late = len(late)
-        if late and not before:
-            words = "no worker yet after a minute: others may hold the room that Ray tells of, or starts are slow"
-            self.notes.append(f"{self.late} of {len(self.tasks)} units have {words}")
-
-    def _take_back(self) -> None:
-        """Where nothing more is to begin, what still has no worker is not waited for: others may hold its room for
-        hours. One that begins at this very moment is in its cell's way until it has ended, as any that is left over."""
-        for handle, task in list(self.tasks.items()):
-            if task.is_old() and task.waits():
-                del self.tasks[handle]
-                self.pool.end(task.worker)
-                self.schedule.end(task.start, task.start.began)
-                self.standing.elsewhere |= {hand.one.cell.id: hand.one for hand in task.hands}
-
-    def _let_go(self, why: str) -> None:
-        """Ray is gone, and workers of other nodes live on for a minute: they keep a checkpoint and end."""
-        deadline = time.monotonic() + GRACE_SECONDS
-        while time.monotonic() < deadline:
-            running = [one for one in self._in_hands() if cell_state(self.store, one.one.cell.id).state == "running"]
-            if not running:
-                return
-            for hand in running:
-                hand.ask_to_stop(why, "preemption")
-            time.sleep(POLL_SECONDS)
-
-    def _ask_to_stop(self, why: str) -> None:
-        for hand in self._in_hands():
-            hand.ask_to_stop(why)
-
     def _stop_gracefully(self, ray: Any) -> None:
         """Ctrl-C: let the cells that run keep a checkpoint. A second Ctrl-C does not wait."""
         deadline = time.monotonic() + GRACE_SECONDS
@@ -496,14 +393,13 @@ class _Run:
         try:
             while self.tasks and time.monotonic() < deadline and self.claim.holds(deadline - time.monotonic()):
                 with self.beginning:
-                    self._ask_to_stop("interrupted")
-                done, _ = ray.wait(list(self.tasks), timeout=POLL_SECONDS)
-                self._take_in(ray, done)
+                    self.tasks.ask_to_stop("interrupted")
+                self._take_in(ray, self.tasks.wait(ray))
         except KeyboardInterrupt:
             pass
 
     def _progress(self) -> Progress:
-        hands = self._in_hands()
+        hands = self.tasks.hands()
         running = tuple(hand.running() for hand in hands)
         done = self.standing.flops_done + sum(flops_won(self.queue, hand, hand.tail.tokens) for hand in hands)
         more, flops = self.search.to_come()

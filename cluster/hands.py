@@ -1,14 +1,10 @@
-"""What workers have in hands: a cell, or several that train as one program, and how its driver follows each."""
+"""A cell in a worker's hands, and how its driver follows it."""
 
-import time
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from cluster.leftovers import kill_worker
 from cluster.progress import Running, Tail
 from cluster.pulse import Pulse
-from cluster.scheduling import Start
 from sweeps.planned import PlannedCell
 from sweeps.records import read_json
 from sweeps.store import (
@@ -23,9 +19,6 @@ from sweeps.store import (
     record_error,
 )
 from sweeps.units import human
-
-STARTING_SECONDS = 60.0
-"""A worker that has begun nothing after so long may wait for room that idle ones have."""
 
 
 @dataclass
@@ -77,40 +70,6 @@ class Hand:
         untold = attempt is not None and read_end(self.store, cell_id, attempt.epoch) is None
         if attempt is not None and untold and cell_state(self.store, cell_id).result is None:
             record_error(attempt, kind, message)
-
-
-@dataclass
-class Task:
-    """What one worker has in hands."""
-
-    worker: Any
-    hands: list[Hand]
-    start: Start
-    """Its room, as the scheduling code gave it."""
-    given: float = field(default_factory=time.monotonic)
-    """When the worker got it."""
-    noted: bool = False
-    """Whether its end was looked at as that of a program: a failure of many cells is one failure."""
-
-    def waits(self) -> bool:
-        """Whether it has begun nothing: its worker starts, or has no room yet."""
-        return all(hand.attempt() is None for hand in self.hands)
-
-    def is_old(self) -> bool:
-        """Whether its worker has had long enough to start."""
-        return time.monotonic() - self.given > STARTING_SECONDS
-
-    def fate(self) -> str | None:
-        """Why the worker must be killed, if it must."""
-        return next((fate for hand in self.hands if (fate := hand.pulse.fate()) is not None), None)
-
-    def kill(self, ray: Any, fate: str) -> None:
-        """Kill the worker; the end of its cells is recorded when Ray reports the death."""
-        ray.kill(self.worker)
-        if (attempt := self.hands[0].attempt()) is not None:  # all are of one process
-            kill_worker(attempt)
-        for hand in self.hands:
-            hand.pulse.killed = fate
 
 
 def display_name(unit: list[PlannedCell]) -> str:

@@ -1,16 +1,16 @@
 """The cluster that one run has joined, followed from look to look: its nodes come and go, an autoscaler hears what
 waits, and other studies have their turn."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from cluster.hands import Task
 from cluster.nodeprobe import Gate
 from cluster.nodes import IDLE_SECONDS, Bundle, Members
 from cluster.placement import Demand, Fleet
 from cluster.pool import Pool
 from cluster.scheduling import Schedule
 from cluster.shortage import Shortage
+from cluster.tasks import Tasks
 from cluster.turns import Turns
 from sweeps.store import Store
 from sweeps.study import Study
@@ -28,17 +28,17 @@ class Joined:
         self.before: str | None = None
         """The study of others that goes first, if one does."""
 
-    def follow(self, schedule: Schedule, pool: Pool, tasks: Collection[Task], *, late: bool) -> list[str]:
+    def follow(self, schedule: Schedule, pool: Pool, tasks: Tasks) -> list[str]:
         """New nodes get work, what is about to be taken away is left with a checkpoint, idle workers are given back,
-        and a study of higher priority goes first. `late`: units of this run wait for room that others may hold."""
+        and a study of higher priority goes first."""
         notes = self.gate.look()
         busy = [one.place for one in schedule.running.values()]
         for node, why in self.members.follow(schedule.fleet, busy, pool.gpu_bytes).items():
             pool.give_back(node=node)
-            for task in tasks:
+            for task in tasks.by_call.values():
                 for hand in task.hands if task.start.place.node == node else ():
                     hand.ask_to_stop(why, "preemption")
-        self._turns.tell(late)
+        self._turns.tell(tasks.late > 0)
         before, self.before = self.before, self._turns.before()
         if self.before is not None and self.before != before:
             notes.append(f"study {self.before} waits for room: nothing is begun here beyond one unit meanwhile")

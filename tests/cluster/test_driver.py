@@ -10,7 +10,7 @@ import psutil
 import pytest
 from searched import end
 
-from cluster import driver, pulse
+from cluster import driver, pulse, tasks
 from cluster.claims import Claim
 from cluster.control import cancel, pause, resume
 from cluster.driver import Tally, run_study
@@ -62,7 +62,7 @@ def train(cell, io):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits scaled down."""
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
 
 

@@ -10,12 +10,12 @@ import pytest
 from refusing import refuse_claims
 from searched import end, make_corpus, search_plan
 
-from cluster import driver, hands, ledger, pool, standing
+from cluster import driver, ledger, pool, standing, tasks
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.control import cancel
 from cluster.driver import Tally, _Run
-from cluster.hands import Task, take_up
+from cluster.hands import take_up
 from cluster.hardware import kind_of, processor
 from cluster.ledger import register
 from cluster.placement import Demand, Fleet, Node
@@ -24,6 +24,7 @@ from cluster.queue import Queue
 from cluster.scheduling import Bounds, Job, Schedule
 from cluster.searching import Searching
 from cluster.simulation import simulate
+from cluster.tasks import Task
 from sweeps.cell import Cell
 from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
@@ -139,7 +140,7 @@ def turn(run: _Run) -> None:
     run._look()
     run._grow()
     while (unit := run.queue.take(time.monotonic(), "cpu")) is not None:
-        run._start(unit)
+        run.tasks.start(run.pool, unit, 1)
 
 
 def calibrate(store: Store, cell: Cell, device: str, seconds: float, kind: str | None = None) -> None:
@@ -253,14 +254,14 @@ def test_a_run_waits_for_a_disk_that_refuses_for_a_moment(
 def test_a_worker_is_not_taken_for_dead_since_the_disk_kept_its_signs_back(
     store: Store, make_plan: Callable[..., Plan], claim: Claim, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in (("pulse.LOOK_SECONDS", 0.0), ("pulse.SILENCE_SECONDS", 1.0), ("driver.BEAT_SECONDS", 0.5)):
+    for name, seconds in (("pulse.LOOK_SECONDS", 0.0), ("pulse.SILENCE_SECONDS", 1.0), ("tasks.BEAT_SECONDS", 0.5)):
         monkeypatch.setattr(f"cluster.{name}", seconds)
     run = run_of(store, claim, make_plan(4_096))
     attempt = begin_attempt(store, run.plan.cells[0].cell.id, {"study": "s"})
     write_json(attempt.folder / "heartbeat.json", {"progressed": 1.0})
     pulse = Pulse(store, attempt.cell_id, 0)
     assert pulse.fate() is None
-    run.tasks = {"task": SimpleNamespace(hands=[SimpleNamespace(pulse=pulse)])}  # type: ignore[dict-item]
+    run.tasks.by_call = {"task": SimpleNamespace(hands=[SimpleNamespace(pulse=pulse)])}  # type: ignore[dict-item]
     refuse_claims(monkeypatch, 3)
     assert run._holds()
     assert pulse.fate() is None
@@ -277,8 +278,8 @@ def test_a_run_that_is_to_end_does_not_wait_for_units_that_have_no_worker_yet(
     unit = run.queue.take(time.monotonic(), "cpu")
     assert unit is not None
     taken, _ = take_up(store, "s", unit.cells)
-    given = time.monotonic() - hands.STARTING_SECONDS - 1
-    run.tasks = {"task": Task("worker", taken, unit.start, given)}
+    given = time.monotonic() - tasks.STARTING_SECONDS - 1
+    run.tasks.by_call = {"task": Task("worker", taken, unit.start, given)}
     run.pool.end = ended.append  # type: ignore[method-assign]
     cancel(store, "s", now=now)
     run.began = time.monotonic()
@@ -342,7 +343,7 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     def take() -> None:
         unit = run.queue.take(0.0, "cpu")
         assert unit is not None
-        run.tasks["call"] = Task(None, take_up(store, "s", unit.cells)[0], unit.start)
+        run.tasks.by_call["call"] = Task(None, take_up(store, "s", unit.cells)[0], unit.start)
 
     def trained_to(tokens: int) -> None:
         attempt = begin_attempt(store, one.cell.id, {"study": "s"})
@@ -357,7 +358,7 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     record_error(Attempt(store, one.cell.id, 1), "stopped", "paused")
     ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
     run.pool.keep = lambda _: None  # type: ignore[method-assign]
-    run._finish(ray, "call")
+    run.tasks.finish(ray, run.pool, "call")
     take()
     trained_to(39_000)
     assert run._progress().eta_seconds == pytest.approx(20, rel=0.05), "what it did before the pause counts"

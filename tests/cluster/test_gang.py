@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster import driver
+from cluster import tasks
 from cluster.driver import run_study
 from cluster.gang import Gang
 from cluster.progress import Progress
@@ -69,7 +69,7 @@ def followers(pid: int) -> list[psutil.Process]:
 def test_a_study_with_two_workers_outlives_a_rank_and_equals_one_of_one_worker(
     store: Store, ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)  # the long cell trains for many of these
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.1)  # the long cell trains for many of these
     plan = planned(store)
     long, short = sorted((one.cell for one in plan.cells), key=lambda cell: -cell.steps)
     killed: list[int] = []

@@ -15,7 +15,7 @@ import pytest
 from commandline import ROOT
 from raynodes import free_port, over, ray_node, wait_for
 
-from cluster import driver, joined, nodes, shortage
+from cluster import driver, joined, nodes, shortage, tasks
 from cluster.driver import Tally, run_study
 from cluster.progress import Progress
 from sweeps.corpora import make_source, prepare
@@ -50,7 +50,7 @@ QUICK_DEATH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits scaled down."""
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
 
 

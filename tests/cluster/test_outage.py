@@ -11,7 +11,7 @@ import pytest
 from refusing import RefusingDisk
 from searched import CORPUS, end, make_corpus, search_plan
 
-from cluster import claims, driver, outage
+from cluster import claims, driver, outage, tasks
 from cluster.claims import Claim
 from cluster.driver import Tally, _Run
 from cluster.ledger import register
@@ -82,9 +82,9 @@ class QuickRay:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A look in every turn, and no waits."""
     monkeypatch.setattr(driver, "local_gpus", tuple)
-    monkeypatch.setattr(driver, "death", lambda *_: ("infrastructure", "the worker died"))
+    monkeypatch.setattr(tasks, "death", lambda *_: ("infrastructure", "the worker died"))
     monkeypatch.setattr(trials, "_LOCK_SECONDS", 0.01)  # of a lock that the disk did not take away
-    for place, name in ((driver, "POLL_SECONDS"), (driver, "LOOK_SECONDS"), (claims, "AGAIN_SECONDS")):
+    for place, name in ((tasks, "POLL_SECONDS"), (driver, "LOOK_SECONDS"), (claims, "AGAIN_SECONDS")):
         monkeypatch.setattr(place, name, 0.0)
 
 
@@ -119,13 +119,13 @@ def run_of(store: Store, claim: Claim, plan: Plan) -> tuple[_Run, QuickRay]:
     run.pool, run.demand, run.slots = ray, ONE, 1  # type: ignore[assignment]
     run._predict()
     run.began = time.monotonic()
-    start = run._start
+    start = run.tasks.start
 
-    def know(unit: Any) -> None:
+    def know(pool: Any, unit: Any, threads: int) -> None:
         ray.cells |= {one.cell.id: one for one in unit.cells}
-        start(unit)
+        start(pool, unit, threads)
 
-    run._start = know  # type: ignore[method-assign]
+    run.tasks.start = know  # type: ignore[method-assign]
     return run, ray
 
 
@@ -141,7 +141,7 @@ def work(root: Path, plan: Plan, disk: RefusingDisk, refused: Any) -> tuple[Any,
     tally, ids = run.tally, [one.cell.id for one in run.plan.cells]
     states = sorted((cell_state(store, one).state, len(attempt_epochs(store, one))) for one in ids)
     counts = [tally.finished, tally.diverged, tally.failed, tally.skipped, tally.stopped]
-    return states, counts, run.schedule.running, run.tasks, run.schedule.spent_flops, ray.calls, len(run.queue)
+    return states, counts, run.schedule.running, run.tasks.by_call, run.schedule.spent_flops, ray.calls, len(run.queue)
 
 
 @pytest.mark.filterwarnings("ignore:The value of `grace_period`")

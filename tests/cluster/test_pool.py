@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from commandline import ROOT
 
-from cluster import connection, driver, pool
+from cluster import connection, driver, pool, tasks
 from cluster.connection import cluster_nodes, gpu_bytes, start_ray, stop_ray
 from cluster.driver import Tally, run_study
 from cluster.placement import Demand, Fleet, Node, demand_of
@@ -46,7 +46,7 @@ def train(cell, io):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits scaled down."""
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
 
 

@@ -11,7 +11,7 @@ import pytest
 from commandline import Escala
 
 from analysis import load_runs
-from cluster import driver
+from cluster import driver, tasks
 from cluster.driver import run_study
 from sweeps.corpora import make_source, prepare
 from sweeps.grids import plan_study
@@ -43,7 +43,7 @@ def train(cell, io):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits scaled down."""
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
 
 

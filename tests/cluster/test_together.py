@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cluster import driver
+from cluster import driver, tasks
 from cluster.driver import run_study
 from cluster.placement import Demand, Fleet, Node
 from cluster.progress import Progress
@@ -131,7 +131,7 @@ def test_a_stack_that_is_smaller_for_one_too_large_is_looked_up_as_it_is(
 def test_stacks_of_trunks_and_branches_survive_a_killed_worker(
     store: Store, make_plan: Callable[..., Plan], ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(tasks, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(driver, "LOOK_SECONDS", 0.2)
     points = [{"size": 10_000, "tokens": 256 * steps} for steps in (100, 1_600)]  # the kill hits the last 1,400
     plan = make_plan(stack=3, corpus=SOURCE | {"repeat": True}, grid={"type": "points", "points": points})
