@@ -136,6 +136,7 @@ def fitted_law(
         power={name: float(power) for name, power in law["powers"].items()},
         at={name: float(law["at"][name]) for name in law["powers"]},
         range={name: (float(low), float(high)) for name, (low, high) in law["range"].items()},
+        intervals=_intervals(law),
         batch=source if joint else "",
         held=held | ({"context": fit.context} if fit.context else {}),
     )
@@ -189,6 +190,12 @@ def _of_recipe(of: str, laws: list[Mapping[str, Any]], recipe: Mapping[str, Any]
             "for this study's own. Give this study one of those settings."
         )
     return mine[0] if len(laws) > 1 else laws[0]
+
+
+def _intervals(law: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """Of the powers that have one: a bound that is open is null in the fit's file."""
+    found = {name: (law.get("intervals") or {}).get(name) for name in law["powers"]}
+    return {name: (float(one[0]), float(one[1])) for name, one in found.items() if one and None not in one}
 
 
 def _gives_batch(fit: Fit, law: Mapping[str, Any]) -> bool:

@@ -22,6 +22,8 @@ VARIABLES = ("N", "D", "C", "width", "depth", "batch_tokens")
 """What a rule may depend on: parameters, training tokens, training FLOPs, width, depth, tokens a batch."""
 
 
+UNSURE = 1.1
+"""What a power that cannot be told from 0 moves a value by less than this factor is not worth a word."""
 RANGE_SLACK = 1.05
 """What is off the range of a law by less than this factor is inside: lengths are rounded to whole batches."""
 
@@ -86,6 +88,8 @@ class PowerLaw:
     """The reference point; 1 where it has no entry."""
     range: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """From where to where each variable went in the runs behind the law; empty where that is not known."""
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Between which bounds each power lies (95%), as far as they are known."""
     batch: str = ""
     """What a law of the learning rate presumes of batch_tokens: `constant`, or the source of the law that gives it."""
     held: Mapping[str, Any] = field(default_factory=dict)
@@ -139,7 +143,8 @@ class Ruled:
 
 def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
     """What a researcher should know of the laws that a plan takes from elsewhere: where they are used outside the range
-    that they were fitted in and how far, beside a batch that they were not made for, or in another recipe."""
+    that they were fitted in and how far, by powers that may be none, beside a batch that they were not made for, or in
+    another recipe."""
     uses: dict[str, tuple[str, PowerLaw, list[Ruled]]] = {}
     for cell in cells:
         for name, law in cell.laws.items():
@@ -153,6 +158,7 @@ def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
             )
         elif outside := _outside(law, ruled):
             yield f"{by}: {outside}."
+        yield from (f"{by}: {told}" for told in _unsure_powers(law, ruled))
         yield from (f"{by}: {told}" for told in _batch_conflicts(law, ruled))
         for key, held in law.held.items():
             others = [cell.recipe[key] for cell in ruled if key in cell.recipe and cell.recipe[key] != held]
@@ -181,6 +187,20 @@ def _outside(law: PowerLaw, ruled: list[Ruled]) -> str:
     lie = "lies" if count == 1 else "lie"
     told = f"{count} of {plural(len(ruled), 'cell')} {lie} outside the range that it was fitted in: {', '.join(parts)}"
     return told if count else ""
+
+
+def _unsure_powers(law: PowerLaw, ruled: list[Ruled]) -> Iterator[str]:
+    """The powers that cannot be told from 0, and how far they move the cells' values from the law's reference point."""
+    for name, (low, high) in law.intervals.items():
+        if not low <= 0.0 <= high or name not in law.power:
+            continue
+        moved = [(cell.known[name] / law.at.get(name, 1.0)) ** law.power[name] for cell in ruled]
+        factor = max(max(one, 1.0 / one) for one in moved)
+        if factor > UNSURE:
+            yield (
+                f"its power of {name}, {law.power[name]:.2g} ({low:.2g} to {high:.2g}), cannot be told from 0, and "
+                f"moves the value by up to {_times(factor)} here. More seeds or more range in {name} would settle it."
+            )
 
 
 def _batch_conflicts(law: PowerLaw, ruled: list[Ruled]) -> Iterator[str]:

@@ -19,7 +19,7 @@ LAW = {
     "value": 0.0123,
     "at": {"N": 5e4, "D": 1e6},
     "powers": {"N": -0.4, "D": 0.1},
-    "intervals": {"value": [0.011, 0.014], "N": [-0.5, -0.3], "D": [0.0, 0.2]},
+    "intervals": {"value": [0.011, 0.014], "N": [-0.5, -0.3], "D": [0.05, 0.15]},
     "range": {"N": [1e4, 2e5], "D": [5e4, 4e6]},
     "optima": 5,
     "curvature": 0.05,
@@ -70,6 +70,19 @@ def test_a_law_in_its_range_and_recipe_is_used_without_a_word_and_outside_with_o
     (text,) = [text for text in outside.warnings if "learning_rate by" in text]
     assert "the fit of source: 1 of 2 cells lies outside the range that it was fitted in: N up to 1.6" in text
     assert "times above (fitted 10k to 200k)" in text
+
+
+def test_a_power_that_cannot_be_told_from_none_is_used_with_a_word_where_it_matters() -> None:
+    def told(bounds: list[float | None], **fields: Any) -> list[str]:
+        found = fit(LAW | {"intervals": LAW["intervals"] | {"D": bounds}})
+        return [text for text in plan(points(POINT, training=FITTED, **fields), found).warnings if "power of" in text]
+
+    (text,) = told([-0.05, 0.25])
+    assert "its power of D, 0.1 (-0.05 to 0.25), cannot be told from 0, and moves the value by up to 1.32 times" in text
+    assert not told([0.05, 0.15])
+    assert not told([None, 0.25]), "of an open interval nothing is said"
+    near = fit(LAW | {"intervals": LAW["intervals"] | {"D": [-0.05, 0.25]}, "at": {"N": 5e4, "D": POINT["tokens"]}})
+    assert not any("power of" in text for text in plan(points(POINT, training=FITTED), near).warnings)
 
 
 def test_what_was_equal_in_the_runs_behind_a_law_and_is_another_here_is_named() -> None:
