@@ -317,7 +317,8 @@ def _write_documents(path: Path, losses: np.ndarray, tokens: np.ndarray) -> None
 
 def kind_of(error: Exception) -> str:
     """Which budget an error is charged to."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)  # torch's, without a class
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or refused:
         return "out_of_memory"
     disk = isinstance(error, OSError) or (isinstance(error, InputError) and isinstance(error.__cause__, OSError))
     return "infrastructure" if disk else "code"

@@ -106,9 +106,8 @@ def import_runs(
         kept = {cell_id: entry for cell_id, entry in old.items() if replaced.get(cell_id) is None}
         entries = dict(kept)
         for cell_id, one in found.items():
-            labels = {key: one["run"][key] for key in ("budget",) if one["run"].get(key) is not None}
-            entries.setdefault(cell_id, {"id": cell_id, "labels": labels})
-        if entries.keys() != old.keys():
+            entries[cell_id] = {"id": cell_id, "labels": _labels(one["run"], one["row"])}
+        if entries != old:
             study = before.get("study") or {"name": name, "question": f"What do the runs of {source} say?"}
             plan = {"format": FORMAT, "planned": timestamp(), "foreign": True, "study": study, "corpus": {}}
             write_json(store.study(name) / "plan.json", {**plan, "cells": list(entries.values())})
@@ -117,6 +116,16 @@ def import_runs(
             quarantine_cell(store, name, now, mark["why"], mark["who"])
     known = len(found.keys() & old.keys())
     return Imported(len(found) - known, known, len(rows) - len(found), len(old) - len(kept))
+
+
+def _labels(run: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a plan says of a cell, under the names that an export has for it: where it stands in its grid or search, and
+    whether its settings are the defaults, against which tuning is held."""
+    found = {"budget": run.get("budget")}
+    found |= {key: row.get(key) for key in ("size", "trial", "rung") if isinstance(row.get(key), int | float)}
+    found["search"] = row["search"] if isinstance(row.get("search"), str) else None
+    found["default"] = {"true": True, "false": False}.get(str(row.get("is_default")).lower())
+    return {key: value for key, value in found.items() if value is not None}
 
 
 @contextmanager

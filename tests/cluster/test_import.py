@@ -168,6 +168,8 @@ def test_an_export_of_escala_says_what_n_and_c_mean_and_keeps_what_diverged(esca
     frame = table().rename(columns={"params": "N", "tokens": "D", "loss": "val_loss_final"}).assign(state="finished")
     frame = frame.assign(N_nonembedding=frame["N"] - 9, N_nonembedding_head=frame["N"] - 4, N_total=frame["N"])
     frame = frame.assign(C=6.6 * frame["N"] * frame["D"], C_6nd=6 * frame["N"] * frame["D"], loss_at_start=9.5)
+    frame = frame.assign(size=frame["N"].round(-3), is_default=[None, True, False] * 5, search=None)
+    frame.loc[1:2, ["search", "trial", "rung"]] = [["llama 1e9", 0.0, 1.0], ["llama 1e9", 7.0, 1.0]]
     frame.loc[3, ["state", "reason", "excluded"]] = ["diverged", "loss 80 nats", "diverged: loss 80 nats"]
     frame.loc[3, "val_loss_final"] = float("nan")
     frame.loc[4, ["state", "excluded"]] = ["diverged", "a typo"]
@@ -179,6 +181,12 @@ def test_an_export_of_escala_says_what_n_and_c_mean_and_keeps_what_diverged(esca
     assert (lost["excluded"], lost["loss_at_start"]) == ("diverged: loss 80 nats", 9.5)
     assert runs["val_loss_final"].isna().sum() == 1
     assert (runs["N_nonembedding"] == runs["N"] - 9).all()
+    labels = ["is_default", "search", "trial", "rung"]
+    known, told_so = (
+        sorted(f"{row.size} {row.D:.0f} {[getattr(row, name) for name in labels]}" for row in one.itertuples())
+        for one in (runs, frame.drop(4))
+    )
+    assert known == told_so, "tuned runs keep what they are held against"
     status = json.loads(escala("status", "lit", "--store", "s", "--json").stdout)
     assert status["counts"] == {"diverged": 1, "finished": 13}
     escala("export", "lit", "--out", "again.csv", "--curves", "curves.csv", "--store", "s")

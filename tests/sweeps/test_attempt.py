@@ -81,8 +81,17 @@ def test_an_error_in_the_code_is_recorded_with_its_traceback_and_not_raised(corp
     assert not (store.cell(cell.id) / "result.json").exists()
 
 
-def test_a_failed_attempt_leaves_nothing_in_the_memory_of_its_worker(
-    corpus: Corpus, store: Store, monkeypatch: pytest.MonkeyPatch
+def refused_by_a_gpu() -> None:
+    raise torch.cuda.OutOfMemoryError("out of memory")
+
+
+def refused_by_the_host() -> None:
+    torch.empty(10**15)
+
+
+@pytest.mark.parametrize("refused", [refused_by_a_gpu, refused_by_the_host])
+def test_an_attempt_that_gets_no_memory_is_told_so_and_leaves_nothing_in_that_of_its_worker(
+    refused: Callable[[], None], corpus: Corpus, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker tries the next cell at once, or the same again, and looks for room before Python looks for cycles."""
     run_attempt(store, put(store, make_cell(corpus, 2, seed=82)), study="s")  # the imports of a first one leave more
@@ -91,7 +100,7 @@ def test_a_failed_attempt_leaves_nothing_in_the_memory_of_its_worker(
 
     def fail(self: Solo, *_: Any, **__: Any) -> Any:
         built.append(weakref.ref(self.table.values))
-        raise torch.cuda.OutOfMemoryError("out of memory")
+        refused()
 
     monkeypatch.setattr(Solo, "backward", fail)
     gc.disable()
