@@ -47,7 +47,8 @@ app = typer.Typer(
 )
 
 AddressOption = Annotated[
-    str, typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster, or local for a Ray of its own on this machine.")
+    str,
+    typer.Option(envvar="RAY_ADDRESS", help="A Ray cluster (HEAD:6379, or auto), or local for a Ray of its own here."),
 ]
 ColumnsOption = Annotated[
     list[str] | None,
@@ -182,7 +183,9 @@ def run(
     store: StoreOption = DEFAULT_STORE,
     address: AddressOption = "local",
     tracking_uri: TrackingOption = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="At most so many cells at once.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="At most so many workers at once, each with a cell or a stack of cells.")
+    ] = None,
     allow_code: CodeOption = False,
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0, help="Wall-clock time between the checkpoints of a cell.")
@@ -259,7 +262,8 @@ def fit(
     fix: Annotated[list[str] | None, typer.Option(help="Hold parameters of the law: NAME=VALUE,NAME=VALUE.")] = None,
     drop_worst: Annotated[int, typer.Option(min=0, help="Leave out so many of the worst-fitting runs.")] = 0,
     bootstrap: Annotated[
-        int | None, typer.Option(min=10, help="Resamples behind the intervals. Default: 2000 for isoflop, else 1000.")
+        int | None,
+        typer.Option(min=10, help="Resamples behind the intervals. Default: 2000 for isoflop and akima, else 1000."),
     ] = None,
     cluster: Annotated[
         str | None, typer.Option(help="Resample whole groups of rows with equal values of this column.")
@@ -340,7 +344,8 @@ def sensitivity(
         float, typer.Option(help="The plateau: learning rates within this fraction of the best loss.")
     ] = 0.01,
     axis: Annotated[
-        list[str] | None, typer.Option(help="Seek over learning_rate, batch_tokens. Default: what was crossed.")
+        list[str] | None,
+        typer.Option(help="Seek over learning_rate, batch_tokens (one each). Default: what was crossed."),
     ] = None,
     importance: Annotated[
         list[str] | None,

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 DEFAULT_STORE = Path("escala-store")
 
 StudyFileArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped study.")]
-StudyArgument = Annotated[str, typer.Argument(help="A study file, or the name of a shipped or finished study.")]
+StudyArgument = Annotated[
+    str, typer.Argument(help="A study file, or the name of a shipped study or of one in the store.")
+]
 CellArgument = Annotated[str, typer.Argument(help="A cell's id, or the beginning of it.")]
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="ESCALA_STORE", help="The folder that holds corpora, cells and studies.")
@@ -36,7 +38,7 @@ TrackingOption = Annotated[
         "--tracking-uri",
         envvar="MLFLOW_TRACKING_URI",
         callback=_tracking_uri,
-        help="MLflow server. Default: a database in the store.",
+        help="MLflow server. Default: a database in the store. Runs are read from it where no store has them.",
     ),
 ]
 
@@ -46,7 +48,7 @@ AcceptOption = Annotated[
 ]
 RefitOption = Annotated[
     bool,
-    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those first planned with."),
+    typer.Option("--refit", help="Take the newest fits of studies named as `fitted`, not those of its first run."),
 ]
 
 

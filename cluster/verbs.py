@@ -114,7 +114,7 @@ def _log_line(row: dict[str, Any]) -> str:
 @app.command(rich_help_panel=STEER)
 def why(
     cell: CellArgument,
-    other: Annotated[str | None, typer.Argument(help="Another cell's.")] = None,
+    other: Annotated[str | None, typer.Argument(help="Another cell's id, or its beginning.")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """Parametrisations: how initial scales, learning rates and forward multipliers follow a model's width and depth.
 
     standard    nothing follows them
-    mup         width (Yang & Hu 2021, 2203.03466), AdamW, tables and readout as in the table below
+    mup         width (Yang et al. 2022, 2203.03466), AdamW, tables and readout as in the table below
     completep   width and depth (Dey et al. 2025, 2505.01618)
 
 With m = width / base width, m_L = depth / base depth and alpha = 1 (mup: m_L = 1):
