@@ -16,7 +16,17 @@ from analysis.decisions import decide, undecided
 from analysis.isoflop import Method, fit_isoflop
 from analysis.laws import Law, find_law
 from analysis.problems import OBJECTIVES, Objective, Problem, Robust, check_fixed, check_floor, make_problem
-from analysis.resampling import Way, along_curves, dependent_runs, draw_thetas, group_labels, root_weights, trunk_labels
+from analysis.resampling import (
+    Way,
+    along_curves,
+    dependent_runs,
+    draw_thetas,
+    group_labels,
+    repeats_of,
+    robust_scale,
+    root_weights,
+    trunk_labels,
+)
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
 from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
@@ -150,7 +160,16 @@ def fit_law(
     free = len(form.names) - len(settings.fixed)
     best, spread = _calibrate(problem, free)
     freedom = max(0.9 * (problem.rows - free), 0.0)
-    noise, said = judge_noise(selection.noise if not settings.raw else None, spread, freedom)
+    seeds = selection.noise if not settings.raw else None
+    repeats = repeats_of(problem, (problem.predict(best.theta) - problem.target) * root_weights(problem), free)
+    if repeats is None:
+        noise, said = judge_noise(seeds, spread, freedom)
+    else:
+        noise, said = judge_noise(seeds, repeats.sd, repeats.freedom, repeats.each)
+    if repeats is not None and noise.source == "residuals":
+        spread, freedom = repeats.sd, repeats.freedom
+    else:  # nothing is seen that the runs of a place have in common
+        repeats = None
     verdicts += said
     robust = _robust(settings, noise if np.isfinite(noise.sd) else Noise(sd=1e-3, freedom=0, source="unknown"))
     best = solve(problem, robust)
@@ -160,19 +179,30 @@ def fit_law(
     trunks = trunk_labels(rows)
     cluster = settings.cluster or ("cell" if trunks is None else "trunk")
     labels = trunks if cluster == "trunk" and trunks is not None else group_labels(rows, cluster)
+    if settings.resample == "auto" and settings.cluster is None and trunks is None and repeats is not None:
+        labels = repeats.places.astype(str)  # what the law misses at a place is common to its runs
     units = len(np.unique(labels))
-    many = selection.noise is None and problem.rows >= MANY_ROWS
+    many = selection.noise is None and units >= MANY_ROWS
     if trunks is not None:
         many = units >= free + 2  # fewer cannot be resampled
     if settings.resample == "auto" and (settings.cluster or many):
         way = "rows"
     drawn = _pooled(noise, spread, freedom)
     own, said = [drawn] * len(rows), list[Verdict]()
-    if way == "noise" and "C" in rows.columns:  # rows and trunks that are drawn bring their own scatter along
-        own, said = _by_compute(problem, best.theta, rows["C"].to_numpy(dtype=float), drawn, spread, free)
-    verdicts += said
+    if "C" in rows.columns:
+        own, said = _by_compute(problem, best.theta, rows["C"].to_numpy(dtype=float), drawn, free)
+    verdicts += said if way == "noise" else []  # rows and trunks that are drawn bring their own scatter along
     thetas = draw_thetas(
-        problem, robust, best.theta, drawn, way, labels, by_row=own, count=settings.resamples, seed=settings.seed
+        problem,
+        robust,
+        best.theta,
+        drawn,
+        way,
+        labels,
+        by_row=own,
+        repeats=repeats,
+        count=settings.resamples,
+        seed=settings.seed,
     )
     draws = problem.params(thetas) if len(thetas) else {}
     if not len(thetas) and way == "rows":
@@ -206,6 +236,7 @@ def fit_law(
         excluded=selection.excluded,
         noise=noise.to_json()
         | {"residual_sd": spread, "residual_freedom": freedom}
+        | ({"common": repeats.common} if repeats is not None else {})
         | {"drawn_sd": drawn.sd, "drawn_freedom": drawn.freedom}
         | {"dearest_sd": own[dearest].sd, "dearest_freedom": own[dearest].freedom},
         decisions=decisions,
@@ -330,10 +361,15 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
 
 
 def _by_compute(
-    problem: Problem, theta: np.ndarray, C: np.ndarray, drawn: Noise, spread: float, free: int
+    problem: Problem, theta: np.ndarray, C: np.ndarray, drawn: Noise, free: int
 ) -> tuple[list[Noise], list[Verdict]]:
-    """The noise of each row's copies, by its compute. Clipped as Huber does: outliers make no half noisy."""
-    misses = np.clip((problem.predict(theta) - problem.target) * root_weights(problem), -1.5 * spread, 1.5 * spread)
+    """The noise of each row's copies, by its compute. Each half is clipped as Huber does: outliers make none noisy."""
+    misses = (problem.predict(theta) - problem.target) * root_weights(problem)
+    high = np.greater(C, np.median(C))
+    for half in (high, ~high):
+        if left := half.sum() * max(1.0 - free / len(C), 0.0):
+            scale = robust_scale(misses[half], left)
+            misses[half] = np.clip(misses[half], -1.5 * scale, 1.5 * scale)
     # what the law misses is common to the seeds of a cell, which then count as one
     cells = len(np.unique(np.stack(list(problem.variables.values())), axis=1).T)
     count = cells / len(C) if drawn.source == "residuals" else 1.0

@@ -6,6 +6,7 @@ the degrees of freedom that the parameters took.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -86,6 +87,59 @@ def dependent_runs(labels: np.ndarray, remedy: str) -> Verdict:
     return Verdict("dependent_runs", "caution", "fit", None, message, evidence)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Repeats:
+    """Runs that repeat the places of others: by seeds, as a rule.
+
+    places: (n,), the place of each run, counted from 0. each: runs at a place, the effective mean (Searle 1971).
+    sd: of one run about the law. common: the share of its variance that all runs of a place have in common: what the
+    law, or the tuning of that cell, misses. freedom: of the places about the law.
+    """
+
+    places: np.ndarray
+    each: float
+    sd: float
+    common: float
+    freedom: float
+
+
+def repeats_of(problem: Problem, misses: np.ndarray, free: int) -> Repeats | None:
+    """The components of the residuals `misses` (n,), in units of a run of weight 1; None where each run has a place of
+    its own, or there are no more places than the `free` parameters."""
+    _, places = np.unique(np.stack(list(problem.variables.values())), axis=1, return_inverse=True)
+    runs = np.bincount(places).astype(float)
+    n, m = len(misses), len(runs)
+    if not max(free, 1) < m < n:
+        return None
+    means = np.bincount(places, misses) / runs
+    within = float(np.square(misses - means[places]).sum() / (n - m))
+    between = robust_scale(np.sqrt(runs) * means, m - free) ** 2
+    each = (n - float(np.square(runs).sum()) / n) / (m - 1)
+    excess = max(between - within, 0.0) / each
+    total = within + excess
+    return Repeats(
+        places=places,
+        each=each,
+        sd=float(np.sqrt(total)),
+        common=excess / total if total > 0 else 0.0,
+        freedom=0.9 * (m - free),
+    )
+
+
+def robust_scale(misses: np.ndarray, freedom: float) -> float:
+    """The scale of residuals that have so many degrees of freedom (Huber's proposal 2): an outlier counts as one and a
+    half scales. Where they are few, nothing can be called an outlier."""
+    full = misses * np.sqrt(len(misses) / freedom)  # as large as before the fit took its part
+    scale = float(np.sqrt(np.square(full).mean()))
+    for _ in range(20 if len(misses) >= 3 * (len(misses) - freedom) else 0):
+        # the mean of min(z, 1.5)^2 over a standard normal is .7784
+        new = float(np.sqrt(np.square(np.clip(full, -1.5 * scale, 1.5 * scale)).mean() / 0.7784))
+        if abs(new - scale) <= 1e-3 * scale:
+            break
+        scale = new
+    return scale
+
+
 def draw_thetas(
     problem: Problem,
     robust: Robust,
@@ -95,13 +149,15 @@ def draw_thetas(
     labels: np.ndarray,
     *,
     by_row: Sequence[Noise],
+    repeats: Repeats | None = None,
     count: int,
     seed: int,
 ) -> np.ndarray:
     """Draws of the solver's coordinates around a fit, (count, K); none where there is nothing to draw from.
 
     noise: new losses from the fitted law with Gaussian noise, that of `by_row` (n,), its scale drawn too; rows: whole
-    groups of rows that share a label (n,), with replacement; delta: a normal approximation.
+    groups of rows that share a label (n,), with replacement; delta: a normal approximation. repeats: what runs of one
+    place have in common of their noise, drawn once for all of them.
     """
     generator = np.random.default_rng(seed)
     free = int((problem.lower < problem.upper).sum())
@@ -120,7 +176,9 @@ def draw_thetas(
     if not np.isfinite(noise.sd) or noise.freedom <= 0:
         return np.empty((0, len(best)))
     if way == "delta":
-        scales, root = noise.draw(generator, count), _covariance_root(problem, robust, best, noise.sd)
+        # what k runs have in common weighs as k times as much in each
+        sd = noise.sd * (np.sqrt(1.0 + (repeats.each - 1.0) * repeats.common) if repeats else 1.0)
+        scales, root = noise.draw(generator, count), _covariance_root(problem, robust, best, sd)
         steps = generator.standard_normal((count, root.shape[1])) @ root.T
         return np.asarray(np.clip(best + steps * (scales / noise.sd)[:, None], problem.lower, problem.upper))
     center = problem.predict(best)
@@ -128,7 +186,11 @@ def draw_thetas(
     def copies(size: int) -> np.ndarray:
         scales = {own: own.draw(generator, size)[:, None] for own in dict.fromkeys(by_row)}
         of_rows = np.hstack([scales[own] for own in by_row])
-        return center + generator.standard_normal((size, problem.rows)) * of_rows / root_weights(problem)
+        shocks = generator.standard_normal((size, problem.rows))
+        if repeats is not None and repeats.common > 0:
+            places = generator.standard_normal((size, int(repeats.places.max()) + 1))[:, repeats.places]
+            shocks = np.sqrt(1.0 - repeats.common) * shocks + np.sqrt(repeats.common) * places
+        return center + shocks * of_rows / root_weights(problem)
 
     return _many(problem, robust, best, count, targets=copies)
 

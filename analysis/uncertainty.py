@@ -118,12 +118,15 @@ def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None
     return Noise(sd=sd, freedom=freedom, source="seeds", groups=len(many))
 
 
-def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float) -> tuple[Noise, list[Verdict]]:
+def judge_noise(
+    seeds: Noise | None, residual_sd: float, residual_freedom: float, repeats: float = 1.0
+) -> tuple[Noise, list[Verdict]]:
     """The noise that the intervals of a fit are built on, and what has to be said about it.
 
     Seed noise where it was measured, unless the runs scatter about the law significantly more than seeds do (F test,
     5%): then the law or the tuning of the cells is off, or seeds differ more elsewhere, and intervals from seed noise
-    alone would be too narrow. Residuals where no seeds were replicated.
+    alone would be too narrow. Residuals where no seeds were replicated. repeats: runs at each place that was fitted,
+    whose common miss shows the better the more they are.
     """
     known = residual_freedom > 0 and np.isfinite(residual_sd)
     residual = Noise(sd=residual_sd, freedom=residual_freedom, source="residuals") if known else UNKNOWN
@@ -138,7 +141,7 @@ def judge_noise(seeds: Noise | None, residual_sd: float, residual_freedom: float
         return residual, [Verdict("noise_from_residuals", "caution", "fit", None, message)]
     if not known or residual_sd <= max(seeds.sd, ROUNDING):
         return seeds, []
-    ratio = (residual_sd / seeds.sd) ** 2 if seeds.sd > 0 else np.inf
+    ratio = 1.0 + repeats * ((residual_sd / seeds.sd) ** 2 - 1.0) if seeds.sd > 0 else np.inf
     freedom = min(seeds.freedom, MANY)
     if seeds.sd > 0 and fdtrc(residual_freedom, freedom, ratio) >= 0.05:
         return seeds, []
