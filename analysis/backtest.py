@@ -20,7 +20,7 @@ import pandas as pd
 from analysis.fitting import Settings, fit_law
 from analysis.forecast import predict
 from analysis.laws import find_law
-from analysis.resampling import along_curves
+from analysis.resampling import along_curves, shared_past
 from analysis.selection import Selection, select
 from analysis.uncertainty import Noise, seed_noise
 from analysis.verdicts import NAN, Fit, Verdict, budget_name, clean, refused
@@ -54,7 +54,8 @@ _TOO_POOR = ("too_few_runs", "too_few_levels", "one_path")
 class Score:
     """One law, fitted to the runs up to a cut, on the runs about `ratio` times dearer.
 
-    cut: the dearest compute fitted, FLOPs. fitted, runs: how many runs were fitted, and scored. reach: median C / cut
+    cut: the dearest compute fitted, FLOPs. fitted, runs: how many runs were fitted, and scored. cells: those that were
+    scored, all seeds of one counted once, since what the law misses is common to them. reach: median C / cut
     of the runs scored. error: mean of |predicted / measured - 1|, the absolute relative error. bias: mean of
     predicted / measured - 1. inside: share of the runs within their interval, a prediction's for a new run, seed
     noise included; NaN where the fit has no intervals. chosen: the law was the choice of an earlier cut, so that its
@@ -66,6 +67,7 @@ class Score:
     ratio: float
     fitted: int
     runs: int
+    cells: int
     reach: float
     error: float = NAN
     bias: float = NAN
@@ -123,7 +125,7 @@ class Backtest:
         return self.supports(self.chosen) if self.chosen else NAN
 
     def at_ratio(self, law: str, ratio: float) -> tuple[float, float, int]:
-        """A law's mean error at a ratio, the share of runs inside their intervals, and how many runs: NaN, NaN, 0.
+        """A law's mean error at a ratio, the share of runs inside their intervals, and how many cells: NaN, NaN, 0.
 
         Of the cuts that can be scored there the dearest count, as many as give eight runs: they are nearest to a fit
         of all runs. For the chosen law of several only those scores count that had no part in its choice.
@@ -139,13 +141,13 @@ class Backtest:
         error, inside = (
             float(np.average([getattr(s, of) for s in used], weights=weights)) for of in ("error", "inside")
         )
-        return error, inside, sum(weights)
+        return error, inside, sum(s.cells for s in used)
 
     def supports(self, law: str) -> float:
         """The largest ratio up to which a law's mean error stays within 2% and its intervals hold; see `at_ratio`.
 
         Intervals hold where the share of runs inside them is at least .6 of their level. 1.0 if the smallest ratio
-        fails already; NaN where fewer than three runs could be scored at every ratio, or where the number is refused.
+        fails already; NaN where fewer than three cells could be scored at every ratio, or where the number is refused.
         InputError for a law that was not tested.
         """
         if law not in self.laws:
@@ -154,8 +156,8 @@ class Backtest:
         if refused(self.verdicts, "decision", "supported_ratio"):
             return best
         for ratio in sorted({s.ratio for s in self.scores}):
-            error, inside, runs = self.at_ratio(law, ratio)
-            if runs < TOO_FEW:
+            error, inside, cells = self.at_ratio(law, ratio)
+            if cells < TOO_FEW:
                 continue
             if not (error <= ERROR_BOUND and inside >= HOLDS * self.level):
                 return 1.0 if np.isnan(best) else best
@@ -169,15 +171,15 @@ class Backtest:
             return f"the backtest has too few scores of {law} to support any ratio."
         beyond = [r for r in sorted({s.ratio for s in self.scores}) if r > supported]
         tested = [(r, *self.at_ratio(law, r)) for r in beyond]
-        failed = next(((r, error, inside, runs) for r, error, inside, runs in tested if runs >= TOO_FEW), None)
+        failed = next(((r, error, inside, cells) for r, error, inside, cells in tested if cells >= TOO_FEW), None)
         if failed is None:
             return f"the backtest reaches no further than {supported:g} times, where {law} held."
-        ratio, error, inside, runs = failed
+        ratio, error, inside, cells = failed
         held = (
             "had no intervals" if np.isnan(inside) else f"held {inside:.0%} of them in its {self.level:.0%} intervals"
         )
         return (
-            f"in the backtest, at {ratio:g} times, {law} was off by {error:.1%} on average over {plural(runs, 'run')} "
+            f"in the backtest at {ratio:g} times, {law} was off by {error:.1%} on average over {plural(cells, 'cell')} "
             f"and {held} (asked for: at most {ERROR_BOUND:.0%}, and at least {HOLDS * self.level:.0%})."
         )
 
@@ -239,6 +241,9 @@ def backtest(
     settings = Settings(fixed={}, resamples=RESAMPLES, level=level, seed=seed)
     trials = {(law, cut): _trial(law, selection, cut, settings) for cut in cuts for law in laws}
 
+    names = dict.fromkeys(name for form in forms for name in form.variables)
+    place = selection.rows.groupby(list(names)).ngroup().to_numpy()
+
     # 2. the choice at each cut, by what was known at the next, and what became of it there
     choices: list[Choice] = []
     for now, after in pairwise(cuts) if len(laws) > 1 else ():
@@ -271,6 +276,7 @@ def backtest(
                     ratio=float(ratios[k]),
                     fitted=int((compute <= cut).sum()),
                     runs=int(which.sum()),
+                    cells=len(np.unique(place[which])),
                     reach=float(np.median(compute[which]) / cut),
                     error=trial.mean(which),
                     bias=float(trial.misses[which].mean()),
@@ -282,8 +288,9 @@ def backtest(
     chosen = (choices[-1].law if choices else None) if len(laws) > 1 else laws[0]
     result = replace(empty, dearest=float(compute[-1]), scores=tuple(scores), choices=tuple(choices), chosen=chosen)
     curves = along_curves(selection.rows, ALONG_CURVES)
+    trunks = next((v for cut in cuts if (v := shared_past(selection.rows, compute <= cut)) is not None), None)
     said = _judge(result, compute, [t.refused for t in trials.values() if t.refused])
-    return replace(result, verdicts=(*said, *([curves] if curves else [])))
+    return replace(result, verdicts=(*said, *filter(None, (curves, trunks))))
 
 
 def judge_targets(fit: Fit, backtest: Backtest) -> Fit:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.fitting import fit
 from analysis.laws import find_law
+from analysis.resampling import shared_past
 from analysis.selection import cell_names, with_states
 from analysis.uncertainty import Noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Fit, Interval, Verdict, budget_name, clean
@@ -98,7 +99,8 @@ def forecast_dearest(
     path = fit(rest, "isoflop", targets=[C], **settings)
     surface = fit(rest, "chinchilla", targets=[C], **settings)
     spent = float(usable.loc[usable["budget"] < dearest, "C"].max())
-    verdicts: list[Verdict] = []
+    trunks = shared_past(usable.assign(cell=cell_names(usable)), (usable["budget"] < dearest).to_numpy())
+    verdicts = [trunks] if trunks is not None else []
     minimum = NOTHING
     sizes: tuple[SizeForecast, ...] = ()
     target = path.decisions["targets"][0]

@@ -300,10 +300,10 @@ def _backtest(found: Backtest) -> str:
         return title + told
     law, supported = found.chosen or LAW, found.supported_ratio
     if supported > 1:
-        error, inside, runs = found.at_ratio(law, supported)
+        error, inside, scored = found.at_ratio(law, supported)
         words = (
             f"Fitted to cheap runs, it predicts the loss of runs up to <b>{supported:g} times</b> dearer: there it was "
-            f"off by {error:.2%} on average over {plural(runs, 'run')}, {inside:.0%} of them inside their "
+            f"off by {error:.2%} on average over {plural(scored, 'cell')}, {inside:.0%} of the runs inside their "
             f"{found.level:.0%} intervals."
         )
     elif np.isnan(supported):

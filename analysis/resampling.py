@@ -87,6 +87,19 @@ def dependent_runs(labels: np.ndarray, remedy: str) -> Verdict:
     return Verdict("dependent_runs", "caution", "fit", None, message, evidence)
 
 
+def shared_past(rows: pd.DataFrame, fitted: np.ndarray) -> Verdict | None:
+    """The caution that runs which a fit is scored by share trunks with those that it knows: `fitted` is (n,)."""
+    labels = trunk_labels(rows)
+    if labels is None or not (shared := np.intersect1d(labels[fitted], labels[~fitted])).size:
+        return None
+    scored = int(np.isin(labels[~fitted], shared).sum())
+    message = (
+        f"{plural(scored, 'run')} that the fit is scored by share {plural(len(shared), 'trunk')} with runs that it "
+        "knows: what chance did to a trunk is in both, so new runs would be missed by more."
+    )
+    return Verdict("dependent_runs", "caution", "fit", None, message, {"scored": scored, "trunks": len(shared)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
     """Runs that repeat the places of others: by seeds, as a rule.

@@ -81,11 +81,11 @@ def test_law_that_bends_is_not_supported() -> None:
     found = backtest(table.assign(loss=bend), ["chinchilla"])
     assert found.supported_ratio == 1.0
     assert re.search(
-        r"at 4 times, chinchilla was off by [45]\.\d%.* over 14 runs and held 0%", found.limit("chinchilla")
+        r"at 4 times, chinchilla was off by [45]\.\d%.* over 7 cells and held 0%", found.limit("chinchilla")
     )
-    error, inside, runs = found.at_ratio("chinchilla", 4.0)
+    error, inside, cells = found.at_ratio("chinchilla", 4.0)
     assert error > ERROR_BOUND
-    assert (inside, runs) == (0.0, 14)
+    assert (inside, cells) == (0.0, 7), "two seeds of one cell are one"
 
 
 def test_intervals_hold_about_as_often_as_they_say() -> None:

@@ -99,6 +99,10 @@ def test_a_backtest_and_a_comparison_say_it_of_points_along_curves_too() -> None
     (told,) = [v for v in backtest(rows, ["chinchilla_tied"]).verdicts if v.code == "dependent_runs"]
     assert "45 rows stand at 9 values of run with" in told.message
     assert "Test the ends of runs alone" in told.message
+    (told,) = [v for v in backtest(table(0), ["chinchilla_tied"]).verdicts if v.code == "dependent_runs"]
+    assert " with runs that it knows" in told.message
+    apart = table(0).assign(trunk=lambda rows: rows["cell"])
+    assert "dependent_runs" not in {v.code for v in backtest(apart, ["chinchilla_tied"]).verdicts}
     found = compare_recipes(rows.assign(run=range(45)), rows, resamples=100)
     (told,) = [v for v in found.verdicts if v.code == "dependent_runs"]
     assert told.message.startswith("candidate: 45 rows")
