@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from analysis.joint import MIN_WIDE, Joint, bend, join, resample, solve, spreads
+from analysis.joint import MIN_WIDE, Joint, bend, by_cells, join, resample, solve, spreads
 from analysis.resampling import along_curves
 from analysis.selection import Selection, provenance, select
 from analysis.uncertainty import interval
@@ -282,15 +282,19 @@ def _slope(rows: pd.DataFrame) -> tuple[float, float, float]:
 def _compared(blank: Comparison, one: pd.DataFrame, two: pd.DataFrame, resamples: int, seed: int) -> Comparison:
     """The comparison of two tables that may be compared."""
     joint = join(one, two)
-    rows, units = len(joint.c), int(joint.unit.max()) + 1
-    # A pair counts once: its difference alone speaks of the recipes. So do the cells of a trunk.
-    freedom = (rows - len(joint.bounds[0])) * units / rows
-    if freedom < MIN_FREEDOM:
-        message = f"{rows} runs leave nothing over to judge their noise by. Add sizes, token counts or seeds."
-        return _refuse(blank, "too_few_runs", message)
+    rows = len(joint.c)
+    poor = f"{rows} runs leave nothing over to judge their noise by. Add sizes, token counts or seeds."
+    if _freedom(joint) < MIN_FREEDOM:
+        return _refuse(blank, "too_few_runs", poor)
+    first = solve(joint)
+    joint = by_cells(joint, first)
+    if (freedom := _freedom(joint)) < MIN_FREEDOM:
+        return _refuse(
+            blank, "too_few_runs", f"{poor} (Cells are off by more than their seeds: more seeds do not help.)"
+        )
 
     # 1. one surface for both, and copies of it: g holds the fitted coefficients first, then those of the copies
-    joint, best = bend(joint, solve(joint), freedom)
+    joint, best = bend(joint, first, freedom)
     generator = np.random.default_rng(seed)
     g = np.vstack([best.theta[-len(joint.powers) :], resample(joint, best, freedom, generator, resamples)])
     difference, single = best.scales[1:]
@@ -331,6 +335,13 @@ def _compared(blank: Comparison, one: pd.DataFrame, two: pd.DataFrame, resamples
         allocation=allocation,
         draws={"ln_multiplier": joint.log_multiplier(g[1:], sum(ends) / 2)},
     )
+
+
+def _freedom(joint: Joint) -> float:
+    """Of the fit. A pair counts once: its difference alone speaks of the recipes. So do the cells of a trunk, and the
+    seeds of a cell where `by_cells` made one unit of them."""
+    rows, units = len(joint.c), int(joint.unit.max()) + 1
+    return (rows - len(joint.bounds[0])) * units / rows
 
 
 def _refuse(blank: Comparison, code: str, message: str) -> Comparison:

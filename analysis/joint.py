@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from scipy.special import stdtrit
+from scipy.special import fdtrc, stdtrit
 
 from analysis.resampling import trunk_labels
 
@@ -46,7 +46,8 @@ def spreads(c: np.ndarray, a: np.ndarray) -> bool:
 class Joint:
     """Runs of both recipes: the baseline's and then the candidate's run of each pair, then all others.
 
-    unit: (n,), counted from 0: runs of one unit share noise, those of a pair and those of a trunk.
+    unit: (n,), counted from 0: runs of one unit share noise, those of a pair and those of a trunk. cell: (n,), counted
+    from 0: runs of one size and length.
     c, a, log_loss: (n,), ln C and ln D/N about `center`, ln loss. new: (n,), whether the candidate's. pairs: how many.
     powers: (2 to 4, 2), the powers of c and a whose sum g is: 1, c and where they are shown a, c^2.
     across: two terms, which fall with size and with tokens; otherwise one that falls with compute.
@@ -59,6 +60,7 @@ class Joint:
     powers: np.ndarray
     log_loss: np.ndarray
     unit: np.ndarray
+    cell: np.ndarray
     center: tuple[float, float]
     pairs: int
     across: bool
@@ -75,7 +77,11 @@ class Joint:
     @property
     def whitened_unit(self) -> np.ndarray:
         """The unit of every whitened number, (n,)."""
-        return np.concatenate([self.unit[: self.pairs], self.unit[: self.pairs], self.unit[2 * self.pairs :]])
+        return self.whitened(self.unit)
+
+    def whitened(self, labels: np.ndarray) -> np.ndarray:
+        """The label of every whitened number, (n,), from those of the runs, which are equal within pairs."""
+        return np.concatenate([labels[: self.pairs], labels[: self.pairs], labels[2 * self.pairs :]])
 
     @property
     def z(self) -> np.ndarray:
@@ -138,6 +144,10 @@ def join(one: pd.DataFrame, two: pd.DataFrame) -> Joint:
         first, second = first[:0], second[:0]
     rest = [np.setdiff1d(np.arange(len(t)), used) for t, used in ((one, first), (two, second))]
     table = pd.concat([one.iloc[first], two.iloc[second], one.iloc[rest[0]], two.iloc[rest[1]]])
+    parts = ((0, first), (1, second), (0, rest[0]), (1, rest[1]))
+    cells = pd.concat([keys[which].set_index("row").loc[rows, ["size", "place"]] for which, rows in parts])
+    # Without a partner a run has nothing in common with the other table's.
+    cells["table"] = np.repeat([0, 0, 0, 1], [len(rows) for _, rows in parts])
     new = np.repeat([False, True, False, True], [len(first), len(second), len(rest[0]), len(rest[1])])
     N, D, C, loss = (table[c].to_numpy(dtype=float) for c in ("N", "D", "C", "loss"))
     center = (float(np.log(C).mean()), float(np.log(D / N)[new].mean()))
@@ -152,6 +162,7 @@ def join(one: pd.DataFrame, two: pd.DataFrame) -> Joint:
         powers=powers,
         log_loss=np.log(loss),
         unit=_units(table, new, len(first)),
+        cell=cells.groupby(list(cells.columns), sort=False).ngroup().to_numpy(),
         center=center,
         pairs=len(first),
         across=any(wide),
@@ -167,6 +178,32 @@ def _units(table: pd.DataFrame, new: np.ndarray, pairs: int) -> np.ndarray:
     other = np.concatenate([n + own, np.arange(pairs, 2 * pairs)])
     links = coo_array((np.ones(len(one)), (one, other)), shape=(2 * n, 2 * n))
     return np.asarray(pd.factorize(connected_components(links, directed=False)[1][:n])[0])
+
+
+def by_cells(joint: Joint, best: "Solution") -> Joint:
+    """The same with all runs of a cell as one unit, where cells are off by more than their seeds differ: what the
+    surface, or the tuning of a cell, misses is common to its seeds, and does not average out over them.
+
+    The test is that for lack of fit (Draper & Smith 1998, 2.1; 5%), of the differences of pairs where there are any.
+    """
+    part = slice(joint.pairs, 2 * joint.pairs or None)
+    misses, cells = best.residual[part], np.unique(joint.whitened(joint.cell)[part], return_inverse=True)[1]
+    runs = np.bincount(cells)
+    between, within = len(runs) - len(best.theta), len(misses) - len(runs)
+    if joint.pairs:
+        between = len(runs) - len(joint.powers)
+    if between < 1 or within < 1:
+        return joint
+    means = np.bincount(cells, misses) / runs
+    inside = float(np.square(misses - means[cells]).sum()) / within
+    ratio = float(runs @ np.square(means)) / between / inside if inside > 0 else np.inf
+    if fdtrc(between, within, ratio) >= 0.05:
+        return joint
+    n, units = len(joint.c), int(joint.unit.max()) + 1
+    one, other = np.tile(np.arange(n), 2), np.concatenate([n + joint.unit, n + units + joint.cell])
+    size = n + units + int(joint.cell.max()) + 1
+    links = coo_array((np.ones(2 * n), (one, other)), shape=(size, size))
+    return replace(joint, unit=pd.factorize(connected_components(links, directed=False)[1][:n])[0])
 
 
 def _place(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:

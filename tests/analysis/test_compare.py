@@ -91,6 +91,23 @@ def test_two_samples_of_one_recipe_are_worth_the_same() -> None:
     assert abs(np.mean(logs)) < 3 * 0.017 / np.sqrt(24)
 
 
+def test_what_the_tuning_of_a_cell_misses_does_not_average_out_over_its_seeds() -> None:
+    """Two recipes that are one, whose cells are off by half a percent each, and their seeds by a fifth of that."""
+    N, D = (axis.ravel() for axis in np.meshgrid(1e8 * 4.0 ** np.arange(4), 2e9 * 4.0 ** np.arange(3)))
+    found, told = [], []
+    for seed in range(12):
+        generator = np.random.default_rng(seed)
+        tables = []
+        for _ in range(2):
+            off = 0.005 * generator.standard_normal(12)
+            runs = [recipe(noise=off + 0.001 * generator.standard_normal(12), N=N, D=D, seed=k) for k in range(4)]
+            tables.append(pd.concat(runs, ignore_index=True))
+        comparison = compare_recipes(*tables, resamples=100)
+        found.append(np.log(comparison.flops.value.value))
+        told.append(np.std(comparison.draws["ln_multiplier"]))
+    assert np.median(told) > 0.7 * np.std(found)
+
+
 def test_a_quarter_more_compute_is_seen_on_five_by_five() -> None:
     told = sum(
         compare_recipes(*noisy(1.25, 100 + seed), level=0.9, resamples=100).flops.value.interval[0] > 1
