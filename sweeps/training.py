@@ -122,14 +122,13 @@ def _run(runner: "_Runner", members: "Sequence[_Member]", micro_batch: int) -> N
         runner.attempt(member, runner.begin)
     first = 1 + min((member.progress.step for member in members if member.end is None), default=cell.steps)
     runner.trace(cell, cell.steps + 1 - first, micro_batch)
-    for step in range(first, cell.steps + 1):
-        going = [member for member in members if member.end is None]
+    while going := [member for member in members if member.end is None and member.progress.step < cell.steps]:
+        # Of the one furthest behind, which may end while the others wait: then the next that any of them needs.
+        step = 1 + min(member.progress.step for member in going)
         live = [member for member in going if member.progress.step < step]
-        if not going:
-            break
         runner.step(members, live, step, micro_batch)
-        for member in going:
-            if member.progress.step > step:  # it waits, and says that it lives
+        for member in members:
+            if member.end is None and member.progress.step > step:  # it waits, and says that it lives
                 runner.attempt(member, lambda member: member.io.progress())
         for member in live:
             if step in member.rows:

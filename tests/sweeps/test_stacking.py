@@ -189,6 +189,28 @@ def test_members_that_were_killed_at_different_steps_go_on_together(corpus: Corp
             assert row == pytest.approx(whole.rows[tokens], rel=1e-5)
 
 
+@pytest.mark.parametrize("reached", [12, 20])
+@pytest.mark.parametrize("ending", ["diverges", "is stopped"])
+def test_a_member_goes_on_at_its_own_step_where_the_one_that_it_waits_for_ends(
+    ending: str, reached: int, corpus: Corpus, tmp_path: Path
+) -> None:
+    cells = [make_cell(corpus, 20, learning_rate=1e6 if ending == "diverges" else 0.01), make_cell(corpus, 20, seed=1)]
+    alone = MemoryIO(cells[1], corpus)
+    train(cells[1], alone)
+    with pytest.raises(Killed):
+        train(cells[1], MemoryIO(cells[1], corpus, folder=tmp_path, kill_at=reached))
+    behind = MemoryIO(cells[0], corpus, kill_at=None if ending == "diverges" else 5)
+    ahead = MemoryIO(cells[1], corpus, folder=tmp_path)
+    ends = train_together(cells, [behind, ahead])
+    assert max(behind.rows) // 512 < 12, "it ends while the other waits"
+    assert isinstance(ends[0], Killed) or (isinstance(ends[0], Outcome) and ends[0].state == "diverged")
+    assert isinstance(ends[1], Outcome)
+    assert (ends[1].state, ends[1].steps) == ("finished", 20)
+    assert list(ahead.rows) == [step * 512 for step in range(min(reached + 1, 20), 21)]
+    for tokens, row in ahead.rows.items():
+        assert row == pytest.approx(alone.rows[tokens], rel=1e-5)
+
+
 def test_every_member_is_an_attempt_of_its_own(store: Store, corpus: Corpus) -> None:
     cells = [make_cell(corpus, 30, learning_rate=rate) for rate in (0.011, 1e6, 0.006)]
     ids = [put(store, cell) for cell in cells]
