@@ -7,6 +7,9 @@
 - float32 on a GPU: fused attention wants heads of whole vectors there, and as many of keys and values as of queries.
   Without it all scores lie in memory at once, which sweeps/memory.py does not reckon with.
 - The members of a stack: fused attention on a CPU has no batching rule under `vmap` and would loop over them.
+
+Ours attends to all that came before and knows of no mask, window or dropout. The failure this guards against: a model
+of one's own family that has one of these would lose it without a word. It keeps its own attention (`is_causal`).
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +26,8 @@ LANES = 16
 """What narrow heads are padded to on a CPU."""
 GPU_LANES = 4
 """And in float32 on a GPU, to a multiple of so many."""
+CAUSAL = {"gpt2", "gpt_neox", "llama", "qwen3", "granite", "mixtral"}
+"""Model types of transformers that attend to all before where their configuration says nothing else."""
 
 
 def pays_to_pad(head_dim: int) -> bool:
@@ -30,11 +35,29 @@ def pays_to_pad(head_dim: int) -> bool:
     return head_dim < LANES and head_dim % 4 != 0
 
 
-def pad_heads(model: torch.nn.Module) -> None:
-    """Let a model of transformers' attend over padded heads while it is on a CPU, if its heads are of such a width."""
+def is_causal(model: torch.nn.Module) -> bool:
+    """Whether it is a model of transformers' own whose tokens attend to all that came before them, and to no other, and
+    no part of that attention is dropped: what our attention computes too."""
+    if type_of(model) not in CAUSAL:
+        return False
+    config: Any = model.config
+    dropped = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)  # GPT-2's name
+    return not dropped and getattr(config, "sliding_window", None) is None and getattr(config, "is_causal", True)
+
+
+def type_of(model: torch.nn.Module) -> str | None:
+    """The type of a model of transformers'; None of any other, also of a user's own subclass, which may do anything."""
     config: Any = getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", 0)
-    if getattr(config, "_attn_implementation", None) == "sdpa" and heads and pays_to_pad(config.hidden_size // heads):
+    return getattr(config, "model_type", None) if type(model).__module__.startswith("transformers.") else None
+
+
+def pad_heads(model: torch.nn.Module) -> None:
+    """Let a causal model attend over padded heads while it is on a CPU, if its heads are of such a width."""
+    if not is_causal(model):
+        return
+    config: Any = model.config
+    heads = config.num_attention_heads
+    if config._attn_implementation == "sdpa" and heads and pays_to_pad(config.hidden_size // heads):
         _register()
         config._attn_implementation = PADDED
 
@@ -62,15 +85,17 @@ def drop_mask(model: torch.nn.Module) -> None:
 
 @contextmanager
 def stackable(model: torch.nn.Module) -> Iterator[None]:
-    """Meanwhile the model, if it is one of transformers', attends through `_Folded` and runs experts without loops
-    whose length depends on the data."""
+    """Meanwhile the model, if it is one of transformers', attends through `_Folded` if it is causal, and runs experts
+    without loops whose length depends on the data."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "_attn_implementation", None)
     if before not in ("sdpa", PADDED, UNMASKED):
         yield
         return
-    _register()
-    config._attn_implementation, config._experts_implementation = STACKED, "batched_mm"
+    config._experts_implementation = "batched_mm"
+    if is_causal(model):
+        _register()
+        config._attn_implementation = STACKED
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from sweeps.attention import stackable
+from sweeps.attention import stackable, type_of
 from sweeps.memory import LOGITS_BYTES
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
@@ -109,24 +109,12 @@ def token_losses(model: torch.nn.Module, tokens: torch.Tensor, plain_bytes: int 
 
 def is_dense(model: torch.nn.Module) -> bool:
     """Whether it is a model of transformers' own that does the same operations whatever its data."""
-    return _type_of(model) in DENSE
-
-
-def is_causal(model: torch.nn.Module) -> bool:
-    """Whether it is a model of transformers' own whose tokens attend to all that came before them, and to no other."""
-    known: Any = model
-    return _type_of(model) in LINEAR_HEADS and getattr(known.config, "sliding_window", None) is None
-
-
-def _type_of(model: torch.nn.Module) -> str | None:
-    """The type of a model of transformers'; None of any other, also of a user's own subclass, which may do anything."""
-    config: Any = getattr(model, "config", None)
-    return getattr(config, "model_type", None) if type(model).__module__.startswith("transformers.") else None
+    return type_of(model) in DENSE
 
 
 def _linear_head(model: torch.nn.Module) -> tuple[torch.nn.Module, torch.Tensor, float] | None:
     """The model's body, its head's matrix (vocabulary, width) and what the logits are divided by; None if unknown."""
-    if _type_of(model) not in LINEAR_HEADS:
+    if type_of(model) not in LINEAR_HEADS:
         return None
     known: Any = model
     head = known.get_output_embeddings()

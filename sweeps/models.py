@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from sweeps.accounting import Shape
-from sweeps.attention import drop_mask, pad_heads
+from sweeps.attention import drop_mask, is_causal, pad_heads
 from sweeps.cell import Cell
 from sweeps.families import Family, build_model
-from sweeps.losses import is_causal
 from sweeps.parametrisation import LAYOUTS, Parametrisation, TensorFactors, factors, role
 
 

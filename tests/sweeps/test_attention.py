@@ -1,17 +1,25 @@
 """Padded heads compute what plain ones do, in every family, and where nothing is gained no model has them."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from small import make_cell
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
-from sweeps.attention import PADDED, drop_mask, pad_heads, pays_to_pad, stackable
-from sweeps.families import FAMILIES, build_model
-from sweeps.losses import MeanLoss, is_causal
+from sweeps.attention import PADDED, drop_mask, is_causal, pad_heads, pays_to_pad, stackable
+from sweeps.cell import Cell, Optimizer
+from sweeps.corpora import Corpus
+from sweeps.errors import InputError
+from sweeps.families import FAMILIES, Family, build_model
+from sweeps.losses import MeanLoss, mean_loss
+from sweeps.models import make_model
 from sweeps.sizes import shape_for
+from sweeps.stacking import Stack
 
 SIZES = {"gpt2": 40_000, "gpt_neox": 40_000, "llama": 40_000, "qwen3": 40_000, "granite": 40_000, "mixtral": 80_000}
 
@@ -84,6 +92,65 @@ def test_a_model_of_ones_own_is_left_alone() -> None:
     pad_heads(model)
     with stackable(model):
         pass
+
+
+# --- a family of one's own, whose attention is its own -----------------------------------------------------------
+
+
+def own(corpus: Corpus, **fields: Any) -> tuple[Family, Cell]:
+    """A family of one's own, llama but for some fields of its config, and a cell of it with heads of 10."""
+    llama = FAMILIES["llama"]
+    assert llama.config is not None
+    config = llama.config
+    family = replace(llama, config=lambda shape, options: config(shape, options) | fields)
+    cell = make_cell(corpus)
+    return family, replace(cell, shape=replace(cell.shape, width=20, heads=2, kv_heads=2, head_dim=10))
+
+
+def stack_of(models: list[torch.nn.Module]) -> Stack:
+    recipe = Optimizer(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip_norm=1.0)
+    return Stack(models, [recipe] * len(models))
+
+
+def test_a_model_with_a_sliding_window_keeps_it_alone_and_in_a_stack(corpus: Corpus) -> None:
+    family, cell = own(corpus, model_type="mistral", sliding_window=4)
+    cell = replace(cell, init_std=0.5)  # enough that what is seen matters
+    models = [make_model(family, replace(cell, seed=seed)).double() for seed in (0, 1)]
+    for model in models:
+        assert type(model).__name__ == "MistralForCausalLM"
+    tokens = torch.randint(cell.shape.vocab_size, (2, 3, 33), generator=torch.Generator().manual_seed(0))
+    changed = tokens[0, :, :-1].clone()
+    changed[:, 0] = (changed[:, 0] + 1) % cell.shape.vocab_size
+    seen = 3 * cell.shape.depth  # tokens after it that its first token reaches through windows of four
+    one, two = (models[0](batch).logits for batch in (tokens[0, :, :-1], changed))
+    assert not torch.allclose(one[:, seen], two[:, seen], rtol=0, atol=1e-12)
+    torch.testing.assert_close(one[:, seen + 1 :], two[:, seen + 1 :], rtol=0, atol=1e-12)
+    alone = torch.stack([mean_loss(model, batch) for model, batch in zip(models, tokens, strict=True)])
+    together = stack_of(models).backward(tokens, 3, nullcontext())
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+
+
+def test_a_model_that_drops_attention_does_so_alone_and_is_refused_in_a_stack(corpus: Corpus) -> None:
+    for fields in (
+        {"attention_dropout": 0.5},
+        {"model_type": "mistral", "sliding_window": None, "attention_dropout": 0.5},
+    ):
+        family, cell = own(corpus, **fields)
+        models = [make_model(family, replace(cell, seed=seed)).train() for seed in (0, 1)]
+        tokens = torch.randint(cell.shape.vocab_size, (2, 3, 33), generator=torch.Generator().manual_seed(0))
+        assert mean_loss(models[0], tokens[0]) != mean_loss(models[0], tokens[0]), "it draws anew each time"
+        with pytest.raises(InputError, match="as dropout does"):
+            stack_of(models).backward(tokens, 3, nullcontext())
+
+
+def test_gpt2s_dropout_of_attention_has_another_name() -> None:
+    shape = shape_for(FAMILIES["gpt2"], 20_000, vocab_size=64, context=32)
+    gpt2 = FAMILIES["gpt2"]
+    assert gpt2.config is not None
+    config = gpt2.config
+    assert is_causal(build_model(gpt2, shape, init_std=0.02, seed=0))
+    dropping = replace(gpt2, config=lambda shape, options: config(shape, options) | {"attn_pdrop": 0.1})
+    assert not is_causal(build_model(dropping, shape, init_std=0.02, seed=0))
 
 
 # --- without a mask: what training on a GPU has ------------------------------------------------------------------
