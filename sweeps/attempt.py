@@ -154,8 +154,9 @@ class _Try:
         try:
             if self.io is not None:
                 self.io.close()
-            if isinstance(end, Diverged):
-                end = Outcome(state="diverged", reason=str(end))
+            if isinstance(end, Diverged) and self.heartbeat is not None:  # of a trainer of one's own
+                taken = self.heartbeat.tokens // self.cell.batch_tokens
+                end = Outcome(state="diverged", reason=str(end), steps=min(taken, self.cell.steps))
             if isinstance(end, Outcome):
                 assert self.io is not None
                 end = replace(end, reason=end.reason and redact(end.reason))

@@ -40,7 +40,9 @@ class Heartbeat:
         """Set once there is a reason to stop."""
         self.resumed_from = 0
         """Tokens of the checkpoint from which the attempt went on."""
-        self._tokens, self._progressed = 0, time.time()
+        self.tokens = 0
+        """The last that training told of."""
+        self._progressed = time.time()
         self._path = attempt.folder / "heartbeat.json"
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="escala-heartbeat", daemon=True)
@@ -48,7 +50,7 @@ class Heartbeat:
     def progress(self, tokens: int | None = None) -> None:
         """Training goes on: a process that beats without progress hangs."""
         if tokens is not None:
-            self._tokens = tokens
+            self.tokens = tokens
         self._progressed = time.time()
 
     def __enter__(self) -> "Heartbeat":
@@ -80,7 +82,7 @@ class Heartbeat:
                 self.stop = Stop(asked["kind"], asked["why"])
 
     def _beat(self) -> None:
-        record = {"time": round(time.time(), 3), "tokens": self._tokens, "progressed": round(self._progressed, 3)}
+        record = {"time": round(time.time(), 3), "tokens": self.tokens, "progressed": round(self._progressed, 3)}
         record |= {"resumed_from": self.resumed_from}
         try:
             write_json(self._path, record, sync=False)

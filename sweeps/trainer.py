@@ -73,7 +73,9 @@ class Stopped(Exception):
 
 
 class Diverged(Exception):
-    """The cell's loss is lost for good: a result, not a failure. A trainer may raise it with the reason."""
+    """The cell's loss is lost for good: a result, not a failure. A trainer may raise it with the reason.
+
+    The cell counts as trained as far as its io was last told: raised after `io.log` or `io.checkpoint` of its step."""
 
 
 class TrainerIO:
@@ -125,6 +127,7 @@ class TrainerIO:
         fresh = {key: float(value) for key, value in metrics.items() if key not in known}
         for key, value in fresh.items():
             if not math.isfinite(value):
+                self._heartbeat.progress(tokens)  # so far it came
                 raise Diverged(f"{key} is {value} after {tokens:,} tokens")
         differs = {
             key: [known[key], float(metrics[key])]

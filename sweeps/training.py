@@ -34,7 +34,7 @@ from sweeps.schedules import evaluation_steps, fraction, stable_steps
 from sweeps.stacking import Solo, Stack, precision
 from sweeps.stacks import check_stack
 from sweeps.suited import suited_loss
-from sweeps.trainer import Outcome, TrainerIO
+from sweeps.trainer import Diverged, Outcome, TrainerIO
 
 if TYPE_CHECKING:
     from sweeps.sharding import Sharded
@@ -194,6 +194,8 @@ class _Runner:
         """Do one part for a member: where it ends the member, or raises, the others go on."""
         try:
             end: Ending | None = part(member)
+        except Diverged as error:  # its io found a number that is not finite
+            end = self._outcome(member, str(error), None)
         except Exception as error:
             end = error
         if end is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -20,11 +21,12 @@ import torch
 from differences import read_differences
 from small import make_cell, put
 
-from sweeps import devices
+from sweeps import devices, training
 from sweeps.attempt import run_attempt, run_attempts
 from sweeps.cell import Cell
 from sweeps.checkpoints import load
 from sweeps.corpora import Corpus
+from sweeps.evaluation import Evaluation
 from sweeps.records import append_rows, read_json, read_rows, write_json
 from sweeps.stacking import Solo
 from sweeps.store import (
@@ -354,6 +356,49 @@ def test_a_trainer_of_ones_own_that_ends_with_a_loss_that_is_not_finite_has_dive
     assert (result["state"], result["val_loss_final"]) == ("diverged", None)
     assert result["loss_at_start"] == (None if ending == "float" else 2.0)
     assert not (store.attempt(cell.id, 0) / "error.txt").exists()
+
+
+def progress_of(store: Store, cell_id: str) -> tuple[Any, ...]:
+    result = read_json(store.cell(cell_id) / "result.json")
+    return tuple(result[key] for key in ("state", "steps", "tokens", "flops", "flops_spent"))
+
+
+@pytest.mark.parametrize(
+    "way", ["io.log(tokens, {'train_loss': float('nan')})", "io.checkpoint(tokens, dict); raise Diverged('hopeless')"]
+)
+def test_a_cell_that_its_trainer_gives_up_counts_the_steps_that_it_has_taken(
+    corpus: Corpus, store: Store, tmp_path: Path, way: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from sweeps.trainer import Diverged\n\ndef train(cell, io):\n"
+        "    for step in range(1, cell.steps + 1):\n        tokens = step * cell.batch_tokens\n"
+        f"        if step == 50:\n            {way}\n"
+        "        io.log(tokens, {'train_loss': 1.0})\n    return 1.0\n"
+    )
+    cell = make_cell(corpus, 700, trainer=trainer_identity("mine.py:train", tmp_path))
+    assert run_attempt(store, put(store, cell), study="s", base_dir=tmp_path).state == "diverged"
+    assert progress_of(store, cell.id) == ("diverged", 50, 50 * 512, 50 * 512, 50 * 512)
+
+
+def test_a_cell_whose_evaluation_is_not_finite_counts_the_steps_that_it_has_taken(
+    corpus: Corpus, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate, started = training.evaluate, []
+
+    def lost(*args: Any) -> Evaluation:
+        found = evaluate(*args)
+        started.append(found.loss)
+        return found if len(started) < 3 else dataclasses.replace(found, document_sums=found.document_sums * math.nan)
+
+    monkeypatch.setattr(training, "evaluate", lost)
+    cell = make_cell(corpus, 30, data_seed=84)
+    ended = run_attempt(store, put(store, cell), study="s")
+    assert (ended.state, ended.reason) == ("diverged", "val_loss is nan after 1,024 tokens")
+    assert progress_of(store, cell.id) == ("diverged", 2, 1024, 1024, 1024)
+    result = read_json(store.cell(cell.id) / "result.json")
+    assert result["loss_at_start"] == started[0]
+    assert result["epochs"] < 0.01
+    assert result["seconds"]["train"] > 0
 
 
 @pytest.mark.parametrize(
