@@ -127,7 +127,8 @@ class Standing:
 
     def _spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""
-        self._queue.schedule.spend(float(result.get("flops_spent") or self._queue.own_flops(one)))
+        spent = result.get("flops_spent")  # 0 where it diverged at once, or its trunk took every step
+        self._queue.schedule.spend(self._queue.own_flops(one) if spent is None else float(spent))
 
     def _note_failed(self, one: PlannedCell, reason: str | None) -> None:
         """A cell has failed, whoever tried it. It is not tried again until a person forgives it."""

@@ -202,6 +202,20 @@ def test_a_forgiven_cell_that_another_study_is_quicker_to_train_is_not_said_to_h
     assert (tally.failed, tally.skipped, run.standing.elsewhere, run.standing.failed) == ({}, 1, {}, {})
 
 
+@pytest.mark.parametrize("told", [{"flops_spent": 0.0}, {"flops_spent": 5.0}, {}])
+def test_a_result_is_charged_what_it_cost_also_where_that_is_nothing(
+    told: dict[str, float], store: Store, claim: Claim, other: Claim, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(40_000)
+    (one,) = plan.cells
+    run = run_of(store, claim, plan)
+    attempt = begin_attempt(store, one.cell.id, {"study": "other", "driver": other.number})
+    turn(run)
+    commit_result(attempt, {"state": "diverged", "reason": "val_loss is nan after 0 tokens", **told})
+    turn(run)
+    assert run.schedule.spent_flops == told.get("flops_spent", one.counts["C"])
+
+
 def test_a_search_hears_of_a_trial_whose_cell_has_failed_in_another_study_before(
     store: Store, claim: Claim, corpus: CorpusInfo, tmp_path: Path
 ) -> None:
