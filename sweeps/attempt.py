@@ -95,19 +95,19 @@ def run_attempts(
         make_io = partial(Leader, ranks)
     with ExitStack() as open_things:
         try:
-            for cell_id in cell_ids:
-                record = read_cell(store, cell_id)
-                cell = cell_from_identity(record["identity"])
-                note: dict[str, Any] = {"study": study, "driver": driver}
-                try:
-                    workers = ranks.count if ranks else 1
-                    numerics, tolerance, kept = _numerics(store, cell, len(cell_ids), threads, workers)
-                except InputError as error:  # not even one sequence fits, or not one of each member, at this moment
-                    attempt = begin_attempt(store, cell_id, note)
-                    tries.append(_Try(attempt, cell, record["counts"], started, len(cell_ids)))
-                    raise MemoryError(str(error)) from error
-                note["numerics"] = numerics.to_json()
-                one = _Try(begin_attempt(store, cell_id, note), cell, record["counts"], started, len(cell_ids))
+            records = [read_cell(store, cell_id) for cell_id in cell_ids]
+            cells = [cell_from_identity(record["identity"]) for record in records]
+            note: dict[str, Any] = {"study": study, "driver": driver}
+            try:
+                chosen = _numerics(store, cells, threads, ranks.count if ranks else 1)
+            except InputError as error:  # not even one sequence fits, or not one of each member, at this moment
+                attempt = begin_attempt(store, cell_ids[0], note)
+                tries.append(_Try(attempt, cells[0], records[0]["counts"], started, len(cells)))
+                raise MemoryError(str(error)) from error
+            members = zip(cell_ids, cells, records, chosen, strict=True)
+            for cell_id, cell, record, (numerics, tolerance, kept) in members:
+                attempt = begin_attempt(store, cell_id, note | {"numerics": numerics.to_json()})
+                one = _Try(attempt, cell, record["counts"], started, len(cells))
                 tries.append(one)
                 heartbeat = one.heartbeat = open_things.enter_context(Heartbeat(one.attempt))
                 corpus = _corpus(store.root, cell.corpus)
@@ -275,15 +275,28 @@ def _commit(one: _Try, trainer_io: TrainerIO, outcome: Outcome) -> tuple[str, st
     return outcome.state, outcome.reason
 
 
-def _numerics(store: Store, cell: Cell, stack: int, threads: int, workers: int) -> tuple[Numerics, float, bool]:
-    """Those of the cell's last attempt, where there was one, else those of this process; the relative difference that
-    they allow between a value that is computed again and its first, which any earlier attempt may have logged; and
-    whether there was one.
+def _numerics(store: Store, cells: Sequence[Cell], threads: int, workers: int) -> list[tuple[Numerics, float, bool]]:
+    """For each member of a program: its numerics; the relative difference that they allow between a value that is
+    computed again and its first, which any earlier attempt may have logged; and whether they are those of an earlier
+    attempt.
 
-    After an attempt that ran out of memory, half its micro-batch. Another number of workers chooses its own.
+    Members take the least micro-batch of any of them, since the program has one.
     """
-    here = choose_numerics(cell, stack=stack, threads=threads, workers=workers)
-    tolerance = 0.0 if here.device == "cpu" else GPU_TOLERANCE
+    here = choose_numerics(cells[0], stack=len(cells), threads=threads, workers=workers)  # members are of one shape
+    own = 0.0 if here.device == "cpu" else GPU_TOLERANCE
+    earlier = [_earlier_numerics(store, cell) for cell in cells]
+    chosen = [_next_numerics(store, cell, before, here) for cell, before in zip(cells, earlier, strict=True)]
+    least = min(numerics.micro_batch for numerics, _ in chosen)
+    found = []
+    for (numerics, kept), before in zip(chosen, earlier, strict=True):
+        numerics = replace(numerics, micro_batch=least)
+        same = all(numerics == one for one in before.values())
+        found.append((numerics, own if same else OTHER_TOLERANCE, kept))
+    return found
+
+
+def _earlier_numerics(store: Store, cell: Cell) -> dict[int, Numerics]:
+    """Those of the cell's attempts so far."""
     earlier: dict[int, Numerics] = {}
     for epoch in attempt_epochs(store, cell.id):
         try:
@@ -293,16 +306,27 @@ def _numerics(store: Store, cell: Cell, stack: int, threads: int, workers: int) 
         if found is not None:  # else its process died before it wrote them
             known = {field.name: found[field.name] for field in fields(Numerics) if field.name in found}
             earlier[epoch] = Numerics(**known)
+    return earlier
+
+
+def _next_numerics(store: Store, cell: Cell, earlier: Mapping[int, Numerics], here: Numerics) -> tuple[Numerics, bool]:
+    """Those of the cell's last attempt, where there was one, else those of this process; and whether there was one.
+
+    After an attempt that ran out of memory, half its micro-batch; in a stack of another size, or alone after one, no
+    more than fits here. Another number of workers chooses its own.
+    """
     if not earlier:
-        return here, tolerance, False
+        return here, False
     last = max(earlier)
-    if earlier[last].workers != workers:
-        return replace(here, threads=earlier[last].threads), OTHER_TOLERANCE, False
-    kept = replace(earlier[last], device=here.device, versions=here.versions, stack=stack)
+    if earlier[last].workers != here.workers:
+        return replace(here, threads=earlier[last].threads), False
+    kept = replace(earlier[last], device=here.device, versions=here.versions, stack=here.stack)
     end = read_end(store, cell.id, last)
     if end is not None and end[0] == "out_of_memory":
         kept = replace(kept, micro_batch=max(1, kept.micro_batch // 2))
-    return kept, tolerance if all(kept == one for one in earlier.values()) else OTHER_TOLERANCE, True
+    if earlier[last].stack != here.stack:  # each sequence is one of every member
+        kept = replace(kept, micro_batch=min(kept.micro_batch, here.micro_batch))
+    return kept, True
 
 
 @lru_cache(maxsize=4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import torch
 from differences import read_differences
 from small import make_cell, put
 
+from sweeps import attempt as attempts
 from sweeps import devices, training
 from sweeps.attempt import run_attempt, run_attempts
 from sweeps.cell import Cell
@@ -28,7 +30,7 @@ from sweeps.checkpoints import load
 from sweeps.corpora import Corpus
 from sweeps.evaluation import Evaluation
 from sweeps.records import append_rows, read_json, read_rows, write_json
-from sweeps.stacking import Solo
+from sweeps.stacking import Solo, Stack
 from sweeps.store import (
     Attempt,
     Store,
@@ -44,6 +46,7 @@ from sweeps.store import (
 from sweeps.usercode import trainer_identity
 
 ROOT = Path(__file__).resolve().parents[2]
+FRESH = itertools.count(1000)
 
 
 def start(
@@ -242,6 +245,37 @@ def test_a_cell_out_of_memory_is_tried_once_more_with_half_the_micro_batch(corpu
     (store.cell(cell.id) / "result.json").unlink()
     record_error(Attempt(store, cell.id, 1), "out_of_memory", "still too large")
     assert cell_state(store, cell.id).state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "cut"), [([(1, 16), None], 4), ([None, (1, 16)], 4), ([(1, 16), (2, 2)], 2), ([(2, 8), (2, 8)], 8)]
+)
+def test_members_of_a_stack_take_the_least_micro_batch_and_no_more_than_a_stack_of_their_number_bears(
+    earlier: list[tuple[int, int] | None],
+    cut: int,
+    corpus: Corpus,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, taken, backward = devices.choose_numerics, [], Stack.backward
+
+    def noted(self: Stack, batches: torch.Tensor, micro_batch: int, *rest: Any, **named: Any) -> torch.Tensor:
+        taken.append(micro_batch)
+        return backward(self, batches, micro_batch, *rest, **named)
+
+    monkeypatch.setattr(Stack, "backward", noted)
+    monkeypatch.setattr(attempts, "choose_numerics", lambda *a, **k: dataclasses.replace(here(*a, **k), micro_batch=4))
+    ids = [put(store, make_cell(corpus, 2, seed=seed, data_seed=next(FRESH))) for seed in (91, 92)]
+    for cell_id, kept in zip(ids, earlier, strict=True):
+        if kept is not None:
+            numerics = here(make_cell(corpus, 2), stack=kept[0]).to_json() | {"micro_batch": kept[1]}
+            record_error(begin_attempt(store, cell_id, {"numerics": numerics}), "preemption", "a test")
+    assert [one.state for one in run_attempts(store, ids, study="s")] == ["finished", "finished"]
+    assert set(taken) == {cut}
+    for cell_id in ids:
+        last = store.attempt(cell_id, attempt_epochs(store, cell_id)[-1])
+        assert read_json(last / "attempt.json")["numerics"]["micro_batch"] == cut
+        assert read_json(store.cell(cell_id) / "result.json")["numerics"]["micro_batch"] == cut
 
 
 def test_a_value_is_compared_within_the_numerics_of_whichever_attempt_logged_it(corpus: Corpus, store: Store) -> None:
