@@ -7,6 +7,7 @@ is encoded as the plain characters it is. Nothing here reaches the network.
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,13 @@ class Encoder:
     """tokenizers.Tokenizer"""
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Token ids of each text, without separators or any other special token."""
-        encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.asarray(one.ids, dtype=np.uint32) for one in encoded]
+        """Token ids of each text, without separators or any other special token. InputError where it cannot."""
+        with _library(
+            f"the tokenizer {self.identity} cannot encode this corpus",
+            "Mend it (its unknown token must be in its vocabulary), or name another",
+        ):
+            encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.asarray(one.ids, dtype=np.uint32) for one in encoded]
 
 
 @about("tokenizer")
@@ -141,11 +146,9 @@ def load_tokenizer(spec: str) -> Encoder:
     from tokenizers import Tokenizer
 
     file = tokenizer_file(spec)
-    try:
+    with _library(f"{file} cannot be read as a tokenizer", "Save it anew (save_pretrained), or name another tokenizer"):
         content = file.read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exceptions
-        raise InputError(f"{file} cannot be read as a tokenizer: {error}") from error
     end = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         beside = file.with_name(name)
@@ -186,6 +189,18 @@ def encode_documents(
                     field=("tokenizer",),
                 )
             yield document, np.append(ids, np.uint32(encoder.separator))
+
+
+@contextmanager
+def _library(fault: str, remedy: str) -> Iterator[None]:
+    """Whatever the library raises in here is an InputError. Its own are bare Exceptions, and a panic of its Rust code
+    is neither an Exception nor a class that could be imported."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{fault}: {error}. {remedy}.", field=("tokenizer",)) from error
 
 
 def _texts(documents: Iterator[bytes], limit: int) -> Iterator[str]:

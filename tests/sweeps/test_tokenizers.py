@@ -66,6 +66,40 @@ def test_a_tokenizer_that_cannot_separate_is_refused(eos, complaint, folder: Pat
         prepare(folder_source(folder), str(tmp_path / "words"), tmp_path)
 
 
+def hostile(place: Path, model: dict[str, object], **parts: object) -> str:
+    """A tokenizer.json as a stranger may have written it, which declares "a" the end of a text."""
+    place.mkdir()
+    file = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    (place / "tokenizer.json").write_text(json.dumps(file | {"decoder": None, "model": model} | parts))
+    (place / "tokenizer_config.json").write_text(json.dumps({"eos_token": "a"}))
+    return str(place)
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+PIECES = {"unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "complaint"),
+    [
+        ({"type": "WordPiece", "vocab": {"a": 0}} | PIECES, {}, r"cannot encode this corpus: .*\[UNK\]"),
+        ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}, {}, r"cannot encode this corpus: .*\[UNK\]"),
+        ({"type": "Unigram", "vocab": [["a", -1.0]], "unk_id": None}, {}, "cannot encode this corpus: .*unk_id"),
+        (BPE, {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "cannot be read as a tokenizer"),
+        (BPE, {"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "cannot encode this corpus: .*non-zero"),
+        ({"type": "NoSuch"}, {}, "cannot be read as a tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_fails_or_panics_is_refused_with_what_it_said(
+    model: dict[str, object], parts: dict[str, object], complaint: str, folder: Path, tmp_path: Path
+) -> None:
+    spec = hostile(tmp_path / "odd", model, **parts)
+    with pytest.raises(InputError, match=complaint) as caught:
+        prepare(folder_source(folder), spec, tmp_path)
+    assert caught.value.field == ("tokenizer",)
+    assert not list(tmp_path.glob("corpora/*"))
+
+
 @pytest.mark.parametrize(
     ("spec", "complaint"),
     [
