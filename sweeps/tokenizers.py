@@ -214,6 +214,8 @@ def _texts(documents: Iterator[bytes], limit: int) -> Iterator[str]:
 def _encoder(tokenizer: Any, identity: str, separator: str) -> Encoder:
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # of merges, meant for training: a text would have other tokens each time
     tokenizer.encode_special_tokens = True  # text that spells a special token is text
     return Encoder(
         identity=identity,

@@ -9,6 +9,7 @@ from texts import WORDS, documents_of, folder_source, stream
 
 from sweeps.corpora import prepare
 from sweeps.errors import InputError
+from sweeps.tokenizers import load_tokenizer
 
 
 def test_bpe_is_deterministic_and_loses_nothing(folder: Path, tmp_path: Path) -> None:
@@ -98,6 +99,12 @@ def test_a_tokenizer_that_fails_or_panics_is_refused_with_what_it_said(
         prepare(folder_source(folder), spec, tmp_path)
     assert caught.value.field == ("tokenizer",)
     assert not list(tmp_path.glob("corpora/*"))
+
+
+def test_a_bpe_that_drops_merges_at_random_encodes_a_text_in_one_way(tmp_path: Path) -> None:
+    model = BPE | {"vocab": {"a": 0, "b": 1, "c": 2, "bc": 3}, "merges": [["b", "c"]], "dropout": 0.5}
+    encoder = load_tokenizer(hostile(tmp_path / "odd", model))
+    assert encoder.encode(["bc" * 50])[0].tolist() == [3] * 50
 
 
 @pytest.mark.parametrize(
