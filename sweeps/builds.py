@@ -56,6 +56,8 @@ class CorpusInfo:
     entropy_rate: float | None
     """markov: nats per token of the stream, separators included; the loss of a perfect model."""
     description: str
+    altered_documents: int = 0
+    """Validation documents that their tokens do not give back: part of their text is predicted by nobody."""
 
     def windows(self, context: int) -> int:
         """Training windows in an epoch. Raises InputError where the context is too long for the corpus.
@@ -85,8 +87,11 @@ class CorpusInfo:
             )
         return count
 
-    def bits_per_byte(self, loss: float) -> float:
-        """Validation loss in nats per token to bits per byte of validation text."""
+    def bits_per_byte(self, loss: float) -> float | None:
+        """Validation loss in nats per token to bits per byte of validation text; None where the tokens lose some of
+        it: bytes that nobody predicts would count as predicted for nothing."""
+        if self.altered_documents:
+            return None
         return loss * self.validation_tokens / self.validation_bytes / math.log(2)
 
 
@@ -212,7 +217,7 @@ def _write(source: Source, tokenizer: str, kind: str, folder: Path, progress: Pr
             "at least 3 are needed to split off validation. Use a larger corpus.",
             field=("corpus", "path"),
         )
-    validation_bytes = sum(len(document) for document in kept)
+    validation_bytes, altered = sum(len(document) for document in kept), 0
 
     # 2. Encode, unless the bytes are the tokens.
     if kind != "bytes":
@@ -231,7 +236,9 @@ def _write(source: Source, tokenizer: str, kind: str, folder: Path, progress: Pr
                 progress("tokenise", done / total)
             stream = writer.finish()
         shutil.rmtree(spool)
-        kept = [ids[:-1] for _, ids in tokenizers.encode_documents(encoder, iter(kept), tokenizer)]
+        encoded = list(tokenizers.encode_documents(encoder, iter(kept), tokenizer))
+        kept = [ids[:-1] for _, ids in encoded]
+        altered = sum(not encoder.gives_back(document.decode(), ids[:-1]) for document, ids in encoded)
         (folder / "tokenizer.json").write_text(encoder.tokenizer.to_str(), encoding="utf-8")
 
     # 3. The validation stream, and where its documents end.
@@ -260,8 +267,11 @@ def _write(source: Source, tokenizer: str, kind: str, folder: Path, progress: Pr
         duplicate_documents=counts["duplicates"],
         entropy_rate=None if chain is None else markov.entropy_rate(source, chain),
         description=sources.describe(source),
+        altered_documents=altered,
     )
-    meta = {"format": FORMAT, "info": asdict(info), "streams": [asdict(stream), asdict(validation)]}
+    # told only where there are any, so that an older Escala reads all other corpora
+    told = {name: value for name, value in asdict(info).items() if value or name != "altered_documents"}
+    meta = {"format": FORMAT, "info": told, "streams": [asdict(stream), asdict(validation)]}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     return info.fingerprint
 

@@ -126,7 +126,7 @@ def plan_study(
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise InputError(f"the study cannot be planned:\n{shown}{more}")
     cells = tuple(planned.values())
-    warnings = tuple(_warnings(study, cells, least))
+    warnings = (*_corpus_warnings(corpus), *_warnings(study, cells, least))
     if study.search is not None:  # its cells come from its trials (sweeps/search.py)
         return Plan(study, corpus, (), {}, warnings, dict(fits), tuple(places))
     branches = plan_branches(one.cell for one in cells)
@@ -207,6 +207,16 @@ def _stack_faults(study: Study, cells: list[Cell]) -> Iterator[str]:
             check_stack(cells)
         except InputError as error:
             yield f"stack: {study.stack} asks for stacks, but no two cells can be members of one: {error}"
+
+
+def _corpus_warnings(corpus: CorpusInfo) -> Iterator[str]:
+    if corpus.altered_documents:
+        yield (
+            f"the tokenizer {corpus.tokenizer} does not give back the text of {corpus.altered_documents} of "
+            f"{plural(corpus.validation_documents, 'validation document')}: it has no tokens for some characters, or "
+            "drops or rewrites some. Losses per token compare among its own runs, but bits per byte would not compare "
+            "with those of other tokenizers, and are left out. Use a tokenizer that falls back to bytes."
+        )
 
 
 def _warnings(study: Study, cells: tuple[PlannedCell, ...], least: float) -> Iterator[str]:

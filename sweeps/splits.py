@@ -9,7 +9,8 @@
    documents (the report shows the error measured), so a corpus of a few hundred gives nearly half of them; one of
    many megabytes gives VALIDATION_BYTES, a small part.
 3. The split is counted in bytes, before any tokenizer: a BPE learns from the training side only, and all tokenizers
-   are evaluated on the very same text, which makes bits per byte comparable across them.
+   are evaluated on the very same text, which makes bits per byte comparable across them. Of one whose tokens do not
+   give that text back, there are none (sweeps/builds.py).
 """
 
 import hashlib

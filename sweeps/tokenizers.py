@@ -50,6 +50,16 @@ class Encoder:
             encoded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             return [np.asarray(one.ids, dtype=np.uint32) for one in encoded]
 
+    def gives_back(self, text: str, ids: np.ndarray) -> bool:
+        """Whether a text can be read from its tokens: not where they say "unknown", or leave something out."""
+        with _library(f"the tokenizer {self.identity} cannot decode what it encoded", "Mend it, or name another"):
+            if self.tokenizer.decoder is None:  # the library would then put a space between any two tokens
+                found = "".join(self.tokenizer.id_to_token(one) for one in ids.tolist())
+            else:
+                found = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+        # many put a space before a text, or take one away
+        return found == text or bool(found.lstrip(" ") == text.lstrip(" "))
+
 
 @about("tokenizer")
 def tokenizer_kind(spec: str) -> str:

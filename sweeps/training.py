@@ -322,7 +322,8 @@ class _Runner:
             every = self.whole is None
             row["val_loss"] = final.subset_loss(self.subset, self.context) if every else self._evaluate(member)
             row["val_loss_final"] = final.loss
-            row |= {"val_bpb_final": self.corpus.info.bits_per_byte(final.loss)}
+            if (bits := self.corpus.info.bits_per_byte(final.loss)) is not None:
+                row["val_bpb_final"] = bits
         else:
             reason = f"final validation loss {final.loss:.4g} is above its start ({progress.start:.4g})"
         member.io.log(member.cell.tokens, row)

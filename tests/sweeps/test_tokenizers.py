@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from plans import planned, points
 from texts import WORDS, documents_of, folder_source, stream
 
-from sweeps.corpora import prepare
+from sweeps.builds import read_meta
+from sweeps.corpora import CorpusInfo, prepare
 from sweeps.errors import InputError
 from sweeps.tokenizers import load_tokenizer
 
@@ -99,6 +101,33 @@ def test_a_tokenizer_that_fails_or_panics_is_refused_with_what_it_said(
         prepare(folder_source(folder), spec, tmp_path)
     assert caught.value.field == ("tokenizer",)
     assert not list(tmp_path.glob("corpora/*"))
+
+
+def test_tokens_that_lose_validation_text_are_counted_warned_of_and_give_no_bits_per_byte(
+    folder: Path, tmp_path: Path
+) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyzñΩ漢字0123456789 \n#"
+    declared = points({"size": 1e5, "tokens": 3840})
+
+    def prepared(known: str) -> CorpusInfo:
+        vocab = {letter: n for n, letter in enumerate(known)}
+        spec = hostile(tmp_path / str(len(vocab)), BPE | {"vocab": vocab})
+        (Path(spec) / "tokenizer_config.json").write_text(json.dumps({"eos_token": "#"}))
+        return prepare(folder_source(folder), spec, tmp_path)
+
+    whole, without = prepared(letters), prepared(letters.replace("漢", ""))
+    assert (whole.altered_documents, without.altered_documents) == (0, without.validation_documents)
+    assert without.validation_tokens < whole.validation_tokens, "what it does not know is dropped in silence"
+    assert whole.bits_per_byte(1.0) is not None
+    assert without.bits_per_byte(1.0) is None
+    complaint = "does not give back the text"
+    assert not any(complaint in text for text in planned(declared, whole).warnings)
+    (told,) = [text for text in planned(declared, without).warnings if complaint in text]
+    assert without.tokenizer in told
+    assert f"{without.validation_documents} of {without.validation_documents} validation documents" in told
+    meta = (tmp_path / "corpora" / whole.fingerprint / "meta.json").read_text()
+    assert "altered" not in meta, "an older Escala reads it"
+    assert read_meta(tmp_path / "corpora" / without.fingerprint)[0] == without
 
 
 def test_a_bpe_that_drops_merges_at_random_encodes_a_text_in_one_way(tmp_path: Path) -> None:

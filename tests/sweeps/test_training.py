@@ -184,6 +184,16 @@ def test_an_attempt_needs_neither_ray_nor_mlflow_and_leaves_a_whole_record(corpu
     assert again.val_loss_final == result["val_loss_final"], "another process, the same bits"
 
 
+def test_a_run_on_tokens_that_lose_text_has_no_bits_per_byte(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "info", replace(corpus.info, altered_documents=1))
+    cell = make_cell(corpus, steps=2)
+    run = MemoryIO(cell, corpus)
+    outcome = train(cell, run)
+    assert (outcome.state, outcome.val_bpb_final) == ("finished", None)
+    assert "val_loss_final" in run.rows[cell.tokens]
+    assert "val_bpb_final" not in run.rows[cell.tokens]
+
+
 def test_mfu_is_given_only_where_the_peak_is_known() -> None:
     assert peak_flops("NVIDIA H200", "bfloat16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
