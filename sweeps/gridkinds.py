@@ -1,5 +1,6 @@
 """The kinds of grid that a study may declare: which sizes, or shapes, train how long."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -17,6 +18,8 @@ class LogRange(Declared):
 
     @model_validator(mode="after")
     def _has_room(self) -> "LogRange":
+        if not 0 < self.last / self.first < math.inf:
+            raise ValueError(f"from {self.first:g} to {self.last:g} is too far to be divided; set the ends nearer")
         if len(found := set(self.values())) < self.points:
             raise ValueError(
                 f"from {self.first:g} to {self.last:g} there are not {self.points} values in six digits but "

@@ -56,9 +56,12 @@ class Place:
             lengths = ("tokens", "flops", "tokens_per_parameter")
             point = replace(point, **{n: share * v for n in lengths if (v := getattr(point, n)) is not None})
         variation = {**self.variation, **chosen}
-        return plan_cell(
-            self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer, self.fits
-        )
+        try:
+            return plan_cell(
+                self.study, self.corpus, self.family, self.options, point, variation, self.seed, self.trainer, self.fits
+            )
+        except ArithmeticError as error:
+            raise ValueError(_uncountable(self.family.name, error)) from error
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,9 @@ def plan_study(
             points = list(grid_points(study, family, corpus.vocab_size, options))
         except InputError as error:
             faults[str(error)] = None
+            continue
+        except ArithmeticError as error:
+            faults[_uncountable(name, error)] = None
             continue
         for point, variation, seed in _crossed(study, points):
             declared += 1
@@ -182,6 +188,13 @@ def _seeds(study: Study, point: GridPoint) -> tuple[int, ...]:
 
 
 # --- what to say -------------------------------------------------------------------------------------------------
+
+
+def _uncountable(family: str, error: ArithmeticError) -> str:
+    return (
+        f"family {family}: a number of the grid or of training is too large or too small to count with ({error}). "
+        "Bring it nearer to 1."
+    )
 
 
 def _epoch_faults(study: Study, corpus: CorpusInfo, cells: Any) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Points: the places of a study's grid for one family, each a size or a shape and one way to say how long."""
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +10,7 @@ from sweeps import accounting
 from sweeps.errors import InputError
 from sweeps.families import Family
 from sweeps.gridkinds import IsoflopGrid, LadderGrid, ShapesGrid, listed
-from sweeps.sizes import LATTICE, lattice_index, lattice_position, shape_for, shape_of
+from sweeps.sizes import LATTICE, lattice_index, lattice_position, log2_ratio, shape_for, shape_of
 from sweeps.study import Study
 
 
@@ -96,13 +95,13 @@ def _expected_optimum(
     """The lattice position (a fraction) of the size expected to be best for this budget."""
     optimum = grid.optimum
     if optimum.N is not None and optimum.C is not None:
-        position = lattice_position(optimum.N) + 2 * optimum.exponent * math.log2(budget / optimum.C)
+        position = lattice_position(optimum.N) + 2 * (optimum.exponent * log2_ratio(budget, optimum.C))
         return min(max(position, -len(LATTICE)), 2 * len(LATTICE))  # far off the lattice is far enough
 
     def log_ratio(index: int) -> float:  # of the budget that this size spends at the expected D/N
         shape = cached_shape(family, LATTICE[index], vocab_size, context, tuple(sorted(options.items())))
         tokens = optimum.tokens_per_parameter * accounting.parameters(shape).active
-        return math.log(accounting.flops_per_token(shape) * tokens / budget)
+        return log2_ratio(accounting.flops_per_token(shape) * tokens, budget)
 
     feasible = [index for index in range(len(LATTICE)) if _is_feasible(family, index, vocab_size, context, options)]
     if not feasible:

@@ -41,8 +41,16 @@ def parse_number(value: Any) -> Any:
     return value
 
 
+def parse_whole(value: Any) -> Any:
+    """As `parse_number`. A whole number of hundreds of digits is no float, and would fail wherever it is divided."""
+    value = parse_number(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a whole number below 2^63 is wanted")
+    return value
+
+
 Number = Annotated[float, BeforeValidator(parse_number)]
-Whole = Annotated[int, BeforeValidator(parse_number)]
+Whole = Annotated[int, BeforeValidator(parse_whole)]
 Positive = Annotated[Number, Field(gt=0)]
 Count = Annotated[Whole, Field(gt=0)]
 
@@ -111,7 +119,7 @@ def evaluate(rule: float | PowerRule | PowerLaw, known: Mapping[str, float]) -> 
             raise ValueError(f"this rule cannot depend on {name}; allowed here: {', '.join(settled)}")
         try:
             value *= (known[name] / rule.at.get(name, 1.0)) ** exponent
-        except OverflowError:
+        except ArithmeticError:  # also of 0 to a negative power
             raise ValueError(f"this rule overflows at {name} = {known[name]:g}; lower its power of {name}") from None
     return float(f"{value:.6g}")
 

@@ -29,16 +29,21 @@ _SMALLEST = 2500  # below, one step of MLP width is more than the tolerance
 
 def lattice_position(size: float) -> float:
     """Where a size stands on the lattice: 0 for its first, 1 for its second size."""
-    return 2 * math.log2(size / LATTICE[0])
+    return 2 * log2_ratio(size, LATTICE[0])
+
+
+def log2_ratio(one: float, other: float) -> float:
+    """log2 of one / other, also where the quotient is too large or too small for a float."""
+    ratio = one / other
+    return math.log2(ratio) if 0 < ratio < math.inf else math.log2(one) - math.log2(other)
 
 
 def lattice_index(size: float) -> int:
     """The nearest place on the lattice. InputError where the size lies more than half a step outside it."""
     position = lattice_position(size)
     if not -0.5 <= position <= len(LATTICE) - 0.5:
-        raise InputError(
-            f"size {size:,.0f} is outside the lattice of {LATTICE[0]:,.0f} to {LATTICE[-1]:,.0f} parameters."
-        )
+        found = f"{size:,.0f}" if 1 <= size < 1e18 else f"{size}"
+        raise InputError(f"size {found} is outside the lattice of {LATTICE[0]:,.0f} to {LATTICE[-1]:,.0f} parameters.")
     return min(max(round(position), 0), len(LATTICE) - 1)
 
 

@@ -57,7 +57,10 @@ class Axis(Declared):
             raise ValueError(f"{given[0]}: [{low:g}, {high:g}] is empty; the lower end comes first, and is less")
         if self.log is not None and low <= 0:
             raise ValueError(f"log: [{low:g}, {high:g}] reaches zero; begin above it, or take linear")
-        if self.step is not None and abs((high - low) / self.step - round((high - low) / self.step)) > 1e-9:
+        steps = (high - low) / self.step if self.step is not None else 0
+        if not math.isfinite(steps):
+            raise ValueError(f"step {self.step} is too small for {low:g} to {high:g}; raise it, or leave it out")
+        if abs(steps - round(steps)) > 1e-9:
             raise ValueError(f"{high - low:g} is no whole number of steps of {self.step:g}; change the step or an end")
         return self
 

@@ -21,7 +21,7 @@ from sweeps.families import find_family, resolve_options
 from sweeps.fitted import fitted_studies
 from sweeps.gridkinds import Grid, LogRange, PointsGrid
 from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameters, raise_together
-from sweeps.rules import Count, Declared, Positive, Whole, parse_number
+from sweeps.rules import Count, Declared, Positive, Whole, parse_whole
 from sweeps.sources import check_option
 from sweeps.space import Search
 from sweeps.store import STUDY_NAME
@@ -146,7 +146,7 @@ def _option(value: Any) -> Any:
     """An option's value in one of its two kinds: a union would tell a fault once for each of them."""
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    plain = value if isinstance(value, bool) else parse_number(value)
+    plain = value if isinstance(value, bool) else parse_whole(value)
     if not isinstance(plain, int | float) or not math.isfinite(plain):
         raise ValueError("a number, or true or false, is wanted")
     return plain

@@ -87,6 +87,40 @@ def test_replicates_add_seeds_at_the_central_size_of_the_cheapest_budgets_only()
     assert all(found == [4, 3, 2] for found in _seeds_at_the_centre(grid | {"replicates": None}, [4, 3, 2]))
 
 
+@pytest.mark.parametrize(
+    ("grid", "training", "told"),
+    [
+        ({"type": "ladder", "sizes": [1e-323], "tokens": [1e6]}, {}, "size 1e-323 is outside the lattice"),
+        ({"type": "ladder", "sizes": [1e308], "tokens": [1e6]}, {}, r"size 1e\+308 is outside the lattice"),
+        (ISOFLOP | {"budgets": [1e-200], "optimum": {"N": 1e5, "C": 1e200}}, {}, "budget 1e-200: .* leave the lattice"),
+        (ISOFLOP | {"budgets": [1e200], "optimum": {"N": 1e5, "C": 1e-200}}, {}, r"budget 1e\+200: .* leave the"),
+        (ISOFLOP | {"budgets": [1e308], "optimum": {"tokens_per_parameter": 1e-323}}, {}, r"budget 1e\+308: .* leave"),
+        (
+            {"type": "ladder", "sizes": [1e5], "tokens": [1e-320]},
+            {"batch_tokens": {"value": 1, "at": {"D": 1e300}, "power": {"D": -1}}},
+            "batch_tokens: this rule overflows at D",
+        ),
+    ],
+)
+def test_numbers_that_leave_the_range_of_floats_are_faults_of_their_field(
+    grid: dict[str, Any], training: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        planned(study(grid, training=training))
+
+
+def test_what_cannot_be_counted_is_a_fault_of_the_study_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflow(*_: object) -> None:
+        raise OverflowError("int too large to convert to float")
+
+    for part in ("plan_cell", "grid_points"):
+        with monkeypatch.context() as broken:
+            broken.setattr(f"sweeps.grids.{part}", overflow)
+            assert "family llama: a number of the grid or of training is too large or too small" in faults(
+                points(POINT)
+            )
+
+
 def _seeds_at_the_centre(grid: dict[str, Any], seeds: list[int]) -> list[list[int]]:
     cells = planned(study(grid, seeds=seeds)).cells
     return [

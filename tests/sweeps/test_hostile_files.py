@@ -39,6 +39,10 @@ grid: {type: ladder, sizes: [1e5], tokens_per_parameter: [20]}
 """
 
 
+LONG = "1" * 401
+"""A whole number that is no float."""
+
+
 class Touch:
     """Whoever unpickles it makes a file."""
 
@@ -81,6 +85,25 @@ def test_no_study_file_executes_explodes_or_ends_in_a_traceback(
     with pytest.raises(InputError, match=told):
         load_study(study(tmp_path, more))
     assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("search: {space: {learning_rate: {linear: [.1, .2], step: 1e-320}}}", "learning_rate: .* step 1e-320 is too"),
+        (f"search: {{space: {{batch_tokens: {{int: [1, {LONG}]}}}}}}", r"batch_tokens\.int\[1\]: .* below 2\^63"),
+        (f"validation_tokens: {LONG}", r"validation_tokens: .* below 2\^63"),
+        (f"families: {{llama: {{heads_per_kv: {LONG}}}}}", r"heads_per_kv: .* below 2\^63"),
+        (f"grid: {{type: isoflop, budgets: [1e15], stride: {LONG}}}", r"grid\.stride: .* below 2\^63"),
+        (f"grid: {{type: shapes, widths: [32], depths: [{LONG}], head_dim: 8, tokens: 1e6}}", r"depths\[0\]: .* below"),
+        ("grid: {type: isoflop, budgets: {from: 1e-300, to: 1e300, points: 2}}", r"grid\.budgets: .* too far"),
+        ("grid: {type: isoflop, budgets: {from: 1e300, to: 1e-300, points: 2}}", r"grid\.budgets: .* too far"),
+    ],
+)
+def test_a_number_too_large_or_small_to_count_with_is_told_with_its_line(tmp_path: Path, more: str, told: str) -> None:
+    lines = {line.partition(":")[0]: line for line in [*STUDY.split("\n"), more]}
+    with pytest.raises(InputError, match=told):
+        load_study(study(tmp_path, "\n".join(lines.values()), ""))
 
 
 @pytest.mark.parametrize(
