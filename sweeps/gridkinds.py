@@ -70,12 +70,13 @@ class Optimum(Declared):
 
 
 class Replicates(Declared):
-    """Extra seeds at the central size of the cheapest budgets: they measure the noise floor."""
+    """Several seeds at the central size of the cheapest budgets: they measure the noise floor."""
 
     budgets: Annotated[Count, Field(le=10_000)] = 2
     """How many budgets, from the cheapest on."""
     seeds: Annotated[Whole, Field(ge=2, le=10_000)] = 3
-    """Seeds there, in a study of one seed; where it declares more, one less than this is added to them."""
+    """At least so many seeds there: the study's first, and beside it 0, 1, 2, ... without that one. Those that the
+    study declares itself are not added again: in a study of the seeds 0, 1, 2, three seeds add none."""
 
 
 class IsoflopGrid(Declared):

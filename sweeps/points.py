@@ -26,7 +26,7 @@ class GridPoint:
     """Training FLOPs C."""
     tokens_per_parameter: float | None = None
     extra_seeds: int = 0
-    """Seeds beyond the study's own, of a replicated point."""
+    """Seeds beyond the study's first, of a replicated point."""
     overrides: tuple[tuple[str, Any], ...] = ()
     """Hyperparameters of this point alone, by name."""
     labels: tuple[tuple[str, Any], ...] = ()

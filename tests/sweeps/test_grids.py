@@ -88,6 +88,16 @@ def test_replicates_add_seeds_at_the_central_size_of_the_cheapest_budgets_only()
 
 
 @pytest.mark.parametrize(
+    ("declared", "there"), [([0, 1, 2], [0, 1, 2]), ([1], [1, 0, 2]), ([0, 7], [0, 7, 1, 2]), ([7, 8], [7, 8, 0, 1])]
+)
+def test_replicates_make_sure_of_seeds_that_follow_the_first_and_add_none_twice(
+    declared: list[int], there: list[int]
+) -> None:
+    grid = ISOFLOP | {"budgets": [1e10, 2e10], "replicates": {"budgets": 2, "seeds": 3}}
+    assert all(found == there for found in _seeds_at_the_centre(grid, declared))
+
+
+@pytest.mark.parametrize(
     ("grid", "training", "told"),
     [
         ({"type": "ladder", "sizes": [1e-323], "tokens": [1e6]}, {}, "size 1e-323 is outside the lattice"),
