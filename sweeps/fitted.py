@@ -181,8 +181,9 @@ def fitted_studies(declared: Any) -> Iterator[str]:
 def _of_recipe(of: str, laws: list[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Mapping[str, Any]:
     """The one of several laws, which differ in settings that their study crossed, whose settings are the recipe's."""
     settings = [law.get("recipe") or {} for law in laws]
-    crossed = [name for name in settings[0] if any(other.get(name) != settings[0][name] for other in settings)]
-    mine = [law for law, held in zip(laws, settings, strict=True) if all(held[k] == recipe.get(k) for k in crossed)]
+    names = dict.fromkeys(name for held in settings for name in held)  # a law need not have all that another has
+    crossed = [name for name in names if any(held.get(name) != settings[0].get(name) for held in settings)]
+    mine = [law for law, held in zip(laws, settings) if all(held.get(k) == recipe.get(k) for k in crossed)]
     if len(laws) > 1 and len(mine) != 1:
         there = "; ".join(", ".join(f"{name} {held.get(name)}" for name in crossed) for held in settings)
         raise InputError(

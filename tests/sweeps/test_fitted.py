@@ -138,6 +138,21 @@ def test_of_several_laws_that_of_the_studys_own_setting_is_taken() -> None:
     assert "has 2 laws, for weight_decay 0.1; weight_decay 0.2, and 0 of them hold for this study's own" in text
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_laws_that_name_different_settings_that_of_the_studys_own_is_taken(first: int) -> None:
+    laws = [
+        LAW | {"value": 0.01, "recipe": {"schedule": "cosine"}},
+        LAW | {"value": 0.02, "recipe": {"schedule": "cosine", "weight_decay": 0.2}},
+    ]
+    found = fit(*laws[first:], *laws[:first])
+    declared = points(POINT, training=FITTED | {"weight_decay": 0.2})
+    assert plan(declared, found).cells[0].cell.id == plan(declared, fit(laws[1])).cells[0].cell.id
+    text = refused(found, vary={"weight_decay": [0.5]})
+    assert "weight_decay None" in text
+    assert "weight_decay 0.2" in text
+    assert "0 of them hold for this study's own" in text
+
+
 def test_a_law_may_follow_the_batch() -> None:
     law = LAW | {"powers": {"batch_tokens": 0.5}, "at": {"batch_tokens": 640}, "recipe": {}}
     law["range"] = {"batch_tokens": [320, 1280]}
