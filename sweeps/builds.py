@@ -22,6 +22,7 @@ import numpy as np
 from sweeps import markov, shards, sources, splits, tokenizers
 from sweeps.errors import InputError
 from sweeps.sources import Source
+from sweeps.store import CORPUS_NAME
 from sweeps.units import plural
 
 FORMAT = 1
@@ -111,6 +112,8 @@ def read_meta(folder: Path) -> tuple[CorpusInfo, dict[str, shards.Stream]]:
         if meta["format"] > FORMAT:
             raise InputError(f"the corpus at {folder} was written by a newer Escala (format {meta['format']}); update")
         info = CorpusInfo(**meta["info"])
+        if not CORPUS_NAME.fullmatch(info.fingerprint):  # cells will name it, and be trained on what it names
+            raise ValueError(f"a fingerprint {info.fingerprint!r}")
         streams = {one["name"]: shards.Stream(**{**one, "shards": tuple(one["shards"])}) for one in meta["streams"]}
         for stream in streams.values():  # they name files, and how their bytes are read
             if stream.name not in ("train", "validation") or stream.dtype not in shards.DTYPES:

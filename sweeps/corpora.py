@@ -24,6 +24,7 @@ from sweeps.builds import FORMAT, CorpusInfo, Progress, build, read_meta
 from sweeps.errors import InputError
 from sweeps.order import epoch_keys, permute
 from sweeps.sources import Source, make_source
+from sweeps.store import Store
 
 __all__ = ["Corpus", "CorpusInfo", "Source", "make_source", "open_corpus", "prepare"]
 
@@ -78,7 +79,7 @@ class Corpus:
 
 def open_corpus(root: Path, fingerprint: str) -> Corpus:
     """Open a corpus of the store at `root`. Raises InputError where it is missing or damaged."""
-    folder = Path(root) / "corpora" / fingerprint
+    folder = Store(Path(root)).corpus(fingerprint)
     if not (folder / "meta.json").is_file():
         raise InputError(f"no corpus {fingerprint} in the store {root}; plan or run the study where its source is")
     return Corpus(folder)
@@ -104,8 +105,9 @@ def prepare(
     """
     corpora = Path(root) / "corpora"
     here = sources.is_here(source) and tokenizers.is_here(tokenizer)
-    if pinned and not here and (corpora / pinned / "meta.json").is_file():
-        return _stored(corpora / pinned, tokenizer)
+    kept = Store(Path(root)).corpus(pinned) if pinned else None
+    if kept and not here and (kept / "meta.json").is_file():
+        return _stored(kept, tokenizer)
     kind = tokenizers.tokenizer_kind(tokenizer)
     if source.kind == "markov" and kind != "bytes":
         raise InputError(

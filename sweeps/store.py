@@ -64,6 +64,8 @@ from sweeps.redaction import redact
 FORMAT = 1
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a study may be called: its name is that of a folder. So is a cell's id, under the same rule."""
+CORPUS_NAME = re.compile(r"[0-9a-f]{16}")
+"""The fingerprint of a corpus, which names its folder."""
 
 END_KINDS = ("code", "infrastructure", "out_of_memory", "preemption", "stopped")
 """How an attempt may end without a result. Divergence is a result."""
@@ -86,6 +88,14 @@ class Store:
 
     def checkpoints(self, cell_id: str, epoch: int) -> Path:
         return self.attempt(cell_id, epoch) / "checkpoints"
+
+    def corpus(self, fingerprint: str) -> Path:
+        if not CORPUS_NAME.fullmatch(str(fingerprint)):
+            raise InputError(
+                f"{fingerprint!r} cannot be a corpus of a store: a fingerprint is 16 hex digits (0-9, a-f).",
+                field=("corpus", "fingerprint"),
+            )
+        return self.root / "corpora" / fingerprint
 
     def study(self, name: str) -> Path:
         return self.root / "studies" / _name(name, "a study")

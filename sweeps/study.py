@@ -24,7 +24,7 @@ from sweeps.recipe import NO_NUMBERS, Training, check_hyperparameters, raise_tog
 from sweeps.rules import Count, Declared, Positive, Whole, parse_whole
 from sweeps.sources import check_option
 from sweeps.space import Search
-from sweeps.store import STUDY_NAME
+from sweeps.store import CORPUS_NAME, STUDY_NAME
 
 
 class CorpusSource(Declared):
@@ -41,6 +41,13 @@ class CorpusSource(Declared):
     """Pins the corpus: any other content is an error."""
     repeat: bool = False
     """Allows cells of more than four epochs."""
+
+    @field_validator("fingerprint")
+    @classmethod
+    def _fingerprint_is_one(cls, value: str | None) -> str | None:
+        if value is not None and not CORPUS_NAME.fullmatch(value):
+            raise ValueError("a fingerprint is 16 hex digits (0-9, a-f), the name of a folder in the store's corpora")
+        return value
 
     @field_validator("options", mode="after")
     @classmethod

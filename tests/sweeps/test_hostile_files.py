@@ -264,6 +264,35 @@ def test_the_header_of_a_stored_corpus_names_neither_files_outside_nor_objects(t
             open_corpus(tmp_path / "store", info.fingerprint)
 
 
+@pytest.mark.parametrize(
+    "name", ["../../elsewhere", "/etc/passwd", "..", "0123456789ABCDEF", "0123456789abcdef0", "a\n"]
+)
+def test_a_fingerprint_that_is_a_path_opens_no_corpus_outside_the_store(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"corpus\.fingerprint: .* 16 hex digits"):
+        load_study(study(tmp_path, f"corpus: {{fingerprint: {json.dumps(name)}}}\n"))
+    with pytest.raises(InputError, match="cannot be a corpus"):
+        open_corpus(tmp_path / "store", name)
+    gone = make_source("folder", str(tmp_path / "gone"))
+    with pytest.raises(InputError, match="cannot be a corpus"):
+        prepare(gone, "bytes", tmp_path / "store", pinned=name)
+
+
+def test_a_corpus_outside_the_store_is_not_opened_by_its_way_there_nor_one_named_by_a_path(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"document {number} " * 200)
+    info = prepare(make_source("folder", str(tmp_path / "text")), "bytes", tmp_path / "other")
+    (tmp_path / "store" / "corpora").mkdir(parents=True)
+    way = f"../../other/corpora/{info.fingerprint}"
+    assert (tmp_path / "store" / "corpora" / way / "meta.json").is_file()
+    with pytest.raises(InputError, match="cannot be a corpus"):
+        open_corpus(tmp_path / "store", way)
+    meta = tmp_path / "other" / "corpora" / info.fingerprint / "meta.json"
+    meta.write_text(meta.read_text().replace(info.fingerprint, way))
+    with pytest.raises(InputError, match="damaged"):
+        open_corpus(tmp_path / "other", info.fingerprint)
+
+
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
