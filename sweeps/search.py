@@ -176,10 +176,21 @@ class Searcher:
         return not any(one in quarantine or cell_state(self.store, one).state == "failed" for one in ids)
 
     def _ask_again(self, name: str, trial: Trial) -> None:
-        """A told trial stays as it was told: another of the same setting takes its cells over."""
-        frozen = self._studies[name].get_trials(deepcopy=False)[trial.number]
-        self._studies[name].enqueue_trial(dict(frozen.params), user_attrs={AGAIN: trial.number})
-        self._ask(name)
+        """A told trial stays as it was told: another of the same setting takes its cells over. It runs at once: in the
+        queue it would wait behind start settings, and be asked again meanwhile."""
+        from optuna.trial import TrialState, create_trial
+
+        study = self._studies[name]
+        told = study.get_trials(deepcopy=False)[trial.number]
+        study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=told.params,
+                distributions=told.distributions,
+                user_attrs={AGAIN: trial.number},
+            )
+        )
+        self._begin(name, study.get_trials(deepcopy=False)[-1])
 
     def _note_correlations(self, name: str) -> None:
         for share in self.search.rungs:
@@ -204,7 +215,6 @@ class Searcher:
         asked = 0
         while asked < count and (name := self._next_group()) is not None:
             self._ask(name)
-            self._asked[name] += 1
             asked += 1
 
     def sync(self) -> None:
@@ -231,9 +241,14 @@ class Searcher:
             self._queue_grid_point(name, frozen)
         study.sampler = make_sampler(self.search, name, len(frozen))
         asked = study.ask(self._space)
+        self._begin(name, self._storage.get_trial(asked._trial_id))
+
+    def _begin(self, name: str, frozen: Any) -> None:
+        """Plan the cells of a trial that is on record as running."""
         fault("search.after_ask")
-        trial = read_trial(self._storage.get_trial(asked._trial_id), self.search)
+        trial = read_trial(frozen, self.search)
         assert trial is not None
+        self._asked[name] += trial.counts
         if self.search.rungs:
             trial = replace(trial, length=self._first_length(name))
             self._attribute(name, trial.number, LENGTH, trial.length)

@@ -157,6 +157,30 @@ def test_a_failed_trial_whose_cell_is_forgiven_is_taken_up_again(store: Store, m
     assert drive(store, plan) == []
 
 
+@pytest.mark.parametrize("most", [2, 4])
+def test_a_forgiven_trial_is_asked_again_once_and_at_once_though_start_settings_wait(
+    most: int, store: Store, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(trials=most, start=[{"learning_rate": 0.001}, {"learning_rate": 0.002}])
+    search = Searching(store, plan)
+    register(store, search.plan, b"")
+    (one,) = search.grow(1)
+    end(store, one, "failed")
+    search.grow(0)
+    forgive(store, one.cell.id, "me")
+    for _ in range(3):
+        search.grow(0)
+    again = trials(store, plan)
+    assert [(t.state, t.counts) for t in again if t.state != "WAITING"] == [("FAIL", True), ("RUNNING", False)]
+    assert again[-1].setting == again[0].setting
+    assert drive(store, plan)[0] == one
+    found = trials(store, plan)
+    assert [t.state for t in found] == ["FAIL"] + ["COMPLETE"] * most
+    assert sum(t.counts for t in found) == most, "as many as the study declares, and the repeated one"
+    assert found[1].setting == {"learning_rate": 0.002}, "the start setting that waited"
+    assert drive(store, plan) == []
+
+
 def test_a_cell_in_quarantine_fails_its_trial_until_it_is_released(
     store: Store, make_plan: Callable[..., Plan]
 ) -> None:
