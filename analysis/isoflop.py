@@ -149,7 +149,8 @@ def fit_isoflop(
     verdicts += said
     if len(kept) >= 2:
         verdicts += narrow_span(np.array([budgets[i].C for i in kept]))
-    spent = [b.C for b in budgets] or [NAN]
+    # a refused budget carries no minimum, so nothing of the line reaches up to it
+    spent = [budgets[i].C for i in kept] or [b.C for b in budgets] or [NAN]
     decisions, said = line_targets(line, targets, min(spent), max(spent), level)
     verdicts += said
     extra: dict[str, object] = {"residual_sd": residual_sd, "residual_freedom": freedom}

@@ -188,6 +188,19 @@ def test_far_target_is_refused_alone() -> None:
     assert said == [("caution", "1e14"), ("refuse", "1e16")]
 
 
+def test_a_target_is_measured_from_the_budgets_that_the_line_rests_on() -> None:
+    near = budgets_table((1e17, 3e17, 1e18, 3e18), seeds=2, noise=0.001)
+    edge = budgets_table((1e21,), shift=20.0, seeds=2, noise=0.001)
+    found = fit(pd.concat([near, edge], ignore_index=True), "isoflop", targets=[1e21, 9e21])
+    assert [b.accepted for b in found.budgets] == [True] * 4 + [False]
+    between, beyond = found.decisions["targets"]
+    assert between["extrapolation"] == pytest.approx(1e21 / 3e18)
+    assert beyond["extrapolation"] == pytest.approx(3000.0)
+    assert np.isnan(beyond["N"].value)
+    said = [(v.severity, v.target) for v in found.verdicts if v.code == "extrapolation"]
+    assert said == [("caution", "1e21"), ("refuse", "9e21")]
+
+
 # --- cautions ----------------------------------------------------------------------------------------------------
 
 
