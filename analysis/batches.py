@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.selection import merged, with_states
-from analysis.uncertainty import SETTINGS, exclusions, interval, seed_noise
+from analysis.selection import with_states
+from analysis.uncertainty import SETTINGS, exclusions, interval, merged, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, refused
 from sweeps.errors import InputError
 from sweeps.units import human, plural

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.effects import Evaluation, exact_effects, surrogate_effects
-from analysis.selection import left_out, merged, with_states
+from analysis.selection import left_out, with_states
 from analysis.swept import BLOWN_UP
-from analysis.uncertainty import SETTINGS
+from analysis.uncertainty import SETTINGS, merged
 from analysis.verdicts import NAN, NOTHING, Verdict, clean, refused
 from sweeps.errors import InputError, nearest
 from sweeps.units import plural

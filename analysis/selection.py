@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.uncertainty import DESIGN, SEEDS, SETTINGS, Noise, exclusions, seed_noise
+from analysis.uncertainty import DESIGN, SEEDS, SETTINGS, Noise, alike, exclusions, merged, seed_noise
 from analysis.verdicts import Verdict, budget_name
 from sweeps.errors import InputError
 from sweeps.units import plural
@@ -23,8 +23,6 @@ FEW_STEPS = 300
 """Below so many optimiser steps the loss says more about warmup than about N and D."""
 DIGITS = 4
 """Significant digits of the response from which on equal rows are taken for one run that is listed twice."""
-SAME = 0.01
-"""Rates, batches, sizes and token counts closer than this in logs are one: tables round, batches do not divide D."""
 SAME_TOKENS = 0.02
 """Of token counts of one size that whole batches round apart, where a table has no budgets."""
 
@@ -240,31 +238,18 @@ def _beaten_settings(rows: pd.DataFrame, variables: Sequence[str]) -> pd.Index:
     # Two batch sizes round one budget, or one D, to slightly different D: the budget names the cell where there is one.
     budget = rows["budget"] if "budget" in rows.columns else pd.Series(np.nan, rows.index)
     family = rows["family"] if "family" in rows.columns else pd.Series("", rows.index)
-    place = pd.DataFrame({"family": family, "N": rows["N"], "budget": budget})
-    counts = rows["D"].astype(float).groupby([family, rows["N"]], dropna=False)
+    place = pd.DataFrame({"family": family, **alike(rows.assign(budget=budget), ("N", "budget"))})
+    counts = rows["D"].astype(float).groupby([family, place["N"]], dropna=False)
     place["D"] = counts.transform(lambda D: merged(D.to_numpy(), SAME_TOKENS))
     place["D"] = place["D"].where(budget.isna())
     for name in variables:
         if name not in ("N", "D", "C"):
             place[name] = rows[name].astype(float).map("{:.3g}".format)  # unique tokens round to batches as D does
     at = place.groupby(list(place.columns), dropna=False).ngroup()
-    setting = rows[settings].groupby(settings, dropna=False).ngroup()
+    setting = alike(rows, settings).groupby(settings, dropna=False).ngroup()
     mean = rows["loss"].groupby([at, setting]).transform("mean")
     best = mean.groupby(at).transform("min")
     return rows.index[mean > best]
-
-
-def merged(values: np.ndarray, tolerance: float = SAME) -> np.ndarray:
-    """The values with those that lie within `tolerance` in ln of a smaller one made equal to it. NaN stay."""
-    known = np.unique(values[np.isfinite(values) & (values > 0)])
-    if not known.size:
-        return values
-    kept = [known[0]]
-    for value in known[1:]:
-        if np.log(value / kept[-1]) > tolerance:
-            kept.append(value)
-    at = np.searchsorted(np.array(kept), values, side="right") - 1
-    return np.where(np.isfinite(values) & (values > 0), np.array(kept)[np.maximum(at, 0)], values)
 
 
 def _comparable(rows: pd.DataFrame, loss: str) -> list[Verdict]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.selection import PENDING, merged, with_states
-from analysis.uncertainty import SETTINGS
+from analysis.selection import PENDING, with_states
+from analysis.uncertainty import SETTINGS, alike, merged
 from analysis.verdicts import NAN, Verdict
 from sweeps.errors import InputError, nearest
 from sweeps.units import human, plural
@@ -112,6 +112,8 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
         rows[name] = merged(rows[name].to_numpy(dtype=float))
     for axis in AXES:
         rows[f"apart {axis}"] = np.log(written[axis] / rows[axis])
+    others = [c for c in _OTHERS if c in rows.columns]
+    rows[others] = alike(rows, others)
     always = [c for c in _ALWAYS if c in rows.columns and rows[c].notna().any()]
     base = rows.groupby([*always, "N", "D"], dropna=False).ngroup().to_numpy()
     keys, moving = _divide(rows, base)

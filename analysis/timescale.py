@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.published import published_timescale
-from analysis.selection import merged, with_states
-from analysis.uncertainty import interval, seed_noise
+from analysis.selection import with_states
+from analysis.uncertainty import interval, merged, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Verdict, clean, refused
 from sweeps.errors import InputError
 

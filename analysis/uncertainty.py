@@ -33,6 +33,10 @@ DESIGN = (
     *("U", "experts", "x", "S1", "S2"),  # what laws vary beside N, D and C
 )
 """What tells runs apart beside their seeds."""
+SAME = 0.01
+"""Rates, batches, sizes and token counts closer than this in logs are one: tables round, batches do not divide D."""
+LAST_DIGITS = 1e-6
+"""Of what is counted or derived: single precision and sums in another order differ by less, two values by more."""
 ROUNDING = 1e-12
 """Scatter of ln losses that are equal but for the last digit of a double."""
 MANY = 1e9
@@ -95,6 +99,38 @@ def exclusions(runs: pd.DataFrame) -> "pd.Series[Any]":
     return said.mask(mark.isin(_LEFT_OUT), "excluded in the table").where(~mark.isin(_COUNTS), None)
 
 
+def merged(values: np.ndarray, tolerance: float = SAME) -> np.ndarray:
+    """The values with those that lie within `tolerance` in ln of a smaller one made equal to it. NaN stay."""
+    known = np.unique(values[np.isfinite(values) & (values > 0)])
+    if not known.size:
+        return values
+    kept = [known[0]]
+    for value in known[1:]:
+        if np.log(value / kept[-1]) > tolerance:
+            kept.append(value)
+    at = np.searchsorted(np.array(kept), values, side="right") - 1
+    return np.where(np.isfinite(values) & (values > 0), np.array(kept)[np.maximum(at, 0)], values)
+
+
+def alike(runs: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """These columns with the values made equal that are one value but for how they were written; words stay.
+
+    What runs are grouped by has to pass through here: 0.1 * 0.003 is not 0.0003, nor is a rate in single precision.
+    """
+    return pd.DataFrame({name: _alike(name, runs[name]) for name in columns}, index=runs.index)
+
+
+def _alike(name: str, column: "pd.Series[Any]") -> "pd.Series[Any]":
+    numbers = pd.to_numeric(column, errors="coerce")
+    if numbers.notna().sum() < column.notna().sum():
+        return column
+    values = numbers.astype(float)
+    if name in ("beta1", "beta2"):  # .99 and .999 are a percent apart, but average over 100 steps and 1000
+        return values.groupby(merged(1.0 - values.to_numpy())).transform("first")
+    tolerance = SAME if name in ("N", "D", "C", *SETTINGS) else LAST_DIGITS
+    return pd.Series(merged(values.to_numpy(), tolerance), index=column.index)
+
+
 def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None:
     """Pooled standard deviation of ln loss over groups of runs that differ in nothing but their seeds.
 
@@ -108,7 +144,7 @@ def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None
     keys = [c for c in DESIGN if c in kept.columns and kept[c].notna().any()]
     if not keys or kept.empty:
         return None
-    groups = kept.assign(_log=np.log(kept[loss])).groupby(keys, dropna=False)
+    groups = kept.assign(_log=np.log(kept[loss]), **alike(kept, keys)).groupby(keys, dropna=False)
     count, spread = groups["_log"].count(), groups["_log"].var(ddof=1)
     many = count[(count > 1) & (groups[seeds].nunique().max(axis=1) > 1)].index
     if not len(many):

@@ -6,11 +6,11 @@ import pytest
 
 from analysis import read_table
 from analysis.optima import find_optima
-from analysis.selection import merged
 from analysis.sensitivities import sensitivity
 from analysis.swept import swept_groups
+from analysis.uncertainty import merged
 from sweeps.errors import InputError
-from tests.analysis.fans import RATES, best_rate, crossed, fan
+from tests.analysis.fans import RATES, SIZES, best_rate, crossed, fan
 from tests.analysis.synthetic import codes, published
 
 STEP_LAW = {"loss": "smooth loss", "batch": "2048*bs"}
@@ -213,6 +213,14 @@ def test_of_an_open_optimum_copies_that_are_no_valley_are_told_where_there_are_s
 def test_values_that_differ_by_rounding_are_one_and_chains_are_not() -> None:
     assert merged(np.array([0.000345, 0.0003453, 0.0005, np.nan]))[:3] == pytest.approx([0.000345, 0.000345, 0.0005])
     assert len(np.unique(merged(1.006 ** np.arange(10)))) == 5
+
+
+def test_a_setting_that_differs_in_its_last_digits_divides_no_group() -> None:
+    table = fan(SIZES[:2]).assign(weight_decay=0.1)
+    table["weight_decay"] = table["weight_decay"].where(table["seed"] != 1, float(np.float32(0.1)))
+    swept = swept_groups(table)
+    assert len(swept.groups) == 2
+    assert not swept.verdicts
 
 
 def test_seeds_do_not_make_two_levels_of_one_batch() -> None:

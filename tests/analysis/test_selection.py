@@ -60,6 +60,17 @@ def test_best_setting_stands_for_its_place_with_all_its_seeds() -> None:
     assert {e["reason"] for e in chosen.excluded} == {"a better setting was tried at this size and token count"}
 
 
+@pytest.mark.parametrize("written", [0.1 * 0.003, float(np.float32(0.0003))])
+def test_a_rate_that_differs_in_its_last_digits_is_the_same_setting(written) -> None:
+    """One seed's rate as another program, or single precision, writes it: still three seeds of one setting."""
+    seeds = [surface(N[:3], D[:3], noise=0.002, seed=k).assign(seed=k, learning_rate=0.0003) for k in range(3)]
+    seeds[1]["learning_rate"] = written
+    chosen = select(pd.concat(seeds, ignore_index=True))
+    assert len(chosen.rows) == 9
+    assert chosen.noise is not None
+    assert chosen.noise.freedom == 6
+
+
 def test_settings_that_follow_the_size_are_not_compared() -> None:
     table = surface(N, D).assign(learning_rate=1 / np.sqrt(N))
     assert len(select(table).rows) == 16

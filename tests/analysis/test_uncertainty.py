@@ -26,6 +26,21 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_replicates() -> None:
     assert seed_noise(runs, "loss") is None
 
 
+@pytest.mark.parametrize("column", ["learning_rate", "weight_decay", "beta2", "N", "D", "C", "S1"])
+def test_runs_that_differ_in_the_last_digits_of_a_number_are_replicates(column) -> None:
+    runs = table(groups=20).assign(learning_rate=0.0003, weight_decay=0.1, beta2=0.999, S1=1234.5)
+    single = runs[column].astype(np.float32).astype(float)
+    runs[column] = runs[column].where(runs["seed"] != 1, single * (1.0 + 1e-7))
+    found = seed_noise(runs, "loss")
+    assert found is not None
+    assert (found.groups, found.freedom) == (20, 40)
+
+
+@pytest.mark.parametrize(("column", "values"), [("beta2", [0.99, 0.999]), ("S1", [100.0, 100.5])])
+def test_values_that_are_near_and_yet_two_are_told_apart(column, values) -> None:
+    assert seed_noise(table(groups=1, seeds=2).assign(**{column: values}), "loss") is None
+
+
 def test_repeats_without_another_seed_are_no_replicates() -> None:
     assert seed_noise(table(groups=2, seeds=2).assign(seed=0), "loss") is None
 
