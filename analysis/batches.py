@@ -6,14 +6,15 @@ leaves one of the two straight ends of that curve. Gradient norms predict it to 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.selection import with_states
-from analysis.uncertainty import SETTINGS, exclusions, interval, merged, seed_noise
+from analysis.swept import SHAPES, told_apart
+from analysis.uncertainty import SETTINGS, alike, exclusions, interval, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Interval, Verdict, clean, refused
 from sweeps.errors import InputError
 from sweeps.units import human, plural
@@ -32,12 +33,12 @@ LEAST_SPAN = 2.0
 class CriticalBatch:
     """The steps and tokens that batches take to one target loss, and the curve through them.
 
-    group: {"family", "N"}. target: nats per token. points: batch_tokens, learning_rate (the best at that batch; NaN
-    where it changes with length), tokens, steps, error (standard error of ln tokens), fitted (tokens; NaN for small
-    batches that took more than larger ones). batch: B_crit in tokens; tokens, steps: E_min and S_min. beyond_linear:
-    the batch whose steps exceed linear scaling from the best batch of the sweep by 20% (Zhang et al. 2024), by
-    interpolation and without the curve. scatter: of ln tokens about the curve.
-    draws: ln B_crit and ln E_min under noise, (resamples, 2).
+    group: {"family", "N" and, where they differ, "corpus", "width" ...}. target: nats per token. points: batch_tokens,
+    learning_rate (the best at that batch; NaN where it changes with length), tokens, steps, error (standard error of ln
+    tokens), fitted (tokens; NaN for small batches that took more than larger ones). batch: B_crit in tokens; tokens,
+    steps: E_min and S_min. beyond_linear: the batch whose steps exceed linear scaling from the best batch of the sweep
+    by 20% (Zhang et al. 2024), by interpolation and without the curve. scatter: of ln tokens about the curve. draws: ln
+    B_crit and ln E_min under noise, (resamples, 2).
     """
 
     group: Mapping[str, Any]
@@ -52,6 +53,11 @@ class CriticalBatch:
     draws: np.ndarray = field(default_factory=lambda: np.empty((0, 2)), repr=False, compare=False)
 
     @property
+    def name(self) -> str:
+        """Of what: "llama", "llama mup depth=4"."""
+        return " ".join(f"{k}={v:g}" if isinstance(v, float) else str(v) for k, v in self.group.items() if k != "N")
+
+    @property
     def refused(self) -> bool:
         return refused(self.verdicts)
 
@@ -63,7 +69,8 @@ class CriticalBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class CriticalBatches:
-    """The critical batches of a study and, by family, how they grow with tokens: B_crit ~ E_min ^ exponent."""
+    """The critical batches of a study and, by family (and corpus ... where they differ), how they grow with tokens:
+    B_crit ~ E_min ^ exponent."""
 
     sweeps: tuple[CriticalBatch, ...]
     growth: Mapping[str, Estimate]
@@ -95,12 +102,12 @@ def critical_batches(
 ) -> CriticalBatches:
     """B_crit of every (family, N) whose runs vary the batch, at several target losses, and its growth with tokens.
 
-    Tokens to a target are interpolated, ln loss in ln tokens: between final losses, at the best setting (learning rate,
-    weight decay ...) of each batch and length, where batches were trained for two or more lengths; else along the
-    curves, at the setting that gets there first, which is only fair where the rate is not annealed. targets: nats; by
-    default four that all batches reach, or most. A loss between seeds that is noisier than the differences of batches
-    shows in the intervals. Rows without a positive N, D, batch and loss do not count. Raises InputError for a missing
-    column.
+    Corpora, contexts, shapes ... that differ are told apart. Tokens to a target are interpolated, ln loss in ln tokens:
+    between final losses, at the best setting (learning rate, weight decay ...) of each batch and length, where batches
+    were trained for two or more lengths; else along the curves, at the setting that gets there first, which is only
+    fair where the rate is not annealed. targets: nats; by default four that all batches reach, or most. A loss between
+    seeds that is noisier than the differences of batches shows in the intervals. Rows without a positive N, D, batch
+    and loss do not count. Raises InputError for a missing column.
     """
     found: list[CriticalBatch] = []
     verdicts: list[Verdict] = []
@@ -114,23 +121,28 @@ def critical_batches(
     kept = kept[kept["excluded"].isna()] if "excluded" in kept.columns else kept
     numbers = kept[["N", "D", "batch_tokens", loss]].astype(float)
     kept = kept[((numbers > 0) & np.isfinite(numbers)).all(axis=1)]
-    kept = kept.assign(N=merged(kept["N"].to_numpy(float)), D=merged(kept["D"].to_numpy(float)))
+    kept = kept.assign(**alike(kept, ["N", "D", *(c for c in SETTINGS if c in kept.columns)]))
     noise = seed_noise(kept, loss)
     told = kept["family"] if "family" in kept.columns else pd.Series(None, index=kept.index, dtype=object)
-    families = told.astype(object).where(told.notna(), "")
-    for order, (key, rows) in enumerate(kept.groupby([families, "N"])):
+    kept = kept.assign(family=told.astype(object).where(told.notna(), ""))
+    apart = [c for c in told_apart(kept) if c != "family"]
+    for order, (_, rows) in enumerate(kept.groupby(["family", "N", *apart], dropna=False)):
         if rows["batch_tokens"].nunique() < 2:
             continue
         paths, said = _paths(rows, curves, loss, noise.sd if noise else NAN)
-        group = dict(zip(("family", "N"), key))
+        first = rows.iloc[0]
+        known = [c for c in apart if not pd.isna(first[c])]
+        group = {"family": first["family"], "N": float(first["N"])}
+        group |= {c: float(first[c]) if isinstance(first[c], int | float | np.number) else first[c] for c in known}
         verdicts += [v for v in said if v not in verdicts]
         for target in targets or _targets(paths):
             found.append(_sweep(group, float(target), paths, resamples, level, [seed, order]))
     growth: dict[str, Estimate] = {}
-    for family in dict.fromkeys(one.group["family"] for one in found):
-        good = [one for one in found if one.group["family"] == family and not one.refused]
-        exponent, said = _growth(str(family), good, level)
-        growth[str(family)] = exponent
+    # N and the shape do not move it (Zhang et al. 2024)
+    kinds = [" ".join(str(v) for k, v in one.group.items() if k not in ("N", *SHAPES)) for one in found]
+    for kind in dict.fromkeys(kinds):
+        good = [one for one, own in zip(found, kinds) if own == kind and not one.refused]
+        growth[kind], said = _growth(kind, good, level)
         verdicts += said
     return CriticalBatches(sweeps=tuple(found), growth=growth, verdicts=tuple(verdicts))
 
@@ -161,10 +173,11 @@ def _sweep(
 ) -> CriticalBatch:
     reached = _reached(paths, target)
     points = reached.drop(columns=["before", "after", "share"])
-    where = f"{group['family'] or 'runs'} with N = {human(group['N'])} at {target:.4g} nats"
+    blank = CriticalBatch(group=group, target=target, points=points)
+    where = f"{blank.name or 'runs'} with N = {human(group['N'])} at {target:.4g} nats"
     if points.empty:
         few = Verdict("too_few_levels", "refuse", "fit", None, f"{where}: no batch size reached it.")
-        return CriticalBatch(group=group, target=target, points=points, verdicts=(few,))
+        return replace(blank, verdicts=(few,))
     taken = points["tokens"].to_numpy(float)
     small = (np.arange(len(taken)) < taken.argmin()) & (taken > BEYOND * taken.min())
     used, verdicts = reached[~small], list[Verdict]()
@@ -177,7 +190,7 @@ def _sweep(
     if len(used) < LEAST_BATCHES:
         message = f"{where}: {plural(len(used), 'batch size')} from the best one on; B_crit needs {LEAST_BATCHES}."
         few = Verdict("too_few_levels", "refuse", "fit", None, message)
-        return CriticalBatch(group=group, target=target, points=points, verdicts=(*verdicts, few))
+        return replace(blank, verdicts=(*verdicts, few))
     batches, tokens = used["batch_tokens"].to_numpy(float), used["tokens"].to_numpy(float)
     (log_batch,), (log_tokens,), (misfit,) = fit_critical_batch(batches, tokens)
     points = points.assign(fitted=pd.Series(_curve(log_batch, log_tokens, batches), index=used.index))

@@ -227,8 +227,10 @@ def _batch_words(found: CriticalBatches) -> str:
 
 
 def _batch_section(found: CriticalBatches, noise: Sequence[NoiseScale]) -> str:
+    apart = _apart([one.group for one in found.sweeps])
     rows = [
         [
+            *(escape(str(one.group.get(name, ""))) for name in apart),
             human(one.group["N"]),
             f"{one.target:.4f}",
             page.estimate(one.batch),
@@ -237,7 +239,7 @@ def _batch_section(found: CriticalBatches, noise: Sequence[NoiseScale]) -> str:
         ]
         for one in found.sweeps
     ]
-    head = ["N", "target loss", "critical batch (tokens)", "fewest tokens", "20% beyond linear"]
+    head = [*apart, "N", "target loss", "critical batch (tokens)", "fewest tokens", "20% beyond linear"]
     scales = [[human(one.group["N"]), human(one.group["batch_tokens"]), page.estimate(one.batch)] for one in noise]
     told = page.table(["N", "batch (tokens)", "noise scale (tokens)"], scales) if scales else ""
     said: list[Verdict] = [*found.verdicts, *(v for one in found.sweeps for v in one.verdicts)]
@@ -246,12 +248,13 @@ def _batch_section(found: CriticalBatches, noise: Sequence[NoiseScale]) -> str:
 
 
 def _timescale_section(found: Sequence[Timescale]) -> str:
-    rows = []
+    rows, apart = [], _apart([one.group for one in found])
     for one in found:
         tried = one.points["timescale"]
         best = page.number(one.best.value, 3) if np.isfinite(one.best.value) else page.DASH
         rows.append(
             [
+                *(escape(str(one.group.get(name, ""))) for name in apart),
                 *(human(one.group["N"]), human(one.group["D"])),
                 f"{best} <span class=range>{page.interval(one.best.interval)}</span>",
                 page.number(one.published, 3),
@@ -263,7 +266,7 @@ def _timescale_section(found: Sequence[Timescale]) -> str:
         "the vertex of a parabola through the lowest loss and its neighbours. Power Lines (Bergsma et al. 2025) was "
         "fitted on larger models and other text.</p>"
     )
-    head = ["N", "D", "best timescale", "by Power Lines", "tried"]
+    head = [*apart, "N", "D", "best timescale", "by Power Lines", "tried"]
     said = page.verdicts((_place(one.group), v) for one in found for v in one.verdicts)
     return "<h3>The weight decay's timescale</h3>" + note + page.table(head, rows) + said
 
@@ -287,6 +290,12 @@ def _importance_section(found: Sequence[Importance]) -> str:
     said = page.verdicts(("", v) for one in found for v in one.verdicts)
     head = ["", "hyperparameter", "share of the variance", "by"]
     return "<h3>Which hyperparameters matter?</h3>" + page.table(head, rows) + said
+
+
+def _apart(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What tells groups apart beside N and D: families, corpora ... where there are several."""
+    names = dict.fromkeys(name for group in groups for name in group if name not in ("N", "D"))
+    return [name for name in names if len({str(group.get(name)) for group in groups}) > 1]
 
 
 def _place(group: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ def batch_curves(sweeps: Sequence[CriticalBatch]) -> Figure:
         colour, marker = COLOURS(norm(one.points["tokens"].min())), kind(order)[1]
         x, y = one.points["batch_tokens"].to_numpy(float), one.points["tokens"].to_numpy(float)
         note = " (refused)" if one.refused else ""
-        label = f"{one.group['family']} {human(one.group['N'])}, {one.target:.3f} nats{note}".strip()
+        label = f"{one.name} {human(one.group['N'])}, {one.target:.3f} nats{note}".strip()
         error = one.points["error"].to_numpy(float)
         bars = np.where(np.isfinite(error), 1.96 * y * error, 0.0)
         face = "white" if one.refused else colour

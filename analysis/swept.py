@@ -26,7 +26,8 @@ BLOWN_UP = 1.5
 for diverged. Of the 1911 runs of Step Law (Li et al. 2025) it takes those that went above 4 nats: the worst of the
 others stands at 1.20 times the lowest, the best of them at 1.70."""
 _ALWAYS = ("family", "parametrisation", "corpus", "tokenizer", "context")
-_OTHERS = (*(c for c in SETTINGS if c not in (*AXES, *_ALWAYS)), "width", "depth", "heads", "mlp_width")
+SHAPES = ("width", "depth", "heads", "mlp_width")
+_OTHERS = (*(c for c in SETTINGS if c not in (*AXES, *_ALWAYS)), *SHAPES)
 """Settings that divide groups where they were crossed with the axes."""
 _BATCHES = ("bs", "batch", "batch_size", "batchsize", "global_batch_size", "train_batch_size", "gbs")
 
@@ -137,6 +138,14 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
         runs=len(rows),
         diverged=int(rows["diverged"].sum()),
     )
+
+
+def told_apart(rows: pd.DataFrame) -> list[str]:
+    """The columns beside N and D, of those that have several values, across which no losses are compared or averaged:
+    what is always apart, and the shapes that differ at one N."""
+    always = [c for c in _ALWAYS if c in rows.columns and rows[c].nunique(dropna=False) > 1]
+    shapes = [c for c in SHAPES if c in rows.columns and rows.groupby("N")[c].nunique(dropna=False).max() > 1]
+    return always + shapes
 
 
 def _usable(runs: pd.DataFrame, loss: str, needed: Sequence[str]) -> tuple[pd.DataFrame, dict[str, tuple[str, ...]]]:

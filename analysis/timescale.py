@@ -15,7 +15,8 @@ import pandas as pd
 
 from analysis.published import published_timescale
 from analysis.selection import with_states
-from analysis.uncertainty import interval, merged, seed_noise
+from analysis.swept import told_apart
+from analysis.uncertainty import SETTINGS, alike, interval, merged, seed_noise
 from analysis.verdicts import NAN, NOTHING, Estimate, Verdict, clean, refused
 from sweeps.errors import InputError
 
@@ -25,8 +26,8 @@ LEAST = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Timescale:
-    """The best AdamW timescale of one group {"N", "D" and, where told, "family", "parametrisation"}, as a fraction of
-    the run.
+    """The best AdamW timescale of one group {"N", "D" and, where told, "family", "parametrisation"; "corpus", "width"
+    ... where they differ}, as a fraction of the run.
 
     best: the vertex of a parabola in ln tau through the lowest point and its neighbours, with its interval under seed
     noise. published: Power Lines' value at the group's tokens per parameter. points: timescale, loss (nats; of the best
@@ -54,7 +55,8 @@ def decay_timescales(
     """The best timescale of every family, parametrisation, N and D that varies the weight decay over three values or
     more; of a study or a table of N, D (tokens), weight_decay, learning_rate, batch_tokens and a loss (nats).
 
-    Trials of a search do not count: no two of them differ in the decay alone. Raises InputError for a missing column.
+    Corpora, contexts, shapes ... are told apart; of all other settings the best stands for a timescale. Trials of a
+    search do not count: no two of them differ in the decay alone. Raises InputError for a missing column.
     """
     loss = loss or ("val_loss_final" if "val_loss_final" in runs.columns else "loss")
     own = ("adamw_timescale",) if "adamw_timescale" in runs.columns else ("learning_rate", "batch_tokens")
@@ -69,14 +71,17 @@ def decay_timescales(
     kept = kept.assign(timescale=_timescales(kept))
     values = kept[loss].astype(float)
     kept = kept[np.isfinite(values) & (values > 0) & kept["timescale"].notna()]
-    kept = kept.assign(**{c: merged(kept[c].to_numpy(float)) for c in ("N", "D", "timescale")})
+    others = [c for c in SETTINGS if c in kept.columns and c != "weight_decay"]
+    kept = kept.assign(
+        **alike(kept, ["N", "D", "weight_decay", *others]), timescale=merged(kept["timescale"].to_numpy())
+    )
     noise, found = seed_noise(kept, loss), []
-    keys = [*(c for c in ("family", "parametrisation") if c in kept.columns and kept[c].notna().any()), "N", "D"]
+    told = [c for c in ("family", "parametrisation") if c in kept.columns and kept[c].notna().any()]
+    keys = [*dict.fromkeys([*told, *told_apart(kept)]), "N", "D"]
     for _, rows in kept.groupby(keys, dropna=False):
         if min(rows["weight_decay"].nunique(), rows["timescale"].nunique()) < LEAST:
             continue
-        settings = [c for c in ("learning_rate", "batch_tokens", "warmup_tokens") if c in rows.columns]
-        means = rows.groupby(["timescale", *settings], dropna=False)[loss].agg(["mean", "count"])
+        means = rows.groupby(["timescale", *others], dropna=False)[loss].agg(["mean", "count"])
         table = means.loc[means.groupby("timescale")["mean"].idxmin()].reset_index()
         points = table.rename(columns={"mean": "loss"})[["timescale", "loss", "count"]]
         x, y = np.log(points["timescale"].to_numpy(float)), np.log(points["loss"].to_numpy(float))

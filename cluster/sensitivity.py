@@ -103,7 +103,7 @@ def _critical(batches: Any, share: str) -> RenderableType:
     """Tokens a step from which on a target loss takes twice the fewest tokens, and how they grow with these."""
     table = plain_table("critical batch", "tokens a step", share, "fewest tokens", "20% beyond linear", "verdict")
     for one in batches.sweeps:
-        name = f"{one.group['family']} N={human(one.group['N'])} at {number(one.target)} nats".strip()
+        name = f"{one.name} N={human(one.group['N'])} at {number(one.target)} nats".strip()
         said = next((v.code for v in one.verdicts if v.severity == "refuse"), "")
         said = said or next((v.code for v in one.verdicts), "")
         values = (number(e.value) for e in (one.tokens, one.beyond_linear))

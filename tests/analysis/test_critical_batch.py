@@ -170,6 +170,22 @@ def test_of_a_crossed_decay_the_best_counts_and_not_the_mean() -> None:
     assert not alone.sweeps[0].refused
 
 
+@pytest.mark.parametrize("column", ["corpus", "context", "parametrisation", "width"])
+def test_runs_on_another_corpus_or_of_another_shape_do_not_stand_for_a_batch(column) -> None:
+    one = sweep(batches=BATCHES[2:7]).assign(**{column: 64 if column in ("context", "width") else "a"})
+    rest = one[one["batch_tokens"] <= BATCHES[4]].assign(**{column: 128 if column in ("context", "width") else "b"})
+    rest["val_loss_final"] *= 0.95
+    alone = critical_batches(one, targets=[2.6, 2.8, 3.0], resamples=50)
+    both = critical_batches(pd.concat([one, rest], ignore_index=True), targets=[2.6, 2.8, 3.0], resamples=50)
+    first = [found for found in both.sweeps if found.group[column] in ("a", 64)]
+    assert [found.batch.value for found in first] == pytest.approx([found.batch.value for found in alone.sweeps])
+    assert not any(found.refused for found in first)
+    assert len(both.sweeps) == 6
+    assert len(both.growth) == (1 if column == "width" else 2), "no shape moves the growth"
+    assert len({found.name for found in both.sweeps}) == 2
+    json.dumps(both.to_json(), allow_nan=False)
+
+
 def test_two_batches_are_too_few() -> None:
     result = critical_batches(sweep(batches=(2048.0, 65536.0)), targets=[3.0])
     assert {"too_few_horizons"} <= codes(result) or {"too_few_levels"} <= codes(result)
@@ -297,6 +313,27 @@ def test_the_timescale_of_a_table_follows_from_rate_decay_batch_and_tokens() -> 
     assert derived.group == {"N": 1e6, "D": 2e7}
     with pytest.raises(InputError, match="lacks batch_tokens"):
         decay_timescales(table.drop(columns=["adamw_timescale", "batch_tokens"]))
+
+
+@pytest.mark.parametrize("column", ["corpus", "context", "width"])
+def test_decays_on_another_corpus_or_of_another_shape_do_not_stand_for_a_timescale(column) -> None:
+    table = decays(100.0).assign(**{column: 64 if column != "corpus" else "a"})
+    rest = table[table["weight_decay"].isin(0.025 * 2.0 ** np.arange(1, 4))]
+    rest = rest.assign(val_loss_final=0.8 * rest["val_loss_final"], **{column: 128 if column != "corpus" else "b"})
+    found = decay_timescales(pd.concat([table, rest], ignore_index=True))
+    assert [set(one.points["count"]) for one in found] == [{2}, {2}]
+    assert {one.group[column] for one in found} == set(table[column]) | set(rest[column])
+    assert [v.code for one in found for v in one.verdicts] == ["edge_minimum"] * 2
+    json.dumps([one.to_json() for one in found], allow_nan=False)
+
+
+def test_of_a_crossed_setting_the_best_counts_at_its_timescale_and_not_the_mean() -> None:
+    table = decays(1.6).assign(beta2=0.95)
+    worse = table[table["weight_decay"] > 0.09].assign(beta2=0.999)
+    worse["val_loss_final"] *= 1.01
+    (found,) = decay_timescales(pd.concat([table, worse], ignore_index=True))
+    assert found.best.value == pytest.approx(1.6, rel=1e-3)
+    assert list(found.points["count"]) == [2] * 5
 
 
 @pytest.mark.parametrize("mark", [-1.0, 0.0, np.inf, np.nan])
