@@ -191,7 +191,7 @@ def _comparable(chosen: tuple[Selection, Selection]) -> list[Verdict]:
     """Losses of different text, tokens or context, and compute counted in two ways, are different quantities."""
     seen = {
         c: [set(s.rows[c].dropna()) if c in s.rows.columns else set() for s in chosen]
-        for c in ("corpus", "tokenizer", "context")
+        for c in ("corpus", "tokenizer", "context", "validation_tokens")
     }
     differ = [c for c, (one, two) in seen.items() if one and two and one != two]
     verdicts = []
@@ -204,10 +204,10 @@ def _comparable(chosen: tuple[Selection, Selection]) -> list[Verdict]:
             'per byte (loss="val_bpb_final").'
         )
         verdicts.append(Verdict("different_losses", "refuse", "fit", None, message))
-    elif "corpus" in differ:
+    elif unlike := [c for c in ("corpus", "validation_tokens") if c in differ]:
         message = (
-            "bits per byte are of two corpora: where their validation texts differ too, the multiplier also holds how "
-            "much harder one text is than the other."
+            f"bits per byte at two values of {' and '.join(unlike)}: where the validation texts differ too, the "
+            "multiplier also holds how much harder one text is than the other."
         )
         verdicts.append(Verdict("different_corpora", "caution", "fit", None, message))
     elif not all(seen["corpus"]):

@@ -264,6 +264,7 @@ FEW = {"N": SIZES[:3], "D": TOKENS[:3]}
         (recipe(corpus="a"), recipe(corpus="b"), "different_losses"),
         (recipe(tokenizer="bytes"), recipe(tokenizer="bpe"), "different_losses"),
         (recipe(context=128), recipe(context=256), "different_losses"),
+        (recipe(corpus="a", validation_tokens=0), recipe(corpus="a", validation_tokens=65_536), "different_losses"),
         (recipe(family=["a", "b"] * 12 + ["a"]), recipe(), "mixed_families"),
         (recipe().drop(columns="C"), recipe(), "different_compute"),
         (recipe().rename(columns={"loss": "val_loss_final"}), recipe(), "different_losses"),
@@ -296,6 +297,16 @@ def test_bits_per_byte_compare_across_tokenizers() -> None:
     found = compare_recipes(one, two, loss="val_bpb_final", resamples=100)
     assert found.flops.value.value == pytest.approx(2.0, rel=0.01)
     assert "different_corpora" in codes(found, "caution")
+
+
+def test_bits_per_byte_of_another_part_of_the_validation_text_are_cautioned() -> None:
+    one, two = (
+        recipe(1.0, corpus="a", validation_tokens=count, noise=off).rename(columns={"loss": "val_bpb_final"})
+        for count, off in ((0, 0.0), (65_536, -0.01))
+    )
+    found = compare_recipes(one, two, loss="val_bpb_final", resamples=100)
+    said = [v.message for v in found.verdicts if v.code == "different_corpora"]
+    assert ["validation_tokens" in message for message in said] == [True]
 
 
 def test_numbers_that_make_no_sense_are_input_errors() -> None:
