@@ -94,7 +94,7 @@ def critical_batches(
     runs: pd.DataFrame,
     curves: pd.DataFrame | None = None,
     *,
-    targets: Sequence[float] | None = None,
+    targets: Sequence[float] | np.ndarray | None = None,
     loss: str | None = None,
     resamples: int = 500,
     level: float = 0.95,
@@ -135,7 +135,7 @@ def critical_batches(
         group = {"family": first["family"], "N": float(first["N"])}
         group |= {c: float(first[c]) if isinstance(first[c], int | float | np.number) else first[c] for c in known}
         verdicts += [v for v in said if v not in verdicts]
-        for target in targets or _targets(paths):
+        for target in _targets(paths) if targets is None or not len(targets) else targets:
             found.append(_sweep(group, float(target), paths, resamples, level, [seed, order]))
     growth: dict[str, Estimate] = {}
     # N and the shape do not move it (Zhang et al. 2024)

@@ -192,6 +192,13 @@ def test_two_batches_are_too_few() -> None:
     assert all(one.refused for one in result.sweeps)
 
 
+def test_targets_may_be_an_array() -> None:
+    found, listed = (critical_batches(sweep(), targets=t, resamples=20) for t in (np.array([2.6, 2.8]), [2.6, 2.8]))
+    assert [one.batch for one in found.sweeps] == [one.batch for one in listed.sweeps]
+    defaults, empty = (critical_batches(sweep(), targets=t, resamples=20) for t in (None, ()))
+    assert [one.target for one in defaults.sweeps] == [one.target for one in empty.sweeps]
+
+
 def test_runs_of_no_named_family_have_a_critical_batch() -> None:
     (one, *_), (named, *_) = (
         critical_batches(table, resamples=50).sweeps for table in (sweep().assign(family=None), sweep())
