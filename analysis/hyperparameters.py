@@ -182,7 +182,7 @@ def _sweep_pictures(found: Sensitivity, crossed: Sequence[Optimum]) -> Iterator[
 
 
 def _transfer_words(one: Transfer) -> str:
-    name = escape(one.parametrisation)
+    name = escape(one.name)
     if one.moves is None:
         return f"Whether the best learning rate stays under {name} is not settled: {escape(one.verdicts[-1].message)}"
     widths = one.optima["width"]
@@ -198,13 +198,11 @@ def _transfer_section(transfers: Sequence[Transfer]) -> str:
     for one in transfers:
         for row in one.optima.to_dict("records"):
             bounds = page.interval((row["low"], row["high"])) if not row["refused"] else page.DASH
-            rows.append(
-                [escape(one.parametrisation), f"{row['width']:.0f}", page.number(row["learning_rate"], 3), bounds]
-            )
+            rows.append([escape(one.name), f"{row['width']:.0f}", page.number(row["learning_rate"], 3), bounds])
     note = "<p class=note>A parametrisation transfers when the interval of its power of width holds 0.</p>"
     lines = "".join(f"<p>{_transfer_words(one)}</p>" for one in transfers)
     table = page.table(["parametrisation", "width", "best learning rate", "95% interval"], rows)
-    said = page.verdicts((one.parametrisation, v) for one in transfers for v in one.verdicts)
+    said = page.verdicts((one.name, v) for one in transfers for v in one.verdicts)
     return "<h3>Does the best learning rate stay when a model grows wider?</h3>" + lines + note + table + said
 
 

@@ -11,7 +11,7 @@ an interval over a narrow span, or one that is so wide that it would hold anythi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import pandas as pd
 from analysis.optima import Optimum, find_optima
 from analysis.optimum_laws import between_groups, weighted
 from analysis.swept import swept_groups
-from analysis.uncertainty import interval
+from analysis.uncertainty import LAST_DIGITS, SAME, interval, merged
 from analysis.verdicts import NOTHING, Estimate, Verdict, clean, refused
 from sweeps.errors import InputError
 from sweeps.units import plural
@@ -27,6 +27,8 @@ from sweeps.units import plural
 LEAST_WIDTHS = 3
 SPAN = 8.0
 """Largest over smallest width from which on a slope is read without a caution."""
+RATIO = 0.2
+"""MLP widths over widths closer than this in logs are one ratio, rounded to whole heads or multiples of 64."""
 WIDE = 0.5
 """Half an interval's width from which on it tells the two parametrisations apart no more: standard's slope is about
 -.5 to -1."""
@@ -36,7 +38,8 @@ WIDE = 0.5
 class Transfer:
     """How the best rate of one family and parametrisation moves with width, or the refusal to say.
 
-    group: what is equal in all widths: family, parametrisation, D, depth ... slope: d log2(rate) / d log2(width).
+    group: what is equal in all widths: family, parametrisation, D, depth ..., and mlp_ratio (of MLP width to width)
+        where there are several at a width. slope: d log2(rate) / d log2(width).
     optima: width, learning_rate, low, high (its interval), refused; one row per width.
     """
 
@@ -48,6 +51,11 @@ class Transfer:
     @property
     def parametrisation(self) -> str:
         return str(self.group.get("parametrisation", "standard"))
+
+    @property
+    def name(self) -> str:
+        """The parametrisation, and the MLP ratio where there are several."""
+        return self.parametrisation + (f", MLP ratio {self.group['mlp_ratio']:g}" if "mlp_ratio" in self.group else "")
 
     @property
     def refused(self) -> bool:
@@ -67,10 +75,10 @@ class Transfer:
 
     def __str__(self) -> str:
         if self.moves is None:
-            return f"{self.parametrisation}: no answer; {self.verdicts[-1].message}"
+            return f"{self.name}: no answer; {self.verdicts[-1].message}"
         low, high = self.slope.interval
         return (
-            f"{self.parametrisation}: the best rate goes as width^{self.slope.value:.2f} ({low:.2f} to {high:.2f}): it "
+            f"{self.name}: the best rate goes as width^{self.slope.value:.2f} ({low:.2f} to {high:.2f}): it "
             f"{'moves' if self.moves else 'stays'}"
         )
 
@@ -78,7 +86,9 @@ class Transfer:
 def transfer(
     runs: pd.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0, noise: float | None = None
 ) -> list[Transfer]:
-    """The slope of log2 best rate against log2 width for every family, parametrisation, depth and length of a table.
+    """The slope of log2 best rate against log2 width for every family, parametrisation, depth and length of a table,
+    and for every ratio of MLP width to width where widths have several. Models of one width that nothing tells apart
+    are refused.
 
     runs: of `load_runs`: N, D, width, learning_rate, val_loss_final, and parametrisation, depth where they vary.
     noise: standard deviation of ln loss between equal runs; by default it is measured between seeds.
@@ -92,13 +102,18 @@ def transfer(
     lost, runs = int((~known).sum()), runs[known]
     swept = swept_groups(runs, ("learning_rate",))
     found, _, _ = find_optima(swept.groups, swept.axes, resamples=resamples, level=level, seed=seed, noise=noise)
-    kinds: dict[tuple[tuple[str, Any], ...], dict[float, Optimum]] = {}
+    kinds: dict[tuple[tuple[str, Any], ...], list[_Member]] = {}
     for one in found:
         shape = _shape(runs, one)
-        kind = {**{k: v for k, v in one.group.items() if k not in ("N", "width")}, **shape}
-        width = kind.pop("width")
-        kinds.setdefault(tuple(kind.items()), {})[width] = one
-    lines = [_line(dict(kind), dict(sorted(members.items())), level, seed) for kind, members in kinds.items()]
+        kind = {k: v for k, v in one.group.items() if k not in ("N", "width", "mlp_width")}
+        kind |= {"depth": shape["depth"]} if "depth" in shape else {}
+        member = _Member(shape["width"], shape.get("mlp_width", np.nan) / shape["width"], one)
+        kinds.setdefault(tuple(kind.items()), []).append(member)
+    lines = [
+        _line(group, sorted(own, key=lambda one: one.width), level, seed)
+        for kind, members in kinds.items()
+        for group, own in _by_ratio(dict(kind), members)
+    ]
     if lost:
         message = f"{plural(lost, 'run')} without a positive width left out."
         said = Verdict("excluded_runs", "info", "fit", None, message, {"runs": lost})
@@ -106,18 +121,49 @@ def transfer(
     return lines
 
 
+class _Member(NamedTuple):
+    """The optimum of one width, and how much wider its MLP is (NaN where that is not told)."""
+
+    width: float
+    ratio: float
+    optimum: Optimum
+
+
 def _shape(runs: pd.DataFrame, one: Optimum) -> dict[str, float]:
-    """Width and depth of a group: its own, or those of the runs of its N."""
-    same = runs[np.abs(np.log(runs["N"].astype(float) / one.group["N"])) < 0.02]
-    for name in ("width", "depth"):
+    """Width, depth and MLP width of a group: its own, or those of the runs of its N (as `merged` made it)."""
+    above = np.log(runs["N"].astype(float) / one.group["N"])
+    same = runs[(above > -LAST_DIGITS) & (above <= SAME)]
+    names = [name for name in ("width", "depth", "mlp_width") if name in same.columns]
+    for name in names:
         if name in one.group:
-            same = same[same[name] == one.group[name]]
-    return {name: float(same[name].iloc[0]) for name in ("width", "depth") if name in same.columns}
+            same = same[np.abs(same[name].astype(float) / one.group[name] - 1.0) < LAST_DIGITS]
+    return {name: float(same[name].iloc[0]) for name in names}
 
 
-def _line(group: Mapping[str, Any], members: Mapping[float, Optimum], level: float, seed: int) -> Transfer:
-    rows = [_row(width, one) for width, one in members.items()]
+def _by_ratio(kind: dict[str, Any], members: Sequence[_Member]) -> list[tuple[dict[str, Any], list[_Member]]]:
+    """The members as they are where each width is there once, since MLPs are rounded and their ratios differ a little;
+    else by the ratio of MLP width to width."""
+    ratios = merged(np.array([one.ratio for one in members]), RATIO)
+    levels = np.unique(ratios)
+    if len({one.width for one in members}) == len(members) or not np.isfinite(ratios).all() or len(levels) == 1:
+        return [(kind, list(members))]
+    return [
+        (kind | {"mlp_ratio": float(f"{level:.3g}")}, [one for one, own in zip(members, ratios) if own == level])
+        for level in levels
+    ]
+
+
+def _line(group: Mapping[str, Any], every: Sequence[_Member], level: float, seed: int) -> Transfer:
+    rows = [_row(one.width, one.optimum) for one in every]
     optima = pd.DataFrame(rows)
+    members = {one.width: one.optimum for one in every}
+    if len(members) < len(every):
+        message = (
+            f"{plural(len(every), 'group')} of runs at {plural(len(members), 'width')}: models of one width differ in "
+            "what the table does not tell, or in more than the width of their MLPs. Look at each kind by itself."
+        )
+        mixed = Verdict("mixed_recipes", "refuse", "fit", None, message, {"widths": [one.width for one in every]})
+        return Transfer(group=group, optima=optima, verdicts=(mixed,))
     said = _judge(members)
     if refused(said):
         return Transfer(group=group, optima=optima, verdicts=tuple(said))

@@ -91,6 +91,25 @@ def test_depths_and_lengths_are_lines_of_their_own() -> None:
     assert all(len(t.optima) == len(WIDTHS) for t in found)
 
 
+def test_mlp_ratios_are_lines_of_their_own() -> None:
+    one = table({"mup": 0.0})
+    four, two = one.assign(mlp_width=4 * one["width"]), one.assign(mlp_width=2 * one["width"], N=0.7 * one["N"])
+    found = transfer(pd.concat([four, two]))
+    assert [t.group["mlp_ratio"] for t in found] == [2.0, 4.0]
+    assert [list(t.optima["width"]) for t in found] == [list(WIDTHS)] * 2
+    assert [t.moves for t in found] == [False, False]
+    rounded = one.assign(mlp_width=np.ceil(one["width"] * 2.67 / 8.0) * 8.0)
+    assert ["mlp_ratio" in t.group for t in transfer(rounded)] == [False]
+
+
+def test_models_of_one_width_that_nothing_tells_apart_are_refused_in_words() -> None:
+    one = table({"mup": 0.0})
+    (found,) = transfer(pd.concat([one, one.assign(N=0.7 * one["N"])]))
+    assert found.refused
+    assert "8 groups of runs at 4 widths" in found.verdicts[-1].message
+    assert len(found.optima) == 8
+
+
 @pytest.mark.parametrize("nothing", [np.nan, 0.0])
 def test_runs_without_a_width_are_left_out_and_counted(nothing) -> None:
     runs = table({"standard": -0.8})
