@@ -11,7 +11,21 @@ from matplotlib.ticker import FuncFormatter
 
 from analysis.batches import SEEN, CriticalBatch
 from analysis.importance import Importance
-from analysis.style import BAND, COLOURS, GREY, INK, ORANGE, WIDTH, closed, dress, figure, human_ticks, kind, log_norm
+from analysis.style import (
+    BAND,
+    COLOURS,
+    GREY,
+    INK,
+    ORANGE,
+    WIDTH,
+    closed,
+    dress,
+    figure,
+    human_ticks,
+    kind,
+    log_norm,
+    plain,
+)
 from analysis.verdicts import Estimate
 from sweeps.units import human
 
@@ -34,7 +48,12 @@ def importance_bars(result: Importance) -> Figure:
     for axes in panels:
         dress(axes)
         axes.grid(visible=False, axis="y")
-        axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.4, -0.6), xlim=(0.0, 1.16))
+        axes.set(
+            yticks=range(len(rows)),
+            yticklabels=[plain(name) for name in rows],
+            ylim=(len(rows) - 0.4, -0.6),
+            xlim=(0.0, 1.16),
+        )
         axes.set_xticks([0.0, 0.25, 0.5, 0.75, 1.0])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f}%"))
     for axes, one in zip(panels, evaluations):
@@ -52,14 +71,16 @@ def importance_bars(result: Importance) -> Figure:
                 end = max(end, share.interval[1])
             axes.text(end + 0.015, place, f"{100 * share.value:.2g}%", va="center", fontsize=8, color=INK)
         name = one.evaluator.replace(" (", "\n(")
-        axes.set_title(f"{name}\n{one.region}", fontsize=9, loc="left")
+        axes.set_title(plain(f"{name}\n{one.region}"), fontsize=9, loc="left")
     if evaluations:
         spread = any(np.isfinite(one.interval).all() for e in evaluations for one in e.shares.values())
         share_of = "share of the loss's variance" if len(evaluations) == 1 else "share"
         picture.supxlabel(share_of + (" (line: 95%)" if spread else " (no spread: no replicates)"), fontsize=9)
     else:
         message = next((v.message for v in result.verdicts if v.severity == "refuse"), "no importance")
-        panels[0].text(0.5, 0.5, message, transform=panels[0].transAxes, ha="center", color=GREY, wrap=True, fontsize=9)
+        panels[0].text(
+            0.5, 0.5, plain(message), transform=panels[0].transAxes, ha="center", color=GREY, wrap=True, fontsize=9
+        )
     return picture
 
 
@@ -74,7 +95,7 @@ def batch_curves(sweeps: Sequence[CriticalBatch]) -> Figure:
         colour, marker = COLOURS(norm(one.points["tokens"].min())), kind(order)[1]
         x, y = one.points["batch_tokens"].to_numpy(float), one.points["tokens"].to_numpy(float)
         note = " (refused)" if one.refused else ""
-        label = f"{one.name} {human(one.group['N'])}, {one.target:.3f} nats{note}".strip()
+        label = plain(f"{one.name} {human(one.group['N'])}, {one.target:.3f} nats{note}".strip())
         error = one.points["error"].to_numpy(float)
         bars = np.where(np.isfinite(error), 1.96 * y * error, 0.0)
         face = "white" if one.refused else colour

@@ -28,6 +28,7 @@ from analysis.style import (
     kind,
     log_norm,
     log_ticks,
+    plain,
     power_ticks,
     size_bar,
     trim_start,
@@ -252,7 +253,7 @@ def backtest(scores: pd.DataFrame, noise: float | None = None) -> Figure:
         own = own.assign(ratio=own["ratio"] * 1.05 ** (order - (laws - 1) / 2))  # side by side
         mean = own.groupby("ratio")["percent"].mean()
         axes.plot(mean.index, mean, dash, color=colour, lw=1.5, zorder=3)
-        axes.plot([], [], dash, color=colour, lw=1.5, marker=marker, ms=5, label=law)
+        axes.plot([], [], dash, color=colour, lw=1.5, marker=marker, ms=5, label=plain(law))
         for row in own.itertuples():
             face = colour if row.inside is not None and row.inside >= 0.5 else "white"
             axes.plot(row.ratio, row.percent, marker, color=colour, mfc=face, ms=5, zorder=4)

@@ -64,6 +64,11 @@ def dress(axes: Axes) -> None:
     axes.tick_params(labelsize=9)
 
 
+def plain(text: object) -> str:
+    """Words from data (names of families, columns, corpora) as they stand: a dollar begins no formula."""
+    return str(text).replace("$", r"\$")
+
+
 def kind(order: int) -> tuple[str, str, str]:
     """Colour, marker and dash of the kind at a place in the order."""
     return KINDS[order % len(KINDS)]

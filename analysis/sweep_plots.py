@@ -31,6 +31,7 @@ from analysis.style import (
     human_ticks,
     log_norm,
     log_ticks,
+    plain,
     size_bar,
 )
 from sweeps.units import human
@@ -174,7 +175,7 @@ def _title(one: Optimum, panel: str, every: Sequence[Optimum]) -> str:
     for key, value in one.group.items():
         if key not in ("N", "D", "width", "depth") and len({str(other.group.get(key)) for other in every}) > 1:
             parts.append(f"{AXES.get(key, key)} {human(value)}" if isinstance(value, int | float) else str(value))
-    return ", ".join(parts)
+    return plain(", ".join(parts))
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:

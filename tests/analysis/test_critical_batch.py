@@ -1,6 +1,7 @@
 """The critical batch from sweeps and from gradient noise, and the decay's timescale: oracles, noise, refusals."""
 
 import json
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
@@ -282,6 +283,14 @@ def test_the_picture_shows_points_curve_and_critical_batch() -> None:
     assert axes.get_xscale() == axes.get_yscale() == "log"
     refused = batch_curves(critical_batches(sweep(critical=3e7)).sweeps).axes[0]
     assert all("(refused)" in t.get_text() for t in refused.get_legend().get_texts() if "llama" in t.get_text())
+
+
+def test_a_dollar_in_the_name_of_a_family_is_no_formula_in_the_legend() -> None:
+    result = critical_batches(sweep().assign(family=r"cost_$5_\bad$"), targets=[2.6], resamples=20)
+    picture = batch_curves(result.sweeps)
+    picture.savefig(BytesIO())
+    labels = [text.get_text().replace(r"\$", "$") for text in picture.axes[0].get_legend().get_texts()]
+    assert any(label.startswith(r"cost_$5_\bad$ 1M") for label in labels)
 
 
 # --- the decay's timescale ---------------------------------------------------------------------------------------

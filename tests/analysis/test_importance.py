@@ -4,6 +4,7 @@ supports it."""
 import itertools
 import json
 import re
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
@@ -381,3 +382,11 @@ def test_bars_name_the_evaluator_and_show_the_spread() -> None:
     assert all(len(axes.lines) >= 3 for axes in picture.axes), "a line of spread at each bar"
     refused = importance_bars(importance(search(5)))
     assert "too few" in refused.axes[0].texts[0].get_text()
+
+
+def test_a_dollar_in_the_name_of_a_parameter_is_no_formula() -> None:
+    names = [r"cost_$5_\bad$", "weight_decay"]
+    for trials in (24, 5):
+        importance_bars(importance(search(trials).rename(columns={"learning_rate": names[0]}), names)).savefig(
+            BytesIO()
+        )

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
@@ -53,6 +54,14 @@ def test_panels_are_of_what_takes_fewer_values(sweep: pd.DataFrame) -> None:
 
     assert panels(sweep) == ["50M tokens", "200M tokens"]
     assert len(panels(fan(sizes=SIZES[:1], tokens=(5e7, 1e8, 2e8)))) == 1
+
+
+def test_a_dollar_in_a_name_is_no_formula(sweep: pd.DataFrame) -> None:
+    name = r"cost_$5_\bad$"
+    both = pd.concat([sweep.assign(family=name), sweep.assign(family="llama")])
+    picture = fans(sensitivity(both, resamples=50).optima)
+    picture.savefig(BytesIO())
+    assert any(name in axes.get_title().replace(r"\$", "$") for axes in picture.axes)
 
 
 def test_the_map_shows_the_optimum_and_the_region_around_it() -> None:
