@@ -23,6 +23,8 @@ from sweeps.records import disk_error
 PROBE_SECONDS = 120.0
 """How long a node gets to start a process and to answer: the disk of a new one may be cold."""
 CLOCK_CALLS = 3
+UNSEEN = "not looked at yet"
+"""Why no cell goes to a node that has just joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,13 +313,12 @@ class Gate:
 
     def look(self) -> list[str]:
         """Let in the nodes that have joined, once they were looked at; waits for none. What there is to say of them."""
+        self._members.barred |= {node.id: UNSEEN for node in self._strangers()}  # also while others are looked at
         if self._under_way is None:
-            if not (nodes := self._strangers()):
-                return []
-            self._members.barred |= {node.id: "not looked at yet" for node in nodes}
-            probes = Probes(self._members.ray, self._root)
-            probes.begin(nodes)
-            self._under_way = probes, time.monotonic() + PROBE_SECONDS
+            if nodes := [node for node in self._members.living() if node.leaving == UNSEEN]:
+                probes = Probes(self._members.ray, self._root)
+                probes.begin(nodes)
+                self._under_way = probes, time.monotonic() + PROBE_SECONDS
             return []
         probes, deadline = self._under_way
         if not probes.done() and time.monotonic() < deadline:
@@ -346,9 +347,10 @@ class Gate:
 
     def _strangers(self) -> list[LivingNode]:
         """Usable nodes that could hold a worker and were not looked at before, or gave no report then."""
-        for node_id in [one for one, again in self._silent.items() if time.monotonic() >= again]:
-            self._members.barred.pop(node_id, None)
-            self._known.discard(node_id)
+        for node_id, again in self._silent.items() if self._under_way is None else ():  # which may be at one of them
+            if time.monotonic() >= again:
+                self._members.barred.pop(node_id, None)
+                self._known.discard(node_id)
         living = self._members.living()
         nodes = [node for node in living if node.leaving is None and node.id not in self._known and node.cpus >= 1]
         self._known |= {node.id for node in nodes}

@@ -19,6 +19,7 @@ from cluster import nodeprobe
 from cluster.clusterdoctor import SKEW_SECONDS, _driver_store, _mlflow, examine
 from cluster.nodeprobe import Report, this_process
 from cluster.nodes import LivingNode, Members
+from cluster.placement import Fleet
 from sweeps.store import open_store
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef0123456789abcdef"}
@@ -131,7 +132,7 @@ def test_a_node_that_gave_no_report_is_looked_at_again_and_let_in_when_it_does(
 
     class Answered(nodeprobe.Probes):
         def begin(self, nodes: Any) -> None:
-            assert list(nodes) == [node]
+            assert [replace(one, leaving=None) for one in nodes] == [node]
 
         def done(self) -> bool:
             return True
@@ -155,6 +156,52 @@ def test_a_node_that_gave_no_report_is_looked_at_again_and_let_in_when_it_does(
         assert answers == [] or members.barred, "no cell goes there before it has answered"
     assert told == [], "it is said once"
     assert not members.barred
+
+
+def test_a_node_that_joins_while_another_is_looked_at_gets_no_cell_before_it_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (LivingNode(letter * 56, "10.0.0.2", 8.0, 0.0) for letter in "ab")
+    here, answered, asked = this_process(), False, list[list[str]]()
+
+    class Slow(nodeprobe.Probes):
+        def begin(self, nodes: Any) -> None:
+            self.nodes = list(nodes)
+            asked.append([node.id for node in self.nodes])
+
+        def done(self) -> bool:
+            return answered
+
+        def reports(self, seconds: float = 0.0) -> list[Report]:
+            well = {"versions": here["versions"], "code": here["code"]}
+            return [
+                Report(node=node, store="missing" if node.id == second.id else "same", **well) for node in self.nodes
+            ]
+
+    class Stub(Members):
+        def __init__(self) -> None:
+            self.ray, self.here, self._held, self.barred = None, "head", 0.0, {}
+            self._doubted, self._nodes = {}, [first]
+
+    monkeypatch.setattr(nodeprobe, "Probes", Slow)
+    members, fleet = Stub(), Fleet()
+    gate = nodeprobe.Gate(members, tmp_path)
+    told: list[str] = []
+
+    def turn() -> list[str]:
+        told.extend(gate.look())
+        members.follow(fleet, [])
+        return [node.id for node in fleet.nodes()]
+
+    assert turn() == []
+    members._nodes = [first, second]
+    assert turn() == [], "the first is being looked at still"
+    answered = True
+    assert turn() == [first.id]
+    assert (turn(), turn()) == ([first.id], [first.id])
+    assert asked == [[first.id], [second.id]]
+    (said,) = told
+    assert "is not visible on node bbbbbbbb" in said
 
 
 class ReadOnly(http.server.BaseHTTPRequestHandler):
