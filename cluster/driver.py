@@ -320,9 +320,10 @@ class _Run:
         return held
 
     def _lose(self, node: str) -> None:
-        """A node is gone, as a worker's death tells: nothing more goes there, before Ray has noticed either."""
-        self.fleet.remove(node)
+        """A node is gone, as a worker's death tells: nothing more goes there, before Ray has noticed either. The node
+        of an own Ray stays, since nothing would add it again: its end is that of Ray (_over)."""
         if self.joined is not None:
+            self.fleet.remove(node)
             self.joined.members.doubt(node)
 
     def _grow(self) -> None:

@@ -40,6 +40,7 @@ from sweeps.store import (
     commit_result,
     forgive,
     open_store,
+    read_end,
     read_plan,
     record_error,
 )
@@ -281,6 +282,35 @@ def test_a_worker_is_not_taken_for_dead_since_the_disk_kept_its_signs_back(
     assert pulse.fate() is None
     time.sleep(1.1)
     assert pulse.fate() == "no sign of life for 1 s"
+
+
+def test_a_local_run_keeps_its_only_node_when_ray_does_not_answer_at_a_workers_death(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RayError(Exception): ...
+
+    class OtherError(RayError): ...
+
+    def silent(*_: object) -> None:
+        raise RayError("it does not answer")
+
+    plan = make_plan(40_000)
+    run = run_of(store, claim, plan)
+    run.standing.sort_elsewhere()
+    unit = run.queue.take(0.0, "cpu")
+    assert unit is not None
+    run.tasks.by_call["call"] = Task(None, take_up(store, "s", unit.cells)[0], unit.start)
+    monkeypatch.setattr("cluster.nodes.living_nodes", silent)
+    errors = SimpleNamespace(RayError=RayError, OutOfMemoryError=OtherError, RayTaskError=OtherError)
+    run.pool.lose = lambda _: None  # type: ignore[method-assign]
+    run.tasks.finish(SimpleNamespace(get=silent, exceptions=errors), run.pool, "call")
+    end = read_end(store, plan.cells[0].cell.id, 0)
+    assert end is not None
+    assert end[0] == "preemption"
+    assert not run.tasks
+    again = run.queue.take(0.0, "cpu")
+    assert again is not None, "else the loop would wait for a node that nothing adds"
+    assert (again.cells, again.start.place.node) == (unit.cells, unit.start.place.node)
 
 
 @pytest.mark.parametrize("now", [False, True])
