@@ -12,7 +12,7 @@ from cluster.searching import Searching
 from sweeps.errors import InputError
 from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE
-from sweeps.store import Store, attempt_epochs, cell_state, read_end
+from sweeps.store import Store, cell_state, read_end
 
 
 class Standing:
@@ -92,13 +92,13 @@ class Standing:
                 raise
             self.halt = str(error)  # the disk is full: what cannot be recorded must not go on
 
-    def settle(self, one: PlannedCell, *, note: bool) -> None:
+    def settle(self, hand: Hand, *, note: bool) -> None:
         """Put a cell that a worker had where its files say that it belongs. `note`: its failure is one to count."""
-        cell_id = one.cell.id
-        state = cell_state(self._store, cell_id)
+        one, cell_id = hand.one, hand.one.cell.id
+        state, begun = cell_state(self._store, cell_id), hand.attempt()
         if state.state in ("planned", "running"):
-            last = attempt_epochs(self._store, cell_id)
-            end = read_end(self._store, cell_id, last[-1]) if last else None
+            # A unit that was only probed has begun none: how an earlier attempt ended says nothing of now.
+            end = read_end(self._store, cell_id, begun.epoch) if begun is not None else None
             if state.state == "running":
                 self.elsewhere[cell_id] = one
             else:
@@ -110,7 +110,7 @@ class Standing:
             return
         if state.state == "failed":
             self._note_failed(one, state.reason)
-            if note:
+            if note and begun is not None:
                 self._count_failure(state.reason or "unknown")
         elif state.state == "diverged":
             self._tally.diverged += 1

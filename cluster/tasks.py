@@ -150,7 +150,7 @@ class Tasks:
         while task.hands:
             hand = task.hands[0]
             won = flops_won(self._queue, hand, kept_tokens(self._store, hand.one))
-            self._standing.settle(hand.one, note=not task.noted)
+            self._standing.settle(hand, note=not task.noted)
             self._standing.flops_done += won
             task.hands, task.noted = task.hands[1:], True
         del self.by_call[call]

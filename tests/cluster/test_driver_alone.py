@@ -30,7 +30,7 @@ from sweeps.corpora import CorpusInfo
 from sweeps.errors import InputError
 from sweeps.grids import Plan, examples, plan_study
 from sweeps.planned import PlannedCell
-from sweeps.records import append_rows, write_json
+from sweeps.records import FREE_SPACE, append_rows, write_json
 from sweeps.store import (
     Attempt,
     Store,
@@ -311,6 +311,37 @@ def test_a_local_run_keeps_its_only_node_when_ray_does_not_answer_at_a_workers_d
     again = run.queue.take(0.0, "cpu")
     assert again is not None, "else the loop would wait for a node that nothing adds"
     assert (again.cells, again.start.place.node) == (unit.cells, unit.start.place.node)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("infrastructure", f"InputError: the disk is full: {FREE_SPACE}"), ("out_of_memory", "the worker died")],
+    ids=["a full disk", "one failure thrice"],
+)
+def test_cells_that_were_only_probed_do_not_end_a_run_by_how_they_ended_in_an_earlier_one(
+    kind: str, message: str, store: Store, claim: Claim, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(20_000, 30_000, 40_000)
+    for one in plan.cells:
+        record_error(begin_attempt(store, one.cell.id, {"study": "s"}), kind, message)
+    run = run_of(store, claim, plan)
+    run.standing.sort_elsewhere()
+
+    def turn(begins: bool) -> None:
+        while (unit := run.queue.take(0.0, "cpu")) is not None:
+            hands, _ = take_up(store, "s", unit.cells)
+            run.tasks.by_call[len(run.tasks)] = Task(None, hands, unit.start)
+        for call, task in list(run.tasks.by_call.items()):
+            for hand in task.hands if begins else ():
+                record_error(begin_attempt(store, hand.one.cell.id, {"study": "s"}), kind, message)
+            run.tasks.finish(ray, run.pool, call)
+
+    ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
+    run.pool.keep = lambda _: None  # type: ignore[method-assign]
+    turn(begins=False)
+    assert (run.standing.halt, len(run.queue)) == (None, 3)
+    turn(begins=True)
+    assert run.standing.halt is not None, "what happens now counts"
 
 
 @pytest.mark.parametrize("now", [False, True])
