@@ -1,12 +1,10 @@
 """A cell in a worker's hands, and how its driver follows it."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 from cluster.progress import Running, Tail
-from cluster.pulse import Pulse
+from cluster.pulse import Pulse, begun_attempt
 from sweeps.planned import PlannedCell
-from sweeps.records import read_json
 from sweeps.store import (
     Attempt,
     Store,
@@ -39,16 +37,8 @@ class Hand:
     """What it was asked, if it was asked to stop."""
 
     def attempt(self) -> Attempt | None:
-        """The attempt that the worker has begun, if it has; never that of another study's worker, which was quicker
-        while this one waited for room, and which is none of ours to stop, to kill or to charge."""
-        epochs = attempt_epochs(self.store, self.one.cell.id)
-        if len(epochs) <= self.attempts_before:
-            return None
-        found = Attempt(self.store, self.one.cell.id, epochs[-1])
-        with suppress(FileNotFoundError):  # of an older version, which was killed before it could write it
-            if read_json(found.folder / "attempt.json").get("study") not in (None, self.study):
-                return None
-        return found
+        """The attempt that the worker has begun, if it has."""
+        return begun_attempt(self.store, self.one.cell.id, self.attempts_before, self.study)
 
     def ask_to_stop(self, why: str, kind: str = "stopped") -> None:
         """Once, and when it has begun."""
@@ -94,7 +84,7 @@ def take_up(store: Store, study: str, unit: list[PlannedCell]) -> tuple[list[Han
     for one in unit:
         state = cell_state(store, one.cell.id)
         if state.state == "planned":
-            pulse = Pulse(store, one.cell.id, state.attempts)
+            pulse = Pulse(store, one.cell.id, state.attempts, study)
             kept = kept_tokens(store, one) if state.attempts else 0
             hands.append(Hand(store, study, one, Tail(store, one.cell.id), pulse, state.attempts, kept))
         else:

@@ -5,23 +5,38 @@ Silence is measured by the driver's own clock from the last change that it saw: 
 
 import os
 import time
+from contextlib import suppress
 
 from sweeps.life import SILENCE_SECONDS
 from sweeps.records import read_json
-from sweeps.store import Store, attempt_epochs, read_end
+from sweeps.store import Attempt, Store, attempt_epochs, read_end
 
 HANG_SECONDS = float(os.environ.get("ESCALA_HANG_SECONDS", "1800"))
 """A cell that beats but makes no step for this long hangs. A slow one makes steps."""
 LOOK_SECONDS = min(5.0, SILENCE_SECONDS / 4)
 
 
-class Pulse:
-    """Watches the heartbeat of the attempt that follows `attempts` earlier ones."""
+def begun_attempt(store: Store, cell_id: str, attempts: int, study: str) -> Attempt | None:
+    """The attempt of a study's worker that follows `attempts` earlier ones, if there is one; never that of another
+    study's worker, which was quicker while this one waited for room, and which is none of ours to stop, to kill, to
+    charge or to wait for."""
+    epochs = attempt_epochs(store, cell_id)
+    if len(epochs) <= attempts:
+        return None
+    found = Attempt(store, cell_id, epochs[-1])
+    with suppress(FileNotFoundError):  # of an older version, which was killed before it could write it
+        if read_json(found.folder / "attempt.json").get("study") not in (None, study):
+            return None
+    return found
 
-    def __init__(self, store: Store, cell_id: str, attempts: int) -> None:
+
+class Pulse:
+    """Watches the heartbeat of the attempt of a study's worker that follows `attempts` earlier ones."""
+
+    def __init__(self, store: Store, cell_id: str, attempts: int, study: str) -> None:
         self.killed: str | None = None
         """Why the driver killed the worker, once it did."""
-        self._store, self._cell_id, self._attempts = store, cell_id, attempts
+        self._store, self._cell_id, self._attempts, self._study = store, cell_id, attempts, study
         self._beat, self._step = 0.0, 0.0
         self._beaten = self._stepped = self._looked = time.monotonic()
 
@@ -43,15 +58,14 @@ class Pulse:
         self._beaten, self._stepped = self._beaten + seconds, self._stepped + seconds
 
     def _feel(self, now: float) -> None:
-        epochs = attempt_epochs(self._store, self._cell_id)
-        if len(epochs) <= self._attempts:  # the worker still starts: importing torch on a busy disk takes its time
-            self._beaten = self._stepped = now
-            return
-        if self._has_ended(epochs[-1]):  # while others of its program go on
+        attempt = begun_attempt(self._store, self._cell_id, self._attempts, self._study)
+        # None while the worker starts (importing torch on a busy disk takes its time), and where it leaves the cell to
+        # another study's. That, or a cell that has ended, tells nothing of the others of its program, which go on.
+        if attempt is None or self._has_ended(attempt.epoch):
             self._beaten = self._stepped = now
             return
         try:
-            path = self._store.attempt(self._cell_id, epochs[-1]) / "heartbeat.json"
+            path = attempt.folder / "heartbeat.json"
             step, beat = read_json(path)["progressed"], path.stat().st_mtime
         except FileNotFoundError:
             return

@@ -274,7 +274,7 @@ def test_a_worker_is_not_taken_for_dead_since_the_disk_kept_its_signs_back(
     run = run_of(store, claim, make_plan(4_096))
     attempt = begin_attempt(store, run.plan.cells[0].cell.id, {"study": "s"})
     write_json(attempt.folder / "heartbeat.json", {"progressed": 1.0})
-    pulse = Pulse(store, attempt.cell_id, 0)
+    pulse = Pulse(store, attempt.cell_id, 0, "s")
     assert pulse.fate() is None
     run.tasks.by_call = {"task": SimpleNamespace(hands=[SimpleNamespace(pulse=pulse)])}  # type: ignore[dict-item]
     refuse_claims(monkeypatch, 3)
@@ -342,6 +342,31 @@ def test_cells_that_were_only_probed_do_not_end_a_run_by_how_they_ended_in_an_ea
     assert (run.standing.halt, len(run.queue)) == (None, 3)
     turn(begins=True)
     assert run.standing.halt is not None, "what happens now counts"
+
+
+def test_a_worker_is_not_killed_for_the_silence_of_an_attempt_of_another_study(
+    store: Store, claim: Claim, other: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left that cell of its stack to the other, whose node has died, and trains the rest."""
+    for name, seconds in (("LOOK_SECONDS", 0.0), ("SILENCE_SECONDS", 0.2), ("HANG_SECONDS", 0.2)):
+        monkeypatch.setattr(f"cluster.pulse.{name}", seconds)
+    plan = make_plan(20_000, 30_000)
+    run = run_of(store, claim, plan)
+    run.standing.sort_elsewhere()
+    hands, _ = take_up(store, "s", list(plan.cells))
+    theirs, ours = hands
+    task = Task("worker", hands, None)  # type: ignore[arg-type]
+    driven = {"study": "other", "driver": other.number}
+    for hand, note in ((theirs, driven), (ours, {"study": "s", "driver": claim.number})):
+        attempt = begin_attempt(store, hand.one.cell.id, note)
+        write_json(attempt.folder / "heartbeat.json", {"progressed": 1.0})
+    assert task.fate() is None
+    record_error(Attempt(store, ours.one.cell.id, 0), "stopped", "others of its program go on")
+    time.sleep(0.3)
+    assert task.fate() is None
+    begin_attempt(store, ours.one.cell.id, {"study": "s", "driver": claim.number})
+    time.sleep(0.3)
+    assert task.fate() is not None, "its own attempt is silent"
 
 
 @pytest.mark.parametrize("now", [False, True])
