@@ -29,7 +29,8 @@ _mode_is_ours = False
 
 
 def start_ray(address: str, workers: int | None = None) -> Any:
-    """Start Ray on this machine ("local") or join a cluster; returns the ray module. InputError where it fails."""
+    """Start Ray on this machine ("local"), with room for so many `workers` at least, or join a cluster; returns the ray
+    module. InputError where it fails."""
     global _mode_is_ours
     told = "RAY_AUTH_MODE" in os.environ
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -65,7 +66,7 @@ def _start(address: str, workers: int | None) -> Any:
     where = repr(address)
     try:
         if address == "local":
-            cpus = workers or os.cpu_count()
+            cpus = max(os.cpu_count() or 1, workers or 1)  # all of them: a worker may be a gang of several processes
             ray.init(address="local", num_cpus=cpus, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         else:
             if address == "auto":  # Ray's note of its last cluster, which may long have ended

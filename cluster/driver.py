@@ -214,7 +214,7 @@ class _Run:
         """What the cluster has, and so what cells ask of it."""
         barred = self.joined.members.barred if self.joined is not None else {}
         own_trainer = bool(self.plan.study.trainer)
-        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred)
+        self.pool = Pool(ray, self.fleet, self._left(), study_workers(self.plan), own_trainer, barred, self.limit)
         if self.joined is not None:
             self.joined.members.follow(self.fleet, [], self.pool.gpu_bytes)
             self.notes += self.pool.meet_gpus(self.standing.gpu, self.joined.members.scales, address)
@@ -345,7 +345,9 @@ class _Run:
         if sum(one.cell.batch_tokens * one.counts["flops_per_token"] for one in unit) < LARGE_STEP_FLOPS:
             return 1
         left = self._left() + len(self.tasks.hands()) + len(unit)
-        return threads_for(left, self.slots, self.pool.cores)
+        # Who wants few workers on this machine wants the other cores for something else.
+        cores = min(self.pool.cores, self.limit or self.pool.cores) if self.joined is None else self.pool.cores
+        return threads_for(left, self.slots, cores)
 
     # --- what changes seldom -----------------------------------------------------------------------------------------
 

@@ -371,7 +371,7 @@ def _cpus(place: Place) -> int:
 
 def host_part(demand: Demand, node: Node, cells: int) -> float:
     """The part of a node's own memory that is there for each process of a unit: as many units as have room beside one
-    another, or as there are cells."""
+    another, or as there are `cells` to train at once."""
     return 1 / (max(1, Fleet([node]).count(demand, cells)) * demand.workers)
 
 

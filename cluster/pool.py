@@ -35,9 +35,10 @@ class Pool:
         workers: int | None,
         own_trainer: bool,
         barred: Collection[str] = (),
+        most: int | None = None,
     ) -> None:
         """Adds the cluster's nodes to `fleet`, but for the barred ones. There are so many `cells` to train, each by so
-        many `workers`, or as many as hold it, and by the study's own trainer or by Escala's."""
+        many `workers`, or as many as hold it, and by the study's own trainer or by Escala's; `most` of them at once."""
         self._ray, self._fleet, self._workers, self._own_trainer = ray, fleet, workers, own_trainer
         self._kept: list[_Kept] = []
         nodes = cluster_nodes(ray, memory_too=True, barred=barred)
@@ -47,7 +48,8 @@ class Pool:
         self.device: Literal["cpu", "cuda"] = "cuda" if fleet.gpus else "cpu"
         self.gpu_bytes = min((node.gpu_bytes for node in nodes if node.gpus), default=0)
         self._gpus_per_node = int(max((node.gpus for node in nodes), default=1))
-        self._cells, self._crowd = cells, -(-cells // max(1, fleet.gpus))
+        self._most, self._at_once = most, min(cells, most or cells)
+        self._crowd = -(-cells // max(1, fleet.gpus))
 
     def meet_gpus(self, before: str | None, scales: Callable[[float], bool], address: str) -> list[str]:
         """Notes on the device of a joined cluster. `before` is the GPU on which cells of the study have trained, if
@@ -99,11 +101,12 @@ class Pool:
                 one.place, one.idle_since = place, None
                 return one.worker
         for one in idle:  # those on its GPUs first
-            if not self._has_room([place, *(other.place for other in there)]):
+            full = self._most is not None and len(self._kept) >= self._most
+            if full or not self._has_room([place, *(other.place for other in there)]):
                 self._give_back(one)
                 there.remove(one)
         node = self._node(place.node)
-        part = host_part(place.demand, node, self._cells) if node is not None else 1.0
+        part = host_part(place.demand, node, self._at_once) if node is not None else 1.0
         kept = _Kept(make_worker(self._ray, place, self._own_trainer, part), place)
         self._kept.append(kept)
         return kept.worker

@@ -10,7 +10,7 @@ import pytest
 from refusing import refuse_claims
 from searched import end, make_corpus, search_plan
 
-from cluster import driver, ledger, pool, standing, tasks
+from cluster import connection, driver, ledger, pool, standing, tasks
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.control import cancel
@@ -18,7 +18,7 @@ from cluster.driver import Tally, _Run
 from cluster.hands import take_up
 from cluster.hardware import kind_of, processor
 from cluster.ledger import register
-from cluster.placement import Demand, Fleet, Node
+from cluster.placement import Demand, Fleet, Node, Place
 from cluster.pulse import Pulse
 from cluster.queue import Queue
 from cluster.scheduling import Bounds, Job, Schedule
@@ -119,6 +119,7 @@ def run_of(
     models: Collection[str] = ("H100",),
     gpu_hours: float | None = None,
     tally: Tally | None = None,
+    workers: int | None = None,
 ) -> _Run:
     """A run that has met a cluster of one node with eight GPUs."""
     search = Searching(store, plan)
@@ -127,9 +128,9 @@ def run_of(
     mirror = SimpleNamespace(fault=None, link=None)
     missing = [one for one in search.plan.cells if cell_state(store, one.cell.id).state in ("planned", "running")]
     tally = tally or Tally()
-    run = _Run(store, search, mirror, claim, tally, lambda _: None, None, 60.0, 3, None)  # type: ignore[arg-type]
+    run = _Run(store, search, mirror, claim, tally, lambda _: None, None, 60.0, 3, workers)  # type: ignore[arg-type]
     run.standing.elsewhere = {one.cell.id: one for one in missing}
-    run.schedule.bounds = Bounds(gpu_hours=gpu_hours)
+    run.schedule.bounds = Bounds(units=workers, gpu_hours=gpu_hours)
     run.fleet.add(Node("n", 16, 8))
     run.pool, run.demand, run.slots = StubPool(demand, models), demand, 1  # type: ignore[assignment]
     run._predict()
@@ -423,6 +424,38 @@ def test_a_run_that_is_stopped_while_ray_starts_tells_so_as_one_that_is_stopped_
     monkeypatch.setattr(driver, "start_ray", stopped)
     run.run("local")
     assert (run.tally.stopped, run.tally.planned) == ("interrupted", len(plan.cells))
+
+
+@pytest.mark.parametrize("gpus", [4, 0])
+def test_the_only_worker_on_a_machine_of_many_cores_may_be_a_gang_and_has_one_thread_a_process(
+    gpus: int, store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("ray.init", lambda **given: asked.update(given))
+    connection._start("local", 1)
+    made, killed = list[tuple[Place, float]](), list[Place]()
+    monkeypatch.setattr(pool, "cluster_nodes", lambda *_, **__: [Node("m", asked["num_cpus"], gpus)])
+    monkeypatch.setattr(pool, "make_worker", lambda _, place, __, part: made.append((place, part)) or place)
+    run = run_of(store, claim, make_plan(20_000, 30_000, 40_000, workers=2), workers=1)
+    run.fleet.remove("n")
+    run._meet_cluster(SimpleNamespace(kill=killed.append), "local")
+    run.standing.sort_elsewhere()
+    unit = run.queue.take(0.0, run.pool.device)
+    assert unit is not None
+    assert unit.start.place.demand.workers == 2
+    assert run.queue.take(0.0, run.pool.device) is None, "one at a time, as was asked"
+    gang = run.pool.worker(unit.start.place)
+    assert made == [(gang, 1 / 2)], "its two processes share the memory with no others"
+    monkeypatch.setattr(driver, "LARGE_STEP_FLOPS", 0.0)
+    assert run._threads(unit.cells) == 1, "the other cores are for something else"
+    run.pool.keep(gang)
+    place = run.fleet.place(Demand(1, unit.start.place.demand.gpus))
+    assert place is not None
+    run.pool.worker(place)
+    assert killed == [gang], "an idle worker is one too"
+    connection._start("local", 100)
+    assert asked["num_cpus"] == 100, "who wants more workers than there are cores gets them"
 
 
 # --- how far it is -----------------------------------------------------------------------------------------------
