@@ -110,6 +110,8 @@ def run_study(
                 mirror.start()
         finally:
             mirror.stop()
+        if not (tally.planned or tally.failed or tally.stopped == TAKEN_OVER or search.goes_on()):
+            tally.stopped = None  # as the last cells ended: the study is complete
         if tally.stopped is None and not claim.holds(SILENCE_SECONDS):  # frozen before its first turn, with none since
             tally.stopped = TAKEN_OVER
         tally.mirror_fault, tally.notes = mirror.fault, search.said

@@ -14,7 +14,7 @@ from cluster import connection, driver, ledger, pool, standing, tasks
 from cluster.calibration import Calibration, _to_json, pool_calibration
 from cluster.claims import Claim
 from cluster.control import cancel
-from cluster.driver import Tally, _Run
+from cluster.driver import Tally, _Run, run_study
 from cluster.hands import take_up
 from cluster.hardware import kind_of, processor
 from cluster.ledger import register
@@ -424,6 +424,61 @@ def test_a_run_that_is_stopped_while_ray_starts_tells_so_as_one_that_is_stopped_
     monkeypatch.setattr(driver, "start_ray", stopped)
     run.run("local")
     assert (run.tally.stopped, run.tally.planned) == ("interrupted", len(plan.cells))
+
+
+@pytest.mark.parametrize(("cells", "failing", "left"), [(1, False, 0), (1, True, 0), (2, False, 1)])
+def test_a_drain_while_the_last_cells_run_leaves_a_complete_study_and_nothing_that_would_go_on(
+    cells: int,
+    failing: bool,
+    left: int,
+    store: Store,
+    make_plan: Callable[..., Plan],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan, running, wishes = make_plan(*[20_000, 30_000][:cells]), list[PlannedCell](), list[str | None]()
+
+    class Ray:
+        """Its one worker ends a cell when the driver has heard of the drain."""
+
+        exceptions = SimpleNamespace(RayError=RuntimeError)
+
+        def wait(self, calls: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+            if not wishes:
+                cancel(store, "s", now=False)
+            if "drain" not in wishes:
+                return [], calls
+            while running:
+                end(store, running.pop(), "failed" if failing else "finished")
+            return calls, []
+
+        def get(self, _: Any) -> None: ...
+
+    def give(root: str, ids: list[str], *_: Any) -> str:
+        running.extend(one for one in plan.cells if one.cell.id in ids)
+        return "call"
+
+    worker = SimpleNamespace(run=SimpleNamespace(options=lambda name: SimpleNamespace(remote=give)))
+    stub = SimpleNamespace(device="cpu", cores=1, demand=lambda _: Demand(), worker=lambda _: worker)
+    stub.keep = stub.warm = lambda _: None
+    stub.models = set
+
+    def meet(run: _Run, *_: Any) -> None:
+        run.fleet.add(Node("n", 16))
+        run.pool, run.demand = stub, Demand()  # type: ignore[assignment]
+
+    own = SimpleNamespace(look=lambda: None, died=lambda: None, end=lambda: None)
+    mirror = SimpleNamespace(fault=None, link=None, connect=lambda: None, start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(_Run, "_meet_cluster", meet)
+    monkeypatch.setattr(driver, "LOOK_SECONDS", 0.0)
+    for name, value in (("start_ray", Ray()), ("stop_ray", None), ("OwnRay", own), ("Mirror", mirror)):
+        monkeypatch.setattr(driver, name, lambda *_, given=value: given)
+    tally = run_study(store, plan, b"", watch=lambda progress: wishes.append(progress.wish), workers=1)
+    assert (tally.finished, len(tally.failed), tally.planned) == (int(not failing), int(failing), left)
+    if left or failing:
+        assert tally.stopped is not None
+        assert tally.stopped.startswith("drained by")
+    else:
+        assert tally.stopped is None, "the command would end with exit code 1, and be run again"
 
 
 @pytest.mark.parametrize("gpus", [4, 0])
