@@ -77,7 +77,7 @@ def calibrate(
         count = fleet.count(demand, workers or 1_000_000)
         if not count:
             raise InputError(f"no node of the cluster has room for {demand}: there is nothing to time on.")
-        watches = [ray.remote(**demand.options())(Stopwatch).remote() for _ in range(count)]
+        watches = [ray.remote(**demand.options())(Stopwatch).remote(demand.gpus) for _ in range(count)]
         answers = _time_all(ray, watches, str(store.root), cells, str(base_dir) if base_dir else None, progress)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
@@ -136,10 +136,14 @@ def _time_all(
 class Stopwatch:
     """One process in one slot. Ray makes it an unnamed actor."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpus: float) -> None:
+        """`gpus`: what Ray gave it."""
+        from sweeps.devices import hide_gpus, keep_freed_memory
+
+        if not gpus:
+            hide_gpus()
         # Imported when the worker starts, so that no shape waits for it.
         import sweeps.training  # noqa: F401
-        from sweeps.devices import keep_freed_memory
 
         keep_freed_memory()
 

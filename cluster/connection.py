@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from cluster.placement import Node, Place, memory_share
+from cluster.placement import Node, Place
 from sweeps.errors import InputError
 
 OBJECT_STORE_BYTES = 80 * 1024**2
@@ -243,7 +243,7 @@ def make_worker(ray: Any, place: Place, own_trainer: bool, host_part: float) -> 
 
     there = NodeAffinitySchedulingStrategy(node_id=place.node, soft=False)
     actor = ray.remote(**demand.options(), scheduling_strategy=there)(Worker)
-    return actor.remote(memory_share(demand.gpus), host_part, own_trainer)
+    return actor.remote(demand.gpus, host_part, own_trainer)
 
 
 def cluster_nodes(ray: Any, *, memory_too: bool = False, barred: Collection[str] = ()) -> list[Node]:

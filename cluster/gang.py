@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.placement import Demand, memory_share
+from sweeps.devices import hide_gpus
 from sweeps.store import Store, cell_state
 
 ALIKE = {"finished", "diverged", "stopped", "superseded"}
@@ -127,7 +128,7 @@ class Gang:
             TorchTrainer(
                 _train,
                 train_loop_config={"gang": ray.get_runtime_context().current_actor, "host_part": self._host_part},
-                torch_config=_listening(),
+                torch_config=_listening("GPU" in self._bundles[0]),
                 scaling_config=ScalingConfig(
                     num_workers=len(self._bundles),
                     use_gpu="GPU" in self._bundles[0],
@@ -143,15 +144,18 @@ class Gang:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _listening() -> Any:
+def _listening(gpus: bool) -> Any:
     """Ray's setting up of torch.distributed, over gloo (sweeps/ranks.py adds NCCL where there are GPUs: a logical one
-    has none), in processes that hear SIGTERM: their trainer is not in the main thread, which alone can."""
+    has none), in processes that see no GPU unless they have some, and that hear SIGTERM: their trainer is not in the
+    main thread, which alone can."""
     from ray.train.torch import TorchConfig
 
     standard: Any = TorchConfig(backend="gloo").backend_cls
 
     class Backend(standard):
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            if not gpus:  # first, for torch counts them once
+                worker_group.execute(hide_gpus)
             super().on_start(worker_group, backend_config)
             worker_group.execute(_hear_sigterm)
 

@@ -6,7 +6,8 @@ It writes to the store and returns a few words; losses never travel through Ray.
 from pathlib import Path
 from typing import Any
 
-from sweeps.devices import cap_memory, keep_freed_memory
+from cluster.placement import memory_share
+from sweeps.devices import cap_memory, hide_gpus, keep_freed_memory
 from sweeps.loading import loading
 from sweeps.store import Store, cell_state
 
@@ -14,9 +15,11 @@ from sweeps.store import Store, cell_state
 class Worker:
     """One process in one slot. Ray makes it an actor (cluster/driver.py)."""
 
-    def __init__(self, memory_share: float, host_part: float, own_trainer: bool) -> None:
-        """`memory_share`: of its GPU's memory, where it has one; `host_part`: of its node's. `own_trainer`: a study's
-        own trains its cells."""
+    def __init__(self, gpus: float, host_part: float, own_trainer: bool) -> None:
+        """`gpus`: what Ray gave it, of whose memory it takes its share; `host_part`: of its node's. `own_trainer`: a
+        study's own trains its cells."""
+        if not gpus:
+            hide_gpus()
         # Imported when the worker starts, so that its first cell does not wait for it. The models' code takes longer
         # than all else together, and a trainer that Escala does not know may have no use for it.
         with loading():
@@ -27,7 +30,7 @@ class Worker:
 
                 import sweeps.training  # noqa: F401
         keep_freed_memory()
-        cap_memory(memory_share, host_part)
+        cap_memory(memory_share(gpus), host_part)
 
     def run(
         self,

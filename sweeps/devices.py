@@ -138,6 +138,12 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
 
 
+def hide_gpus() -> None:
+    """Let torch see no GPU in this process, which was given none: Ray hides them from none of its own accord. To be
+    called before anything asks for one."""
+    os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")  # torch wants these two alike
+
+
 def cap_memory(share: float, host_part: float) -> None:
     """Let this process take no more than a share of its GPU's memory, if it has one, or plan with no more than its part
     of the host's: others may have theirs."""

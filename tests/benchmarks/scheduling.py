@@ -146,7 +146,7 @@ def drive(study: Path, root: Path) -> None:
 
         if not hosts:
             options = {"num_cpus": 0, "max_concurrency": AT_ONCE // HOSTS}
-            hosts.extend(ray.remote(**options)(Worker).remote(1.0, host_part, own_trainer) for _ in range(HOSTS))
+            hosts.extend(ray.remote(**options)(Worker).remote(0.0, host_part, own_trainer) for _ in range(HOSTS))
         hosts.append(hosts.pop(0))
         return Thread(hosts[0])
 

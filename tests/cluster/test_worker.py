@@ -1,11 +1,16 @@
-"""A worker that got its room late, and what others have done with its cells meanwhile."""
+"""What a worker sees of its machine; and one that got its room late, when others have had its cells meanwhile."""
 
 import asyncio
+import os
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from searched import make_corpus, search_plan
 
+from cluster import gang, worker
+from cluster.calibration import Stopwatch
 from cluster.gang import Gang
 from cluster.hands import take_up
 from cluster.ledger import register
@@ -58,3 +63,54 @@ def test_anothers_attempt_is_neither_stopped_nor_charged_by_a_driver_whose_worke
     ours = begin_attempt(store, one.cell.id, {"study": "s", "driver": 0})
     hand.record_death("infrastructure", "the worker died")
     assert read_end(store, one.cell.id, ours.epoch) == ("infrastructure", "the worker died")
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(0.0, ""), (0.5, "1"), (1.0, "1")])
+def test_a_worker_sees_the_gpus_that_it_was_given_and_without_any_none(
+    gpus: float, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node may have GPUs that a run on CPUs does not use: all of its cells would train on the first."""
+    at_import: list[str | None] = []
+
+    def loading() -> Any:
+        at_import.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return nullcontext()
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it for who has that one
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr(worker, "loading", loading)
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(worker, "cap_memory", lambda *_: None)
+    Worker(gpus, 1.0, True)
+    assert at_import == [seen], "before torch is there"
+    assert os.environ["HIP_VISIBLE_DEVICES"] == seen
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(0.0, ""), (1.0, "1")])
+def test_a_calibration_of_cpus_sees_no_gpu(gpus: float, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr("sweeps.devices.keep_freed_memory", lambda: None)
+    Stopwatch(gpus)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(False, ""), (True, "1")])
+def test_the_ranks_of_a_gang_without_gpus_see_none_before_they_meet(
+    gpus: bool, seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.train.torch import TorchConfig
+
+    class Group:
+        def execute(self, call: Any) -> None:
+            if call is not gang._hear_sigterm:
+                call()
+
+    meeting: list[str | None] = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    standard = TorchConfig(backend="gloo").backend_cls
+    monkeypatch.setattr(standard, "on_start", lambda *_: meeting.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    config = gang._listening(gpus)
+    config.backend_cls().on_start(Group(), config)
+    assert meeting == [seen]
