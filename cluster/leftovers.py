@@ -31,8 +31,8 @@ END_SECONDS = 10.0
 def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
     """Whether a cell is free to be tried by this driver (the number of its claim on `study`), or has ended.
 
-    A worker of a dead driver on this machine is killed; on another it is asked to stop, and the cell is not free until
-    it does or falls silent. A cell that a living driver trains for another study is not free.
+    A worker of a dead driver on this machine is killed; on another, or of another user, it is asked to stop, and the
+    cell is not free until it does or falls silent. A cell that a living driver trains for another study is not free.
     """
     epochs = attempt_epochs(store, cell_id)
     if not epochs or read_end(store, cell_id, epochs[-1]) or (store.cell(cell_id) / "result.json").exists():
@@ -55,7 +55,7 @@ def settle(store: Store, cell_id: str, study: str, driver: int) -> bool:
 
 def kill_worker(attempt: Attempt) -> None:
     """Kill the process of an attempt where it is on this machine: Ray's order does not reach a frozen one."""
-    with suppress(FileNotFoundError, ProcessLookupError):
+    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # Ray may run as another user
         record = read_json(attempt.folder / "attempt.json")
         ours = is_here(record) and record["pid"] != os.getpid()
         if ours and attempt_lives(attempt.store, attempt.cell_id, attempt.epoch):
@@ -65,9 +65,10 @@ def kill_worker(attempt: Attempt) -> None:
 def _end(attempt: Attempt, record: Json) -> bool:
     """End a living attempt. Whether it is over."""
     if is_here(record):
-        if record["pid"] != os.getpid():  # ours is one that this driver began for a worker that died too early
-            _kill(record, attempt)
-        return True
+        with suppress(PermissionError):  # another user's, of the group that shares the store
+            if record["pid"] != os.getpid():  # ours is one that this driver began for a worker that died too early
+                _kill(record, attempt)
+            return True
     silent = time.time() - last_sign(attempt.store, attempt.cell_id, attempt.epoch)
     if record and not (attempt.folder / "stop.json").exists():
         ask_to_stop(attempt, "preemption", "its driver was gone")

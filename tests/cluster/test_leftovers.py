@@ -1,16 +1,18 @@
 """What a dead driver left is ended where it can be, and asked to end elsewhere."""
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.leftovers import kill_worker, settle
-from sweeps.life import _since_boot
+from sweeps.life import SILENCE_SECONDS, _since_boot
 from sweeps.records import read_json, write_json
-from sweeps.store import Attempt, begin_attempt, open_store
+from sweeps.store import Attempt, begin_attempt, open_store, read_end
 
 
 @pytest.fixture
@@ -43,3 +45,22 @@ def test_a_worker_in_another_container_is_asked_and_its_id_is_nobodys_here(
     kill_worker(attempt)
     assert other.poll() is None
     assert read_json(attempt.folder / "stop.json")["kind"] == "preemption"
+
+
+def test_a_worker_of_another_user_is_asked_and_its_cell_is_free_when_it_is_silent(
+    attempt: Attempt, other: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not settle(attempt.store, "c", "s", 1)
+    assert read_json(attempt.folder / "stop.json")["kind"] == "preemption"
+    assert not settle(attempt.store, "c", "s", 1), "it may take a while to keep a checkpoint"
+    kill_worker(attempt)
+    assert read_end(attempt.store, "c", 0) is None
+    old = time.time() - SILENCE_SECONDS - 1
+    os.utime(attempt.folder / "attempt.json", (old, old))
+    assert settle(attempt.store, "c", "s", 1), "it is stopped, perhaps, and will find its lease gone"
+    assert read_end(attempt.store, "c", 0) == ("preemption", "its driver was gone")
+    assert other.poll() is None
