@@ -324,11 +324,11 @@ def simulate(
         print(json.dumps(told | {"times": work.times, "notes": work.notes} | found.to_json()))
     else:
         machines = f"{plural(gpus, 'GPU')} in {plural(nodes, 'node')}"
-        print(f"{planned.study.name}: {plural(len(work.jobs), 'cell')} on {machines}, simulated.")
+        say(f"{planned.study.name}: {plural(len(work.jobs), 'cell')} on {machines}, simulated.")
         for line in simulation_lines(found):
-            print(line)
-        print(f"Cell times are {work.times}.")
+            say(line)
+        say(f"Cell times are {work.times}.")
         for note in work.notes:
-            print(note[:1].upper() + note[1:])
+            say(note[:1].upper() + note[1:])
     if found.stopped is not None:
         raise typer.Exit(1)

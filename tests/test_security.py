@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -57,6 +58,9 @@ def test_no_escape_sequence_or_markup_of_others_acts_on_the_terminal(tmp_path: P
         f"N,D,loss,{ESCAPE[:-1]!r}\n" + "".join(f"{n}e6,{1 + n % 3}e8,{3 - n / 10},{ESCAPE}\n" for n in range(1, 9))
     )
     study = escala.study(f'name: x\n"{ESCAPE.encode("unicode_escape").decode()}": 1\n'.replace("\\x9b", "\\x9B"))
+    kind: dict[str, Any] = {"kind": ESCAPE, "device": ESCAPE, "points": [], "costs": {}, "workers": 1, "versions": {}}
+    write_json(store.root / "hardware" / "x.json", kind | {"host": ESCAPE, "measured": ESCAPE})
+    sound = escala.study(ONE, "sound.yaml")
     at = ["--store", store.root]
     for command, code in (
         (["status", "demo", *at], 0),
@@ -67,6 +71,7 @@ def test_no_escape_sequence_or_markup_of_others_acts_on_the_terminal(tmp_path: P
         (["fit", table, "--columns", f"N={ESCAPE}"], 2),
         (["fit", table, "--law", "chinchilla"], 0),
         (["plan", study, *at], 2),
+        (["simulate", sound, "--gpus", 1, *at], 0),
         (["retry", "--failed", "demo", *at], 0),
         (["status", ESCAPE, *at], 2),
     ):
