@@ -95,7 +95,10 @@ def _named(path: Path, study: Study) -> dict[PurePosixPath, Path]:
     folder = path.parent
     source = folder / Path(study.corpus.path or folder).expanduser()
     if study.corpus.path and source.exists() and not Path(study.corpus.path).expanduser().is_absolute():
-        files |= {BESIDE / _inside(one, folder, "corpus.path"): one for one in _below(source, whole=True)}
+        for one in _below(source, whole=True):
+            files[BESIDE / _inside(one, folder, "corpus.path")] = one
+            if source.is_dir():  # a link in it may lead to what lies beside the study, which nobody meant to send
+                inside(source, one, "corpus.path")
     tokenizer = tokenizer_file(study.tokenizer)  # relative to where the command is given, not to the file
     if tokenizer.is_file() and not tokenizer.is_absolute():
         beside = [tokenizer.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")]

@@ -617,6 +617,21 @@ def test_a_link_that_leads_out_of_the_studys_folder_sends_nothing(
     make_package(here / "study.yaml", declared, allow_code=True)
 
 
+def test_a_link_of_a_corpus_that_leads_to_what_lies_beside_the_study_sends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("To be or not to be. ")
+    (tmp_path / "texts" / "again.txt").symlink_to("a.txt")
+    (tmp_path / "private.csv").write_text("hunter2")
+    corpus = "corpus: {source: folder, path: texts, options: {glob: '*.txt'}}"
+    (tmp_path / "study.yaml").write_text(re.sub(r"corpus: .*", corpus, TINY))
+    declared = load_study(tmp_path / "study.yaml")
+    sent = make_package(tmp_path / "study.yaml", declared, allow_code=False).files
+    assert {place.name for place in sent if "texts" in place.parts} == {"a.txt", "again.txt"}
+    (tmp_path / "texts" / "notes.md").symlink_to("../private.csv")  # which the corpus itself would not read
+    with pytest.raises(InputError, match=r"^corpus\.path: .*notes\.md leads out of .*texts, to .*private\.csv"):
+        make_package(tmp_path / "study.yaml", declared, allow_code=False)
+
+
 @pytest.mark.slow
 def test_a_corpus_beside_the_study_goes_whole_and_one_elsewhere_is_refused(escala: Escala, tmp_path: Path) -> None:
     texts = tmp_path / "texts" / "tests"
