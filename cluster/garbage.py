@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.claims import living_drivers
-from cluster.watching import cell_names, is_recorded
+from cluster.watching import CELL_ID, cell_names, is_recorded
 from sweeps.errors import InputError, nearest
 from sweeps.paths import inside
 from sweeps.store import (
-    STUDY_NAME,
     Store,
     attempt_epochs,
     attempt_lives,
@@ -159,7 +158,7 @@ def _checkpoints(store: Store, cell_id: str) -> Iterator[Item]:
 def _trunks(store: Store, planned: set[str], gone: set[str]) -> Iterator[Item]:
     """Permanent checkpoints of lineages whose planned cells have all ended, outside cells that go whole."""
     for line in sorted((store.root / "lineages").glob("*/")):
-        members = {path.name for path in line.iterdir() if STUDY_NAME.fullmatch(path.name)}
+        members = {path.name for path in line.iterdir() if CELL_ID.fullmatch(path.name)}
         ended = {name for name in members if (store.cell(name) / "result.json").exists()}
         for name in sorted(ended - gone) if members & planned <= ended else ():
             for epoch in attempt_epochs(store, name):
@@ -171,7 +170,7 @@ def _trunks(store: Store, planned: set[str], gone: set[str]) -> Iterator[Item]:
 def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
     """What writers left beside its place, and lineages' notes of cells that are gone."""
     for path in sorted((store.root / "lineages").glob("*/*")):
-        if STUDY_NAME.fullmatch(path.name) and (path.name in gone or not store.cell(path.name).exists()):
+        if CELL_ID.fullmatch(path.name) and (path.name in gone or not store.cell(path.name).exists()):
             yield Item("leftovers", path, _size(path))
     places = [store.root]
     while places:

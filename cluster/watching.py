@@ -5,6 +5,7 @@ a driver's memory shows a dead study as running. What is shown of a running cell
 """
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from sweeps.cell import differences
 from sweeps.errors import InputError
 from sweeps.records import read_json, read_rows
 from sweeps.store import (
-    STUDY_NAME,
     Store,
     attempt_epochs,
     cell_state,
@@ -29,6 +29,7 @@ from sweeps.store import (
 from sweeps.units import plural
 
 Json = dict[str, Any]
+CELL_ID = re.compile("[0-9a-f]{16}")
 TAIL_BYTES = 65_536
 """The end of a log that is read for a running cell's last figures."""
 NEAREST = 3
@@ -244,12 +245,13 @@ def explain_lines(found: Json) -> Iterator[str]:
 
 
 def cell_names(store: Store, prefix: str = "") -> list[str]:
-    """The cells of the store whose ids begin so, sorted: what a file manager or a person left beside them is none."""
+    """The cells of the store whose ids begin so, sorted: what a file manager or a person left beside them is none, nor
+    a copy under a name of theirs."""
     try:
         entries = list(os.scandir(store.root / "cells"))
     except FileNotFoundError:
         return []
-    found = (one for one in entries if one.name.startswith(prefix) and STUDY_NAME.fullmatch(one.name))
+    found = (one for one in entries if one.name.startswith(prefix) and CELL_ID.fullmatch(one.name))
     return sorted(one.name for one in found if one.is_dir())
 
 

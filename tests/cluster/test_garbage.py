@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -181,14 +182,34 @@ def test_what_a_file_manager_leaves_in_the_store_neither_stops_gc_nor_counts_as_
         os.utime(one, (time.time() - 100,) * 2)  # too young for a killed writer's leftovers, old enough for a cell
     found = collectable(store, list(KINDS))
     assert sorted(item.path.name for item in found if item.kind == "cells") == sorted(gone)
-    assert {item.path.name for item in found if item.kind != "cells"} <= {"notes.txt"}, "a lineage's note of no cell"
+    assert {item.kind for item in found} == {"cells"}
     remove(store, found)
     assert (store.root / "cells" / "notes.txt").exists()
+    assert (store.root / "lineages" / "0123" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_copy_of_a_cell_that_a_person_has_made_is_kept(place: tuple[Escala, Store], elsewhere: bool) -> None:
+    _, store = place
+    gone, _ = shrink(store)
+    cells = store.root / "cells"
+    if elsewhere:  # on another disk
+        cells.rename(store.root.parent / "cells")
+        cells.symlink_to(store.root.parent / "cells")
+    copies = [cells / "keep-this", cells / f"{min(gone)}-before", cells / min(gone).upper().replace("0", "A")]
+    for copy in copies:
+        shutil.copytree(store.cell(min(gone)), copy)
+        old(copy)
+    found = collectable(store, list(KINDS))
+    assert [item.path for item in found] == [cells / name for name in sorted(gone)]
+    remove(store, found)
+    assert not any(path.exists() for path in gone.values())
+    assert all((copy / "result.json").exists() for copy in copies)
 
 
 def test_half_a_cell_that_a_killed_plan_left_does_not_stop_gc(place: tuple[Escala, Store]) -> None:
     _, store = place
-    half = store.root / "cells" / "aaaa0000"
+    half = store.root / "cells" / "aaaa000000000000"
     half.mkdir()
     assert collectable(store) == [], "it may belong to a plan in the making"
     old(half)

@@ -199,32 +199,34 @@ def test_why_of_a_failed_cell_tells_each_attempt(place: tuple[Escala, Store]) ->
 def test_an_ambiguous_beginning_lists_the_cells_with_what_tells_them_apart(place: tuple[Escala, Store]) -> None:
     escala, store = place
     one = json.loads((store.cell(ids(store)[0]) / "cell.json").read_text())
-    for name, seed in (("abc0", 5), ("abc1", 6)):
+    for name, seed in (("abc0" * 4, 5), ("abc1" * 4, 6)):
         changed = {**one, "id": name, "identity": {**one["identity"], "seed": seed}}
         write_json(store.cell(name) / "cell.json", changed)
     for verb in ("logs", "why", "unquarantine"):
         message = refused(escala, verb, "abc", "--store", store.root)
         assert "2 cells" in message
-        assert "abc0  seed 5" in message
-        assert "abc1  seed 6" in message
+        assert "abc0abc0  seed 5" in message
+        assert "abc1abc1  seed 6" in message
     assert "no cell" in refused(escala, "why", "zz", "--store", store.root)
 
 
 def test_half_a_cell_is_told_in_a_sentence_and_what_is_no_cell_is_none(place: tuple[Escala, Store]) -> None:
     _, store = place
     cells = store.root / "cells"
-    (cells / "abcd0000").mkdir()
+    (cells / "abcd000000000000").mkdir()
     (cells / "abcdnotes.txt").write_text("no cell")
     (cells / ".DS_Store").write_text("no cell")
     copy = cells / "a copy"
     copy.mkdir()
     (copy / "cell.json").write_bytes((store.cell(ids(store)[0]) / "cell.json").read_bytes())
-    assert cells_named(store, "abcd") == ["abcd0000"]
-    with pytest.raises(InputError, match=r"lacks the record .*abcd0000.cell\.json"):
-        explain(store, "abcd0000")
+    assert cells_named(store, "abcd") == ["abcd000000000000"]
+    with pytest.raises(InputError, match=r"lacks the record .*abcd000000000000.cell\.json"):
+        explain(store, "abcd000000000000")
     assert explain(store, ids(store)[1])["nearest"][0]["cell"] == ids(store)[3]
-    write_json(store.cell("abcd0001") / "cell.json", read_json(store.cell(ids(store)[0]) / "cell.json"))
-    with pytest.raises(InputError, match=r"2 cells (.|\n)*abcd0000  without a record of what it is\n  abcd0001"):
+    write_json(store.cell("abcd000000000001") / "cell.json", read_json(store.cell(ids(store)[0]) / "cell.json"))
+    with pytest.raises(
+        InputError, match=r"2 cells (.|\n)*abcd0{12}  without a record of what it is\n  abcd0{11}1"
+    ):
         find_cell("abcd", store)
 
 
