@@ -19,7 +19,7 @@ from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.life import BEAT_SECONDS, SILENCE_SECONDS, here, is_alive
 from sweeps.records import Json, disk_error, read_json, timestamp, write_beside, write_json
-from sweeps.store import Store
+from sweeps.store import STUDY_NAME, Store
 
 AGAIN_SECONDS = 0.5
 """Between two looks at a disk that refuses."""
@@ -64,7 +64,7 @@ def _number(path: Path) -> int:
 def living_drivers(store: Store) -> list[tuple[str, Json]]:
     """(study, claim) of every driver that works on the store now."""
     folders = sorted({path.parent.name for path in (store.root / "studies").glob("*/driver-*.json")})
-    holders = {name: read_holder(store, name) for name in folders}
+    holders = {name: read_holder(store, name) for name in folders if STUDY_NAME.fullmatch(name)}
     return [(name, holder.record) for name, holder in holders.items() if holder is not None and holder.lives]
 
 

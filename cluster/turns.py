@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cluster.claims import driver_lives
 from sweeps.records import Json, read_json, write_json
-from sweeps.store import Store
+from sweeps.store import STUDY_NAME, Store
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Turns:
     def before(self) -> str | None:
         """The study that goes first, in words, if one of a higher priority waits for room now."""
         for path in sorted((self.store.root / "studies").glob("*/turn.json")):
+            if not STUDY_NAME.fullmatch(path.parent.name):  # somebody's copy of a study's folder
+                continue
             told: Json = {"waits": False}
             with suppress(FileNotFoundError):  # its study was just taken away
                 told = read_json(path)

@@ -408,8 +408,9 @@ def is_permanent(checkpoint: Path) -> bool:
 
 
 def study_names(store: Store) -> list[str]:
-    """The studies that the store holds, sorted."""
-    return sorted(path.parent.name for path in (store.root / "studies").glob("*/plan.json"))
+    """The studies that the store holds, sorted. A copy of a folder, such as `study (copy)`, is none."""
+    names = (path.parent.name for path in (store.root / "studies").glob("*/plan.json"))
+    return sorted(name for name in names if STUDY_NAME.fullmatch(name))
 
 
 def read_plan(store: Store, name: str) -> Json:

@@ -1,6 +1,7 @@
 """One driver holds a study; a dead or frozen one is replaced by exactly one other."""
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ from refusing import refuse_claims
 import cluster.claims as claims
 from cluster.claims import Claim, driver_lives, living_drivers, read_holder
 from cluster.control import cancel, pause, read_wish, resume
+from cluster.garbage import refuse_while_running
+from cluster.turns import Turns
 from sweeps.errors import InputError
 from sweeps.life import SILENCE_SECONDS
 from sweeps.records import read_json, write_json
-from sweeps.store import Store, open_store
+from sweeps.store import Store, open_store, study_names
 
 
 @pytest.fixture
@@ -70,6 +73,20 @@ def test_a_copy_of_a_claim_that_lies_beside_it_is_no_claim(store: Store) -> None
     with Claim(store, "s") as second:
         assert second.number == first.number + 1
     assert copy.exists()
+
+
+def test_a_copy_of_a_studys_folder_is_no_study_and_stops_nothing(store: Store) -> None:
+    with Claim(store, "s") as claim:
+        write_json(store.study("s") / "plan.json", {"study": {}, "corpus": {}, "cells": []})
+        Turns(store, "s", claim.number, "head:6379", 5).tell(True)
+        shutil.copytree(store.study("s"), store.root / "studies" / "s copy", copy_function=shutil.copy2)
+        shutil.move(store.study("s") / "turn.json", store.root)  # of the two that say the same, the copy's is left
+        assert study_names(store) == ["s"]
+        assert [name for name, _ in living_drivers(store)] == ["s"]
+        assert Turns(store, "low", 0, "head:6379", 0).before() is None
+        with pytest.raises(InputError, match="study s is being run"):
+            refuse_while_running(store)
+    refuse_while_running(store)
 
 
 def test_a_driver_that_gave_no_sign_for_long_is_taken_to_be_frozen(store: Store) -> None:

@@ -224,9 +224,7 @@ def test_half_a_cell_is_told_in_a_sentence_and_what_is_no_cell_is_none(place: tu
         explain(store, "abcd000000000000")
     assert explain(store, ids(store)[1])["nearest"][0]["cell"] == ids(store)[3]
     write_json(store.cell("abcd000000000001") / "cell.json", read_json(store.cell(ids(store)[0]) / "cell.json"))
-    with pytest.raises(
-        InputError, match=r"2 cells (.|\n)*abcd0{12}  without a record of what it is\n  abcd0{11}1"
-    ):
+    with pytest.raises(InputError, match=r"2 cells (.|\n)*abcd0{12}  without a record of what it is\n  abcd0{11}1"):
         find_cell("abcd", store)
 
 
