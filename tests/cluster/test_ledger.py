@@ -1,0 +1,27 @@
+"""A plan on record, after a power cut."""
+
+from pathlib import Path
+
+import pytest
+from searched import make_corpus, search_plan
+
+from cluster.ledger import register
+from cluster.searching import Searching
+from sweeps.errors import InputError
+from sweeps.store import open_store, read_cell
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 500, b'{"format": 1,\n "id": "'])
+def test_a_record_of_a_cell_that_a_power_cut_left_empty_or_half_is_written_anew(tmp_path: Path, left: bytes) -> None:
+    search = Searching(store := open_store(tmp_path / "store"), search_plan(make_corpus(tmp_path), trials=1))
+    (one,) = search.grow(1)
+    register(store, search.plan, b"")
+    path = store.cell(one.cell.id) / "cell.json"
+    before, inode = path.read_bytes(), path.stat().st_ino
+    register(store, search.plan, b"")
+    assert path.stat().st_ino == inode, "what is whole is left alone"
+    path.write_bytes(left)
+    with pytest.raises(InputError, match="cannot be read as a record"):
+        read_cell(store, one.cell.id)
+    register(store, search.plan, b"")
+    assert path.read_bytes() == before
