@@ -139,7 +139,7 @@ class Claim:
         self._thread.join()
         with suppress(InputError):  # a disk that refuses: the next driver sees that this process is gone
             if self.holds():
-                write_json(self._path, {**read_json(self._path), "ended": timestamp()}, sync=False)
+                write_json(self._path, {**read_json(self._path), "ended": timestamp()})
 
     def _loop(self) -> None:
         while not self._over.wait(BEAT_SECONDS):

@@ -64,6 +64,17 @@ def test_a_disk_that_refuses_at_the_end_hides_nothing_of_what_a_driver_has_done(
     assert "ended" not in holder.record, "whoever comes next sees that its process is gone"
 
 
+def test_the_end_of_a_claim_is_on_disk_before_it_takes_the_place_of_the_claim(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut may else leave an empty record there, which no later driver can read."""
+    synced: list[int] = []
+    with Claim(store, "s") as claim:
+        really = os.fsync
+        monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_ino), really(file)))
+    assert (store.study("s") / f"driver-{claim.number}.json").stat().st_ino in synced
+
+
 def test_a_copy_of_a_claim_that_lies_beside_it_is_no_claim(store: Store) -> None:
     with Claim(store, "s") as first:
         copy = store.study("s") / "driver-7 (conflicted copy).json"
