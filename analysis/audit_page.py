@@ -88,8 +88,8 @@ def find_worth(runs: pd.DataFrame, sweep: Sensitivity | None) -> tuple[TuningWor
 
 def best_worth(found: TuningWorth) -> str:
     """The sentence of the place where tuning is worth most; empty where no gain can be told from noise."""
-    told = [w for w in found.worths if w.told_apart]
-    return f"{escape(_capital(str(max(told, key=lambda w: w.percent.value))))}." if told else ""
+    told = [(w.percent.value, line) for w, line in zip(found.worths, str(found).splitlines()) if w.told_apart]
+    return f"{escape(_capital(max(told)[1]))}." if told else ""
 
 
 def _one_for_all(runs: pd.DataFrame) -> float | None:
@@ -105,7 +105,6 @@ def worth_section(found: TuningWorth, default: str) -> str:
     title = "<h3>What is tuning worth?</h3>"
     if not found.worths:
         return title + _verdicts(found.verdicts)
-    labels = ["parametrisation"] if len({w.group.get("parametrisation") for w in found.worths}) > 1 else []
     rows = []
     for w in found.worths:
         best = ", ".join(page.number(e.value, 3) for e in w.tuned.values())
@@ -113,9 +112,9 @@ def worth_section(found: TuningWorth, default: str) -> str:
         size = f"&gt; {page.number(w.size.estimate.value, 3)}" if w.size.bounded else _times(w.size.estimate)
         rows.append(
             [
-                *(escape(str(w.group.get(label))) for label in labels),
+                *(_setting(w.group.get(label)) for label in found.labels),
                 *(human(float(w.group["N"])), human(float(w.group["D"]))),
-                ", ".join(page.number(v, 3) if is_number(v) else escape(str(v)) for v in w.default.values()),
+                ", ".join(map(_setting, w.default.values())),
                 best,
                 *(f"{w.default_loss:.4f}", f"{w.tuned_loss.value:.4f}"),
                 f"{least}{w.percent.value:.2f} {_range(w.percent)}",
@@ -131,8 +130,15 @@ def worth_section(found: TuningWorth, default: str) -> str:
         f"{escape(default)}. Compute: how many times more of it the default needs to reach the tuned loss along the "
         "tuned runs' frontier; size: how many times larger a model, at equal tokens. 95% intervals.</p>"
     )
+    labels = [label.replace("_", " ") for label in found.labels]
     head = [*labels, "N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
     return title + f"<p>{best_worth(found)}</p>" + note + page.table(head, rows) + _verdicts(found.verdicts)
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return page.DASH
+    return page.number(value, 3) if is_number(value) else escape(str(value))
 
 
 def _times(estimate: Estimate) -> str:

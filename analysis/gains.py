@@ -6,7 +6,7 @@ raised by the luck that noise of this size gives them, as the bootstrap finds it
 same sweep, so its noise is that of the curve through it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,16 @@ import pandas as pd
 from analysis.optima import Optimum
 from analysis.quadratics import lowest_point, quadratic_columns
 from analysis.selection import with_states
-from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, seed_noise
+from analysis.swept import ALWAYS, SHAPES
+from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, merged, seed_noise
 from analysis.verdicts import NAN, Estimate
 from sweeps.errors import InputError, nearest
 from sweeps.rules import PowerRule, evaluate
 
 AXES = ("learning_rate", "batch_tokens")
 """Hyperparameters whose sweeps have curves; of others the best setting stands for the tuned one."""
+TUNABLE = tuple(c for c in SETTINGS if c not in ALWAYS)
+"""What can be tuned: not the parametrisation, of which each has rates of its own."""
 WITHIN = 1.5
 """A run's setting is the default's where it is this near to it, as a factor."""
 SAME_PLACE = 0.02
@@ -38,10 +41,14 @@ Default = Mapping[str, float | str | PowerRule | Callable[[Mapping[str, float]],
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The settings tried at one place: `points` holds the axes, `loss` (mean over seeds), `count`, `fitted`."""
+    """The settings tried at one place: `points` holds the axes, `loss` (mean over seeds), `count`, `fitted`.
+
+    rows: the place's runs.
+    """
 
     group: Mapping[str, Any]
     points: pd.DataFrame
+    rows: pd.DataFrame
     optimum: Optimum | None = None
 
 
@@ -83,17 +90,24 @@ def usable(runs: pd.DataFrame) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def _keys(table: pd.DataFrame) -> list[Any]:
-    """What names a place: family, N, and D as far as batch sizes do not round it."""
+def _keys(table: pd.DataFrame, apart: Iterable[str] = ()) -> list[Any]:
+    """What names a place: all that runs must share, N, D as far as batch sizes do not round it, and the settings
+    `apart`, numbers as far as they are more than rounding apart."""
     D = np.log(table["D"].to_numpy(dtype=float))
     order = np.argsort(D, kind="stable")
     rank = np.empty(len(D), dtype=int)
     rank[order] = np.concatenate([[0], np.cumsum(np.diff(D[order]) > SAME_PLACE)])[: len(D)]
-    return [*([table["family"]] if "family" in table.columns else []), table["N"], rank]
+    return [*(table[c] for c in ALWAYS if c in table.columns), table["N"], rank, *(_levels(table[c]) for c in apart)]
+
+
+def _levels(column: pd.Series) -> np.ndarray:
+    if not pd.api.types.is_numeric_dtype(column):
+        return column.to_numpy(dtype=object)
+    return merged(column.to_numpy(dtype=float), SAME_PLACE)
 
 
 def varied_settings(table: pd.DataFrame) -> list[str]:
-    """The hyperparameters that take several values at one place, in the order of `SETTINGS`.
+    """The hyperparameters that take several values at one place, in the order of `TUNABLE`.
 
     Not those that only follow the learning rate or the batch, as warm-up does its D or decay its rate; in a search,
     where no two settings share a rate, that cannot be seen.
@@ -103,7 +117,7 @@ def varied_settings(table: pd.DataFrame) -> list[str]:
     followed = [*_keys(table), *(table[c] for c in leaders)]
     return [
         c
-        for c in SETTINGS
+        for c in TUNABLE
         if c in table.columns and len(table) and _spread(table, c, _keys(table) if c in AXES else followed)
     ]
 
@@ -117,18 +131,33 @@ def _spread(table: pd.DataFrame, column: str, keys: list[Any]) -> bool:
 
 
 def tuned_axes(varied: Sequence[str], default: Default | None, table: pd.DataFrame) -> tuple[str, ...]:
-    """The hyperparameters that are tuned: those that vary and that the default names, in the order of `SETTINGS`."""
+    """The hyperparameters that are tuned: those that vary and that the default names, in the order of `TUNABLE`.
+
+    Without a default those on which the study's own runs of it agree: one that was varied by values, beside another in
+    multiples, has a default at each of them. Empty where they agree on none.
+    """
     if default is None:
-        if varied and ("is_default" not in table.columns or not table["is_default"].eq(True).any()):
+        marks = table["is_default"] if "is_default" in table.columns else pd.Series(False, table.index)
+        own = marks.eq(True).to_numpy(dtype=bool, na_value=False)
+        if varied and not own.any():
             raise InputError(
                 f"{', '.join(varied)} vary, and nothing says which value is the default; name it, such as "
                 f'default={{"{varied[0]}": ...}}.'
             )
-        return tuple(varied)
-    unknown = [k for k in default if k not in SETTINGS]
+        apart: list[str] = []
+        for axis in sorted(varied, key=lambda c: c != "batch_tokens"):  # first, since rules of the others follow it
+            if _spread(table[own], axis, [key[own] for key in _keys(table, apart)]):
+                apart.append(axis)
+        return tuple(c for c in varied if c not in apart)
+    if "parametrisation" in default:
+        raise InputError(
+            "the parametrisation is not tuned: each has its own rates, so each has places of its own. Name the default "
+            "of another hyperparameter, such as the learning rate."
+        )
+    unknown = [k for k in default if k not in TUNABLE]
     if unknown:
         raise InputError(
-            f"a default of {unknown[0]!r} is not known{nearest(unknown[0], SETTINGS)}: {', '.join(SETTINGS)}."
+            f"a default of {unknown[0]!r} is not known{nearest(unknown[0], TUNABLE)}: {', '.join(TUNABLE)}."
         )
     constant = [k for k in default if k not in varied]
     if constant and varied:
@@ -136,18 +165,46 @@ def tuned_axes(varied: Sequence[str], default: Default | None, table: pd.DataFra
     return tuple(c for c in varied if c in default)
 
 
-def settings_swept(table: pd.DataFrame, axes: tuple[str, ...]) -> list[Sweep]:
-    """Sweeps over hyperparameters of which no curve is known: the settings and their mean losses."""
-    keys = _keys(table)
+def settings_swept(table: pd.DataFrame, axes: tuple[str, ...], apart: Sequence[str]) -> list[Sweep]:
+    """Sweeps over hyperparameters of which no curve is known: the settings and their mean losses.
+
+    apart: the settings that vary and are not tuned; runs that differ in them, or in shape, are no seeds of each other.
+    """
+    shapes = [c for c in SHAPES if c in table.columns and _spread(table, c, _keys(table))]
+    names = [*(c for c in ALWAYS if c in table.columns), "N", "D", *apart, *shapes]
     sweeps = []
-    for _, group in table.assign(_y=np.log(table["loss"])).groupby(keys, dropna=False):
-        points = group.groupby(list(axes), dropna=False)["_y"].agg(["mean", "count"]).reset_index()
+    keys = _keys(table, [*apart, *shapes])
+    for _, rows in table.assign(_y=np.log(table["loss"])).groupby(keys, dropna=False):
+        points = rows.groupby(list(axes), dropna=False)["_y"].agg(["mean", "count"]).reset_index()
         points = points.assign(loss=np.exp(points["mean"]), fitted=False)
-        own = {"family": group["family"].iloc[0]} if "family" in group.columns else {}
-        own |= {"N": float(group["N"].iloc[0]), "D": float(group["D"].median())}
+        values = {c: _middle(rows[c]) for c in names}
         if len(points) > 1:
-            sweeps.append(Sweep(group=own, points=points))
+            group = {c: value for c, value in values.items() if not pd.isna(value)}
+            sweeps.append(Sweep(group=group, points=points, rows=rows))
     return sweeps
+
+
+def curves_swept(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Sweep]:
+    """Sweeps through which curves are known, each with the runs of the table that are equal to it in what names it."""
+    names = dict.fromkeys(name for one in optima for name in one.group if name in table.columns)
+    sweeps = []
+    for one in optima:
+        near = np.log(table["D"] / one.group["D"]).abs() <= SAME_PLACE
+        for name in (n for n in names if n != "D"):
+            column, value = table[name], one.group.get(name)  # a group names no setting that is blank in its runs
+            if value is None:
+                near = near & column.isna()
+            elif is_number(value) and value:
+                near = near & ((column / value - 1).abs() <= SAME_PLACE)
+            else:
+                near = near & (column == value)
+        sweeps.append(Sweep(group=one.group, points=one.points, rows=table[near], optimum=one))
+    return sweeps
+
+
+def _middle(column: pd.Series) -> Any:
+    """The value of a column whose numbers are equal but for rounding, whatever the order of its rows."""
+    return float(column.median()) if pd.api.types.is_numeric_dtype(column) else column.iloc[0]
 
 
 def noise_of(known: Mapping[str, Any], given: float | None, runs: pd.DataFrame) -> Noise:
@@ -169,18 +226,12 @@ def gain_at(
     sweep: Sweep,
     axes: tuple[str, ...],
     default: Default | None,
-    table: pd.DataFrame,
     noise: Noise,
     resamples: int,
     generator: np.random.Generator,
 ) -> "Place | str":
     """Both sides at one place, or why not."""
-    near = np.log(table["D"] / sweep.group["D"]).abs() <= SAME_PLACE
-    for name, value in sweep.group.items():
-        if name != "D" and name in table.columns:
-            column = table[name]
-            near &= (column / value - 1).abs() <= SAME_PLACE if is_number(value) and value else column == value
-    rows = table[near]
+    rows = sweep.rows
     C = float(rows["C"].mean()) if len(rows) else 6.0 * sweep.group["N"] * sweep.group["D"]
     points = sweep.points.reset_index(drop=True)
     at = _default_point(points, axes, default, sweep.group, C, rows)
@@ -244,7 +295,7 @@ def _default_point(
         own = rows[rows["is_default"].eq(True)]
         if own.empty:
             return "the default was not run"
-        wanted = {axis: own[axis].iloc[0] for axis in axes}
+        wanted = {axis: _middle(own[axis]) for axis in axes}
     else:
         known = {k: float(group[k]) for k in ("N", "D", "batch_tokens") if group.get(k) is not None} | {"C": C}
         for axis in axes:

@@ -25,9 +25,10 @@ BLOWN_UP = 1.5
 """A run above the best rate of its batch, whose loss is more than this many times the lowest of its (N, D), is taken
 for diverged. Of the 1911 runs of Step Law (Li et al. 2025) it takes those that went above 4 nats: the worst of the
 others stands at 1.20 times the lowest, the best of them at 1.70."""
-_ALWAYS = ("family", "parametrisation", "corpus", "tokenizer", "context")
+ALWAYS = ("family", "parametrisation", "corpus", "tokenizer", "context")
+"""Runs that differ in these never share a place: their rates, or their losses, do not compare."""
 SHAPES = ("width", "depth", "heads", "mlp_width")
-_OTHERS = (*(c for c in SETTINGS if c not in (*AXES, *_ALWAYS)), *SHAPES)
+_OTHERS = (*(c for c in SETTINGS if c not in (*AXES, *ALWAYS)), *SHAPES)
 """Settings that divide groups where they were crossed with the axes."""
 _BATCHES = ("bs", "batch", "batch_size", "batchsize", "global_batch_size", "train_batch_size", "gbs")
 
@@ -66,7 +67,7 @@ class Group:
     def name(self) -> str:
         """Short words for tables and verdicts: "llama N=50k D=1M"."""
         texts = [str(self.key[k]) for k in ("family", "parametrisation") if k in self.key]
-        numbers = [(k, v) for k, v in self.key.items() if k not in (*_ALWAYS, "study")]
+        numbers = [(k, v) for k, v in self.key.items() if k not in (*ALWAYS, "study")]
         short = {"batch_tokens": "batch", "learning_rate": "lr"}
         counts = ("N", "D", "batch_tokens")
         plain = ((k, human(v) if k in counts else f"{v:.4g}" if isinstance(v, float) else v) for k, v in numbers)
@@ -115,7 +116,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
         rows[f"apart {axis}"] = np.log(written[axis] / rows[axis])
     others = [c for c in _OTHERS if c in rows.columns]
     rows[others] = alike(rows, others)
-    always = [c for c in _ALWAYS if c in rows.columns and rows[c].notna().any()]
+    always = [c for c in ALWAYS if c in rows.columns and rows[c].notna().any()]
     base = rows.groupby([*always, "N", "D"], dropna=False).ngroup().to_numpy()
     keys, moving = _divide(rows, base)
     rows["at"] = rows.assign(base=base).groupby(["base", *keys], dropna=False).ngroup() if keys else base
@@ -143,7 +144,7 @@ def swept_groups(runs: pd.DataFrame, axes: Sequence[str] | None = None) -> Swept
 def told_apart(rows: pd.DataFrame) -> list[str]:
     """The columns beside N and D, of those that have several values, across which no losses are compared or averaged:
     what is always apart, and the shapes that differ at one N."""
-    always = [c for c in _ALWAYS if c in rows.columns and rows[c].nunique(dropna=False) > 1]
+    always = [c for c in ALWAYS if c in rows.columns and rows[c].nunique(dropna=False) > 1]
     shapes = [c for c in SHAPES if c in rows.columns and rows.groupby("N")[c].nunique(dropna=False).max() > 1]
     return always + shapes
 

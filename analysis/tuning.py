@@ -16,7 +16,7 @@ from analysis.gains import (
     WITHIN,
     Default,
     Place,
-    Sweep,
+    curves_swept,
     gain_at,
     noise_of,
     settings_swept,
@@ -26,6 +26,7 @@ from analysis.gains import (
 )
 from analysis.multipliers import NO_SIZE, SizeMultiplier, compute_multiplier, far_below, size_multiplier, tuned_frontier
 from analysis.sensitivities import Sensitivity, sensitivity
+from analysis.swept import ALWAYS
 from analysis.uncertainty import interval
 from analysis.verdicts import NOTHING, Estimate, Fit, Verdict, clean, refused
 from sweeps.units import human, plural
@@ -41,13 +42,14 @@ def tuning_worth(
     level: float = 0.95,
     seed: int = 0,
 ) -> "TuningWorth":
-    """What choosing hyperparameters gains over a default, at each (family, N, D) where both are known.
+    """What choosing hyperparameters gains over a default, at each (family, parametrisation, N, D) where both are known.
 
     runs: a run table with N, D, the hyperparameters that vary, and losses (nats), as for `sensitivity`.
     default: the recipe that is not tuned, by hyperparameter: a number, a word, a rule of a study, or a function of
         a place's N, D and C; the runs nearest to it, within a factor of `WITHIN`, stand for it. Without it the
-        study's own: the runs whose `is_default` is true. A hyperparameter that varies and is not named is tuned on
-        neither side: each of its values is a place of its own.
+        study's own: the runs whose `is_default` is true, which name all that vary but those in which they differ at
+        one place. A hyperparameter that varies and is not named is tuned on neither side: each of its values is a place
+        of its own. One that only follows the rate or the batch goes with it.
     sweep: what `sensitivity` found of these runs; it is asked where that is not given, or is over other axes.
     noise: standard deviation of ln loss between seeds; by default measured. resamples, level, seed: of the intervals.
 
@@ -57,10 +59,14 @@ def tuning_worth(
     table = usable(runs)
     varied = varied_settings(table)
     axes = tuned_axes(varied, default, table)
+    apart = [c for c in varied if c not in axes]
     if not axes:
         message = (
-            "no hyperparameter varies at equal N and D, so there is nothing tuned to hold the default against. Vary "
-            "the learning rate at some sizes: five values a factor 2 apart."
+            f"the study's own default was run at several values of {' and '.join(apart)}, so nothing says which is it. "
+            f'Name it, such as default={{"{apart[0]}": ...}}.'
+            if apart
+            else "no hyperparameter varies at equal N and D, so there is nothing tuned to hold the default against. "
+            "Vary the learning rate at some sizes: five values a factor 2 apart."
         )
         return TuningWorth(verdicts=(Verdict("optimum_unmeasured", "refuse", "fit", None, message),), level=level)
 
@@ -70,9 +76,17 @@ def tuning_worth(
         if sweep is None or any(one.axes != axes for one in sweep.optima):
             sweep = sensitivity(runs, axes=axes, noise=noise, resamples=100, level=level, seed=seed)
         known = sweep.noise
-        sweeps = [Sweep(group=one.group, points=one.points, optimum=one) for one in sweep.optima]
+        sweeps = curves_swept(table, sweep.optima)
+        moving = [v for v in sweep.verdicts if v.code == "moving_settings"]  # those of a search are tuned along
+        verdicts += [v for v in moving if not set(apart).isdisjoint(v.evidence["settings"])]
     else:
-        sweeps, known = settings_swept(table, axes), {}
+        sweeps, known = settings_swept(table, axes, apart), {}
+        if not sweeps:
+            message = (
+                f"no runs differ in {' or '.join(axes)} alone: {' and '.join(apart) or 'the shape'} moves along. Cross "
+                "them, or name in the default all that moves."
+            )
+            verdicts.append(Verdict("optimum_unmeasured", "refuse", "fit", None, message))
     spread = noise_of(known, noise, runs)
     if not spread.sd > 0:
         message = "no seeds are replicated and no curve tells the noise, so there are no intervals. Add seeds."
@@ -82,7 +96,7 @@ def tuning_worth(
     generator = np.random.default_rng(seed)
     places, lost = [], []
     for one in sweeps:
-        place = gain_at(one, axes, default, table, spread, resamples, generator)
+        place = gain_at(one, axes, default, spread, resamples, generator)
         places.append(place) if isinstance(place, Place) else lost.append(place)
     verdicts += _said(places, lost, axes, level, spread.sd > 0)
     if not places:
@@ -90,12 +104,12 @@ def tuning_worth(
 
     # 3. what that is in compute and in size, through the law of the tuned runs of each kind
     worths, laws = [], {}
-    kinds = dict.fromkeys(_kind(p) for p in places)
-    for kind in kinds:
-        own = [p for p in places if _kind(p) == kind]
+    kinds = _kinds(places)
+    for kind in dict.fromkeys(kinds):
+        own = [p for p, its in zip(places, kinds) if its == kind]
         frontier = tuned_frontier(_tuned_runs(own), level, seed, _noise_of_tuned(own))
         laws[kind] = frontier.law
-        name = f"{kind}: " if len(kinds) > 1 else ""
+        name = f"{kind}: " if len(set(kinds)) > 1 else ""
         verdicts += [replace(v, message=name + v.message) for v in frontier.verdicts]
         verdicts += far_below(frontier, np.array([p.default_loss[0] for p in own]))
         for p in own:
@@ -175,7 +189,8 @@ def _range(estimate: Estimate, form: str) -> str:
 class TuningWorth:
     """What tuning `axes` is worth at every place, or why it is not known: look at `refused` and `verdicts` first.
 
-    laws: by family (and parametrisation), the law of the tuned runs that the compute multipliers run along, or None.
+    laws: by family (and parametrisation, and text), the law of the tuned runs that the compute multipliers run along,
+    or None.
     noise: of ln loss between seeds, and where it comes from. level: of the intervals.
     """
 
@@ -193,9 +208,29 @@ class TuningWorth:
     def __str__(self) -> str:
         if not self.worths:
             return "Not known: " + next((v.message for v in self.verdicts if v.severity == "refuse"), "no runs.")
-        kinds = [_kind(w) for w in self.worths]
-        names = [f"{kind}: " if len(set(kinds)) > 1 else "" for kind in kinds]
-        return "\n".join(f"{name}{worth}" for name, worth in zip(names, self.worths))
+        kinds = _kinds(self.worths)
+        several = len(set(kinds)) > 1
+        settings = [k for k in self.labels if k not in ALWAYS]
+        lines = []
+        for kind, worth in zip(kinds, self.worths):
+            own = [f"{k.replace('_', ' ')} {_plain(worth.group[k])}" for k in settings if k in worth.group]
+            head = ", ".join([*([kind] if several else []), *own])
+            lines.append(f"{head}: {worth}" if head else str(worth))
+        return "\n".join(lines)
+
+    @property
+    def labels(self) -> list[str]:
+        """What tells places apart beside N and D: recipes and texts that differ, settings that do at one N and D."""
+        places: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+        for w in self.worths:
+            places.setdefault((human(float(w.group["N"])), human(float(w.group["D"]))), []).append(w.group)
+        keys = dict.fromkeys(k for w in self.worths for k in w.group if k not in ("N", "D"))
+        everywhere = [[w.group for w in self.worths]]
+        return [
+            k
+            for k in keys
+            if any(len({g.get(k) for g in own}) > 1 for own in (everywhere if k in ALWAYS else places.values()))
+        ]
 
     def table(self) -> pd.DataFrame:
         """One row for each place: group, default, losses (nats), gain (percent), compute and size multipliers."""
@@ -220,10 +255,15 @@ class TuningWorth:
 # --- the law of the tuned runs, and what is said ---------------------------------------------------------------
 
 
-def _kind(place: Place | Worth) -> str:
-    """What one law is for: a family in one parametrisation."""
-    words = (place.group.get(k) for k in ("family", "parametrisation"))
-    return " ".join(str(w) for w in words if w is not None)
+def _kinds(places: Sequence[Place] | Sequence[Worth]) -> list[str]:
+    """What the law of each place is for: a family in one parametrisation, on one text where there are several."""
+    own = ("family", "parametrisation")
+    names = [c for c in ALWAYS if c in own or len({p.group.get(c) for p in places}) > 1]
+    return [" ".join(_plain(p.group[c]) for c in names if c in p.group) for p in places]
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _tuned_runs(places: Sequence[Place]) -> pd.DataFrame:

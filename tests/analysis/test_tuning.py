@@ -9,6 +9,7 @@ import pytest
 
 from analysis import read_table
 from analysis.allocation import compute_for_loss
+from analysis.audit_page import worth_section
 from analysis.laws import CHINCHILLA
 from analysis.multipliers import size_multiplier, tuned_frontier
 from analysis.sensitivities import sensitivity
@@ -283,6 +284,116 @@ def test_a_sweep_found_before_is_used_with_its_noise_where_it_is_over_the_tuned_
     anew = tuning_worth(runs, default=off(2.0), sweep=other)
     assert len(anew.worths) == 9
     assert anew.noise["sd"] == pytest.approx(known.noise["sd"])
+
+
+# --- what is tuned, and what only keeps places apart -------------------------------------------------------------
+
+
+def decays(losses: dict[float, float], sizes=SIZES, rate: float = 1.0, seed: int = 15) -> pd.DataFrame:
+    """Runs at one rate and a few weight decays, with so many times the loss, two seeds and noise of a thousandth."""
+    one = [
+        sweep(sizes, [1e7], [rate], seeds=2, noise=0.001, seed=seed + i).assign(weight_decay=decay)
+        for i, decay in enumerate(losses)
+    ]
+    return pd.concat([t.assign(loss=t["loss"] * times) for t, times in zip(one, losses.values())], ignore_index=True)
+
+
+def shuffled(runs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    return runs.sample(frac=1.0, random_state=seed).reset_index(drop=True)
+
+
+def test_a_rate_that_is_not_named_is_no_seed_of_another() -> None:
+    same = {0.05: 1.0, 0.1: 1.0, 0.2: 1.0}
+    runs = pd.concat([decays(same), decays({0.1: 1.0}, rate=8.0, seed=25)], ignore_index=True)
+    found = tuning_worth(runs, default={"weight_decay": 0.1})
+    assert found.axes == ("weight_decay",)
+    assert len(found.worths) == len(SIZES), "the bad rate was run at one decay only, so nothing is tuned there"
+    rates = [w.group["learning_rate"] for w in found.worths]
+    assert rates == pytest.approx([best_rate(w.group["N"], 1e7) for w in found.worths])
+    assert not any(w.told_apart for w in found.worths)
+    assert max(w.percent.value for w in found.worths) < 0.5, "pooled with the bad rate it would be 6%"
+
+
+def test_a_parametrisation_is_never_tuned() -> None:
+    runs = sweep(SIZES[:4], TOKENS[:3], seeds=2)
+    runs = runs.assign(is_default=np.isclose(runs["learning_rate"] / best_rate(runs["N"], runs["D"]), 1.0))
+    mup = runs.assign(loss=runs["loss"] * 0.95, parametrisation="mup")
+    found = tuning_worth(shuffled(pd.concat([runs.assign(parametrisation="standard"), mup])))
+    assert found.axes == ("learning_rate",)
+    assert {w.group["parametrisation"] for w in found.worths} == {"standard", "mup"}
+    assert len(found.worths) == 2 * 4 * 3
+    assert np.mean([w.told_apart for w in found.worths]) <= 0.1
+    with pytest.raises(InputError, match="the parametrisation is not tuned"):
+        tuning_worth(runs, default={"parametrisation": "standard"})
+
+
+def test_runs_on_another_text_or_at_another_context_share_no_place() -> None:
+    runs = decays({0.05: 1.0, 0.1: 1.02})
+    for column, values in (("corpus", ("a", "b")), ("context", (128, 256))):
+        both = pd.concat([runs.assign(**{column: v}, loss=runs["loss"] * f) for v, f in zip(values, (1.0, 0.7))])
+        found = tuning_worth(shuffled(both), default={"weight_decay": 0.1})
+        assert [w.group[column] for w in found.worths] == [v for v in values for _ in SIZES]
+        assert all(w.percent.value == pytest.approx(2.0, abs=0.4) for w in found.worths)
+        assert len(found.laws) == 2, "losses on two texts bear no common law"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_default_at_each_of_several_decays_makes_a_place_of_each_in_any_order_of_rows(seed: int) -> None:
+    runs = sweep(SIZES[:3], TOKENS[:2], seeds=2)
+    times = runs["learning_rate"] / best_rate(runs["N"], runs["D"])
+    runs = runs.assign(is_default=np.isclose(times, 1.0))
+    parts = [runs.assign(weight_decay=0.01, loss=runs["loss"] * 1.1), runs.assign(weight_decay=0.1)]
+    crossed = pd.concat(parts, ignore_index=True)
+    found = tuning_worth(crossed)
+    assert found.axes == ("learning_rate",)
+    assert sorted(w.group["weight_decay"] for w in found.worths) == [0.01] * 6 + [0.1] * 6
+    assert max(w.percent.value for w in found.worths) < 1.0, "the better decay is no gain over the other's default"
+    pd.testing.assert_frame_equal(tuning_worth(shuffled(crossed, seed)).table(), found.table())
+    assert "weight decay 0.01: tuning at 20k" in str(found), "places of one N and D are told apart"
+    assert "<th>weight decay</th>" in worth_section(found, "the study's own setting")
+
+
+def test_places_of_searched_settings_do_not_depend_on_the_order_of_rows() -> None:
+    runs = pd.concat([decays({0.05: 1.01, 0.1: 1.0, 0.4: 1.03}), decays({0.1: 1.0, 0.4: 1.0}, rate=8.0, seed=25)])
+    runs = runs.assign(is_default=runs["weight_decay"] == 0.1)
+    found = tuning_worth(runs)
+    assert found.axes == ("weight_decay",), "the default was run at both rates, so each has places of its own"
+    assert len(found.worths) == 2 * len(SIZES)
+    pd.testing.assert_frame_equal(tuning_worth(shuffled(runs)).table(), found.table())
+
+
+def test_a_rate_whose_default_follows_the_batch_is_tuned_at_each_batch() -> None:
+    parts = []
+    for batch in (2048.0, 8192.0):
+        one = sweep(SIZES[:3], TOKENS[:2], seeds=2)
+        times = one["learning_rate"] / best_rate(one["N"], one["D"])
+        rate = one["learning_rate"] * (batch / 2048) ** 0.5
+        parts.append(one.assign(batch_tokens=batch, learning_rate=rate, is_default=np.isclose(times, 1.0)))
+    found = tuning_worth(shuffled(pd.concat(parts)))
+    assert found.axes == ("learning_rate",)
+    assert sorted(w.group["batch_tokens"] for w in found.worths) == [2048.0] * 6 + [8192.0] * 6
+
+
+def test_a_setting_that_only_moves_along_with_another_is_not_tuned_by_its_name_alone() -> None:
+    runs = pd.concat([decays({0.05: 1.0}).assign(beta2=0.9), decays({0.1: 1.02}).assign(beta2=0.99)])
+    found = tuning_worth(runs, default={"weight_decay": 0.1})
+    assert found.refused
+    assert "no runs differ in weight_decay alone: beta2 moves along" in str(found)
+    both = tuning_worth(runs, default={"weight_decay": 0.1, "beta2": 0.99})
+    assert all(w.told_apart for w in both.worths)
+
+
+def test_a_search_whose_default_names_the_rate_alone_says_what_moved_along() -> None:
+    runs = sweep(SIZES[:2], TOKENS[:1]).assign(search="a search")
+    runs["weight_decay"] = np.random.default_rng(0).uniform(0.01, 0.1, len(runs))
+    assert "moving_settings" in codes(tuning_worth(runs, default=off(4.0)), "caution")
+
+
+def test_a_default_run_at_every_value_of_all_that_varies_names_nothing() -> None:
+    runs = decays({0.05: 1.0, 0.1: 1.02}).assign(is_default=True)
+    found = tuning_worth(runs)
+    assert codes(found, "refuse") == {"optimum_unmeasured"}
+    assert "the study's own default was run at several values of weight_decay" in str(found)
 
 
 # --- published runs ----------------------------------------------------------------------------------------------
