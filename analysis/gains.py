@@ -251,6 +251,7 @@ def gain_at(
     if noise.sd > 0:
         errors = generator.standard_normal((resamples, len(y))) * noise.draw(generator, resamples)[:, None]
         errors /= np.sqrt(count)
+        errors -= errors.mean(axis=0)  # else the chance of finitely many copies is taken for a gain
     optimum = sweep.optimum
     curve = optimum is not None and not optimum.refused
     if curve and optimum is not None:
@@ -264,19 +265,25 @@ def gain_at(
         apart = float(np.var(y, ddof=1))
         true = np.sqrt(max(0.0, 1.0 - float(errors.var(axis=0).mean()) / apart)) if apart > 0 and len(errors) else 1.0
         shrunk = y.mean() + true * (y - y.mean())
-        luck = float((shrunk + errors).min(axis=1).mean() - shrunk.min()) if len(errors) else 0.0
+        again = shrunk + errors
+        luck = float((again.min(axis=1) - again[:, own]).mean() - (shrunk.min() - shrunk[own])) if len(errors) else 0.0
         best = points.iloc[kept[int(y.argmin())]]
         tuned = {axis: Estimate(value=float(best[axis])) for axis in axes if is_number(best[axis])}
-    # the lowest of noisy losses, and the lowest point of a noisy curve, lie too low by what noise lowers them again
-    lowest = copies[0] - luck + np.concatenate([[0.0], copies[1:] - copies[1:].mean() if len(errors) else []])
+    # the lowest of noisy losses, and the lowest point of a noisy curve, lie too low by what noise lowers them again;
+    # all as differences to the default, so that one that is the best setting in every copy gains 0 to the last digit
+    own_copies = np.concatenate([[y[own]], y[own] + errors[:, own]])
+    below = copies - own_copies
+    if len(errors):
+        below[1:] += below[0] - below[1:].mean()
+    below -= luck
     return Place(
         group=sweep.group,
         C=C,
         default={axis: points[axis].iloc[at] for axis in axes},
         tuned=tuned,
         way="curve" if curve else "best setting",
-        tuned_loss=np.exp(lowest),
-        default_loss=np.exp(np.concatenate([[y[own]], y[own] + errors[:, own]])),
+        tuned_loss=np.exp(own_copies + below),
+        default_loss=np.exp(own_copies),
         at_least=not curve and optimum is not None and any(v.code == "edge_minimum" for v in optimum.verdicts),
     )
 

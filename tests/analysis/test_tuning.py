@@ -9,7 +9,7 @@ import pytest
 
 from analysis import read_table
 from analysis.allocation import compute_for_loss
-from analysis.audit_page import worth_section
+from analysis.audit_page import best_worth, worth_section
 from analysis.laws import CHINCHILLA
 from analysis.multipliers import size_multiplier, tuned_frontier
 from analysis.sensitivities import sensitivity
@@ -394,6 +394,17 @@ def test_a_default_run_at_every_value_of_all_that_varies_names_nothing() -> None
     found = tuning_worth(runs)
     assert codes(found, "refuse") == {"optimum_unmeasured"}
     assert "the study's own default was run at several values of weight_decay" in str(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_default_that_is_clearly_the_best_setting_gains_nothing(seed: int) -> None:
+    runs = decays({0.01: 1.02, 0.1: 1.0, 1.0: 1.03}, np.geomspace(2e4, 4e6, 7))
+    found = tuning_worth(runs, default={"weight_decay": 0.1}, seed=seed)
+    assert len(found.worths) == 7
+    assert not any(w.told_apart for w in found.worths)
+    for w in found.worths:
+        assert (w.gain.value, *w.gain.interval) == (0.0, 0.0, 0.0)
+    assert best_worth(found) == ""
 
 
 # --- published runs ----------------------------------------------------------------------------------------------
