@@ -161,8 +161,11 @@ def _sweep_pictures(found: Sensitivity, crossed: Sequence[Optimum]) -> Iterator[
         caption="Final loss against learning rate. Filled points are fitted, diamonds the optima with 95% intervals; "
         "crosses on the upper edge are runs that diverged.",
     )
-    for order, one in enumerate(crossed[: sweep_plots.MOST]):
+    dearest = np.argsort([one.group["N"] * one.group["D"] for one in crossed], kind="stable")[-sweep_plots.MOST :]
+    for order, one in enumerate(crossed[i] for i in sorted(dearest)):
         caption = f"{one.name}: loss above the lowest at each learning rate and batch, in percent."
+        if order == 0 and len(crossed) > len(dearest):
+            caption = f"The {len(dearest)} dearest of {len(crossed)} groups follow. {caption}"
         caption += "" if not one.refused else " No optimum over both is found inside the grid."
         yield Picture(name=f"rate-and-batch-{order}", figure=sweep_plots.heat_map(one), caption=caption)
     axes = found.optima[0].axes

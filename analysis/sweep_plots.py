@@ -46,20 +46,22 @@ MOST = 8
 
 def fans(optima: Iterable[Optimum]) -> Figure:
     """Loss against learning rate: a curve per size and a panel per token count, or the other way round where that takes
-    fewer panels; each optimum with its 95% interval."""
+    fewer panels; each optimum with its 95% interval. Of more than `MOST` panels the dearest, which says so."""
     known = [one for one in optima if "learning_rate" in one.axes]
     counts = {name: len({one.group[name] for one in known}) for name in ("D", "N")}
     panel, curve = ("D", "N") if counts["D"] <= counts["N"] else ("N", "D")
     panels: dict[tuple[str, ...], list[Optimum]] = {}
     for one in sorted(known, key=lambda one: one.group[panel]):
         panels.setdefault(_panel(one, curve), []).append(one)
-    shown = list(panels.values())[:MOST]
+    shown = list(panels.values())[-MOST:]
     picture, every = _grid(max(1, len(shown)))
     levels = sorted({one.group[curve] for group in shown for one in group})
     norm = log_norm(levels or [1.0])
     for axes, group in zip(every, shown):
         _fan(axes, group, curve, norm)
         axes.set_title(_title(group[0], panel, [one for other in shown for one in other]), fontsize=9)
+    if len(panels) > MOST:
+        picture.suptitle(f"the {MOST} dearest of {len(panels)} panels", fontsize=9)
     picture.supxlabel(AXES["learning_rate"], fontsize=10)
     picture.supylabel("final loss (nats per token)", fontsize=10)
     if len(levels) > 1:

@@ -6,9 +6,12 @@ from html import unescape
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import write_report
+from analysis import sensitivity, write_report
+from analysis.hyperparameters import Hyperparameters, pictures
+from tests.analysis.fans import SIZES, crossed
 from tests.analysis.sweeps import loss, size, write_sweeps
 from tests.analysis.synthetic import Run, write_study
 
@@ -130,3 +133,16 @@ def test_a_study_of_the_decay_shows_its_timescale_beside_the_published_one(tmp_p
     html = write_report("decay", root).read_text()
     section = html[html.index("The weight decay's timescale") :]
     assert f"{256 / (0.004 * 0.2 * 163_840):.3g}" in section[: section.index("</table>")]
+
+
+def test_of_too_many_maps_the_dearest_are_shown_and_a_caption_says_so() -> None:
+    found = sensitivity(crossed(SIZES[:3]), resamples=20)
+    empty = dict.fromkeys(("searched", "rungs", "transfers", "noise", "timescales", "importances"), ())
+    rest = {"runs": pd.DataFrame(), "worth": None, "own_default": False, "batches": None, "audits": {}}
+    told = Hyperparameters(sweep=found, crossed=found.optima, **empty, **rest)
+    maps = [one.caption for one in pictures(told) if one.name.startswith("rate-and-batch")]
+    assert len(maps) == 8
+    assert maps[0].startswith("The 8 dearest of 9 groups follow. ")
+    cost = [one.group["N"] * one.group["D"] for one in found.optima]
+    dearest = [one.name for one, spent in zip(found.optima, cost) if spent > min(cost)]
+    assert all(name in caption for name, caption in zip(dearest, maps))

@@ -56,6 +56,18 @@ def test_panels_are_of_what_takes_fewer_values(sweep: pd.DataFrame) -> None:
     assert len(panels(fan(sizes=SIZES[:1], tokens=(5e7, 1e8, 2e8)))) == 1
 
 
+def test_of_too_many_panels_the_dearest_are_shown_and_the_picture_says_so() -> None:
+    tokens = tuple(5e7 * 2.0 ** np.arange(10))
+    optima = sensitivity(fan(sizes=tuple(np.geomspace(1e7, 1e9, 11)), tokens=tokens, seeds=1), resamples=20).optima
+    picture = fans(optima)
+    titles = [axes.get_title() for axes in picture.axes if axes.get_title()]
+    assert len(titles) == 8
+    assert titles[0] == "200M tokens"
+    assert titles[-1] == "25.6B tokens"
+    assert picture.get_suptitle() == "the 8 dearest of 10 panels"
+    assert fans([one for one in optima if one.group["D"] < 2e9]).get_suptitle() == ""
+
+
 def test_a_dollar_in_a_name_is_no_formula(sweep: pd.DataFrame) -> None:
     name = r"cost_$5_\bad$"
     both = pd.concat([sweep.assign(family=name), sweep.assign(family="llama")])
