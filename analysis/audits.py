@@ -81,7 +81,7 @@ def audit(
         message = f"no run has ended with a loss, so there is nothing to audit. {why}".strip()
         verdicts.append(Verdict("too_few_runs", "refuse", "fit", None, message))
     verdicts += _judge_rate(cells, rate, rate.apart(rows) if rate else ())
-    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(cells, rate)]
+    verdicts += [*_one_rate(rows, cells), *_warmup(cells), *_published(cells, _body(rows), rate)]
 
     # 2. the laws before and after; where nothing is known of any cell there is no after
     names = tuple(laws) if laws is not None else audited_laws(rows)
@@ -191,6 +191,12 @@ def _column(rows: pd.DataFrame, name: str) -> np.ndarray:
     return rows[name].to_numpy(dtype=float) if name in rows.columns else np.full(len(rows), NAN)
 
 
+def _body(rows: pd.DataFrame) -> np.ndarray:
+    """Parameters as Step Law counts them, without embeddings; all of them where the table does not tell."""
+    body = _column(rows, "N_nonembedding")
+    return np.where(np.isfinite(body), body, _column(rows, "N"))
+
+
 def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFrame:
     N, D = _column(rows, "N"), _column(rows, "D")
     rate, batch, warmup = (_column(rows, c) for c in ("learning_rate", "batch_tokens", "warmup_tokens"))
@@ -204,8 +210,7 @@ def _stand(rows: pd.DataFrame, references: Mapping[str, Reference]) -> pd.DataFr
     best_batch = np.exp(batches.best(places)) if batches else nothing
     for other in batches.apart(rows).values() if batches else ():
         best_batch = np.where(other, NAN, best_batch)
-    body = _column(rows, "N_nonembedding")
-    ruled = {"N_nonembedding": np.where(np.isfinite(body), body, N), "D": D}
+    ruled = {"N_nonembedding": _body(rows), "D": D}
     with np.errstate(divide="ignore", invalid="ignore"):
         timescale = np.where(rate * decay > 0, batch / (rate * decay * D), NAN)
         z = np.log(rate / best_rate)
@@ -340,12 +345,12 @@ def _warmup(cells: pd.DataFrame) -> list[Verdict]:
     return [Verdict("long_warmup", "caution", "fit", None, message, {"cells": cells.loc[long, "cell"].tolist()})]
 
 
-def _published(cells: pd.DataFrame, rate: Reference | None) -> list[Verdict]:
+def _published(cells: pd.DataFrame, body: np.ndarray, rate: Reference | None) -> list[Verdict]:
     """How the cells stand to published rules: never more than information."""
     verdicts = []
     ratios = cells["rule_ratio"].dropna()
     if len(ratios) and (rate is None or not np.isfinite(cells["penalty"]).any()):
-        near = within_range("step-law", N_nonembedding=cells["N"], D=cells["D"])
+        near = within_range("step-law", N_nonembedding=body, D=cells["D"])
         told = f"by Step Law ({PUBLISHED['step-law'].paper}) these rates are {_span(ratios)} times its best ones."
         why = (
             "Its own text, batches and schedule differ, so this is no measurement."

@@ -198,6 +198,16 @@ def test_decay_and_published_rules_are_shown_and_judge_nothing() -> None:
     assert not cells["mistuned"].any()
 
 
+@pytest.mark.parametrize(("share", "severity"), [(1.0, "info"), (0.9, "info"), (0.3, "caution")])
+def test_the_range_of_step_law_is_that_of_parameters_without_embeddings(share, severity) -> None:
+    N, D = (v.ravel() for v in np.meshgrid([3e8, 4.5e8, 6e8], [1e10, 2e10, 4e10]))
+    runs = pd.DataFrame({"N": N, "D": D, "N_nonembedding": share * N, "learning_rate": 1e-3})
+    runs["loss"] = 1.7 + 400.0 * N**-0.34 + 400.0 * D**-0.28
+    assert [v.severity for v in audit(runs, laws=()).verdicts if v.target == "step-law"] == [severity]
+    untold = audit(runs.drop(columns="N_nonembedding"), laws=())
+    assert [v.severity for v in untold.verdicts if v.target == "step-law"] == ["info"]
+
+
 def test_published_rules_as_printed() -> None:
     rate = published_value("step-law", "learning_rate", N_nonembedding=1e9, D=1e11)
     assert rate == pytest.approx(1.632499e-3, rel=1e-5)
