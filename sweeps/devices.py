@@ -140,8 +140,8 @@ def keep_freed_memory() -> bool:
 
 def hide_gpus() -> None:
     """Let torch see no GPU in this process, which was given none: Ray hides them from none of its own accord. To be
-    called before anything asks for one."""
-    os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")  # torch wants these two alike
+    called before anything asks for one. An empty list would hide NVIDIA's and no AMD's."""
+    os.environ |= dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "-1")
 
 
 def cap_memory(share: float, host_part: float) -> None:

@@ -65,7 +65,7 @@ def test_anothers_attempt_is_neither_stopped_nor_charged_by_a_driver_whose_worke
     assert read_end(store, one.cell.id, ours.epoch) == ("infrastructure", "the worker died")
 
 
-@pytest.mark.parametrize(("gpus", "seen"), [(0.0, ""), (0.5, "1"), (1.0, "1")])
+@pytest.mark.parametrize(("gpus", "seen"), [(0.0, "-1"), (0.5, "3"), (1.0, "3")])
 def test_a_worker_sees_the_gpus_that_it_was_given_and_without_any_none(
     gpus: float, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,8 +76,8 @@ def test_a_worker_sees_the_gpus_that_it_was_given_and_without_any_none(
         at_import.append(os.environ.get("CUDA_VISIBLE_DEVICES"))
         return nullcontext()
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # as Ray sets it for who has that one
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")  # as Ray sets it for who has that one
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3")
     monkeypatch.setattr(worker, "loading", loading)
     monkeypatch.setattr(worker, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(worker, "cap_memory", lambda *_: None)
@@ -86,16 +86,16 @@ def test_a_worker_sees_the_gpus_that_it_was_given_and_without_any_none(
     assert os.environ["HIP_VISIBLE_DEVICES"] == seen
 
 
-@pytest.mark.parametrize(("gpus", "seen"), [(0.0, ""), (1.0, "1")])
+@pytest.mark.parametrize(("gpus", "seen"), [(0.0, "-1"), (1.0, "3")])
 def test_a_calibration_of_cpus_sees_no_gpu(gpus: float, seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3")
     monkeypatch.setattr("sweeps.devices.keep_freed_memory", lambda: None)
     Stopwatch(gpus)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
-@pytest.mark.parametrize(("gpus", "seen"), [(False, ""), (True, "1")])
+@pytest.mark.parametrize(("gpus", "seen"), [(False, "-1"), (True, "3")])
 def test_the_ranks_of_a_gang_without_gpus_see_none_before_they_meet(
     gpus: bool, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,8 +107,8 @@ def test_the_ranks_of_a_gang_without_gpus_see_none_before_they_meet(
                 call()
 
     meeting: list[str | None] = []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3")
     standard = TorchConfig(backend="gloo").backend_cls
     monkeypatch.setattr(standard, "on_start", lambda *_: meeting.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
     config = gang._listening(gpus)
