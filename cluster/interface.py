@@ -11,6 +11,7 @@ import webbrowser
 
 from cluster.charts import SHARE_KEY
 from cluster.terminal import say
+from cluster.tracking import words
 from sweeps.errors import InputError
 from sweeps.store import Store
 
@@ -18,13 +19,22 @@ START_SECONDS = 120.0
 
 
 def experiment_url(store: Store, study: str | None, port: int) -> str:
-    """The page of a study's charts, or the list of experiments."""
+    """The page of a study's charts, or the list of experiments. InputError where the database does not tell."""
     base = f"http://127.0.0.1:{port}"
     if study is None:
         return base
+    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
 
-    experiment = MlflowClient(tracking_uri=store.tracking_uri).get_experiment_by_name(study)
+    try:
+        experiment = MlflowClient(tracking_uri=store.tracking_uri).get_experiment_by_name(study)
+    except (MlflowException, SQLAlchemyError) as error:
+        raise InputError(
+            f"the MLflow database of the store {store.root} cannot be read: {words(error)}. After an upgrade of MLflow "
+            f"run mlflow db upgrade {store.tracking_uri}. Where the file is damaged, delete it: `escala sync {study}` "
+            "makes it anew from the store's files."
+        ) from None
     if experiment is None:
         raise InputError(f"study {study} is not in MLflow yet: run it, or `escala sync {study}`.")
     return f"{base}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={SHARE_KEY}"
