@@ -1,6 +1,6 @@
 """A gang: an actor that trains one cell on several GPUs of one node, where a worker (cluster/worker.py) has one.
 
-Inside, Ray Train's TorchTrainer starts the ranks, packed on one node, and joins them; they stay warm and take one cell
+Inside, Ray Train's TorchTrainer starts the ranks, packed on one node, where they join; they stay warm and take one cell
 after another, as a worker does. Ray Train is used for nothing else: it keeps no checkpoint, and its retries are off,
 since Escala counts attempts itself. Any end that the ranks may not have met alike ends them all, and the next cell
 finds new ones: what must never happen is a rank that waits for a dead one, or goes on without it.
@@ -9,10 +9,14 @@ finds new ones: what must never happen is a rank that waits for a dead one, or g
 import asyncio
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.placement import Demand, memory_share
 from sweeps.devices import hide_gpus
@@ -20,6 +24,9 @@ from sweeps.store import Store, cell_state
 
 ALIKE = {"finished", "diverged", "stopped", "superseded"}
 """Ends of an attempt that every rank has met, so that they can go on to another cell."""
+LOCALHOST = "127.0.0.1"
+_meeting: socket.socket | None = None
+"""Of rank 0: where it awaits the other ranks."""
 TRAIN_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a dead rank is seen
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -145,10 +152,11 @@ class Gang:
 
 
 def _listening(gpus: bool) -> Any:
-    """Ray's setting up of torch.distributed, over gloo (sweeps/ranks.py adds NCCL where there are GPUs: a logical one
-    has none), in processes that see no GPU unless they have some, and that hear SIGTERM: their trainer is not in the
-    main thread, which alone can."""
+    """The setting up of torch.distributed in place of Ray's, which would have rank 0 listen on every interface: over
+    gloo (sweeps/ranks.py adds NCCL where there are GPUs: a logical one has none), in processes that see no GPU unless
+    they have some, and that hear SIGTERM: their trainer is not in the main thread, which alone can."""
     from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _set_torch_distributed_env_vars
 
     standard: Any = TorchConfig(backend="gloo").backend_cls
 
@@ -156,7 +164,8 @@ def _listening(gpus: bool) -> Any:
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             if not gpus:  # first, for torch counts them once
                 worker_group.execute(hide_gpus)
-            super().on_start(worker_group, backend_config)
+            worker_group.execute(_set_torch_distributed_env_vars)
+            worker_group.execute(_meet, worker_group.execute_single(0, _open_meeting), backend_config.timeout_s)
             worker_group.execute(_hear_sigterm)
 
     @dataclass
@@ -166,6 +175,27 @@ def _listening(gpus: bool) -> Any:
             return Backend
 
     return Config(backend="gloo")
+
+
+def _open_meeting() -> int:
+    """The port at which this rank awaits the others, from this machine alone: a gang is on one."""
+    global _meeting
+    _meeting = socket.create_server((LOCALHOST, 0))
+    return int(_meeting.getsockname()[1])
+
+
+def _meet(port: int, timeout_seconds: float) -> None:
+    """Join the other ranks at the port that rank 0 has opened."""
+    from torch import distributed as dist
+
+    loopback = [name for name, known in psutil.net_if_addrs().items() if any(one.address == LOCALHOST for one in known)]
+    for name in loopback[:1]:  # gloo and NCCL listen too; they would on the address of the machine's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+    rank, count, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_seconds)
+    listening = _meeting.detach() if rank == 0 and _meeting is not None else None
+    store = dist.TCPStore(LOCALHOST, port, count, rank == 0, patience, master_listen_fd=listening)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=patience)
 
 
 def _hear_sigterm() -> None:

@@ -3,11 +3,14 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from commandline import ROOT
 
 from cluster import tasks
 from cluster.driver import run_study
@@ -47,6 +50,26 @@ def family():
     return dataclasses.replace(FAMILIES["llama"], name="mine.py:family", config=config)
 """
 """A llama that finds no memory for itself on the rank that writes nothing, the first time."""
+RANK = """
+import os, sys
+import psutil
+from cluster import gang
+
+rank = sys.argv[1]
+os.environ |= {"RANK": rank, "WORLD_SIZE": "2"}
+port = gang._open_meeting() if rank == "0" else int(sys.argv[2])
+print(port, flush=True)
+gang._meet(port, 60)
+
+from sweeps.ranks import join_ranks
+
+ranks = join_ranks()
+ranks.most(1)
+listening = {one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == "LISTEN"}
+ranks.most(1)
+print(ranks.count, *listening)
+"""
+"""One rank, without Ray: where it listens once it has joined the other."""
 
 
 @pytest.fixture
@@ -141,3 +164,14 @@ def test_a_gang_whose_rank_ran_out_of_memory_says_so_and_one_whose_rank_died_say
         asyncio.run(run("OutOfMemoryError: CUDA out of memory"))
     with pytest.raises(RuntimeError, match=r"the gang died .rank 1 is gone"):
         asyncio.run(run(None))
+
+
+def test_the_ranks_of_a_gang_listen_on_loopback_alone() -> None:
+    def start(*arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen([sys.executable, "-c", RANK, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    with start("0") as first:
+        assert first.stdout is not None
+        with start("1", first.stdout.readline().strip()) as second:
+            said = [one.communicate(timeout=120)[0].splitlines()[-1] for one in (first, second)]
+    assert said == ["2 127.0.0.1"] * 2

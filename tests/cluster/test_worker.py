@@ -99,18 +99,19 @@ def test_a_calibration_of_cpus_sees_no_gpu(gpus: float, seen: str, monkeypatch: 
 def test_the_ranks_of_a_gang_without_gpus_see_none_before_they_meet(
     gpus: bool, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ray.train.torch import TorchConfig
-
     class Group:
-        def execute(self, call: Any) -> None:
-            if call is not gang._hear_sigterm:
+        def execute(self, call: Any, *_: Any) -> None:
+            seen_by[call] = os.environ.get("CUDA_VISIBLE_DEVICES")
+            if call is gang.hide_gpus:
                 call()
 
-    meeting: list[str | None] = []
+        def execute_single(self, rank: int, call: Any) -> int:
+            return rank
+
+    seen_by: dict[Any, str | None] = {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3")
-    standard = TorchConfig(backend="gloo").backend_cls
-    monkeypatch.setattr(standard, "on_start", lambda *_: meeting.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
     config = gang._listening(gpus)
     config.backend_cls().on_start(Group(), config)
-    assert meeting == [seen]
+    assert seen_by[gang._meet] == seen
+    assert list(seen_by)[-1] is gang._hear_sigterm
