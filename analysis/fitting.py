@@ -190,7 +190,7 @@ def fit_law(
     drawn = _pooled(noise, spread, freedom)
     own, said = [drawn] * len(rows), list[Verdict]()
     if "C" in rows.columns:
-        own, said = _by_compute(problem, best.theta, rows["C"].to_numpy(dtype=float), drawn, free)
+        own, said = _by_compute(problem, best.theta, rows["C"].to_numpy(dtype=float), drawn, spread, free)
     verdicts += said if way == "noise" else []  # rows and trunks that are drawn bring their own scatter along
     thetas = draw_thetas(
         problem,
@@ -361,19 +361,27 @@ def _pooled(noise: Noise, spread: float, freedom: float) -> Noise:
 
 
 def _by_compute(
-    problem: Problem, theta: np.ndarray, C: np.ndarray, drawn: Noise, free: int
+    problem: Problem, theta: np.ndarray, C: np.ndarray, drawn: Noise, spread: float, free: int
 ) -> tuple[list[Noise], list[Verdict]]:
-    """The noise of each row's copies, by its compute. Each half is clipped as Huber does: outliers make none noisy."""
+    """The noise of each row's copies, by its compute.
+
+    Whether halves differ is asked of residuals clipped as Huber does, so that outliers make no half noisy. How much
+    they do is told by each half's own scale: at the clip for all the noisier one would lose a third.
+    """
     misses = (problem.predict(theta) - problem.target) * root_weights(problem)
-    high = np.greater(C, np.median(C))
-    for half in (high, ~high):
-        if left := half.sum() * max(1.0 - free / len(C), 0.0):
-            scale = robust_scale(misses[half], left)
-            misses[half] = np.clip(misses[half], -1.5 * scale, 1.5 * scale)
     # what the law misses is common to the seeds of a cell, which then count as one
     cells = len(np.unique(np.stack(list(problem.variables.values())), axis=1).T)
     count = cells / len(C) if drawn.source == "residuals" else 1.0
-    return noise_by_scale(C, count * misses**2 / 0.7784, np.full(len(C), count * max(1.0 - free / len(C), 0.0)), drawn)
+    kept = max(1.0 - free / len(C), 0.0)
+    freedom = np.full(len(C), count * kept)
+    clipped = np.clip(misses, -1.5 * spread, 1.5 * spread)
+    own, said = noise_by_scale(C, count * clipped**2 / 0.7784, freedom, drawn)
+    if not said:
+        return own, said
+    high = np.greater(C, np.median(C))
+    scales = np.where(high, *(robust_scale(misses[half], half.sum() * kept) for half in (high, ~high)))
+    wider, told = noise_by_scale(C, count * kept * scales**2, freedom, drawn)
+    return (wider, told) if told else (own, said)
 
 
 def _too_few_units(units: int, cluster: str | None, free: int) -> Verdict:

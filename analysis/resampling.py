@@ -125,7 +125,8 @@ def repeats_of(problem: Problem, misses: np.ndarray, free: int) -> Repeats | Non
     if not max(free, 1) < m < n:
         return None
     means = np.bincount(places, misses) / runs
-    within = float(np.square(misses - means[places]).sum() / (n - m))
+    several = runs[places] > 1
+    within = robust_scale((misses - means[places])[several], n - m) ** 2
     between = robust_scale(np.sqrt(runs) * means, m - free) ** 2
     each = (n - float(np.square(runs).sum()) / n) / (m - 1)
     excess = max(between - within, 0.0) / each
@@ -144,7 +145,7 @@ def robust_scale(misses: np.ndarray, freedom: float) -> float:
     half scales. Where they are few, nothing can be called an outlier."""
     full = misses * np.sqrt(len(misses) / freedom)  # as large as before the fit took its part
     scale = float(np.sqrt(np.square(full).mean()))
-    for _ in range(20 if len(misses) >= 3 * (len(misses) - freedom) else 0):
+    for _ in range(20 if len(misses) >= 2 * (len(misses) - freedom) else 0):
         # the mean of min(z, 1.5)^2 over a standard normal is .7784
         new = float(np.sqrt(np.square(np.clip(full, -1.5 * scale, 1.5 * scale)).mean() / 0.7784))
         if abs(new - scale) <= 1e-3 * scale:
