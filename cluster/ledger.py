@@ -102,9 +102,12 @@ def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a record is there that a power cut has not emptied: it is written without waiting for the disk. Told by
-    its ends, since decoding thousands at every start would take its time."""
+    """Whether a cell's record is there that a power cut has not emptied: it is written without waiting for the disk.
+    Told by its ends, since decoding thousands at every start would take its time; of a cell that has a result by its
+    size alone, since the disk had long enough."""
     try:
+        if (path.parent / "result.json").exists():
+            return path.stat().st_size > 0
         content = path.read_bytes()
     except FileNotFoundError:
         return False
