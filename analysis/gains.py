@@ -17,7 +17,7 @@ from analysis.optima import Optimum
 from analysis.quadratics import lowest_point, quadratic_columns
 from analysis.selection import with_states
 from analysis.swept import ALWAYS, SHAPES
-from analysis.uncertainty import SETTINGS, UNKNOWN, Noise, merged, seed_noise
+from analysis.uncertainty import BETAS, SETTINGS, UNKNOWN, Noise, alike, seed_noise
 from analysis.verdicts import NAN, Estimate
 from sweeps.errors import InputError, nearest
 from sweeps.rules import PowerRule, evaluate
@@ -97,13 +97,8 @@ def _keys(table: pd.DataFrame, apart: Iterable[str] = ()) -> list[Any]:
     order = np.argsort(D, kind="stable")
     rank = np.empty(len(D), dtype=int)
     rank[order] = np.concatenate([[0], np.cumsum(np.diff(D[order]) > SAME_PLACE)])[: len(D)]
-    return [*(table[c] for c in ALWAYS if c in table.columns), table["N"], rank, *(_levels(table[c]) for c in apart)]
-
-
-def _levels(column: pd.Series) -> np.ndarray:
-    if not pd.api.types.is_numeric_dtype(column):
-        return column.to_numpy(dtype=object)
-    return merged(column.to_numpy(dtype=float), SAME_PLACE)
+    settings = alike(table, list(apart))
+    return [*(table[c] for c in ALWAYS if c in table.columns), table["N"], rank, *(settings[c] for c in settings)]
 
 
 def varied_settings(table: pd.DataFrame) -> list[str]:
@@ -124,10 +119,18 @@ def varied_settings(table: pd.DataFrame) -> list[str]:
 
 def _spread(table: pd.DataFrame, column: str, keys: list[Any]) -> bool:
     """Whether a column differs within any group, as a number by more than rounding."""
-    groups = table.groupby(keys, dropna=False)[column]
-    if not pd.api.types.is_numeric_dtype(table[column]):
-        return bool((groups.nunique() > 1).any())
-    return bool((groups.max() > groups.min() * (1.0 + SAME_PLACE)).any())
+    numeric = pd.api.types.is_numeric_dtype(table[column])
+    groups = table.assign(_at=_compared(column, table[column]) if numeric else table[column]).groupby(
+        keys, dropna=False
+    )
+    if not numeric:
+        return bool((groups["_at"].nunique() > 1).any())
+    return bool((groups["_at"].max() > groups["_at"].min() * (1.0 + SAME_PLACE)).any())
+
+
+def _compared(name: str, values: Any) -> Any:
+    """What ratios of a setting are taken of."""
+    return 1.0 - values if name in BETAS else values
 
 
 def tuned_axes(varied: Sequence[str], default: Default | None, table: pd.DataFrame) -> tuple[str, ...]:
@@ -195,7 +198,7 @@ def curves_swept(table: pd.DataFrame, optima: Sequence[Optimum]) -> list[Sweep]:
             if value is None:
                 near = near & column.isna()
             elif is_number(value) and value:
-                near = near & ((column / value - 1).abs() <= SAME_PLACE)
+                near = near & ((_compared(name, column) / _compared(name, value) - 1).abs() <= SAME_PLACE)
             else:
                 near = near & (column == value)
         sweeps.append(Sweep(group=one.group, points=one.points, rows=table[near], optimum=one))

@@ -35,6 +35,8 @@ DESIGN = (
 """What tells runs apart beside their seeds."""
 SAME = 0.01
 """Rates, batches, sizes and token counts closer than this in logs are one: tables round, batches do not divide D."""
+BETAS = ("beta1", "beta2")
+"""Compared by their distance from 1: .99 and .999 are a percent apart, but average over 100 steps and over 1000."""
 LAST_DIGITS = 1e-6
 """Of what is counted or derived: single precision and sums in another order differ by less, two values by more."""
 ROUNDING = 1e-12
@@ -125,7 +127,7 @@ def _alike(name: str, column: "pd.Series[Any]") -> "pd.Series[Any]":
     if numbers.notna().sum() < column.notna().sum():
         return column
     values = numbers.astype(float)
-    if name in ("beta1", "beta2"):  # .99 and .999 are a percent apart, but average over 100 steps and 1000
+    if name in BETAS:
         return values.groupby(merged(1.0 - values.to_numpy())).transform("first")
     tolerance = SAME if name in ("N", "D", "C", *SETTINGS) else LAST_DIGITS
     return pd.Series(merged(values.to_numpy(), tolerance), index=column.index)

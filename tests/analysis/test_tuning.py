@@ -314,6 +314,14 @@ def test_a_rate_that_is_not_named_is_no_seed_of_another() -> None:
     assert max(w.percent.value for w in found.worths) < 0.5, "pooled with the bad rate it would be 6%"
 
 
+def test_betas_a_percent_apart_are_no_seeds_of_each_other() -> None:
+    """.99 and .999 average over 100 steps and over 1000."""
+    same = {0.05: 1.0, 0.1: 1.0, 0.2: 1.0}
+    tables = [decays(same, seed=35 + i).assign(beta2=beta2) for i, beta2 in enumerate((0.99, 0.999))]
+    found = tuning_worth(pd.concat(tables, ignore_index=True), default={"weight_decay": 0.1})
+    assert sorted(w.group["beta2"] for w in found.worths) == [0.99] * len(SIZES) + [0.999] * len(SIZES)
+
+
 def test_a_parametrisation_is_never_tuned() -> None:
     runs = sweep(SIZES[:4], TOKENS[:3], seeds=2)
     runs = runs.assign(is_default=np.isclose(runs["learning_rate"] / best_rate(runs["N"], runs["D"]), 1.0))
