@@ -199,7 +199,7 @@ class _Run:
         except KeyboardInterrupt:
             self.tally.stopped = "interrupted"
             self._stop_gracefully(ray)
-        except ray.exceptions.RayError as error:  # not a worker's death, which _finish handles: Ray itself is gone
+        except ray.exceptions.RayError as error:  # not a worker's death, which Tasks.finish handles: Ray itself is gone
             self.tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
             self.tally.planned = len(self.queue) + len(self.standing.elsewhere) + len(self.tasks.hands())

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.claims import living_drivers
-from cluster.watching import CELL_ID, cell_names, is_recorded
+from cluster.watching import cell_names, is_recorded
 from sweeps.errors import InputError, nearest
 from sweeps.paths import inside
 from sweeps.store import (
+    CELL_ID,
+    CORPUS_NAME,
     Store,
     attempt_epochs,
     attempt_lives,
@@ -34,8 +36,6 @@ IMPORT_SECONDS = 60.0
 """A cell that is younger may belong to an import that has not put its study on record yet."""
 HALF_WRITTEN = re.compile(r"\.(?:.+\.[a-z]+|attempt|[0-9a-f]{16})\.[a-z0-9_]{8}|\.(?:tmp|building|probe)-.+")
 """What writers call a file or folder until it is in its place. Other names with a dot, such as `.git`, are people's."""
-FINGERPRINT = re.compile("[0-9a-f]{16}")
-"""What a corpus in the store is called: a folder of another name beside them is somebody's text."""
 KINDS = {
     "checkpoints": "checkpoints of cells that have ended, but for permanent ones",
     "leftovers": "temporary files that killed writers left",
@@ -191,7 +191,7 @@ def _corpora(store: Store, cells: set[str]) -> Iterator[Item]:
             used.add(read_cell(store, cell_id)["identity"].get("corpus"))
     folder = store.root / "corpora"
     for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if FINGERPRINT.fullmatch(path.name) and path.name not in used and _is_old(path):
+        if CORPUS_NAME.fullmatch(path.name) and path.name not in used and _is_old(path):
             yield Item("corpora", path, _size(path))
 
 

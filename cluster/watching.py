@@ -5,7 +5,6 @@ a driver's memory shows a dead study as running. What is shown of a running cell
 """
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from sweeps.cell import differences
 from sweeps.errors import InputError
 from sweeps.records import read_json, read_rows
 from sweeps.store import (
+    CELL_ID,
     Store,
     attempt_epochs,
     cell_state,
@@ -29,7 +29,6 @@ from sweeps.store import (
 from sweeps.units import plural
 
 Json = dict[str, Any]
-CELL_ID = re.compile("[0-9a-f]{16}")
 TAIL_BYTES = 65_536
 """The end of a log that is read for a running cell's last figures."""
 NEAREST = 3

@@ -21,7 +21,7 @@ from sweeps.errors import InputError
 from sweeps.heartbeat import Stop, terminable
 from sweeps.ranks import Ranks
 from sweeps.store import Store, read_cell
-from sweeps.trainer import Diverged, Stopped, TrainerIO
+from sweeps.trainer import Stopped, TrainerIO
 
 
 class Leader(TrainerIO):
@@ -130,5 +130,5 @@ def follow_attempt(store: Store, cell_id: str, ranks: Ranks, *, base_dir: Path |
     io: Any = Follower(ranks, cell, open_corpus(store.root, cell.corpus), base_dir)
     with terminable(io):
         (end,) = train_together([cell], [io], ranks=ranks)
-    if isinstance(end, Exception) and not isinstance(end, Stopped | Diverged):
+    if isinstance(end, Exception) and not isinstance(end, Stopped):
         raise end

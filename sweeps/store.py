@@ -64,8 +64,10 @@ from sweeps.redaction import redact
 FORMAT = 1
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a study may be called: its name is that of a folder. So is a cell's id, under the same rule."""
+CELL_ID = re.compile(r"[0-9a-f]{16}")
+"""What Escala itself calls cells. A folder of another name among them is somebody's copy."""
 CORPUS_NAME = re.compile(r"[0-9a-f]{16}")
-"""The fingerprint of a corpus, which names its folder."""
+"""The fingerprint of a corpus, which names its folder: one of another name beside them is somebody's text."""
 
 END_KINDS = ("code", "infrastructure", "out_of_memory", "preemption", "stopped")
 """How an attempt may end without a result. Divergence is a result."""
