@@ -1,7 +1,7 @@
 """Attention of the library's models, where Escala's own way to the fused kernel is faster or the only one.
 
-- Heads of 6, 10 or 14 are not whole vectors of a CPU, and its fused attention takes up to twice as long over them: they
-  are padded to 16 with zeros, which add nothing to a product.
+- Heads of 6, 10 or 14 are not whole vectors of a CPU, nor are those of 4, 8 or 12 of one with AVX-512, and its fused
+  attention takes up to twice as long over them: they are padded to 16 with zeros, which add nothing to a product.
 - A forward pass that is traced or compiled: the library would make a mask too, where it otherwise leaves it out, and a
   GPU's fastest attention takes none. A forward pass on a GPU: to leave it out, the library waits for the device.
 - float32 on a GPU: fused attention wants heads of whole vectors there, and as many of keys and values as of queries.
@@ -31,8 +31,9 @@ CAUSAL = {"gpt2", "gpt_neox", "llama", "qwen3", "granite", "mixtral"}
 
 
 def pays_to_pad(head_dim: int) -> bool:
-    """Whether fused attention on a CPU is faster over heads padded to `LANES`."""
-    return head_dim < LANES and head_dim % 4 != 0
+    """Whether fused attention on this CPU is faster over heads padded to `LANES`."""
+    whole = LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+    return head_dim < LANES and head_dim % whole != 0
 
 
 def is_causal(model: torch.nn.Module) -> bool:

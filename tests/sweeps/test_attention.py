@@ -66,10 +66,15 @@ def test_attention_over_padded_heads_looks_at_nothing_ahead() -> None:
     assert not torch.allclose(one[:, 20:], two[:, 20:])
 
 
-@pytest.mark.parametrize(("width", "heads", "padded"), [(16, 2, False), (20, 2, True), (48, 4, False), (36, 2, False)])
-def test_only_heads_that_gain_by_it_are_padded(width: int, heads: int, padded: bool) -> None:
+@pytest.mark.parametrize("cpu", ["AVX2", "AVX512"])
+@pytest.mark.parametrize(("width", "heads"), [(16, 2), (20, 2), (48, 4), (32, 2), (36, 2)])
+def test_only_heads_that_are_no_whole_vectors_of_this_cpu_are_padded(
+    width: int, heads: int, cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    padded = width // heads in ({10} if cpu == "AVX2" else {8, 10, 12})
     config = AutoConfig.for_model(
         "llama",
         hidden_size=width,
