@@ -21,7 +21,7 @@ from cluster.ledger import recorded_seconds, register, register_growth
 from cluster.mirror import Mirror
 from cluster.nodes import REPORT_SECONDS, Bundle, bundle, wanted
 from cluster.outage import Outage
-from cluster.pace import flops_left, flops_won
+from cluster.pace import own_work, work_left, work_won
 from cluster.placement import Demand, Fleet, threads_for
 from cluster.pool import Pool
 from cluster.processes import OwnRay, descendants
@@ -406,9 +406,12 @@ class _Run:
     def _progress(self) -> Progress:
         hands = self.tasks.hands()
         running = tuple(hand.running() for hand in hands)
-        done = self.standing.flops_done + sum(flops_won(self.queue, hand, hand.tail.tokens) for hand in hands)
+        done = self.standing.work_done + sum(work_won(self.queue, hand, hand.tail.tokens) for hand in hands)
+        left = work_left(self.queue, [*self.queue.cells(), *self.standing.elsewhere.values()], hands)
         more, flops = self.search.to_come()
-        left = flops_left(self.queue, [*self.queue.cells(), *self.standing.elsewhere.values()], hands) + flops
+        if flops:  # of cells like those that are planned
+            planned = [(self.queue.own_flops(one), own_work(self.queue, one)) for one in self.plan.cells]
+            left += flops * sum(work for _, work in planned) / sum(own for own, _ in planned)
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": self.tally.finished + self.tally.skipped,

@@ -43,6 +43,8 @@ class Queue:
         one GPU."""
         self.schedule = schedule
         self._store, self._stacking, self._demand = store, plan.study.stack, demand
+        self.validation_tokens = plan.corpus.validation_tokens
+        """Of the corpus: what a cell is evaluated over that says nothing else."""
         self._demands: dict[str, Demand] = {}
         self._seconds: Mapping[str, float] = {}
         self._keys: dict[str, str | None] = {}

@@ -6,6 +6,7 @@ from typing import Any
 from cluster.hands import Hand
 from cluster.leftovers import settle
 from cluster.outage import refuses
+from cluster.pace import evaluation_work, own_work
 from cluster.progress import Tally, ended_words
 from cluster.queue import Queue
 from cluster.searching import Searching
@@ -37,7 +38,7 @@ class Standing:
         until it is known how each stands, all."""
         self.failed: dict[str, PlannedCell] = {}
         """Looked at now and then: a person may forgive them."""
-        self.flops_done = 0.0
+        self.work_done = 0.0
         self.halt: str | None = None
         """Why nothing more is to be tried, if so."""
         self.gpu: str | None = None
@@ -75,7 +76,7 @@ class Standing:
             if state.result is not None:
                 self._spend(one, state.result)
                 self._tally.skipped += 1
-                self.flops_done += self._queue.own_flops(one)
+                self.work_done += own_work(self._queue, one)
             elif state.state == "failed":
                 self._note_failed(one, state.reason)
                 self._say(ended_words(one, state))
@@ -120,6 +121,7 @@ class Standing:
             self._first_failures = None
         if state.result is not None:
             self._spend(one, state.result)
+            self.work_done += evaluation_work(self._queue, one)
         words, branches = ended_words(one, state), self._search.plan.branches
         if cell_id in branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {branches[cell_id].parent[:8]} left no checkpoint for it)"

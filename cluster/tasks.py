@@ -13,7 +13,7 @@ from typing import Any
 from cluster.hands import Hand, display_name, kept_tokens, take_up
 from cluster.leftovers import kill_worker
 from cluster.nodes import death
-from cluster.pace import flops_won
+from cluster.pace import work_won
 from cluster.pool import Pool
 from cluster.queue import Queue, Unit
 from cluster.scheduling import Start
@@ -149,9 +149,9 @@ class Tasks:
         ids = [hand.one.cell.id for hand in task.hands]
         while task.hands:
             hand = task.hands[0]
-            won = flops_won(self._queue, hand, kept_tokens(self._store, hand.one))
+            won = work_won(self._queue, hand, kept_tokens(self._store, hand.one))
             self._standing.settle(hand, note=not task.noted)
-            self._standing.flops_done += won
+            self._standing.work_done += won
             task.hands, task.noted = task.hands[1:], True
         del self.by_call[call]
         self._schedule.end(task.start, time.monotonic())

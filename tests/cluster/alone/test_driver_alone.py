@@ -16,6 +16,7 @@ from cluster.claims import Claim
 from cluster.control import cancel
 from cluster.driver import Tally, _Run, run_study
 from cluster.hands import take_up
+from cluster.pace import EVALUATIONS
 from cluster.placement import Demand, Node, Place
 from cluster.pulse import Pulse
 from cluster.searching import Searching
@@ -25,6 +26,7 @@ from sweeps.errors import InputError
 from sweeps.grids import Plan
 from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE, append_rows, write_json
+from sweeps.schedules import SUBSET_TOKENS
 from sweeps.store import (
     Attempt,
     Store,
@@ -412,10 +414,13 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
         with (attempt.folder / "log.jsonl").open("ab", buffering=0) as stream:
             append_rows(stream, [{"time": 0.0, "tokens": tokens, "metrics": {"train_loss": 2.0}}])
 
+    whole = plan.corpus.validation_tokens
+    evaluated = (whole + EVALUATIONS * min(whole, SUBSET_TOKENS)) / 3  # a pass forward alone
     take()
     assert run._progress().eta_seconds is None, "nothing is known of its pace yet"
     trained_to(38_000)
-    assert run._progress().eta_seconds == pytest.approx(60, rel=0.05), "a twentieth in a minute, another is left"
+    left = 2_000 + evaluated
+    assert run._progress().eta_seconds == pytest.approx(60 * left / 2_000, rel=0.05), "a twentieth took a minute"
     (store.checkpoints(one.cell.id, 1) / "38000").mkdir(parents=True)
     record_error(Attempt(store, one.cell.id, 1), "stopped", "paused")
     ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
@@ -423,4 +428,5 @@ def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_he
     run.tasks.finish(ray, run.pool, "call")
     take()
     trained_to(39_000)
-    assert run._progress().eta_seconds == pytest.approx(20, rel=0.05), "what it did before the pause counts"
+    left = 1_000 + evaluated
+    assert run._progress().eta_seconds == pytest.approx(60 * left / 3_000, rel=0.05), "the time before the pause counts"
