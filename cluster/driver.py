@@ -409,9 +409,8 @@ class _Run:
         done = self.standing.work_done + sum(work_won(self.queue, hand, hand.tail.tokens) for hand in hands)
         left = work_left(self.queue, [*self.queue.cells(), *self.standing.elsewhere.values()], hands)
         more, flops = self.search.to_come()
-        if flops:  # of cells like those that are planned
-            planned = [(self.queue.own_flops(one), own_work(self.queue, one)) for one in self.plan.cells]
-            left += flops * sum(work for _, work in planned) / sum(own for own, _ in planned)
+        if flops and (own := sum(map(self.queue.own_flops, self.plan.cells))):  # of cells like those that are planned
+            left += flops * sum(own_work(self.queue, one) for one in self.plan.cells) / own
         elapsed = time.monotonic() - self.began
         counts = {
             "finished": self.tally.finished + self.tally.skipped,

@@ -71,9 +71,10 @@ def display_name(unit: list[PlannedCell]) -> str:
 
 
 def kept_tokens(store: Store, one: PlannedCell) -> int:
-    """Tokens of a cell that no later attempt trains again: all at its end, else those of its furthest checkpoint."""
-    if (store.cell(one.cell.id) / "result.json").exists():
-        return one.cell.tokens
+    """Tokens of a cell that no later attempt trains again: up to its end, or to its furthest checkpoint."""
+    if (result := cell_state(store, one.cell.id).result) is not None:
+        steps = result.get("steps")
+        return one.cell.tokens if steps is None else int(steps) * one.cell.batch_tokens
     folders = (store.checkpoints(one.cell.id, epoch) for epoch in attempt_epochs(store, one.cell.id))
     return max((int(path.name) for folder in folders for path in checkpoint_paths(folder)), default=0)
 

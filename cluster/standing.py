@@ -121,7 +121,7 @@ class Standing:
             self._first_failures = None
         if state.result is not None:
             self._spend(one, state.result)
-            self.work_done += evaluation_work(self._queue, one)
+            self.work_done += evaluation_work(self._queue, one) if state.state == "finished" else 0.0
         words, branches = ended_words(one, state), self._search.plan.branches
         if cell_id in branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {branches[cell_id].parent[:8]} left no checkpoint for it)"

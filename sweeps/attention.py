@@ -24,6 +24,8 @@ PADDED, UNMASKED, STACKED = "escala_padded", "escala_unmasked", "escala_stacked"
 """Our attentions' names in transformers."""
 LANES = 16
 """What narrow heads are padded to on a CPU."""
+WHOLE = LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
+"""Heads of a multiple of so many are fast on this CPU as they are. Read once: a compiled forward pass cannot ask."""
 GPU_LANES = 4
 """And in float32 on a GPU, to a multiple of so many."""
 CAUSAL = {"gpt2", "gpt_neox", "llama", "qwen3", "granite", "mixtral"}
@@ -32,8 +34,7 @@ CAUSAL = {"gpt2", "gpt_neox", "llama", "qwen3", "granite", "mixtral"}
 
 def pays_to_pad(head_dim: int) -> bool:
     """Whether fused attention on this CPU is faster over heads padded to `LANES`."""
-    whole = LANES if torch.backends.cpu.get_cpu_capability() == "AVX512" else 4
-    return head_dim < LANES and head_dim % whole != 0
+    return head_dim < LANES and head_dim % WHOLE != 0
 
 
 def is_causal(model: torch.nn.Module) -> bool:

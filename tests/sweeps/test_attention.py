@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from sweeps import attention
 from sweeps.attention import PADDED, drop_mask, is_causal, pad_heads, pays_to_pad, stackable
 from sweeps.cell import Cell, Optimizer
 from sweeps.corpora import Corpus
@@ -66,15 +67,15 @@ def test_attention_over_padded_heads_looks_at_nothing_ahead() -> None:
     assert not torch.allclose(one[:, 20:], two[:, 20:])
 
 
-@pytest.mark.parametrize("cpu", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("whole", [4, 16])
 @pytest.mark.parametrize(("width", "heads"), [(16, 2), (20, 2), (48, 4), (32, 2), (36, 2)])
 def test_only_heads_that_are_no_whole_vectors_of_this_cpu_are_padded(
-    width: int, heads: int, cpu: str, monkeypatch: pytest.MonkeyPatch
+    width: int, heads: int, whole: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    padded = width // heads in ({10} if cpu == "AVX2" else {8, 10, 12})
+    monkeypatch.setattr(attention, "WHOLE", whole)
+    padded = width // heads in ({10} if whole == 4 else {8, 10, 12})
     config = AutoConfig.for_model(
         "llama",
         hidden_size=width,

@@ -16,7 +16,7 @@ from cluster.claims import Claim
 from cluster.control import cancel
 from cluster.driver import Tally, _Run, run_study
 from cluster.hands import take_up
-from cluster.pace import EVALUATIONS
+from cluster.pace import EVALUATIONS, evaluation_work, own_work
 from cluster.placement import Demand, Node, Place
 from cluster.pulse import Pulse
 from cluster.searching import Searching
@@ -390,6 +390,40 @@ def test_the_only_worker_on_a_machine_of_many_cores_may_be_a_gang_and_has_one_th
 
 
 # --- how far it is -----------------------------------------------------------------------------------------------
+
+
+def test_a_search_that_has_asked_for_nothing_yet_tells_how_it_stands(
+    store: Store, claim: Claim, corpus: CorpusInfo
+) -> None:
+    run = run_of(store, claim, search_plan(corpus))
+    run.began = time.monotonic()
+    assert not run.plan.cells
+    assert run.search.to_come()[1] > 0
+    assert run._progress().eta_seconds is None
+
+
+def test_a_cell_that_diverged_counts_for_the_steps_that_it_took(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan]
+) -> None:
+    plan = make_plan(40_000, 20_000)
+    longer, shorter = sorted(plan.cells, key=lambda one: -one.cell.tokens)
+    run = run_of(store, claim, plan)
+    run.standing.sort_elsewhere()
+    unit = run.queue.take(0.0, "cpu")
+    assert unit is not None
+    assert unit.cells == [longer]
+    run.tasks.by_call["call"] = Task(None, take_up(store, "s", unit.cells)[0], unit.start)
+    attempt = begin_attempt(store, longer.cell.id, {"study": "s"})
+    steps = 4_000 // longer.cell.batch_tokens
+    commit_result(attempt, {"state": "diverged", "reason": "NaN", "val_loss_final": None, "steps": steps})
+    run.began = time.monotonic() - 60
+    ray: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
+    run.pool.keep = lambda _: None  # type: ignore[method-assign]
+    run.tasks.finish(ray, run.pool, "call")
+    left = own_work(run.queue, shorter) / own_work(run.queue, longer)
+    trained = steps * longer.cell.batch_tokens / longer.cell.tokens
+    whole = 1 - evaluation_work(run.queue, longer) / own_work(run.queue, longer)
+    assert run._progress().eta_seconds == pytest.approx(60 * left / (trained * whole), rel=0.05)
 
 
 def test_the_end_is_told_by_what_this_run_has_trained_not_by_what_checkpoints_held(
