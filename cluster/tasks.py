@@ -133,10 +133,9 @@ class Tasks:
 
     def finish(self, ray: Any, pool: Pool, call: Any) -> None:
         """A worker is done, or dead."""
-        task = self.by_call[call]
+        task, lives = self.by_call[call], True
         try:
             ray.get(call)
-            pool.keep(task.worker)
         except ray.exceptions.RayError as error:
             kind, words = death(ray, error, task.start.place.node)
             if kind == "preemption":
@@ -145,7 +144,6 @@ class Tasks:
                 self._standing.record_death(hand, kind, hand.pulse.killed or words)
             # It lives where it raised an error before the attempt could record one: a bug, the disk, a rank's death.
             lives = isinstance(error, ray.exceptions.RayTaskError) and kind != "preemption"
-            (pool.keep if lives else pool.lose)(task.worker)
         ids = [hand.one.cell.id for hand in task.hands]
         while task.hands:
             hand = task.hands[0]
@@ -153,6 +151,7 @@ class Tasks:
             self._standing.settle(hand, note=not task.noted)
             self._standing.work_done += won
             task.hands, task.noted = task.hands[1:], True
+        (pool.keep if lives else pool.lose)(task.worker)  # no sooner: it could be given a unit, and then be kept again
         del self.by_call[call]
         self._schedule.end(task.start, time.monotonic())
         self._queue.look(ids)

@@ -1,0 +1,65 @@
+"""What workers have in hands, from the unit that is given to its end, without Ray."""
+
+import errno
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from alone import run_of
+from searched import end
+
+from cluster import tasks
+from cluster.claims import Claim
+from cluster.hands import take_up
+from cluster.outage import Outage
+from cluster.placement import Node
+from cluster.pool import Pool
+from cluster.tasks import Task
+from sweeps.grids import Plan
+from sweeps.store import Store
+
+RAY: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
+"""Its calls are done, and well."""
+
+
+@pytest.mark.parametrize("dead", [False, True], ids=["well", "its call raised"])
+def test_a_worker_whose_end_the_disk_broke_off_is_idle_when_that_is_settled_and_gets_nothing_before(
+    dead: bool, store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class RayTaskError(Exception): ...
+
+    def get(_: Any) -> None:
+        if dead:
+            raise RayTaskError("a bug")
+
+    errors = SimpleNamespace(RayError=RayTaskError, RayTaskError=RayTaskError)
+    monkeypatch.setattr("cluster.pool.cluster_nodes", lambda *_, **__: [Node("n", 4)])
+    monkeypatch.setattr("cluster.pool.make_worker", lambda *_: object())
+    monkeypatch.setattr(tasks, "death", lambda *_: ("code", "a bug"))
+    refused, kept_tokens = [True], tasks.kept_tokens
+
+    def refuse_once(*given: Any) -> int:
+        if refused and refused.pop():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return kept_tokens(*given)
+
+    monkeypatch.setattr(tasks, "kept_tokens", refuse_once)
+    run = run_of(store, claim, make_plan(20_000, 30_000))
+    run.pool = Pool(RAY, run.fleet, 2, None, False)
+    run.standing.sort_elsewhere()
+    unit = run.queue.take(0.0, "cpu")
+    assert unit is not None
+    worker = run.pool.worker(unit.start.place)
+    run.tasks.by_call["call"] = Task(worker, take_up(store, "s", unit.cells)[0], unit.start)
+    end(store, unit.cells[0])
+    ray = SimpleNamespace(get=get, exceptions=errors)
+    with Outage(lambda _: None):
+        run.tasks.finish(ray, run.pool, "call")
+    assert list(run.tasks.by_call) == ["call"], "it is done again"
+    other = run.queue.take(0.0, "cpu")
+    assert other is not None
+    second = run.pool.worker(other.start.place)
+    assert second is not worker
+    run.tasks.finish(ray, run.pool, "call")
+    assert [one.worker for one in run.pool._kept if one.idle_since is not None] == [worker]
