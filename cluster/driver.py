@@ -202,6 +202,7 @@ class _Run:
         except ray.exceptions.RayError as error:  # not a worker's death, which Tasks.finish handles: Ray itself is gone
             self.tally.stopped = f"Ray is gone ({str(error).splitlines()[0]})"
         finally:
+            self.tasks.undo(self.plan.cells)  # of a unit that was being given to a worker
             self.tally.planned = len(self.queue) + len(self.standing.elsewhere) + len(self.tasks.hands())
             with suppress(InputError):  # a full disk must not keep Ray alive, nor nodes that were asked for
                 self.usage.note(self.schedule)

@@ -9,7 +9,7 @@ import pytest
 from alone import run_of
 from searched import end
 
-from cluster import tasks
+from cluster import driver, tasks
 from cluster.claims import Claim
 from cluster.hands import take_up
 from cluster.outage import Outage
@@ -63,3 +63,24 @@ def test_a_worker_whose_end_the_disk_broke_off_is_idle_when_that_is_settled_and_
     assert second is not worker
     run.tasks.finish(ray, run.pool, "call")
     assert [one.worker for one in run.pool._kept if one.idle_since is not None] == [worker]
+
+
+def test_a_run_that_is_stopped_while_a_unit_is_given_to_a_worker_counts_its_cells_as_planned(
+    store: Store, claim: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the command would end with exit code 0, as that of a study which is complete."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = run_of(store, claim, make_plan(20_000, 30_000))
+    ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RuntimeError))
+    own = SimpleNamespace(look=lambda: None, died=lambda: None, end=lambda: None)
+    for name, value in (("start_ray", ray), ("stop_ray", None), ("OwnRay", own)):
+        monkeypatch.setattr(driver, name, lambda *_, given=value: given)
+    monkeypatch.setattr(run, "_meet_cluster", lambda *_: None)
+    run.pool.warm = lambda _: None  # type: ignore[method-assign]
+    run.mirror.connect = run.mirror.start = lambda: None  # type: ignore[method-assign]
+    monkeypatch.setattr(run.tasks, "start", stopped)
+    run.run("local")
+    assert (run.tally.stopped, run.tally.planned) == ("interrupted", 2)
