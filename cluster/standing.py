@@ -93,9 +93,10 @@ class Standing:
                 raise
             self.halt = str(error)  # the disk is full: what cannot be recorded must not go on
 
-    def settle(self, hand: Hand, *, note: bool) -> None:
-        """Put a cell that a worker had where its files say that it belongs. `note`: its failure is one to count."""
-        one, cell_id = hand.one, hand.one.cell.id
+    def settle(self, hand: Hand, *, note: bool) -> bool:
+        """Put a cell that a worker had where its files say that it belongs. `note`: its failure is one to count;
+        returns whether it was counted."""
+        one, cell_id, counted = hand.one, hand.one.cell.id, False
         state, begun = cell_state(self._store, cell_id), hand.attempt()
         if state.state in ("planned", "running"):
             # A unit that was only probed has begun none: how an earlier attempt ended says nothing of now.
@@ -106,13 +107,15 @@ class Standing:
                 self._queue.put(one, first=True)
             if note and end is not None and end[0] not in ("preemption", "stopped"):
                 self._count_failure(f"{end[0]}: {end[1]}")
+                counted = True
             if end is not None and FREE_SPACE in end[1]:  # every cell would fail like this one, and be charged for it
                 self.halt = end[1].removeprefix("InputError: ")
-            return
+            return counted
         if state.state == "failed":
             self._note_failed(one, state.reason)
             if note and begun is not None:
                 self._count_failure(state.reason or "unknown")
+                counted = True
         elif state.state == "diverged":
             self._tally.diverged += 1
             self._first_failures = None
@@ -126,6 +129,7 @@ class Standing:
         if cell_id in branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {branches[cell_id].parent[:8]} left no checkpoint for it)"
         self._say(words)
+        return counted
 
     def _spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""

@@ -41,7 +41,7 @@ class Task:
     given: float = field(default_factory=time.monotonic)
     """When the worker got it."""
     noted: bool = False
-    """Whether its end was looked at as that of a program: a failure of many cells is one failure."""
+    """Whether a failure of one of its cells was counted: a program's failure of many cells is one failure."""
 
     def waits(self) -> bool:
         """Whether it has begun nothing: its worker starts, or has no room yet."""
@@ -148,9 +148,9 @@ class Tasks:
         while task.hands:
             hand = task.hands[0]
             won = work_won(self._queue, hand, kept_tokens(self._store, hand.one))
-            self._standing.settle(hand, note=not task.noted)
+            counted = self._standing.settle(hand, note=not task.noted)
             self._standing.work_done += won
-            task.hands, task.noted = task.hands[1:], True
+            task.hands, task.noted = task.hands[1:], task.noted or counted
         (pool.keep if lives else pool.lose)(task.worker)  # no sooner: it could be given a unit, and then be kept again
         del self.by_call[call]
         self._schedule.end(task.start, time.monotonic())

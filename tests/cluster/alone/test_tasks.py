@@ -17,7 +17,7 @@ from cluster.placement import Node
 from cluster.pool import Pool
 from cluster.tasks import Task
 from sweeps.grids import Plan
-from sweeps.store import Store
+from sweeps.store import Store, begin_attempt, record_error
 
 RAY: Any = SimpleNamespace(get=lambda _: None, exceptions=SimpleNamespace(RayError=RuntimeError))
 """Its calls are done, and well."""
@@ -84,3 +84,35 @@ def test_a_run_that_is_stopped_while_a_unit_is_given_to_a_worker_counts_its_cell
     monkeypatch.setattr(run.tasks, "start", stopped)
     run.run("local")
     assert (run.tally.stopped, run.tally.planned) == ("interrupted", 2)
+
+
+@pytest.mark.parametrize(
+    ("programs", "quicker", "over"), [(2, False, False), (3, True, True)], ids=["two programs", "three programs"]
+)
+def test_a_program_is_one_failure_whichever_of_its_cells_tells_of_it(
+    programs: int,
+    quicker: bool,
+    over: bool,
+    store: Store,
+    claim: Claim,
+    other: Claim,
+    make_plan: Callable[..., Plan],
+) -> None:
+    """`quicker`: the first cell of each is left to another study, and tells of no failure."""
+    plan = make_plan(*range(20_000, 20_000 + 2_000 * programs, 1_000))
+    run = run_of(store, claim, plan)
+    run.standing.sort_elsewhere()
+    for number in range(programs):
+        unit = run.queue.take(0.0, "cpu")
+        assert unit is not None
+        hands, _ = take_up(store, "s", list(plan.cells[2 * number : 2 * number + 2]))
+        run.tasks.by_call[number] = Task(None, hands, unit.start)
+        for hand in hands:
+            if quicker and hand is hands[0]:
+                begin_attempt(store, hand.one.cell.id, {"study": "other", "driver": other.number})
+            else:
+                record_error(begin_attempt(store, hand.one.cell.id, {"study": "s"}), "code", "it is on fire")
+    run.pool.keep = lambda _: None  # type: ignore[method-assign]
+    for number in range(programs):
+        run.tasks.finish(RAY, run.pool, number)
+    assert (run.standing.halt is not None) == over
