@@ -58,8 +58,9 @@ class Task:
     def kill(self, ray: Any, fate: str) -> None:
         """Kill the worker; the end of its cells is recorded when Ray reports the death."""
         ray.kill(self.worker)
-        if (attempt := self.hands[0].attempt()) is not None:  # all are of one process
-            kill_worker(attempt)
+        begun = (attempt for hand in self.hands if (attempt := hand.attempt()) is not None)
+        if (one := next(begun, None)) is not None:  # all that it has begun are of its process
+            kill_worker(one)
         for hand in self.hands:
             hand.pulse.killed = fate
 

@@ -86,6 +86,20 @@ def test_a_run_that_is_stopped_while_a_unit_is_given_to_a_worker_counts_its_cell
     assert (run.tally.stopped, run.tally.planned) == ("interrupted", 2)
 
 
+def test_a_frozen_worker_is_killed_by_the_attempt_that_is_its_own(
+    store: Store, claim: Claim, other: Claim, make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first cell of its unit it left to another study, which was quicker."""
+    plan = make_plan(20_000, 30_000)
+    hands, _ = take_up(store, "s", list(plan.cells))
+    begin_attempt(store, hands[0].one.cell.id, {"study": "other", "driver": other.number})
+    own = begin_attempt(store, hands[1].one.cell.id, {"study": "s", "driver": claim.number})
+    killed = list[Any]()
+    monkeypatch.setattr(tasks, "kill_worker", killed.append)
+    Task("worker", hands, None).kill(SimpleNamespace(kill=killed.append), "it is silent")  # type: ignore[arg-type]
+    assert killed == ["worker", own]
+
+
 @pytest.mark.parametrize(
     ("programs", "quicker", "over"), [(2, False, False), (3, True, True)], ids=["two programs", "three programs"]
 )
