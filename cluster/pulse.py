@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 
 from sweeps.life import SILENCE_SECONDS
-from sweeps.records import read_json
+from sweeps.records import read_json, read_or_none
 from sweeps.store import Attempt, Store, attempt_epochs, read_end
 
 HANG_SECONDS = float(os.environ.get("ESCALA_HANG_SECONDS", "1800"))
@@ -64,11 +64,10 @@ class Pulse:
         if attempt is None or self._has_ended(attempt.epoch):
             self._beaten = self._stepped = now
             return
-        try:
-            path = attempt.folder / "heartbeat.json"
-            step, beat = read_json(path)["progressed"], path.stat().st_mtime
-        except FileNotFoundError:
+        path = attempt.folder / "heartbeat.json"
+        if (told := read_or_none(path)) is None:
             return
+        step, beat = told["progressed"], path.stat().st_mtime
         if beat != self._beat:
             self._beat, self._beaten = beat, now
         if step != self._step:

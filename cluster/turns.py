@@ -7,11 +7,10 @@ room that others have. Their drivers step aside: what they train goes on to its 
 nothing new begins beyond one unit, so that no study starves behind one which waits for what it will never get.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 from cluster.claims import driver_lives
-from sweeps.records import Json, read_json, write_json
+from sweeps.records import read_or_none, write_json
 from sweeps.store import STUDY_NAME, Store
 
 
@@ -31,7 +30,7 @@ class Turns:
         """Let others know whether this study waits for room. InputError at a full disk."""
         told = {"driver": self.driver, "cluster": self.cluster, "priority": self.priority, "waits": waits}
         path = self.store.study(self.study) / "turn.json"
-        if not path.exists() or read_json(path) != told:
+        if read_or_none(path) != told:
             write_json(path, told, sync=False)
 
     def before(self) -> str | None:
@@ -39,9 +38,7 @@ class Turns:
         for path in sorted((self.store.root / "studies").glob("*/turn.json")):
             if not STUDY_NAME.fullmatch(path.parent.name):  # somebody's copy of a study's folder
                 continue
-            told: Json = {"waits": False}
-            with suppress(FileNotFoundError):  # its study was just taken away
-                told = read_json(path)
+            told = read_or_none(path) or {"waits": False}  # none where its study was just taken away
             higher = told["waits"] and told["cluster"] == self.cluster and told["priority"] > self.priority
             if higher and driver_lives(self.store, path.parent.name, told["driver"]):
                 return f"{path.parent.name} (priority {told['priority']})"

@@ -2,13 +2,14 @@
 
     studies/<name>/usage/<driver>.json    {"gpu_seconds": ...}, of the driver with that claim
 
-A driver that is killed has not told of its last seconds; no more than those are lost.
+A driver that is killed has not told of its last seconds, and a power cut may lose what the last drivers used; no more
+than that is lost.
 """
 
 import time
 
 from cluster.scheduling import Schedule
-from sweeps.records import read_json, write_json
+from sweeps.records import read_or_none, write_json
 from sweeps.store import Store
 
 
@@ -18,7 +19,8 @@ class Usage:
     def __init__(self, store: Store, study: str, driver: int) -> None:
         folder = store.study(study) / "usage"
         self._path = folder / f"{driver}.json"
-        self.before = sum(float(read_json(path)["gpu_seconds"]) for path in folder.glob("*.json"))
+        told = (read_or_none(path) for path in folder.glob("*.json"))
+        self.before = sum(float(one["gpu_seconds"]) for one in told if one is not None)
         """GPU-seconds of the drivers before."""
 
     def note(self, schedule: Schedule) -> None:

@@ -14,7 +14,7 @@ from cluster.claims import living_drivers
 from cluster.ledger import ledger_rows
 from sweeps.cell import differences
 from sweeps.errors import InputError
-from sweeps.records import read_json, read_rows
+from sweeps.records import read_json, read_or_none, read_rows
 from sweeps.store import (
     CELL_ID,
     Store,
@@ -87,12 +87,9 @@ def progress(store: Store, cell_id: str, horizon: int) -> Json:
         found["loss"] = row["metrics"].get("val_loss_final", row["metrics"].get("train_loss", found["loss"]))
         found["tokens_per_second"] = row["metrics"].get("tokens_per_second", found["tokens_per_second"])
     signs = [path.stat().st_mtime for path in (log, folder / "attempt.json") if path.exists()]
-    try:
-        beat = read_json(folder / "heartbeat.json")
+    if (beat := read_or_none(folder / "heartbeat.json")) is not None:
         signs.append(beat["time"])
         found["tokens"] = max(found["tokens"], beat["tokens"])
-    except FileNotFoundError:
-        pass
     found["silent_seconds"] = round(max(0.0, time.time() - max(signs, default=time.time())), 1)
     return found
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.errors import InputError
-from sweeps.records import disk_error, locked, timestamp, write_json
+from sweeps.records import disk_error, is_whole, locked, timestamp, write_json
 from sweeps.store import FORMAT, STUDY_NAME, Store, quarantine_cell, read_cell, read_plan, read_quarantine, study_names
 
 COUNTS = ("N", "N_nonembedding", "N_nonembedding_head", "N_total")
@@ -154,7 +154,7 @@ def _write_cell(store: Store, one: Mapping[str, Any], conventions: Mapping[str, 
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
     cell_id = hashlib.sha256(canonical.encode()).hexdigest()[:16]
     folder = store.cell(cell_id)
-    if (folder / "result.json").exists():
+    if is_whole(folder / "cell.json") and is_whole(folder / "result.json"):
         return cell_id
     counts = {key: run.get(key) for key in COUNTS} | {"C": run["C"], "C_6nd": 6.0 * run["N"] * run["D"]}
     counts |= {"flops_per_token": run["C"] / run["D"], "steps": run.get("steps"), "epochs": run.get("epochs")}

@@ -61,6 +61,31 @@ def read_json(path: Path) -> Json:
     return value
 
 
+def read_or_none(path: Path) -> Json | None:
+    """Read a record that was written without `sync`: None where there is none, or a power cut has emptied it.
+    InputError where the disk does not tell."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a record is there that a power cut has not emptied. Told by its ends, since decoding thousands would take
+    its time."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError:  # whoever needs it says what is wrong
+        return True
+    return content.startswith(b"{") and content.endswith(b"}\n")
+
+
 def write_beside(path: Path, content: bytes, *, sync: bool = True) -> str:
     """Write the content into a new dot file beside `path` and return its path, for the caller to move into place.
 

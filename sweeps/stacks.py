@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from sweeps.cell import Cell, differences
 from sweeps.errors import InputError
-from sweeps.records import Json, read_json, timestamp, write_json
+from sweeps.records import Json, read_or_none, timestamp, write_json
 from sweeps.store import Store
 
 Stacking = Literal["off", "auto"] | int
@@ -80,10 +80,8 @@ def _parameters(cell: Cell) -> int:
 
 def known_gain(store: Store, cell: Cell, members: int, device: str) -> float | None:
     """What the probe of such a stack found on such a device; None where none was made."""
-    try:
-        return float(read_json(_place(store, cell, members, device))["gain"])
-    except FileNotFoundError:
-        return None
+    found = read_or_none(_place(store, cell, members, device))
+    return None if found is None else float(found["gain"])
 
 
 def note_gain(store: Store, cell: Cell, members: int, device: str, gain: float, **more: Any) -> None:

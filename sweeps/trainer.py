@@ -28,7 +28,7 @@ from sweeps.cell import Cell
 from sweeps.devices import Numerics
 from sweeps.heartbeat import Heartbeat, Stop
 from sweeps.lineage import branch_points, relatives
-from sweeps.records import append_rows, disk_error, read_json, write_json
+from sweeps.records import append_rows, disk_error, read_json, read_or_none, write_json
 from sweeps.schedules import stable_steps
 from sweeps.store import read_metrics
 
@@ -194,13 +194,13 @@ class TrainerIO:
         store, cell_id = self._attempt.store, self._attempt.cell_id
         found = newest(store, cell_id) if self._attempt.epoch else None
         if found is not None:
-            self.trunk = _trunk_of(found.path.parent.parent)
+            self.trunk = read_or_none(found.path.parent.parent / "trunk.json")
         else:
             found = self._inherited()
         if found is None:
             return None
         if self.trunk is not None:
-            write_json(self._attempt.folder / "trunk.json", self.trunk, sync=False)
+            write_json(self._attempt.folder / "trunk.json", self.trunk)
         self._heartbeat.resumed_from, self.restored_from = found.tokens, found.path
         self._heartbeat.progress(found.tokens)
         return found.state
@@ -236,13 +236,6 @@ class TrainerIO:
 
     def _agree(self, one: float, two: float) -> bool:
         return abs(one - two) <= self._tolerance * max(abs(one), abs(two))
-
-
-def _trunk_of(attempt: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(attempt / "trunk.json")
-    except FileNotFoundError:
-        return None
 
 
 def _whole(tokens: Any) -> int:

@@ -180,6 +180,22 @@ def test_a_branch_whose_trunk_is_gone_trains_what_is_missing(store: Store, corpu
     assert read_json(store.cell(short.id) / "result.json")["trunk"] is None
 
 
+@pytest.mark.parametrize("left", [b"", b"\0" * 60], ids=["empty", "zeros"])
+def test_a_branch_goes_on_from_its_checkpoint_where_a_power_cut_has_emptied_the_note_of_its_trunk(
+    left: bytes, store: Store, corpus: Corpus
+) -> None:
+    seed = 7 + len(left)
+    long, short = wsd(corpus, 40, seed=seed), wsd(corpus, 20, seed=seed)
+    planned(store, long, short)
+    assert run_attempt(store, long.id, study="s").state == "finished"
+    assert run_attempt(store, short.id, study="s").state == "finished"
+    (store.cell(short.id) / "result.json").unlink()
+    (store.attempt(short.id, 0) / "trunk.json").write_bytes(left)
+    assert run_attempt(store, short.id, study="s").state == "finished"
+    result = read_json(store.cell(short.id) / "result.json")
+    assert (result["trunk"], result["flops_spent"]) == (None, result["flops"]), "of a trunk nothing is known any more"
+
+
 def test_a_longer_cell_that_is_planned_later_goes_on_from_the_shorter(store: Store, corpus: Corpus) -> None:
     short, long = wsd(corpus, 20, seed=6), wsd(corpus, 40, seed=6)
     planned(store, short)
