@@ -124,15 +124,16 @@ class TrainerIO:
         """
         tokens = _whole(tokens)
         known = self._logged.setdefault(tokens, {})
-        fresh = {key: float(value) for key, value in metrics.items() if key not in known}
-        for key, value in fresh.items():
-            if not math.isfinite(value):
+        values = {key: float(value) for key, value in metrics.items()}
+        for key, value in values.items():
+            if not math.isfinite(value) and not (key in known and _is_clock(key)):
                 self._heartbeat.progress(tokens)  # so far it came
                 raise Diverged(f"{key} is {value} after {tokens:,} tokens")
+        fresh = {key: value for key, value in values.items() if key not in known}
         differs = {
-            key: [known[key], float(metrics[key])]
-            for key in metrics
-            if key in known and not _is_clock(key) and not self._agree(known[key], float(metrics[key]))
+            key: [known[key], value]
+            for key, value in values.items()
+            if key in known and not _is_clock(key) and not self._agree(known[key], value)
         }
         if fresh or differs:
             row = {"time": round(time.time(), 3), "tokens": tokens, "metrics": fresh}

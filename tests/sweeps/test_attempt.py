@@ -414,6 +414,23 @@ def test_a_cell_that_its_trainer_gives_up_counts_the_steps_that_it_has_taken(
     assert progress_of(store, cell.id) == ("diverged", 50, 50 * 512, 50 * 512, 50 * 512)
 
 
+@pytest.mark.parametrize(("key", "state"), [("train_loss", "diverged"), ("step_seconds", "finished")])
+def test_a_cell_that_diverges_at_a_step_that_an_earlier_attempt_has_logged_has_diverged(
+    corpus: Corpus, store: Store, tmp_path: Path, key: str, state: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import math\nfrom pathlib import Path\n\ndef train(cell, io):\n"
+        "    first = not (seen := Path(__file__).with_name('seen')).exists()\n    seen.touch()\n"
+        f"    io.log(cell.batch_tokens, {{{key!r}: 1.0 if first else math.nan}})\n"
+        "    if first:\n        raise MemoryError\n    return 1.0\n"
+    )
+    cell = make_cell(corpus, 10, trainer=trainer_identity("mine.py:train", tmp_path))
+    assert run_attempt(store, put(store, cell), study="s", base_dir=tmp_path).state == "out_of_memory"
+    ended = run_attempt(store, cell.id, study="s", base_dir=tmp_path)
+    assert ended.state == state, ended.reason
+    assert [row["metrics"] for row in read_metrics(store, cell.id)] == [{key: 1.0}]
+
+
 def test_a_cell_whose_evaluation_is_not_finite_counts_the_steps_that_it_has_taken(
     corpus: Corpus, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
