@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.claims import living_drivers
-from cluster.watching import cell_names, is_recorded
+from cluster.ledger import is_recorded
+from cluster.watching import cell_names
 from sweeps.errors import InputError, nearest
 from sweeps.paths import inside
 from sweeps.store import (

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from cluster.calibration import find_calibration
@@ -15,7 +14,7 @@ from sweeps.foreign import described
 from sweeps.grids import Plan
 from sweeps.lineage import Branch, kept_pasts, lineage, note_lineage
 from sweeps.planned import PlannedCell
-from sweeps.records import timestamp, write_bytes, write_json
+from sweeps.records import is_whole, timestamp, write_bytes, write_json
 from sweeps.store import (
     FORMAT,
     CellState,
@@ -94,26 +93,17 @@ def recorded_seconds(store: Store, name: str) -> dict[str, float]:
 
 def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
     for one in cells:
-        path = store.cell(one.cell.id) / "cell.json"
-        if not _is_whole(path):
+        if not is_recorded(store, one.cell.id):
             record = {"format": FORMAT, "id": one.cell.id, "identity": one.cell.identity, "counts": dict(one.counts)}
-            write_json(path, record, sync=False)
+            write_json(store.cell(one.cell.id) / "cell.json", record, sync=False)
         note_lineage(store, one.cell)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a cell's record is there that a power cut has not emptied: it is written without waiting for the disk.
-    Told by its ends, since decoding thousands at every start would take its time; of a cell that has a result by its
-    size alone, since the disk had long enough."""
-    try:
-        if (path.parent / "result.json").exists():
-            return path.stat().st_size > 0
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return False
-    except OSError:  # whoever needs it says what is wrong
-        return True
-    return content.startswith(b"{") and content.endswith(b"}\n")
+def is_recorded(store: Store, cell_id: str) -> bool:
+    """Whether it is on record what the cell is: a plan that is killed may leave half a cell, and a power cut an empty
+    record, which is written without waiting for the disk."""
+    folder = store.cell(cell_id)
+    return is_whole(folder / "cell.json", settled=(folder / "result.json").exists())
 
 
 def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, float]) -> None:

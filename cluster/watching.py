@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.claims import living_drivers
-from cluster.ledger import ledger_rows
+from cluster.ledger import is_recorded, ledger_rows
 from sweeps.cell import differences
 from sweeps.errors import InputError
 from sweeps.records import read_json, read_or_none, read_rows
@@ -249,11 +249,6 @@ def cell_names(store: Store, prefix: str = "") -> list[str]:
         return []
     found = (one for one in entries if one.name.startswith(prefix) and CELL_ID.fullmatch(one.name))
     return sorted(one.name for one in found if one.is_dir())
-
-
-def is_recorded(store: Store, cell_id: str) -> bool:
-    """Whether it is on record what the cell is: a plan that is killed may leave half a cell."""
-    return (store.cell(cell_id) / "cell.json").exists()
 
 
 def cells_named(store: Store, prefix: str) -> list[str]:

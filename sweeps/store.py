@@ -429,13 +429,16 @@ def read_plan(store: Store, name: str) -> Json:
 
 
 def read_cell(store: Store, cell_id: str) -> Json:
-    """A cell's record: {"id", "identity": {...}, "counts": {...}}. InputError where it is gone."""
+    """A cell's record: {"id", "identity": {...}, "counts": {...}}. InputError where it is gone or damaged."""
     try:
         return read_json(store.cell(cell_id) / "cell.json")
     except FileNotFoundError as error:
-        raise InputError(
-            f"the store {store.root} lacks the record {error.filename}: run the study again, which writes it anew."
-        ) from None
+        why = f"the store {store.root} lacks the record {error.filename}"
+    except InputError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        why = str(error).rstrip(".")
+    raise InputError(f"{why}: run the study again, which writes it anew, or import its table again.")
 
 
 def trunk_of(entry: Json, result: Json | None) -> Json | None:

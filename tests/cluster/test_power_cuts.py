@@ -4,13 +4,15 @@ import time
 from pathlib import Path
 
 import pytest
+from commandline import Escala, ids
 from plans import planned, points
 
 from cluster.claims import Claim
+from cluster.garbage import collectable
 from cluster.pulse import Pulse
 from cluster.turns import Turns
 from cluster.usage import Usage
-from cluster.watching import progress
+from cluster.watching import explain, progress
 from sweeps.errors import InputError
 from sweeps.foreign import import_runs
 from sweeps.records import read_json, write_json
@@ -82,6 +84,23 @@ def test_a_run_that_is_imported_again_is_written_anew(store: Store, name: str, l
     assert {path: read_json(path) | {"imported": 0} for path in damaged.iterdir()} == expected
     assert {path: path.stat().st_ino for path in whole.iterdir()} == before, "what is whole is left alone"
     assert read_cell(store, damaged.name)["id"] == damaged.name
+
+
+@pytest.mark.parametrize(
+    ("left", "ended"), [(b"", False), (b"\0" * 500, False), (b'{"id": "', False), (b"", True), (b"\0" * 500, True)]
+)
+def test_cells_of_which_nothing_is_on_record_any_more_are_nobodys_neighbours_and_stop_no_gc(
+    place: tuple[Escala, Store], left: bytes, ended: bool
+) -> None:
+    _, store = place
+    own, *others = ids(store)
+    damaged = others[0 if ended else -1]
+    assert (store.cell(damaged) / "result.json").exists() == ended
+    (store.cell(damaged) / "cell.json").write_bytes(left)
+    near = {one["cell"] for one in explain(store, own)["nearest"]}
+    assert near
+    assert near <= set(others) - {damaged}
+    collectable(store, ("corpora",))
 
 
 @emptied
