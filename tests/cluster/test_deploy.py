@@ -291,7 +291,7 @@ def test_shell_scripts_are_sound(path: Path) -> None:
 
 def test_the_slurm_script_gives_as_long_as_slurm_does() -> None:
     script = text("slurm/escala.sbatch")
-    signal = re.search(r"^#SBATCH --signal=B:TERM@(\d+)$", script, re.MULTILINE)
+    signal = re.search(r"^#SBATCH --signal=B:USR1@(\d+)$", script, re.MULTILINE)
     grace = re.search(r"^GRACE_SECONDS=(\d+)", script, re.MULTILINE)
     assert signal is not None
     assert grace is not None
@@ -329,11 +329,15 @@ def test_a_checkpoint_interval_that_is_no_number_is_refused_in_words(tmp_path: P
     assert "srun" not in calls
 
 
-def test_a_job_that_is_signalled_before_its_run_begins_is_requeued_and_begins_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signal", "code", "requeued"), [("USR1", 0, True), ("TERM", 143, False)])
+def test_a_job_that_is_signalled_before_its_run_begins_begins_none_and_is_requeued_for_its_limit_alone(
+    signal: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
     """The first step, which makes a folder, is what the signal comes during."""
-    ended, calls = played_slurm(tmp_path, squeue="echo 1-00:00:00", srun="kill -TERM $PPID")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    assert "scontrol requeue 7-played" in calls
+    ended, calls = played_slurm(tmp_path, squeue="echo 1-00:00:00", srun=f"kill -{signal} $PPID")
+    assert (ended.returncode, ended.stderr) == (code, "")
+    assert ("scontrol requeue 7-played" in calls) is requeued
+    assert ("time limit" in ended.stdout) is requeued
     assert "symmetric-run" not in calls
 
 

@@ -101,26 +101,33 @@ def state_of(slurm: SlurmBox, job: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in shown.split() if "=" in part)
 
 
+def run_to_its_end(slurm: SlurmBox, place: Path, job: str, cells: list[str], *asked: str) -> dict[str, str]:
+    """What Slurm says of a job after its end, during which it was asked so, once all cells had begun."""
+    deadline, told = time.monotonic() + WAIT_SECONDS, False
+    while (state := state_of(slurm, job))["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
+        assert time.monotonic() < deadline, f"{state}\n{(place / f'escala-{job}.log').read_text()}"
+        begun = [place / "store" / "cells" / cell / "attempts" / "0" / "log.jsonl" for cell in cells]
+        if not told and all(path.exists() and path.stat().st_size for path in begun):
+            slurm(*asked, job)
+            told = True
+        time.sleep(0.2)
+    return state
+
+
 @pytest.mark.slow
 def test_a_job_that_meets_its_time_limit_is_requeued_and_ends_with_the_same_losses(
     slurm: SlurmBox, place: Path
 ) -> None:
     job = slurm("sbatch", "--parsable", SCRIPT, "study.yaml", "store", "--allow-code", cwd=place).stdout.strip()
-    log = place / f"escala-{job}.log"
     expected = undisturbed(place)
     cells = sorted(path.name for path in (place / "reference" / "cells").iterdir())
     assert len(cells) == 2
-    deadline, signalled, state = time.monotonic() + WAIT_SECONDS, False, {}
-    while (state := state_of(slurm, job))["JobState"] not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
-        assert time.monotonic() < deadline, f"{state}\n{log.read_text()}"
-        begun = [place / "store" / "cells" / cell / "attempts" / "0" / "log.jsonl" for cell in cells]
-        if not signalled and all(path.exists() and path.stat().st_size for path in begun):
-            slurm("scancel", "--signal=TERM", "--batch", job)  # as Slurm does before the limit, by --signal=B:TERM
-            signalled = True
-        time.sleep(0.2)
-    said = log.read_text()
+    # As Slurm does before the limit, by --signal=B:USR1.
+    state = run_to_its_end(slurm, place, job, cells, "scancel", "--signal=USR1", "--batch")
+    said = (place / f"escala-{job}.log").read_text()
     assert (state["JobState"], state["ExitCode"], state["Restarts"]) == ("COMPLETED", "0:0", "1"), said
-    assert "cells keep a checkpoint, and the job is requeued" in said
+    assert said.count("cells keep a checkpoint, and the job is requeued") == 1
+    assert "asked to end" not in said
     store = open_store(place / "store", create=False)
     for cell in cells:
         assert attempt_epochs(store, cell) == [0, 1]
@@ -130,6 +137,31 @@ def test_a_job_that_meets_its_time_limit_is_requeued_and_ends_with_the_same_loss
         assert rows(store, cell) == rows(expected, cell)
         results = [read_json(one.cell(cell) / "result.json") for one in (store, expected)]
         assert results[0]["val_loss_final"] == results[1]["val_loss_final"]
+    nothing_is_left(slurm, job)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_stops_its_study_and_is_not_requeued(slurm: SlurmBox, place: Path) -> None:
+    job = slurm("sbatch", "--parsable", SCRIPT, "study.yaml", "store", "--allow-code", cwd=place).stdout.strip()
+    _, plan, _ = read_study(str(place / "study.yaml"), place / "planned", True, False)
+    cells = sorted(one.cell.id for one in plan.cells)
+    run_to_its_end(slurm, place, job, cells, "scancel")
+    deadline = time.monotonic() + 60
+    while slurm("squeue", "--noheader", f"--jobs={job}", ok=False).stdout.strip():  # cancelled at once, ended later
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    said = (place / f"escala-{job}.log").read_text()
+    state = state_of(slurm, job)
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), said
+    assert "asked to end: cells keep a checkpoint" in said
+    assert "time limit" not in said
+    assert "error: Ray did not start" not in said
+    store = open_store(place / "store", create=False)
+    assert [end and end[0] for end in (read_end(store, cell, 0) for cell in cells)] == ["stopped", "stopped"]
+    nothing_is_left(slurm, job)
+
+
+def nothing_is_left(slurm: SlurmBox, job: str) -> None:
     assert not Path(f"/tmp/escala-{job}").exists(), "what Ray left is removed"
     assert slurm("pgrep", "-f", "raylet|gcs_server", ok=False).stdout == "", "nothing of Ray is left"
 
