@@ -329,6 +329,29 @@ def test_a_checkpoint_interval_that_is_no_number_is_refused_in_words(tmp_path: P
     assert "srun" not in calls
 
 
+def test_nodes_that_start_slowly_are_waited_for_for_minutes(tmp_path: Path) -> None:
+    _, calls = played_slurm(tmp_path, squeue="echo 1-00:00:00", srun=f"env >> {tmp_path}/calls")
+    waits = dict(re.findall(r"^RAY_(SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT|py_gcs_connect_timeout_s)=(\d+)$", calls, re.M))
+    assert set(waits.values()) == {"300"}
+    found = find_spec("ray")
+    assert found is not None
+    assert found.origin is not None
+    known = [Path(found.origin).parent / name for name in ("scripts/symmetric_run.py", "includes/ray_config.pxd")]
+    assert len(waits) == len([name for name in waits for path in known if name in path.read_text()]) == 2
+
+
+@pytest.mark.parametrize("told", [None, "a-token-of-the-user"])
+def test_a_jobs_token_is_the_users_where_there_is_one_and_else_a_new_one(
+    told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    if told:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", told)
+    _, calls = played_slurm(tmp_path, squeue="echo 1-00:00:00", srun=f"env >> {tmp_path}/calls")
+    (token,) = set(re.findall(r"^RAY_AUTH_TOKEN=(.*)$", calls, re.M))
+    assert token == told if told else re.fullmatch("[0-9a-f]{64}", token)
+
+
 @pytest.mark.parametrize(("signal", "code", "requeued"), [("USR1", 0, True), ("TERM", 143, False)])
 def test_a_job_that_is_signalled_before_its_run_begins_begins_none_and_is_requeued_for_its_limit_alone(
     signal: str, code: int, requeued: bool, tmp_path: Path
