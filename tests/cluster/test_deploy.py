@@ -385,6 +385,17 @@ def test_the_launchers_files_meet_rays_schema_with_spot_workers_and_a_token(clou
     assert set(cluster["file_mounts"]) == {"~/.ray/auth_token", "~/.mlflow/credentials"}, "no job brings a secret"
 
 
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_the_launcher_adds_no_commands_of_its_own_to_the_files(cloud: str) -> None:
+    """Its defaults install other versions, as a user who may not write the image's environment."""
+    from ray.autoscaler._private.util import fillout_defaults
+
+    cluster = load(f"{cloud}/cluster.yaml")
+    filled = fillout_defaults(copy.deepcopy(cluster))
+    commands = {name: lines for name, lines in filled.items() if name.endswith("_commands") and lines}
+    assert commands == {name: lines for name, lines in cluster.items() if name.endswith("_commands") and lines}
+
+
 @pytest.mark.parametrize(("cloud", "library"), [("aws", "boto3"), ("gcp", "google-api-python-client")])
 def test_what_the_launcher_calls_is_on_the_users_machine_and_in_the_image(cloud: str, library: str) -> None:
     (requirement,) = PROJECT["project"]["optional-dependencies"][cloud]
