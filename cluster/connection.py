@@ -24,19 +24,21 @@ LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """0: no other machine can join."""
 NODE_PROCESS = "RAY_RAYLET_PID"
 """The process without which Ray's native code sees no use in going on."""
-_mode_is_ours = False
-"""Whether RAY_AUTH_MODE was set for the Ray that was started last from this process, and not by the user."""
+AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+_ours: list[str] = []
+"""Which of them are set, if at all, for the Ray that was started last from this process, and not by the user."""
 
 
 def start_ray(address: str, workers: int | None = None) -> Any:
     """Start Ray on this machine ("local"), with room for so many `workers` at least, or join a cluster; returns the ray
     module. InputError where it fails."""
-    global _mode_is_ours
-    told = "RAY_AUTH_MODE" in os.environ
+    global _ours
+    untold = [name for name in AUTH if name not in os.environ]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray keeps its auth token under HOME; where that cannot be written, one that lives as long as this process will do.
-    if "RAY_AUTH_MODE" not in os.environ and not os.access(Path.home(), os.W_OK):
+    # Ray keeps its auth token under HOME; where that cannot be written, one that lives as long as this Ray will do. A
+    # cluster has one of its own, or none.
+    if address == "local" and "RAY_AUTH_MODE" not in os.environ and not os.access(Path.home(), os.W_OK):
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if address == "local":  # its workers inherit it: large pages, which a step on a CPU runs 2 to 6% faster on
@@ -50,11 +52,10 @@ def start_ray(address: str, workers: int | None = None) -> Any:
         with _on_loopback() if address == "local" else nullcontext():
             ray = _start(address, workers)
     except BaseException:
-        if not told:
-            os.environ.pop("RAY_AUTH_MODE", None)
+        _forget(untold)
         raise
-    _mode_is_ours = not told and "RAY_AUTH_MODE" in os.environ
-    _protect_token()  # Ray makes one where there was none, for everybody to read
+    _ours = untold
+    protect_token()  # Ray makes one where there was none, for everybody to read
     return ray
 
 
@@ -100,7 +101,7 @@ def stop_ray(ray: Any) -> None:
     without a word; and a garbage collection, which may find one, comes in whatever thread allocates. So all garbage
     goes before, and none while it lasts.
     """
-    global _mode_is_ours
+    global _ours
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -109,9 +110,13 @@ def stop_ray(ray: Any) -> None:
     finally:
         if collects:
             gc.enable()
-    if _mode_is_ours:  # and not that of the next, nor of this process's children
-        os.environ.pop("RAY_AUTH_MODE", None)
-        _mode_is_ours = False
+    _forget(_ours)  # and not those of the next, nor of this process's children
+    _ours = []
+
+
+def _forget(names: list[str]) -> None:
+    for name in names:
+        os.environ.pop(name, None)
 
 
 def _outlive_ray() -> None:
@@ -165,7 +170,7 @@ def _on_loopback() -> Iterator[None]:
             del os.environ[LOOPBACK]
 
 
-def _protect_token() -> None:
+def protect_token() -> None:
     """Take others' right to read Ray's token, with which they could run code here, where the file is this user's."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     with suppress(OSError):  # there is none, or the file system knows no permissions

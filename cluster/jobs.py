@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.connection import tell_ray_the_mode
+from cluster.connection import protect_token, tell_ray_the_mode
 from sweeps.errors import InputError
 
 PROBE_SECONDS = 10.0
@@ -131,6 +131,7 @@ def connect(address: str) -> Dashboard:
     if found is None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         tell_ray_the_mode()
+        protect_token()  # `ray get-auth-token --generate` makes one for everybody to read
         found = _ask(address, _token_header(address))
     if found is None:
         raise InputError(f"{address} does not see the token that was sent: does a proxy drop its header?")

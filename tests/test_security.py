@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pytest
 from commandline import ROOT, Escala, Finished, ids, refused
 from rich.text import Text
 
+from sweeps.errors import InputError
 from sweeps.records import read_json, write_json
 from sweeps.store import begin_attempt, open_store, quarantine_cell, read_plan, record_error
 from tests.analysis.synthetic import Run, write_study
@@ -215,12 +217,37 @@ def test_the_ui_listens_on_loopback_alone(finished: Finished) -> None:
 
 
 def test_a_token_that_others_could_read_is_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster.connection import _protect_token
+    from cluster.connection import protect_token
 
     token = tmp_path / "token"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    _protect_token()  # there is none
+    protect_token()  # there is none
     token.write_text("0123456789abcdef")
     token.chmod(0o644)
-    _protect_token()
+    protect_token()
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
+
+
+def test_a_token_that_goes_to_a_cluster_elsewhere_is_taken_from_others_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cluster import jobs
+
+    modes: list[int] = []
+
+    def ask(_: str, headers: dict[str, str]) -> str | None:
+        modes.append(stat.S_IMODE(token.stat().st_mode))
+        return version("ray") if headers else None
+
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # which connecting sets
+    monkeypatch.setattr(jobs, "tell_ray_the_mode", lambda: None)
+    monkeypatch.setattr(jobs, "_ask", ask)
+    monkeypatch.setattr(jobs, "_token_header", lambda _: {"authorization": token.read_text()})
+    with pytest.raises(InputError, match="no longer answers"):  # nobody is there
+        jobs.connect("http://127.0.0.1:1")
+    assert modes == [0o644, 0o600]

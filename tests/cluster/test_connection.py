@@ -142,6 +142,27 @@ def test_a_ray_that_does_not_start_leaves_no_token_mode_behind(monkeypatch: pyte
     assert "RAY_AUTH_MODE" not in os.environ
 
 
+@pytest.mark.parametrize("address", ["local", "127.0.0.1:1"])
+def test_only_a_ray_of_ones_own_gets_a_token_made_up_where_home_cannot_be_written_and_only_while_it_starts(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def fails(*_: object) -> None:
+        seen.append(os.environ.get("RAY_AUTH_MODE") == "token" and "RAY_AUTH_TOKEN" in os.environ)
+        raise InputError("no room")
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")  # what is changed below is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(connection, "_start", fails)
+    with pytest.raises(InputError, match="no room"):
+        start_ray(address)
+    assert seen == [address == "local"]
+    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} & set(os.environ)
+
+
 def test_sigterm_while_ray_starts_is_an_interruption_as_at_any_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own handler of it would end the process with exit code 15."""
     import ray
