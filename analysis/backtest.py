@@ -20,7 +20,7 @@ import pandas as pd
 from analysis.fitting import Settings, fit_law
 from analysis.forecast import predict
 from analysis.laws import find_law
-from analysis.resampling import along_curves, shared_past
+from analysis.resampling import along_curves, places_of, shared_past
 from analysis.selection import Selection, select
 from analysis.uncertainty import Noise, seed_noise
 from analysis.verdicts import NAN, Fit, Verdict, budget_name, clean, refused
@@ -242,7 +242,7 @@ def backtest(
     trials = {(law, cut): _trial(law, selection, cut, settings) for cut in cuts for law in laws}
 
     names = dict.fromkeys(name for form in forms for name in form.variables)
-    place = selection.rows.groupby(list(names)).ngroup().to_numpy()
+    place = places_of(selection.rows, list(names))
 
     # 2. the choice at each cut, by what was known at the next, and what became of it there
     choices: list[Choice] = []

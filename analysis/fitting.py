@@ -22,6 +22,7 @@ from analysis.resampling import (
     dependent_runs,
     draw_thetas,
     group_labels,
+    places_of,
     repeats_of,
     robust_scale,
     root_weights,
@@ -370,7 +371,7 @@ def _by_compute(
     """
     misses = (problem.predict(theta) - problem.target) * root_weights(problem)
     # what the law misses is common to the seeds of a cell, which then count as one
-    cells = len(np.unique(np.stack(list(problem.variables.values())), axis=1).T)
+    cells = int(places_of(pd.DataFrame(problem.variables), problem.law.variables).max()) + 1
     count = cells / len(C) if drawn.source == "residuals" else 1.0
     kept = max(1.0 - free / len(C), 0.0)
     freedom = np.full(len(C), count * kept)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.problems import Problem, Robust
 from analysis.solver import descend
-from analysis.uncertainty import DESIGN, SEEDS, Noise
+from analysis.uncertainty import DESIGN, SEEDS, Noise, alike
 from analysis.verdicts import Verdict
 from sweeps.units import plural
 
@@ -116,10 +116,15 @@ class Repeats:
     freedom: float
 
 
+def places_of(table: pd.DataFrame, variables: Sequence[str]) -> np.ndarray:
+    """The place of each run, (n,), counted from 0: where all these variables are alike."""
+    return alike(table, variables).groupby(list(variables)).ngroup().to_numpy()
+
+
 def repeats_of(problem: Problem, misses: np.ndarray, free: int) -> Repeats | None:
     """The components of the residuals `misses` (n,), in units of a run of weight 1; None where each run has a place of
     its own, or there are no more places than the `free` parameters."""
-    _, places = np.unique(np.stack(list(problem.variables.values())), axis=1, return_inverse=True)
+    places = places_of(pd.DataFrame(problem.variables), problem.law.variables)
     runs = np.bincount(places).astype(float)
     n, m = len(misses), len(runs)
     if not max(free, 1) < m < n:

@@ -64,6 +64,13 @@ def test_scores_count_every_dearer_run_once(compared) -> None:
         assert (rows["reach"] >= 0.9 * rows["ratio"]).all()
 
 
+def test_seeds_whose_tokens_differ_in_the_last_digits_count_as_one_cell(tested) -> None:
+    table = budgets_table(BUDGETS, seeds=2, noise=0.002)
+    found = backtest(table.assign(D=table["D"] * (1 + 1e-9 * table["seed"])), ["chinchilla"])
+    assert found.table()["cells"].tolist() == tested.table()["cells"].tolist()
+    assert (2 * found.table()["cells"] == found.table()["runs"]).all()
+
+
 def test_no_fit_sees_the_runs_that_it_is_scored_on(tested) -> None:
     table = budgets_table(BUDGETS, seeds=2, noise=0.002)
     spoiled = table.assign(loss=table["loss"].where(table["budget"] < BUDGETS[-1], table["loss"] * 1.25))

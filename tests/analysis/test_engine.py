@@ -115,6 +115,16 @@ def test_what_a_law_misses_at_a_cell_does_not_average_out_over_its_seeds(seeds: 
     assert found.noise["common"] > 0.9
 
 
+def test_runs_that_stand_at_one_place_but_for_the_last_digits_repeat_it() -> None:
+    """Whole batches and sums in another order round N and D: the runs are seeds of one cell still."""
+    table = repeated(0, 6)
+    moved = table.assign(D=table["D"] * (1 + 1e-9 * table["seed"]), N=table["N"] * (1 + 1e-9 * table["seed"]))
+    one, two = fit(table, resamples=60), fit(moved, resamples=60)
+    for name in ("sd", "freedom", "common"):
+        assert two.noise[name] == pytest.approx(one.noise[name], rel=1e-3)
+    assert np.std(two.draws["alpha"]) == pytest.approx(np.std(one.draws["alpha"]), rel=1e-3)
+
+
 def test_seeds_that_scatter_as_cells_do_are_independent_runs() -> None:
     common = []
     for seed in range(24):
