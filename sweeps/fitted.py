@@ -57,14 +57,16 @@ class Fit:
 
 
 def fit_from_json(record: Mapping[str, Any]) -> Fit:
-    """The fit that `Fit.to_json` described. KeyError or TypeError where it is none."""
+    """The fit that `Fit.to_json` described. ValueError, KeyError, TypeError or AttributeError where it is none."""
     # runs whose table does not say are of the standard parametrisation
     laws = tuple(law | {"parametrisation": law["parametrisation"] or "standard"} for law in record["laws"])
     for law in laws:
-        _ = law["hyperparameter"], law["family"]
-        if not law["refused"]:
-            _ = float(law["value"]), [float(law["at"][name]) for name in law["powers"]]
-            _ = [(float(low), float(high)) for low, high in law["range"].values()]
+        _ = law["hyperparameter"], law["family"], (law.get("recipe") or {}).items()
+        if law["refused"]:
+            _ = _reason(law)
+        else:
+            _ = float(law["value"]), [(float(power), float(law["at"][name])) for name, power in law["powers"].items()]
+            _ = [(float(low), float(high)) for low, high in law["range"].values()], _intervals(law)
     context = record.get("context")
     return Fit(
         study=record["study"],
@@ -196,7 +198,8 @@ def _of_recipe(of: str, laws: list[Mapping[str, Any]], recipe: Mapping[str, Any]
 def _intervals(law: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """Of the powers that have one: a bound that is open is null in the fit's file."""
     found = {name: (law.get("intervals") or {}).get(name) for name in law["powers"]}
-    return {name: (float(one[0]), float(one[1])) for name, one in found.items() if one and None not in one}
+    known = {name: one for name, one in found.items() if one and None not in one}
+    return {name: (float(low), float(high)) for name, (low, high) in known.items()}
 
 
 def _gives_batch(fit: Fit, law: Mapping[str, Any]) -> bool:

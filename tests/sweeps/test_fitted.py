@@ -1,13 +1,16 @@
 """A fitted rule takes another study's law where it holds, and says why not where it does not."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from plans import POINT, corpus, points
 
 from sweeps.errors import InputError
-from sweeps.fitted import Fit, changed_laws, fit_from_json
+from sweeps.fitted import Fit, changed_laws, fit_from_json, read_fit
 from sweeps.grids import Plan, plan_study
+from sweeps.records import write_json
+from sweeps.store import open_store
 from sweeps.study import Study
 
 FITTED = {"learning_rate": {"fitted": "source"}, "batch_tokens": 640}
@@ -181,3 +184,30 @@ def test_a_fit_survives_its_record_and_says_what_has_changed() -> None:
     assert changed_laws(old, fit(LAW | {"refused": True})) == [
         "learning_rate of llama 0.0123 at N 5e+04, D 1e+06 (N^-0.4 D^0.1), now refused"
     ]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"intervals": {"D": [0.1]}},
+        {"intervals": {"D": 5}},
+        {"intervals": [1, 2]},
+        {"powers": {"N": "steep"}},
+        {"powers": ["N"]},
+        {"range": {"N": [1e4]}},
+        {"recipe": ["adamw"]},
+        {"refused": True, "verdicts": ["too few"]},
+        {"refused": True, "verdicts": [{"severity": "refuse"}]},
+    ],
+    ids=str,
+)
+def test_a_fit_that_is_damaged_is_a_sentence(tmp_path: Path, damage: dict[str, Any]) -> None:
+    store = open_store(tmp_path / "store")
+    write_json(store.study("source") / "plan.json", {"cells": []})
+    path = store.study("source") / "fits" / "optimum.json"
+    record = fit().to_json()
+    write_json(path, record)
+    assert read_fit(store, "source") == fit()
+    write_json(path, record | {"laws": [LAW | damage]})
+    with pytest.raises(InputError, match=r"optimum\.json is no fit of optima\. `escala sensitivity source` writes it"):
+        read_fit(store, "source")
