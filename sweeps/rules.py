@@ -11,7 +11,7 @@ batch that it was not made for.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -156,7 +156,8 @@ def law_warnings(cells: Iterable[Ruled]) -> Iterator[str]:
     uses: dict[str, tuple[str, PowerLaw, list[Ruled]]] = {}
     for cell in cells:
         for name, law in cell.laws.items():
-            uses.setdefault(f"{name} {law.source} {law.range} {law.held}", (name, law, []))[2].append(cell)
+            alike = replace(law, value=1.0)  # that of another family need not have its powers, nor their intervals
+            uses.setdefault(f"{name} {alike}", (name, law, []))[2].append(cell)
     for name, law, ruled in uses.values():
         by = f"{name} by {law.source}"
         if not law.range:

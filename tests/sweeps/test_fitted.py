@@ -88,6 +88,26 @@ def test_a_power_that_cannot_be_told_from_none_is_used_with_a_word_where_it_matt
     assert not any("power of" in text for text in plan(points(POINT, training=FITTED), near).warnings)
 
 
+@pytest.mark.parametrize("unsure", ["llama", "gpt2"])
+def test_a_power_that_cannot_be_told_from_none_is_that_of_the_family_whose_law_has_it(unsure: str) -> None:
+    laws = [LAW | {"family": name} for name in ("llama", "gpt2")]
+    laws = [law | {"intervals": {"D": [-0.05, 0.25] if law["family"] == unsure else [0.05, 0.15]}} for law in laws]
+    grid = {"training": FITTED, "families": ["llama", "gpt2"]}
+    warnings = plan(points(POINT, **grid), fit(*laws)).warnings
+    assert len([text for text in warnings if "its power of D, 0.1 (-0.05 to 0.25)" in text]) == 1
+    steep = [law | {"powers": {"N": -0.4, "D": 0.3 if law["family"] == unsure else 0.1}} for law in laws]
+    warnings = plan(points(POINT, **grid), fit(*steep)).warnings
+    assert len([text for text in warnings if "its power of D, 0.3 (-0.05 to 0.25)" in text]) == 1
+
+
+@pytest.mark.parametrize("joint", ["llama", "gpt2"])
+def test_a_batch_that_was_found_with_a_rate_is_asked_for_by_the_family_whose_law_it_is(joint: str) -> None:
+    rates = [LAW | {"family": name, "recipe": {"schedule": "cosine"}} for name in ("llama", "gpt2")]
+    batch = LAW | {"hyperparameter": "batch_tokens", "family": joint, "value": 840, "recipe": {"schedule": "cosine"}}
+    warnings = plan(points(POINT, training=FITTED, families=["llama", "gpt2"]), fit(*rates, batch)).warnings
+    assert len([text for text in warnings if "holds with the batch of the fit of source" in text]) == 1
+
+
 def test_what_was_equal_in_the_runs_behind_a_law_and_is_another_here_is_named() -> None:
     training = FITTED | {"batch_tokens": 1280, "schedule": "linear", "optimizer": "muon"}
     text = "\n".join(plan(points(POINT, training=training), fit(context=128)).warnings)
