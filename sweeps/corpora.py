@@ -24,7 +24,7 @@ from sweeps.builds import FORMAT, CorpusInfo, Progress, build, read_meta
 from sweeps.errors import InputError
 from sweeps.order import epoch_keys, permute
 from sweeps.sources import Source, make_source
-from sweeps.store import Store
+from sweeps.store import CORPUS_NAME, Store
 
 __all__ = ["Corpus", "CorpusInfo", "Source", "make_source", "open_corpus", "prepare"]
 
@@ -116,7 +116,8 @@ def prepare(
 
     # 1. Known already? A signature file says which fingerprint a source that looks like this one gave.
     signature = _signature(source, tokenizer, kind)
-    known = [path.parent.parent.name for path in sorted(corpora.glob(f"*/sources/{signature}"))]
+    names = (path.parent.parent.name for path in sorted(corpora.glob(f"*/sources/{signature}")))
+    known = [name for name in names if CORPUS_NAME.fullmatch(name)]
     # 2. If not, build it: only the tokens tell the fingerprint.
     if pinned in known:
         fingerprint = pinned

@@ -133,6 +133,15 @@ def test_a_second_prepare_finds_the_corpus_without_building(stdlib_root: Path) -
     assert info.description.startswith("pystdlib, Python 3.")
 
 
+@pytest.mark.parametrize("copy", ["{}.bak", ".{}", "copy of {}"])
+def test_somebodys_copy_of_a_corpus_is_not_taken_for_it(copy: str, folder: Path, tmp_path: Path) -> None:
+    info = prepare(folder_source(folder), "bytes", tmp_path)
+    place = tmp_path / "corpora" / info.fingerprint
+    place.rename(place.with_name(copy.format(place.name)))
+    assert prepare(folder_source(folder), "bytes", tmp_path) == info
+    assert open_corpus(tmp_path, info.fingerprint).info == info
+
+
 def test_the_same_text_gives_the_same_fingerprint_anywhere(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "renamed"
     folder_info = prepare(folder_source(folder), "bytes", tmp_path / "a")
