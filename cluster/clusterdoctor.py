@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.connection import start_ray, stop_ray
+from cluster.credentials import check_file, check_uri, forbids, refusal
 from cluster.doctor import Finding, disk, find_store
 from cluster.nodeprobe import Probes, Report, caution, obstacle, this_process
 from cluster.nodes import has_autoscaler, living_nodes
@@ -140,19 +141,24 @@ def _mlflow(store: Path, tracking_uri: str | None) -> Finding:
     from cluster.tracking import ask_database, words
 
     try:
+        if check_uri(tracking_uri).startswith(("http://", "https://")):
+            check_file()
         ask_database(tracking_uri)
         client = MlflowClient(tracking_uri=tracking_uri)
         client.search_experiments(max_results=1)
+    except InputError as error:
+        return Finding("MLflow", False, str(error))
     except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
-        said = words(error)
+        if refused := refusal(error, tracking_uri):
+            return Finding("MLflow", False, refused)
         advice = "start the server, or correct --tracking-uri (MLFLOW_TRACKING_URI)."
-        if "401" in said or "403" in said or "not authenticated" in said.lower():
-            advice = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to an account of that server."
-        return Finding("MLflow", False, f"not reachable at {tracking_uri} from here: {said}", advice)
+        return Finding("MLflow", False, f"not reachable at {tracking_uri} from here: {words(error)}", advice)
     try:
         client.delete_experiment(client.create_experiment(f"escala-doctor-{secrets.token_hex(4)}"))
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        found = f"reachable at {tracking_uri} from here, but this account may not write: {words(error)}"
-        advice = "a run makes an experiment there: ask its administrator for an account that may."
-        return Finding("MLflow", False, found, advice)
+        fault, advice = "an experiment could not be made and deleted", "a run makes one: the server's log says more."
+        if forbids(error):
+            fault = "this account may not write"
+            advice = "a run makes an experiment there: ask its administrator for an account that may."
+        return Finding("MLflow", False, f"reachable at {tracking_uri} from here, but {fault}: {words(error)}", advice)
     return Finding("MLflow", True, f"reachable at {tracking_uri} from here: an experiment was made and deleted")

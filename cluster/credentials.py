@@ -66,12 +66,17 @@ def refusal(error: Exception, uri: str) -> str | None:
             f"MLflow at {uri} does not accept the account: {_sent()}. Set {USER} and {PASSWORD}, or {TOKEN}, to an "
             "account of that server; its administrator makes accounts and changes passwords."
         )
-    if code == "PERMISSION_DENIED" or "error code 403" in said:
+    if forbids(error):
         return (
             f"MLflow at {uri} does not let this account write here ({said.splitlines()[0][:200]}); {_sent()}. Ask its "
             "administrator for the permission EDIT on the experiment of that name, or use the account that made it."
         )
     return None
+
+
+def forbids(error: Exception) -> bool:
+    """Whether a server knows the account, and does not let it do this."""
+    return getattr(error, "error_code", "") == "PERMISSION_DENIED" or "error code 403" in str(error)
 
 
 def _sent() -> str:

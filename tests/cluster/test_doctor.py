@@ -22,6 +22,7 @@ from cluster.nodes import LivingNode, Members
 from cluster.placement import Fleet
 from sweeps.store import open_store
 
+ACCOUNT = ("USERNAME", "PASSWORD", "TOKEN")
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef0123456789abcdef"}
 
 
@@ -204,47 +205,84 @@ def test_a_node_that_joins_while_another_is_looked_at_gets_no_cell_before_it_was
     assert "is not visible on node bbbbbbbb" in said
 
 
-class ReadOnly(http.server.BaseHTTPRequestHandler):
-    """An MLflow server whose account may read; where `may_write`, write too. It keeps what it was asked to write."""
+class Tracking(http.server.BaseHTTPRequestHandler):
+    """An MLflow server that answers so to a search and to all else. It keeps what it was asked to write."""
 
-    may_write: bool
+    answers: tuple[tuple[int, str], tuple[int, str]]
     written: list[str]
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         what = self.path.rpartition("/")[2]
-        refused = what != "search" and not self.may_write
         if what != "search":
             self.written.append(what)
-        told = (
-            {"error_code": "PERMISSION_DENIED", "message": "Permission denied"} if refused else {"experiment_id": "7"}
-        )
-        self.send_response(403 if refused else 200)
-        self.send_header("Content-Type", "application/json")
+        status, body = self.answers[what != "search"]
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json" if body.startswith("{") else "text/plain")
         self.end_headers()
-        self.wfile.write(json.dumps(told).encode())
+        self.wfile.write(body.encode())
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-@pytest.mark.parametrize("may_write", [False, True])
-def test_an_mlflow_account_that_may_only_read_is_a_fault_and_what_is_tried_is_taken_away(
-    may_write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+FOUND, MADE = (200, "{}"), (200, '{"experiment_id": "7"}')
+FORBIDDEN = (403, '{"error_code": "PERMISSION_DENIED", "message": "Permission denied"}')
+BROKEN = (500, '{"error_code": "INTERNAL_ERROR", "message": "disk full"}')
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the check changes is put back, and no account is known."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HTTP_REQUEST_MAX_RETRIES", "HTTP_REQUEST_TIMEOUT", *(f"TRACKING_{one}" for one in ACCOUNT)):
+        monkeypatch.setenv(f"MLFLOW_{name}", "")
+        monkeypatch.delenv(f"MLFLOW_{name}")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("search", "create", "written", "found", "advice"),
+    [
+        (FOUND, MADE, ["create", "delete"], "an experiment was made and deleted", ""),
+        (FOUND, FORBIDDEN, ["create"], "but this account may not write: ", "for an account that may"),
+        (FOUND, BROKEN, ["create"], "but an experiment could not be made and deleted: ", "the server's log says more"),
+        ((401, "You are not authenticated."), MADE, [], "does not accept the account: none was sent. Set MLFLOW", ""),
+        ((403, "Invalid Host header - possible DNS rebinding attack detected"), MADE, [], "--allowed-hosts", ""),
+    ],
+)
+def test_what_an_mlflow_server_refuses_is_said_as_it_is_and_what_is_tried_is_taken_away(
+    search: tuple[int, str], create: tuple[int, str], written: list[str], found: str, advice: str, tmp_path: Path
 ) -> None:
-    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
-        monkeypatch.setenv(name, "")  # what is changed below is put back
-        monkeypatch.delenv(name)
-    handler = type("Handler", (ReadOnly,), {"may_write": may_write, "written": []})
+    handler = type("Handler", (Tracking,), {"answers": (search, create), "written": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        found = _mlflow(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        told = _mlflow(tmp_path, f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
-    assert found.ok is may_write
-    assert handler.written == (["create", "delete"] if may_write else ["create"])
-    if not may_write:
-        assert "may not write: " in found.found
-        assert "ask its administrator for an account that may" in found.advice
+    assert told.ok is (search == FOUND and create == MADE)
+    assert handler.written == written
+    assert found in told.found
+    assert advice in told.advice
+    assert "may not write" not in told.found or create == FORBIDDEN
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_password_that_others_can_read_is_a_fault_before_the_server_is_asked(tmp_path: Path) -> None:
+    file = tmp_path / ".mlflow" / "credentials"
+    file.parent.mkdir()
+    file.touch(0o644)
+    found = _mlflow(tmp_path, f"http://127.0.0.1:{free_port()}")
+    assert not found.ok
+    assert f"chmod 600 {file}" in found.found
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_number_of_a_port_is_no_refusal(tmp_path: Path) -> None:
+    """Nothing listens at 4013 and 4030, which hold the numbers of refusals."""
+    for port in (4013, 4030):
+        found = _mlflow(tmp_path, f"http://127.0.0.1:{port}")
+        assert not found.ok
+        assert found.advice.startswith("start the server, or correct --tracking-uri")
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/mlflow", "postgresql+asyncdriver://127.0.0.1:1/mlflow"])
