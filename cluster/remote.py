@@ -181,11 +181,16 @@ def _say_running(job: "Job", submission: "Submission", detach: bool, tell: Any) 
 
 
 def _how_to(dashboard: "Dashboard", job: "Job") -> str:
-    where = f"--address {dashboard.address}"
     return (
-        f"Follow it: the same command without --detach, or ray job logs -f {job.id} {where}. "
-        f"Stop it: escala jobs --stop {job.id} {where}"
+        f"Follow it: the same command without --detach, or {_log_command(dashboard, f'-f {job.id}')}. "
+        f"Stop it: escala jobs --stop {job.id} --address {dashboard.address}"
     )
+
+
+def _log_command(dashboard: "Dashboard", job: str) -> str:
+    """Ray's own, which sends no token unless it is told to."""
+    mode = "RAY_AUTH_MODE=token " if dashboard.wants_token else ""
+    return f"{mode}ray job logs {job} --address {dashboard.address}"
 
 
 def _raise_fate(job: "Job") -> None:
@@ -232,7 +237,7 @@ def jobs(
         say(f"no jobs of Escala at {dashboard.address}.")
         return
     console.print(job_table(found))
-    say(f"a log: ray job logs JOB --address {dashboard.address}")
+    say(f"a log: {_log_command(dashboard, 'JOB')}")
 
 
 def _aside(line: str) -> None:

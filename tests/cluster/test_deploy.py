@@ -165,6 +165,12 @@ def test_the_entrypoint_is_a_command_that_escala_takes() -> None:
     assert taken["study"] == "/study/study.yaml"
 
 
+def test_the_log_that_people_are_told_to_follow_is_that_of_the_job_and_all_of_it() -> None:
+    """By its labels kubectl would show the last ten lines. KubeRay gives the submitter's job the name of the RayJob."""
+    name = load("kuberay/rayjob.yaml")["metadata"]["name"]
+    assert re.findall(r"kubectl logs \S+ \S+", text("kuberay/README.md")) == [f"kubectl logs -f job/{name}"]
+
+
 # --- versions and names --------------------------------------------------------------------------------------------
 
 

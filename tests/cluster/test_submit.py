@@ -502,6 +502,19 @@ def test_the_json_of_a_job_that_is_no_longer_followed_is_the_job_as_it_is_known(
     assert json.loads(told.out) == vars(sent)
 
 
+@pytest.mark.parametrize("wants_token", [True, False])
+def test_rays_own_command_for_a_log_is_told_of_a_token_where_the_cluster_wants_one(
+    wants_token: bool, front_door: FrontDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.Job("escala-tiny-1", "tiny", "/shared/store", "RUNNING", 1.0, None, None, "me@here", "", "", "")
+    dashboard = jobs.Dashboard(NOWHERE, None, wants_token)
+    monkeypatch.setattr(jobs, "connect", lambda _: dashboard)
+    monkeypatch.setattr(jobs, "list_jobs", lambda _: [job])
+    mode = "RAY_AUTH_MODE=token " if wants_token else ""
+    assert f"or {mode}ray job logs -f escala-tiny-1 --address {NOWHERE}" in remote._how_to(dashboard, job)
+    assert f"a log: {mode}ray job logs JOB --address {NOWHERE}" in front_door("jobs", "--address", NOWHERE).out
+
+
 # --- what goes, and what does not ------------------------------------------------------------------------------------
 
 
