@@ -203,6 +203,11 @@ def test_what_an_image_pins_is_what_was_tested_and_what_it_copies_is_let_in(name
     assert all((ROOT / one).exists() for one in let_in)
 
 
+def test_cpu_builds_of_torch_are_asked_for_beside_pypi_which_has_what_they_need() -> None:
+    for name in ("image/Dockerfile", "image/README.md"):
+        assert re.findall(r'TORCH_OPTIONS="(--\S+) ', text(name)) == ["--extra-index-url"], name
+
+
 def test_extras_named_in_the_files_exist() -> None:
     extras = set(PROJECT["project"]["optional-dependencies"])
     for path in DEPLOY.rglob("*"):
