@@ -348,11 +348,15 @@ class Server:
         with (self.database.parent / "server.txt").open("ab") as out:
             self.process = subprocess.Popen(command, env={**os.environ, **quiet}, stdout=out, stderr=out)
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.1)
-        raise TimeoutError("the MLflow server did not start")
+        try:
+            while time.monotonic() < deadline:
+                with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+                time.sleep(0.1)
+            raise TimeoutError("the MLflow server did not start")
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self) -> None:
         """SIGKILL to the server and its children."""
@@ -386,8 +390,11 @@ def make_reference(folder: Path) -> Reference:
     (folder / "study.yaml").write_text(STUDY.replace("NAME", "reference"))
     (folder / "chaotic.py").write_text(TRAINER)
     under = Submitted(folder, "reference", verdict, None)
-    if under.driver.wait(timeout=DEADLINE_SECONDS) != 0:
-        raise RuntimeError(f"the undisturbed run failed: {under.said()}")
+    try:
+        if under.driver.wait(timeout=DEADLINE_SECONDS) != 0:
+            raise RuntimeError(f"the undisturbed run failed: {under.said()}")
+    finally:
+        _clean(under)
     cells = [entry["id"] for entry in read_plan(under.store, "reference")["cells"]]
     outcomes = {cell_id: outcome(under.store, cell_id) for cell_id in cells}
     template = folder / "template"
