@@ -42,11 +42,13 @@ AccountingStorageType=accounting_storage/none
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
+KillWait=120
 SchedulerParameters=sched_interval=2
 NodeName={node} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-"""`cred_expire` is also what a requeued job waits before it starts again: 120 s by default."""
+"""`cred_expire` is also what a requeued job waits before it starts again: 120 s by default. `KillWait`, what a job has
+that is cancelled until SIGKILL, is 30 s by default, which on a busy machine may be too few."""
 
 START = """
 set -e

@@ -146,7 +146,7 @@ def test_a_job_that_is_cancelled_stops_its_study_and_is_not_requeued(slurm: Slur
     _, plan, _ = read_study(str(place / "study.yaml"), place / "planned", True, False)
     cells = sorted(one.cell.id for one in plan.cells)
     run_to_its_end(slurm, place, job, cells, "scancel")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while slurm("squeue", "--noheader", f"--jobs={job}", ok=False).stdout.strip():  # cancelled at once, ended later
         assert time.monotonic() < deadline
         time.sleep(0.2)
