@@ -280,16 +280,19 @@ def _numerics(store: Store, cells: Sequence[Cell], threads: int, workers: int) -
     computed again and its first, which any earlier attempt may have logged; and whether they are those of an earlier
     attempt.
 
-    Members take the least micro-batch of any of them, since the program has one.
+    Members take the least micro-batch of any of them and the threads of the first, since the program has one of each,
+    and a stack is never compiled.
     """
     here = choose_numerics(cells[0], stack=len(cells), threads=threads, workers=workers)  # members are of one shape
     own = 0.0 if here.device == "cpu" else GPU_TOLERANCE
     earlier = [_earlier_numerics(store, cell) for cell in cells]
     chosen = [_next_numerics(store, cell, before, here) for cell, before in zip(cells, earlier, strict=True)]
     least = min(numerics.micro_batch for numerics, _ in chosen)
+    shared: dict[str, Any] = {"micro_batch": least, "threads": chosen[0][0].threads}
+    shared |= {"compile": False} if len(cells) > 1 else {}
     found = []
     for (numerics, kept), before in zip(chosen, earlier, strict=True):
-        numerics = replace(numerics, micro_batch=least)
+        numerics = replace(numerics, **shared)
         same = all(numerics == one for one in before.values())
         found.append((numerics, own if same else OTHER_TOLERANCE, kept))
     return found

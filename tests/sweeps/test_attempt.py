@@ -278,6 +278,18 @@ def test_members_of_a_stack_take_the_least_micro_batch_and_no_more_than_a_stack_
         assert read_json(store.cell(cell_id) / "result.json")["numerics"]["micro_batch"] == cut
 
 
+def test_members_of_a_stack_have_on_record_what_their_program_does(corpus: Corpus, store: Store) -> None:
+    """Whatever they did alone before: it has one number of threads, and is not compiled."""
+    ids = [put(store, make_cell(corpus, 2, seed=seed, data_seed=next(FRESH))) for seed in (93, 94, 95)]
+    alone = devices.choose_numerics(make_cell(corpus, 2)).to_json()
+    for cell_id, own in zip(ids[1:], ({"threads": 2}, {"compile": True}), strict=True):
+        record_error(begin_attempt(store, cell_id, {"numerics": alone | own}), "preemption", "a test")
+    assert [one.state for one in run_attempts(store, ids, study="s")] == ["finished"] * 3
+    for cell_id in ids:
+        numerics = read_json(store.cell(cell_id) / "result.json")["numerics"]
+        assert (numerics["stack"], numerics["threads"], numerics["compile"]) == (3, 1, False)
+
+
 def test_a_value_is_compared_within_the_numerics_of_whichever_attempt_logged_it(corpus: Corpus, store: Store) -> None:
     """Whole micro-batches, out of memory, halves, preempted, halves: the last reruns what the first has logged."""
     cell = make_cell(corpus, 20, data_seed=12)
