@@ -100,13 +100,18 @@ def shared_past(rows: pd.DataFrame, fitted: np.ndarray) -> Verdict | None:
     return Verdict("dependent_runs", "caution", "fit", None, message, {"scored": scored, "trunks": len(shared)})
 
 
+FEW_REPEATS = 4
+"""Runs beyond the first at their places below which one that went wrong would pass for what all of them differ by."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
     """Runs that repeat the places of others: by seeds, as a rule.
 
     places: (n,), the place of each run, counted from 0. each: runs at a place, the effective mean (Searle 1971).
     sd: of one run about the law. common: the share of its variance that all runs of a place have in common: what the
-    law, or the tuning of that cell, misses. freedom: of the places about the law.
+    law, or the tuning of that cell, misses. freedom: of the places about the law, or of all runs where places are off
+    by no more than their runs differ.
     """
 
     places: np.ndarray
@@ -122,26 +127,30 @@ def places_of(table: pd.DataFrame, variables: Sequence[str]) -> np.ndarray:
 
 
 def repeats_of(problem: Problem, misses: np.ndarray, free: int) -> Repeats | None:
-    """The components of the residuals `misses` (n,), in units of a run of weight 1; None where each run has a place of
-    its own, or there are no more places than the `free` parameters."""
+    """The components of the residuals `misses` (n,), in units of a run of weight 1; None where hardly any run
+    repeats a place, or there are no more places than the `free` parameters."""
     places = places_of(pd.DataFrame(problem.variables), problem.law.variables)
     runs = np.bincount(places).astype(float)
     n, m = len(misses), len(runs)
-    if not max(free, 1) < m < n:
+    if not max(free, 1) < m <= n - FEW_REPEATS:
         return None
     means = np.bincount(places, misses) / runs
     several = runs[places] > 1
     within = robust_scale((misses - means[places])[several], n - m) ** 2
     between = robust_scale(np.sqrt(runs) * means, m - free) ** 2
     each = (n - float(np.square(runs).sum()) / n) / (m - 1)
-    excess = max(between - within, 0.0) / each
-    total = within + excess
+    if between > within:
+        excess, freedom = (between - within) / each, m - free
+        total = within + excess
+    else:  # all runs measure one noise
+        excess, freedom = 0.0, n - free
+        total = (within * (n - m) + between * (m - free)) / freedom
     return Repeats(
         places=places,
         each=each,
         sd=float(np.sqrt(total)),
         common=excess / total if total > 0 else 0.0,
-        freedom=0.9 * (m - free),
+        freedom=0.9 * freedom,
     )
 
 

@@ -134,6 +134,26 @@ def test_seeds_that_scatter_as_cells_do_are_independent_runs() -> None:
     assert np.mean(common) < 0.1
 
 
+def test_one_bad_repeat_does_not_set_the_noise_of_the_whole_fit() -> None:
+    N, D = (v.ravel() for v in np.meshgrid(np.geomspace(5e7, 5e9, 6), np.geomspace(1e9, 1e11, 6)))
+    clean = surface(N, D, BES, noise=0.003)
+    bad = clean.iloc[[14]].assign(loss=lambda t: 1.03 * t["loss"])
+    one, two = fit(clean, resamples=10), fit(pd.concat([clean, bad], ignore_index=True), resamples=10)
+    assert two.noise["sd"] == pytest.approx(one.noise["sd"], rel=0.25)
+    assert two.params["alpha"] == pytest.approx(one.params["alpha"], rel=0.01)
+
+
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_a_few_repeats_leave_the_noise_as_sure_as_all_runs_make_it(count: int) -> None:
+    """Where places are off by no more than their runs differ, the noise is not read off the repeats alone."""
+    N, D = (v.ravel() for v in np.meshgrid(np.geomspace(5e7, 5e9, 5), np.geomspace(1e9, 1e11, 5)))
+    again = np.arange(0, 3 * count, 3)
+    tables = [surface(np.append(N, N[again]), np.append(D, D[again]), BES, noise=0.005, seed=s) for s in range(24)]
+    sds = [fit(table, resamples=2).noise["sd"] for table in tables]
+    assert np.mean(sds) == pytest.approx(0.005, rel=0.1)
+    assert np.std(sds) < 1.3 * 0.005 / np.sqrt(2 * (20 + count))
+
+
 @pytest.mark.slow
 def test_noise_that_grows_with_compute_is_drawn_by_halves() -> None:
     """The forecast rests on the dearest runs: drawn with the noise of all, its intervals held four in five."""
