@@ -154,13 +154,15 @@ def predict(
     # new runs are as dear as the dearest fitted, or dearer, and the noise may have grown up to there
     dearest = Noise(sd=found.noise["dearest_sd"], freedom=found.noise["dearest_freedom"], source=found.noise["source"])
     scales = dearest.draw(generator, len(next(iter(draws.values()))))
+    common = found.noise.get("common", 0.0)  # what all seeds of a cell share does not average out over them
     # The noise of a fit of raw losses is in nats, and the draws are of ln loss.
     raw = found.provenance.get("settings", {}).get("scale") == "response"
-    divisor = (1.0 if seeds is None else np.sqrt(seeds)) * (predicted if raw else np.ones(len(rows)))
+    share = 1.0 if seeds is None else np.sqrt(common + (1.0 - common) / seeds)
+    sizes = share / (predicted if raw else np.ones(len(rows)))
     tail = (1.0 - found.level) / 2.0
     for part in np.array_split(np.arange(len(rows)), 1 + len(rows) // 5000):
         copies = form.log_response({name: value[part] for name, value in variables.items()}, draws)
-        errors = generator.standard_normal(copies.shape) * scales[:, None] / divisor[part]
+        errors = generator.standard_normal(copies.shape) * scales[:, None] * sizes[part]
         low[part], high[part] = np.exp(np.quantile(copies + errors, (tail, 1.0 - tail), axis=0))
     return predicted, low, high
 

@@ -1,6 +1,7 @@
 """The forecast of the dearest budget: right where the law holds, and caught where it does not."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -94,3 +95,17 @@ def test_intervals_of_new_runs_are_as_wide_from_a_fit_of_raw_losses_as_from_one_
         predicted, low, high = predict(fit(table, "chinchilla", raw=raw, resamples=200), table[["N", "D"]])
         widths.append(np.median((high - low) / predicted))
     assert widths[1] == pytest.approx(widths[0], rel=0.15), "the noise of the second is in nats"
+
+
+def test_what_the_seeds_of_a_cell_share_does_not_average_out_of_a_mean_over_them() -> None:
+    found = fit(budgets_table(BUDGETS[:3], seeds=3, noise=0.01), "chinchilla", resamples=200)
+    found = replace(found, draws={name: np.full(200, value) for name, value in found.params.items()})
+    cell = budgets_table(BUDGETS[3:], sizes=1)
+
+    def width(common: float, seeds: float) -> float:
+        _, low, high = predict(replace(found, noise=found.noise | {"common": common}), cell, seeds=np.array([seeds]))
+        return float(np.log(high / low)[0])
+
+    assert width(1.0, 4.0) == pytest.approx(width(0.0, 1.0))
+    assert width(0.0, 4.0) == pytest.approx(width(0.0, 1.0) / 2)
+    assert width(0.5, 4.0) == pytest.approx(width(0.0, 1.0) * np.sqrt(0.5 + 0.5 / 4))
