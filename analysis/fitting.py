@@ -30,7 +30,7 @@ from analysis.resampling import (
 )
 from analysis.selection import Selection, drop_rows, provenance, select
 from analysis.solver import Solution, descend, solve
-from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale
+from analysis.uncertainty import Noise, interval, judge_noise, noise_by_scale, upper_half
 from analysis.verdicts import NAN, OPEN, Fit, Verdict, narrow_span, refused
 from sweeps.errors import InputError, nearest
 from sweeps.units import plural
@@ -379,7 +379,7 @@ def _by_compute(
     own, said = noise_by_scale(C, count * clipped**2 / 0.7784, freedom, drawn)
     if not said:
         return own, said
-    high = np.greater(C, np.median(C))
+    high = upper_half(C)
     scales = np.where(high, *(robust_scale(misses[half], half.sum() * kept) for half in (high, ~high)))
     wider, told = noise_by_scale(C, count * kept * scales**2, freedom, drawn)
     return (wider, told) if told else (own, said)

@@ -192,6 +192,12 @@ def judge_noise(
     return residual, [Verdict("residuals_exceed_noise", "caution", "fit", None, message)]
 
 
+def upper_half(scale: np.ndarray) -> np.ndarray:
+    """Which units lie above the median, (n,); where more than half of them share the largest scale, those at it."""
+    middle = np.median(scale) if len(scale) else 0.0
+    return scale > middle if (scale > middle).any() else scale >= middle
+
+
 def noise_by_scale(
     scale: np.ndarray, squares: np.ndarray, freedom: np.ndarray, noise: Noise
 ) -> tuple[list[Noise], list[Verdict]]:
@@ -204,7 +210,7 @@ def noise_by_scale(
     stays.
     """
     same = [noise] * len(scale)
-    high = scale > np.median(scale) if len(scale) else np.zeros(0, dtype=bool)
+    high = upper_half(scale)
     halves = [(float(squares[half].sum()), float(freedom[half].sum())) for half in (~high, high)]
     if noise.source not in ("seeds", "residuals") or min(f for _, f in halves) < 2 or min(s for s, _ in halves) <= 0:
         return same, []

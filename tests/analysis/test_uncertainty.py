@@ -110,6 +110,14 @@ def test_noise_that_differs_between_cheap_and_dear_units_is_told_apart(ratio) ->
     assert noise_by_scale(scale, free * sds**2, free, given) == ([given] * 4, [])
 
 
+def test_halves_are_compared_where_most_units_are_of_the_largest_scale() -> None:
+    scale, free = np.array([1.0, 1.0, 2.0, 2.0, 2.0]), np.full(5, 4.0)
+    sds = np.where(scale > 1.5, 0.01, 0.002)
+    found, said = noise_by_scale(scale, free * sds**2, free, Noise(sd=0.007, freedom=20, source="seeds", groups=5))
+    assert [v.code for v in said] == ["uneven_noise"]
+    assert [one.sd for one in found] == pytest.approx(sds)
+
+
 def test_halves_that_differ_by_chance_or_by_little_have_one_noise() -> None:
     scale, pooled = np.arange(4.0), Noise(sd=0.003, freedom=16, source="seeds", groups=4)
     few, many = np.full(4, 1.0), np.full(4, 1000.0)
