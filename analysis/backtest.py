@@ -35,7 +35,7 @@ USEFUL = 4.0
 """A backtest over less than this compute ratio says little about extrapolation."""
 MOST_CUTS, LEAST_RUNS = 8, 4
 ENOUGH, TOO_FEW = 8, 3
-"""Runs scored at a ratio that settle it, and fewer than which say nothing."""
+"""Runs scored at a ratio that settle it, and cells fewer than which say nothing."""
 ERROR_BOUND = 0.02
 """Mean error of a predicted loss up to which a ratio counts as supported: half of what Choshen et al. call good."""
 HOLDS = 0.6
@@ -127,13 +127,15 @@ class Backtest:
     def at_ratio(self, law: str, ratio: float) -> tuple[float, float, int]:
         """A law's mean error at a ratio, the share of runs inside their intervals, and how many cells: NaN, NaN, 0.
 
-        Of the cuts that can be scored there the dearest count, as many as give eight runs: they are nearest to a fit
-        of all runs. For the chosen law of several only those scores count that had no part in its choice.
+        Of the cuts that can be scored there the dearest count, as many as give eight runs of three cells: they are
+        nearest to a fit of all runs. For the chosen law of several only those scores count that had no part in its
+        choice.
         """
         own = [s for s in self.scores if s.law == law and s.ratio == ratio and s.refused is None]
         used: list[Score] = []
         for score in sorted(own, key=lambda s: -s.cut):
-            if (score.chosen or law != self.chosen) and sum(s.runs for s in used) < ENOUGH:
+            short = sum(s.runs for s in used) < ENOUGH or sum(s.cells for s in used) < TOO_FEW
+            if short and (score.chosen or law != self.chosen):
                 used.append(score)
         weights = [s.runs for s in used]
         if not used:

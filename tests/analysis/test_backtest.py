@@ -282,6 +282,14 @@ def test_too_few_scores_are_not_reported_as_a_law_that_fails(tested) -> None:
         assert "<table" in _backtest(replace(found, verdicts=(caution,)))
 
 
+def test_scores_are_gathered_until_there_are_cells_enough_however_many_seeds_they_have(tested) -> None:
+    usable = [s for s in tested.scores if s.ratio == 4.0 and s.refused is None]
+    few = replace(tested, scores=tuple(replace(s, runs=8, cells=2) for s in usable))
+    assert len(usable) > 1
+    assert few.at_ratio("chinchilla", 4.0)[2] == 4
+    assert few.supports("chinchilla") == 4.0
+
+
 def test_report_shows_the_backtest(good_store, tmp_path) -> None:
     text = text_of(write_report("demo", good_store, tmp_path / "page.html"))
     assert "How far can the loss surface be extrapolated?" in text
