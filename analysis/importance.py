@@ -21,7 +21,7 @@ import pandas as pd
 from analysis.effects import Evaluation, exact_effects, surrogate_effects
 from analysis.selection import left_out, with_states
 from analysis.swept import BLOWN_UP
-from analysis.uncertainty import SETTINGS, merged
+from analysis.uncertainty import SETTINGS, alike, merged
 from analysis.verdicts import NAN, NOTHING, Verdict, clean, refused
 from sweeps.errors import InputError, nearest
 from sweeps.units import plural
@@ -306,7 +306,7 @@ def _capped(
         if table[name].isna().any() or not pd.api.types.is_numeric_dtype(table[name]):
             table[name] = table[name].astype(object).where(table[name].notna(), "none").astype(str)
         else:
-            table[name] = merged(table[name].to_numpy(dtype=float))
+            table[name] = alike(table, [name])[name]
     table["_loss"] = runs[loss].astype(float).where(~diverged)
     start = runs["loss_at_start"].astype(float).mean() if "loss_at_start" in runs.columns else NAN
     if cap is not None:

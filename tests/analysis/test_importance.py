@@ -119,6 +119,18 @@ def test_words_are_parameters_too() -> None:
     assert one.shares["schedule"].value == pytest.approx(other.shares["warmup_tokens"].value)
 
 
+def test_betas_a_percent_apart_are_levels_of_their_own() -> None:
+    """.99 and .999 average over 100 steps and over 1000; .999 in single precision is still .999."""
+    tables = []
+    for beta2, more in ((0.99, 0.0), (float(np.float32(0.999)), 0.05), (0.999, 0.05)):
+        table = factorial(seeds=2)
+        tables.append(table.assign(beta2=beta2, val_loss_final=table["val_loss_final"] + more))
+    result = importance(pd.concat(tables, ignore_index=True))
+    assert "constant_parameter" not in codes(result)
+    assert (result.settings, len(result.evaluations)) == (48, 1)
+    assert result.evaluations[0].shares["beta2"].value > 0.05
+
+
 def test_a_blank_among_the_numbers_of_a_search_is_no_level_of_its_own() -> None:
     trials = search(14)
     trials.loc[3, "learning_rate"] = np.nan
