@@ -17,7 +17,7 @@ from analysis.optima import Optimum
 from analysis.quadratics import lowest_point, quadratic_columns
 from analysis.selection import with_states
 from analysis.swept import ALWAYS, SHAPES
-from analysis.uncertainty import BETAS, SETTINGS, UNKNOWN, Noise, alike, seed_noise
+from analysis.uncertainty import BETAS, SETTINGS, UNKNOWN, Noise, alike, merged, seed_noise
 from analysis.verdicts import NAN, Estimate
 from sweeps.errors import InputError, nearest
 from sweeps.rules import PowerRule, evaluate
@@ -87,18 +87,22 @@ def usable(runs: pd.DataFrame) -> pd.DataFrame:
     table = table[(table[["N", "D", "loss"]].astype(float) > 0).all(axis=1) & np.isfinite(table["loss"])]
     if "C" not in table.columns:
         table = table.assign(C=6.0 * table["N"] * table["D"])
-    return table.reset_index(drop=True)
+    written = [c for c in TUNABLE if c in table.columns and pd.api.types.is_numeric_dtype(table[c])]
+    return table.assign(**alike(table, written)).reset_index(drop=True)
 
 
 def _keys(table: pd.DataFrame, apart: Iterable[str] = ()) -> list[Any]:
     """What names a place: all that runs must share, N, D as far as batch sizes do not round it, and the settings
     `apart`, numbers as far as they are more than rounding apart."""
-    D = np.log(table["D"].to_numpy(dtype=float))
-    order = np.argsort(D, kind="stable")
-    rank = np.empty(len(D), dtype=int)
-    rank[order] = np.concatenate([[0], np.cumsum(np.diff(D[order]) > SAME_PLACE)])[: len(D)]
     settings = alike(table, list(apart))
-    return [*(table[c] for c in ALWAYS if c in table.columns), table["N"], rank, *(settings[c] for c in settings)]
+    places = (*(table[c] for c in ALWAYS if c in table.columns), table["N"], one_length(table))
+    return [*places, *(settings[c] for c in settings)]
+
+
+def one_length(table: pd.DataFrame) -> "pd.Series[float]":
+    """D with the counts made equal that batches round apart at one N. By the least of them, since lengths a little
+    apart would else form a chain from the shortest to the longest."""
+    return table["D"].astype(float).groupby(table["N"]).transform(lambda D: merged(D.to_numpy(), SAME_PLACE))
 
 
 def varied_settings(table: pd.DataFrame) -> list[str]:
@@ -323,7 +327,8 @@ def _default_point(
             if not 0 < value < np.inf:
                 raise InputError(f"the default's {axis} is {value!r}; it must be a positive number.")
             with np.errstate(divide="ignore", invalid="ignore"):
-                apart = np.abs(np.log(points[axis].to_numpy(dtype=float) / float(value)))
+                ratio = _compared(axis, points[axis].to_numpy(dtype=float)) / _compared(axis, float(value))
+                apart = np.abs(np.log(ratio))
             away = np.maximum(away, np.where(np.isnan(apart), np.inf, apart))  # a blank is near to nothing, and 0 too
         else:
             away = np.where(points[axis] == value, away, np.inf)

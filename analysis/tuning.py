@@ -19,6 +19,7 @@ from analysis.gains import (
     curves_swept,
     gain_at,
     noise_of,
+    one_length,
     settings_swept,
     tuned_axes,
     usable,
@@ -267,7 +268,7 @@ def _plain(value: Any) -> str:
 
 
 def _tuned_runs(places: Sequence[Place]) -> pd.DataFrame:
-    """The tuned loss of each (N, D): of several places there (batch sizes), the lowest."""
+    """The tuned loss of each (N, D): of several places there (batch sizes, which round D), the lowest."""
     rows = pd.DataFrame(
         {
             "N": [p.N for p in places],
@@ -276,7 +277,7 @@ def _tuned_runs(places: Sequence[Place]) -> pd.DataFrame:
             "loss": [float(p.tuned_loss[0]) for p in places],
         }
     )
-    return rows.loc[rows.groupby(["N", "D"])["loss"].idxmin()].reset_index(drop=True)
+    return rows.loc[rows.groupby(["N", one_length(rows)])["loss"].idxmin()].reset_index(drop=True)
 
 
 def _noise_of_tuned(places: Sequence[Place]) -> float | None:

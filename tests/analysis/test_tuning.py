@@ -322,6 +322,42 @@ def test_betas_a_percent_apart_are_no_seeds_of_each_other() -> None:
     assert sorted(w.group["beta2"] for w in found.worths) == [0.99] * len(SIZES) + [0.999] * len(SIZES)
 
 
+def test_a_beta_ten_times_as_near_to_one_does_not_stand_for_the_default() -> None:
+    tables = [decays({0.1: 1.0}, seed=35 + i).assign(beta2=beta2) for i, beta2 in enumerate((0.9, 0.95))]
+    runs = pd.concat(tables, ignore_index=True)
+    assert "no run is near the default" in str(tuning_worth(runs, default={"beta2": 0.999}).verdicts)
+    assert len(tuning_worth(runs, default={"beta2": 0.96}).worths) == len(SIZES)
+
+
+def test_a_decay_of_one_seed_in_single_precision_is_the_same_setting() -> None:
+    runs = decays({0.05: 1.0, 0.1: 0.98, 0.2: 1.0})
+    single = runs["weight_decay"].astype("float32").astype(float).where(runs["seed"] == 1, runs["weight_decay"])
+    one, other = (tuning_worth(t, default={"weight_decay": 0.2}) for t in (runs, runs.assign(weight_decay=single)))
+    gains = [[w.percent.value for w in found.worths] for found in (one, other)]
+    assert gains[1] == pytest.approx(gains[0])
+
+
+def test_more_tokens_are_no_tuning_though_lengths_follow_each_other_closely() -> None:
+    lengths = 1e8 * 1.015 ** np.arange(60)
+    one = [sweep([1e5], lengths, [1.0], noise=1e-4, seed=i).assign(weight_decay=d) for i, d in enumerate((0.1, 0.2))]
+    found = tuning_worth(pd.concat(one, ignore_index=True), default={"weight_decay": 0.1}, noise=1e-4)
+    assert len(found.worths) == 30, "two lengths that are less than 2% apart are one"
+    assert max(w.percent.value for w in found.worths) < 0.5
+
+
+def test_the_law_of_the_tuned_runs_has_one_run_of_a_length_that_batches_round() -> None:
+    tables = []
+    for i, batch in enumerate((2**14, 2**15, 2**16)):
+        for decay, times in ((0.05, 1.02), (0.1, 1.0), (0.2, 1.01)):
+            table = sweep(SIZES[:4], [5e6, 2e7, 8e7], [1.0], seeds=2, noise=0.001, seed=i)
+            D = np.round(table["D"] / batch) * batch
+            worse = times * (1.0 + 0.01 * i)
+            tables.append(table.assign(D=D, batch_tokens=batch, weight_decay=decay, loss=table["loss"] * worse))
+    found = tuning_worth(pd.concat(tables, ignore_index=True), default={"weight_decay": 0.05})
+    assert len(found.worths) == 36
+    assert [law.n_runs for law in found.laws.values() if law is not None] == [12]
+
+
 def test_a_parametrisation_is_never_tuned() -> None:
     runs = sweep(SIZES[:4], TOKENS[:3], seeds=2)
     runs = runs.assign(is_default=np.isclose(runs["learning_rate"] / best_rate(runs["N"], runs["D"]), 1.0))
