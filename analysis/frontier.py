@@ -127,9 +127,12 @@ def line_through_minima(
 
 
 def line_targets(
-    line: Line, targets: Sequence[float], cheapest: float, dearest: float, level: float = 0.95
+    line: Line, targets: Sequence[float], cheapest: float, dearest: float, level: float = 0.95, what: str = "run"
 ) -> tuple[list[dict[str, object]], list[Verdict]]:
-    """N*, D* and D*/N* at each compute (FLOPs) asked for, with the factor by which it lies beyond `dearest`."""
+    """N*, D* and D*/N* at each compute (FLOPs) asked for, with the factor by which it lies beyond `dearest`.
+
+    what: that was dearest and cheapest.
+    """
     decisions: list[dict[str, object]] = []
     verdicts: list[Verdict] = []
     for C in targets:
@@ -147,5 +150,5 @@ def line_targets(
             message = "without a power law there is no best size to name at other compute."
             verdicts.append(Verdict("no_power_law", "refuse", "decision", budget_name(float(C)), message))
         decisions.append(entry)
-        verdicts += extrapolation(float(C), dearest, cheapest)
+        verdicts += extrapolation(float(C), dearest, cheapest, what)
     return decisions, verdicts

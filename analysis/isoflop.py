@@ -20,7 +20,7 @@ from analysis.frontier import Counter, flop_counter, line_targets, line_through_
 from analysis.resampling import dependent_runs, trunk_labels
 from analysis.runs import shared_budgets
 from analysis.selection import Selection, provenance
-from analysis.uncertainty import SEEDS, Noise, interval, judge_noise, noise_by_scale
+from analysis.uncertainty import SEEDS, Noise, alike, interval, judge_noise, noise_by_scale
 from analysis.verdicts import NAN, Budget, Estimate, Fit, Interval, Verdict, budget_name, narrow_span
 from sweeps.errors import InputError, nearest
 from sweeps.units import plural
@@ -151,7 +151,8 @@ def fit_isoflop(
         verdicts += narrow_span(np.array([budgets[i].C for i in kept]))
     # a refused budget carries no minimum, so nothing of the line reaches up to it
     spent = [budgets[i].C for i in kept] or [b.C for b in budgets] or [NAN]
-    decisions, said = line_targets(line, targets, min(spent), max(spent), level)
+    what = "run" if len(kept) in (0, len(budgets)) else "budget with a usable minimum"
+    decisions, said = line_targets(line, targets, min(spent), max(spent), level, what)
     verdicts += said
     extra: dict[str, object] = {"residual_sd": residual_sd, "residual_freedom": freedom}
     extra |= {"drawn_sd": drawn.sd, "drawn_freedom": drawn.freedom} | ({"source": "assumed"} if assumed else {})
@@ -206,6 +207,8 @@ def _with_budgets(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, str]
     """The rows that belong to a budget. Without a budget column, runs of nearly equal C share one."""
     if "budget" not in rows.columns:
         rows = rows.assign(budget=shared_budgets(rows["C"].to_numpy()))
+    one = alike(rows, ["N", "budget"])
+    rows = rows.assign(budget=one["budget"], _size=one["N"])  # the size keeps its N as written
     without = rows["budget"].isna()
     missed = [{"cell": str(c), "reason": "belongs to no compute budget"} for c in rows["cell"][without]]
     return rows[~without], missed
@@ -213,14 +216,14 @@ def _with_budgets(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[dict[str, str]
 
 def _best(group: pd.DataFrame) -> pd.DataFrame:
     """The lowest loss of each size, and of each seed where there are several."""
-    keys = ["N", *(c for c in SEEDS if c in group.columns)]
+    keys = ["_size", *(c for c in SEEDS if c in group.columns)]
     return group.loc[group.groupby(keys, dropna=False)["loss"].idxmin()]
 
 
 def _points(group: pd.DataFrame, height: float) -> dict[str, np.ndarray]:
     """One point per size: the mean ln loss over its runs, their number as its weight. `far` ones are not fitted."""
-    sizes = group.assign(_y=np.log(group["loss"])).groupby("N")
-    x = np.log(np.array(sizes["N"].first(), dtype=float))
+    sizes = group.assign(_y=np.log(group["loss"])).groupby("_size")
+    x = np.log(np.array(sizes["N"].median(), dtype=float))
     y, count = sizes["_y"].mean().to_numpy(), sizes["_y"].count().to_numpy().astype(float)
     squares = sizes["_y"].var(ddof=0).to_numpy() * count
     near = y - y.min() <= max(height, float(np.sort(y)[:ENOUGH][-1] - y.min()))

@@ -193,14 +193,14 @@ def narrow_span(C: np.ndarray) -> list[Verdict]:
     return [Verdict("narrow_span", "caution", "fit", None, message)]
 
 
-def extrapolation(C: float, dearest: float, cheapest: float = 0.0) -> list[Verdict]:
-    """What to say of a decision at compute C when the runs used from `cheapest` to `dearest`."""
+def extrapolation(C: float, dearest: float, cheapest: float = 0.0, what: str = "run") -> list[Verdict]:
+    """What to say of a decision at compute C when the runs, or `what` it is, used from `cheapest` to `dearest`."""
     below = cheapest > C
     ratio = cheapest / C if below else C / dearest
     if not ratio > FAR:
         return []
     refuse = ratio > TOO_FAR
-    place = f"1/{ratio:.3g} of the cheapest run" if below else f"{ratio:.3g} times the dearest run"
+    place = f"1/{ratio:.3g} of the cheapest {what}" if below else f"{ratio:.3g} times the dearest {what}"
     message = f"{budget_name(C)} FLOPs is {place}" + (
         "; no law fitted here can be trusted that far." if refuse else "; laws bend, and the interval does not know."
     )

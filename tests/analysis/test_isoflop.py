@@ -197,8 +197,9 @@ def test_a_target_is_measured_from_the_budgets_that_the_line_rests_on() -> None:
     assert between["extrapolation"] == pytest.approx(1e21 / 3e18)
     assert beyond["extrapolation"] == pytest.approx(3000.0)
     assert np.isnan(beyond["N"].value)
-    said = [(v.severity, v.target) for v in found.verdicts if v.code == "extrapolation"]
-    assert said == [("caution", "1e21"), ("refuse", "9e21")]
+    said = [v for v in found.verdicts if v.code == "extrapolation"]
+    assert [(v.severity, v.target) for v in said] == [("caution", "1e21"), ("refuse", "9e21")]
+    assert "times the dearest budget with a usable minimum" in said[0].message, "a run of 1e21 there was"
 
 
 # --- cautions ----------------------------------------------------------------------------------------------------
@@ -296,6 +297,16 @@ def test_budgets_are_found_from_compute_where_no_column_names_them() -> None:
     table["C"] = 6 * table["N"] * table["D"]
     found = fit(table, "isoflop")
     assert [b.budget for b in found.budgets] == pytest.approx(BUDGETS, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["parabola", "akima"])
+def test_a_size_and_a_budget_of_one_seed_in_single_precision_are_the_same(method) -> None:
+    table = budgets_table(BUDGETS, seeds=2, noise=0.003)
+    names = ["N", "budget"]
+    single = table[names].astype("float32").astype(float).where(table["seed"] == 1, table[names], axis=0)
+    one, other = (fit_isoflop(select(t), method=method, resamples=100) for t in (table, table.assign(**single)))
+    assert [b.runs for b in other.budgets] == [b.runs for b in one.budgets]
+    assert other.params == pytest.approx(one.params, rel=1e-4)
 
 
 def test_cloud_of_runs_is_no_budget() -> None:
