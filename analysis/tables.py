@@ -304,16 +304,37 @@ def _guess(name: str, table: pd.DataFrame) -> tuple[Any, str] | None:
             if name == "loss" and alias.endswith(("ppl", "perplexity")):
                 with np.errstate(all="ignore"):
                     return np.log(numbers), f"log({quoted(column)})"
+            if name == "loss" and _in_bits(column):
+                return np.log(2.0) * numbers, f"log(2)*{quoted(column)}"
             if scale != 1.0 and name not in _MEASURED:
                 return scale * numbers, f"{scale:g}*{quoted(column)}".replace("e+", "e").replace("e0", "e")
             return numbers, column
     return None
 
 
+_BRACKET = re.compile(r"\s*[(\[]\s*([^()\[\]]+?)\s*[)\]]$")
+"""A unit at the end of a column's name."""
+_OTHER_UNIT = re.compile(r"bits?|bytes?|char(acter)?s?|words?|bp[bcw]|%|percent")
+
+
+def _in_bits(column: str) -> bool:
+    """Whether a loss is named in bits per token. InputError where it is per something else than tokens, or in percent:
+    no number makes nats per token of that."""
+    unit = bracket[1].lower() if (bracket := _BRACKET.search(column.strip())) else ""
+    if re.fullmatch(r"(in )?bits?( ?(/|per) ?tok(en)?)?", unit):
+        return True
+    if any(map(_OTHER_UNIT.fullmatch, re.split(r"[^a-z%]+", unit))):
+        raise InputError(
+            f"{column} is a loss in {unit}, which is neither nats nor bits per token, so that it cannot be told in "
+            "nats per token. Name another column or how to compute it: --columns loss=..."
+        )
+    return False
+
+
 def _plain(column: str) -> tuple[str, str, float]:
     """A column's name in plain words, the last part of its path in plain words, and the unit that it names."""
     scale, name = 1.0, column.strip().lower()
-    if bracket := re.search(r"\s*[(\[]\s*([^()\[\]]+?)\s*[)\]]$", name):
+    if bracket := _BRACKET.search(name):
         name, unit = name[: bracket.start()], bracket[1].replace("^", "e")
         unit = unit.removeprefix("in ").removesuffix(" tokens").removesuffix(" parameters").removesuffix(" params")
         if unit in UNITS:

@@ -213,6 +213,19 @@ def test_perplexity_becomes_a_loss(tmp_path) -> None:
     assert found.attrs["columns"]["loss"] == "log(ppl)"
 
 
+def test_bits_per_token_become_nats_and_other_units_of_a_loss_are_refused(tmp_path) -> None:
+    bits = RUNS.assign(loss=RUNS["loss"] / np.log(2.0))
+    for name in ("val loss (bits)", "val loss [bits/token]"):
+        found = read_table(write(tmp_path, bits.rename(columns={"loss": name})))
+        assert found["loss"].to_numpy() == pytest.approx(RUNS["loss"].to_numpy())
+        assert found.attrs["columns"]["loss"] == f"log(2)*`{name}`"
+    for name in ("loss (nats)", "loss (nats per token)", "loss (C4)"):
+        found = read_table(write(tmp_path, RUNS.rename(columns={"loss": name})))
+        assert found["loss"].to_numpy() == pytest.approx(RUNS["loss"].to_numpy())
+    for name in ("loss (bpb)", "loss (bits per byte)", "loss (nats/char)", "loss [%]"):
+        assert "neither nats nor bits per token" in faulty(tmp_path, RUNS.rename(columns={"loss": name}))
+
+
 def test_definitions_may_use_columns_and_each_other(tmp_path) -> None:
     frame = {"size_m": [1.0, 2.0], "Training FLOP": [6e14, 12e14], "ppl": [np.e, np.e**2]}
     wanted = {"N": "1e6*size_m", "D": "`Training FLOP`/(6*N)", "loss": "log(ppl)"}
