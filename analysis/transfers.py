@@ -106,7 +106,7 @@ def transfer(
     for one in found:
         shape = _shape(runs, one)
         kind = {k: v for k, v in one.group.items() if k not in ("N", "width", "mlp_width")}
-        kind |= {"depth": shape["depth"]} if "depth" in shape else {}
+        kind |= {"depth": shape["depth"]} if np.isfinite(shape.get("depth", np.nan)) else {}  # no NaN equals another
         member = _Member(shape["width"], shape.get("mlp_width", np.nan) / shape["width"], one)
         kinds.setdefault(tuple(kind.items()), []).append(member)
     lines = [

@@ -91,6 +91,12 @@ def test_depths_and_lengths_are_lines_of_their_own() -> None:
     assert all(len(t.optima) == len(WIDTHS) for t in found)
 
 
+def test_an_empty_column_of_depths_divides_nothing() -> None:
+    (found,) = transfer(table({"mup": 0.0}).assign(depth=np.nan))
+    assert "depth" not in found.group
+    assert list(found.optima["width"]) == list(WIDTHS)
+
+
 def test_mlp_ratios_are_lines_of_their_own() -> None:
     one = table({"mup": 0.0})
     four, two = one.assign(mlp_width=4 * one["width"]), one.assign(mlp_width=2 * one["width"], N=0.7 * one["N"])
