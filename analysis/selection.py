@@ -212,14 +212,23 @@ def left_out(reasons: pd.Series) -> list[Verdict]:
 def _listed_twice(rows: pd.DataFrame, names: Sequence[str]) -> pd.Index:
     """The rows equal to an earlier one in all that tells runs apart (and the columns `names`) and in the response.
 
-    Only where the response has 4 digits or more: with fewer, runs whose seeds are not told agree by chance. With 4,
-    one pair in thirty still does at a noise of .3%, and losing that costs less than counting a table twice. By the
-    median row, since 2.9 may be 2.900 without its zeros.
+    Only where the response is told in full.
     """
-    if rows.empty or rows["y"].map(_digits).median() < DIGITS:
+    if not told_in_full(rows["y"]):
         return rows.index[:0]
     own = dict.fromkeys((*names, *DESIGN, *SEEDS, "budget", "y"))
     return rows.index[rows.duplicated([c for c in own if c in rows.columns])]
+
+
+def told_in_full(values: "pd.Series[float]") -> bool:
+    """Whether numbers have so many digits that equal ones are one run listed twice.
+
+    With fewer than 4, runs whose seeds are not told agree by chance. With 4, one pair in thirty still does at a noise
+    of .3%, and losing that costs less than counting a table twice. By the median row, since 2.9 may be 2.900 without
+    its zeros.
+    """
+    known = values.dropna()
+    return len(known) > 0 and bool(known.map(_digits).median() >= DIGITS)
 
 
 def _digits(value: float) -> int:

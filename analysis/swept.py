@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.selection import PENDING, with_states
+from analysis.selection import PENDING, told_in_full, with_states
 from analysis.uncertainty import SETTINGS, alike, merged
 from analysis.verdicts import NAN, Verdict
 from sweeps.errors import InputError, nearest
@@ -237,7 +237,10 @@ def _axes(rows: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _without_repeats(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[str, ...]]:
-    """Rows equal in setting and in every digit of the loss are one run that a table lists twice."""
+    """Rows equal in setting and in every digit of the loss are one run that a table lists twice, unless losses
+    were rounded to so few that runs agree by chance."""
+    if not told_in_full(rows["measured"]):
+        return rows, ()
     own = ["at", *AXES, "measured", *(c for c in ("seed", "data_seed") if c in rows.columns)]
     again = rows.duplicated(own) & rows["measured"].notna()
     return rows[~again].reset_index(drop=True), tuple(rows.loc[again, "cell"].astype(str))

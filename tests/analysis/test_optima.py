@@ -352,6 +352,14 @@ def test_step_laws_small_batches_are_refused_at_the_lowest_rate_tried(step_law) 
     assert all("inside the grid. Train at" in v.message for v in edges)
 
 
+@pytest.mark.parametrize(("digits", "runs"), [(2, 14), (9, 7)])
+def test_runs_that_agree_by_rounding_are_not_taken_for_one_that_is_listed_twice(digits: int, runs: int) -> None:
+    rates = 1e-3 * 2.0 ** np.arange(7)
+    losses = np.round(3.141592653 * (1.0 + 0.02 * np.log(rates / 8e-3) ** 2), digits)
+    table = pd.DataFrame({"N": 1e6, "D": 1e8, "learning_rate": rates, "loss": losses})
+    assert swept_groups(pd.concat([table, table])).runs == runs
+
+
 def test_misfittings_mislabelled_rows_are_said() -> None:
     found = sensitivity(read_table(published("misfitting/scaling_results_last_ckpt_only.csv"), law="sensitivity"))
     assert len(found.optima) == 81
