@@ -139,12 +139,15 @@ class Mirror:
             self.fault = "the tracking server did not answer in time"
 
     def _loop(self) -> None:
-        wait = INTERVAL_SECONDS
+        wait = again = INTERVAL_SECONDS
         while not self._stopping.wait(wait):
             began = time.monotonic()
             answers = self.sync(final=False)
             took = time.monotonic() - began
-            wait = min(max(INTERVAL_SECONDS, took), SLOW_SECONDS) if answers else min(2 * wait, LONGEST_SECONDS)
+            if answers:
+                wait, again = min(max(INTERVAL_SECONDS, took), SLOW_SECONDS), INTERVAL_SECONDS
+            else:
+                wait, again = again, min(2 * again, LONGEST_SECONDS)
         self.sync()
 
     def sync(self, *, final: bool = True, progress: Callable[[str, float], None] | None = None) -> bool:

@@ -339,3 +339,27 @@ def test_a_failure_that_a_killed_driver_did_not_tell_is_not_complete(
     until_through(mirror)
     assert mirror.is_complete()
     assert tags_of(mlflow_server, dict(active_runs(mlflow_server, name))[cell])["escala.state"] == "failed"
+
+
+def test_a_server_that_is_gone_is_asked_again_after_2_4_and_more_seconds_also_after_a_slow_pass(
+    study: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, clock, waits = Mirror(*study), [0.0], list[float]()
+    passes = [(0.0, True), (30.0, True), (1.0, False), (1.0, False), (1.0, False), (0.0, True), (1.0, False)]
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) > len(passes)
+
+    def sync(final: bool = True) -> bool:
+        took, answers = (0.0, True) if final else passes[len(waits) - 1]
+        clock[0] += took
+        return answers
+
+    monkeypatch.setattr(mirrors, "INTERVAL_SECONDS", 2.0)
+    monkeypatch.setattr(mirrors, "LONGEST_SECONDS", 60.0)
+    monkeypatch.setattr(mirror, "_stopping", SimpleNamespace(wait=wait))
+    monkeypatch.setattr(mirror, "sync", sync)
+    monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    mirror._loop()
+    assert waits == [2, 2, 10, 2, 4, 8, 2, 2]
