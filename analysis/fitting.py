@@ -166,7 +166,7 @@ def fit_law(
     if repeats is None:
         noise, said = judge_noise(seeds, spread, freedom)
     else:
-        noise, said = judge_noise(seeds, repeats.sd, repeats.freedom, repeats.each)
+        noise, said = judge_noise(seeds, repeats.sd, repeats.freedom, repeats.between)
     if repeats is not None and noise.source == "residuals":
         spread, freedom = repeats.sd, repeats.freedom
     else:  # nothing is seen that the runs of a place have in common

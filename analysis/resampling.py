@@ -111,7 +111,8 @@ class Repeats:
     places: (n,), the place of each run, counted from 0. each: runs at a place, the effective mean (Searle 1971).
     sd: of one run about the law. common: the share of its variance that all runs of a place have in common: what the
     law, or the tuning of that cell, misses. freedom: of the places about the law, or of all runs where places are off
-    by no more than their runs differ.
+    by no more than their runs differ. between: root mean square of the places about the law, as of one run, and its
+    degrees of freedom: what differs from seed noise only by what the law misses.
     """
 
     places: np.ndarray
@@ -119,6 +120,7 @@ class Repeats:
     sd: float
     common: float
     freedom: float
+    between: tuple[float, float]
 
 
 def places_of(table: pd.DataFrame, variables: Sequence[str]) -> np.ndarray:
@@ -151,6 +153,7 @@ def repeats_of(problem: Problem, misses: np.ndarray, free: int) -> Repeats | Non
         sd=float(np.sqrt(total)),
         common=excess / total if total > 0 else 0.0,
         freedom=0.9 * freedom,
+        between=(float(np.sqrt(between)), 0.9 * (m - free)),
     )
 
 

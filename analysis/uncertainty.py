@@ -157,14 +157,15 @@ def seed_noise(runs: pd.DataFrame, loss: str = "val_loss_final") -> Noise | None
 
 
 def judge_noise(
-    seeds: Noise | None, residual_sd: float, residual_freedom: float, repeats: float = 1.0
+    seeds: Noise | None, residual_sd: float, residual_freedom: float, between: tuple[float, float] | None = None
 ) -> tuple[Noise, list[Verdict]]:
     """The noise that the intervals of a fit are built on, and what has to be said about it.
 
     Seed noise where it was measured, unless the runs scatter about the law significantly more than seeds do (F test,
     5%): then the law or the tuning of the cells is off, or seeds differ more elsewhere, and intervals from seed noise
-    alone would be too narrow. Residuals where no seeds were replicated. repeats: runs at each place that was fitted,
-    whose common miss shows the better the more they are.
+    alone would be too narrow. Residuals where no seeds were replicated. between: root mean square and freedom of
+    what is tested, where it is not the residuals of single runs: runs at one place have their miss in common, which
+    shows the better the more they are.
     """
     known = residual_freedom > 0 and np.isfinite(residual_sd)
     residual = Noise(sd=residual_sd, freedom=residual_freedom, source="residuals") if known else UNKNOWN
@@ -179,13 +180,13 @@ def judge_noise(
         return residual, [Verdict("noise_from_residuals", "caution", "fit", None, message)]
     if not known or residual_sd <= max(seeds.sd, ROUNDING):
         return seeds, []
-    ratio = 1.0 + repeats * ((residual_sd / seeds.sd) ** 2 - 1.0) if seeds.sd > 0 else np.inf
+    tested_sd, tested_freedom = between or (residual_sd, residual_freedom)
     freedom = min(seeds.freedom, MANY)
-    if seeds.sd > 0 and fdtrc(residual_freedom, freedom, ratio) >= 0.05:
+    if seeds.sd > 0 and fdtrc(tested_freedom, freedom, (tested_sd / seeds.sd) ** 2) >= 0.05:
         return seeds, []
-    between = "between seeds" if seeds.source == "seeds" else "of their noise"
+    whose = "between seeds" if seeds.source == "seeds" else "of their noise"
     message = (
-        f"the runs scatter by {residual_sd:.2%} about the curves, more than the {seeds.sd:.2%} {between}: the "
+        f"the runs scatter by {residual_sd:.2%} about the curves, more than the {seeds.sd:.2%} {whose}: the "
         "form, or the tuning of the cells, is off by more than noise, or seeds differ more where they were not "
         "replicated. Intervals use the larger figure."
     )

@@ -86,6 +86,14 @@ def test_residuals_a_little_above_a_given_noise_do_not_replace_it() -> None:
     assert (noise.source, verdict.code) == ("residuals", "residuals_exceed_noise")
 
 
+def test_places_are_held_against_seeds_by_their_own_mean_square() -> None:
+    """The sd of a run holds the noise of its place's runs too, which tells nothing of what the law misses."""
+    given = Noise(sd=0.01, freedom=np.inf, source="given")
+    assert judge_noise(given, 0.012, 60, between=(0.012, 10)) == (given, [])
+    noise, (verdict,) = judge_noise(given, 0.011, 60, between=(0.014, 10))
+    assert (noise.source, noise.sd, verdict.code) == ("residuals", 0.011, "residuals_exceed_noise")
+
+
 def test_few_seeds_are_pooled_with_residuals_and_a_given_noise_is_not() -> None:
     seeds = Noise(sd=0.002, freedom=2, source="seeds", groups=2)
     pooled = seeds.pooled(0.004, 6)
