@@ -287,8 +287,8 @@ def _compared(blank: Comparison, one: pd.DataFrame, two: pd.DataFrame, resamples
     if _freedom(joint) < MIN_FREEDOM:
         return _refuse(blank, "too_few_runs", poor)
     first = solve(joint)
-    joint = by_cells(joint, first)
-    if (freedom := _freedom(joint)) < MIN_FREEDOM:
+    alone, joint = joint, by_cells(joint, first)
+    if (freedom := _freedom(joint, cells=joint is not alone)) < MIN_FREEDOM:
         return _refuse(
             blank, "too_few_runs", f"{poor} (Cells are off by more than their seeds: more seeds do not help.)"
         )
@@ -337,10 +337,12 @@ def _compared(blank: Comparison, one: pd.DataFrame, two: pd.DataFrame, resamples
     )
 
 
-def _freedom(joint: Joint) -> float:
-    """Of the fit. A pair counts once: its difference alone speaks of the recipes. So do the cells of a trunk, and the
-    seeds of a cell where `by_cells` made one unit of them."""
+def _freedom(joint: Joint, cells: bool = False) -> float:
+    """Of the fit. A pair counts once: its difference alone speaks of the recipes. So do the runs of a trunk. cells:
+    `by_cells` made one unit of the seeds of a cell, which then count as one run."""
     rows, units = len(joint.c), int(joint.unit.max()) + 1
+    if cells:
+        rows = len(np.unique(np.stack([joint.cell, joint.new]), axis=1).T)
     return (rows - len(joint.bounds[0])) * units / rows
 
 

@@ -321,25 +321,36 @@ def bend(joint: Joint, straight: Solution, freedom: float) -> tuple[Joint, Solut
         return joint, straight
     bent = replace(joint, powers=np.vstack([joint.powers, (2, 0)]))
     found = solve(bent, np.append(straight.theta, 0.0)[None])
-    weight, slopes, room = _leverage(found)
-    scores = found.slopes * weight * found.residual / room
-    inverse = np.linalg.pinv(slopes @ slopes.T, rcond=1e-12)
+    weight, slopes = _weighted(found)
     unit = joint.whitened_unit
+    scores = found.slopes * weight * _enlarged(found, unit, 1.0)
+    inverse = np.linalg.pinv(slopes @ slopes.T, rcond=1e-12)
     units = scores @ (unit[:, None] == np.arange(unit.max() + 1))
     error = np.sqrt((inverse[-1] @ units) @ (inverse[-1] @ units))
     return (bent, found) if abs(found.theta[-1]) > stdtrit(freedom, 0.9995) * error else (joint, straight)
 
 
-def _leverage(best: Solution) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Huber weights (n,), slopes (k, n) times their roots, and one minus the leverage of every whitened number (n,).
-
-    Divided by its root (HC2) a residual has the size that it would have in a run that the fit does not know; divided
-    by itself (HC3) it errs on the safe side (MacKinnon & White 1985).
-    """
+def _weighted(best: Solution) -> tuple[np.ndarray, np.ndarray]:
+    """Huber weights (n,), and slopes (k, n) times their roots."""
     weight = np.minimum(1.0, HUBER / np.maximum(np.abs(best.residual), 1e-300))
-    slopes = best.slopes * np.sqrt(weight)
-    leverage = np.einsum("kn,nk->n", slopes, np.linalg.pinv(slopes, rcond=1e-9))
-    return weight, slopes, np.clip(1.0 - leverage, 0.1, 1.0)
+    return weight, best.slopes * np.sqrt(weight)
+
+
+def _enlarged(best: Solution, unit: np.ndarray, power: float) -> np.ndarray:
+    """The residuals (n,), those of each unit times (1 - H)^-power, H being its block of the hat matrix.
+
+    With 1/2 a unit's residuals have the size that they would have in one that the fit does not know; with 1 they err
+    on the safe side (Bell & McCaffrey 2002; of single runs HC2 and HC3, MacKinnon & White 1985). The leverage of
+    single runs is that of a unit shared among them, and so too small for all of them together.
+    """
+    _, slopes = _weighted(best)
+    inverse = np.linalg.pinv(slopes, rcond=1e-9)
+    enlarged = np.empty_like(best.residual)
+    order = np.argsort(unit, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(unit[order])) + 1):
+        left, axes = np.linalg.eigh(np.eye(len(rows)) - inverse[rows] @ slopes[:, rows])
+        enlarged[rows] = axes @ (np.clip(left, 0.1, 1.0) ** -power * (axes.T @ best.residual[rows]))
+    return enlarged
 
 
 def resample(joint: Joint, best: Solution, freedom: float, generator: np.random.Generator, count: int) -> np.ndarray:
@@ -353,8 +364,7 @@ def resample(joint: Joint, best: Solution, freedom: float, generator: np.random.
     unit = joint.whitened_unit
     signs = generator.choice([-1.0, 1.0], (count, int(unit.max()) + 1))[:, unit]
     stretch = np.sqrt(freedom / generator.chisquare(freedom, count))
-    own = best.residual / np.sqrt(_leverage(best)[2])
-    targets = best.predicted + signs * own * stretch[:, None]
+    targets = best.predicted + signs * _enlarged(best, unit, 0.5) * stretch[:, None]
     parts = np.array_split(targets, max(1, targets.size * len(best.theta) // BATCH))
     starts = (np.tile(best.theta, (len(p), 1)) for p in parts)
     ends = [_descend(joint, p, s, best.scales, HUBER, rounds=60, gain=1e-6)[0] for p, s in zip(parts, starts)]

@@ -108,6 +108,22 @@ def test_what_the_tuning_of_a_cell_misses_does_not_average_out_over_its_seeds() 
     assert np.median(told) > 0.7 * np.std(found)
 
 
+def test_seeds_that_say_nothing_new_make_no_interval_narrower() -> None:
+    """Their cells are off by far more than they differ."""
+    N, D = (axis.ravel() for axis in np.meshgrid(1e8 * 4.0 ** np.arange(3), 2e9 * 4.0 ** np.arange(3)))
+    widths: dict[int, list[float]] = {1: [], 4: []}
+    for design in range(8):
+        off = 0.005 * np.random.default_rng(design).standard_normal((2, 9))
+        for seeds, found in widths.items():
+            noise = 0.0005 * np.random.default_rng(design).standard_normal((2, seeds, 9))
+            tables = [
+                pd.concat([recipe(noise=off[k] + noise[k, s], N=N, D=D, seed=s) for s in range(seeds)])
+                for k in range(2)
+            ]
+            found.append(width(compare_recipes(*tables, resamples=200)))
+    assert np.median(widths[4]) > 0.8 * np.median(widths[1])
+
+
 def test_a_quarter_more_compute_is_seen_on_five_by_five() -> None:
     told = sum(
         compare_recipes(*noisy(1.25, 100 + seed), level=0.9, resamples=100).flops.value.interval[0] > 1
