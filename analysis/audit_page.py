@@ -5,6 +5,7 @@ a reader must be told before an exponent.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -75,15 +76,35 @@ def has_default(runs: pd.DataFrame) -> bool:
 
 def find_worth(runs: pd.DataFrame, sweep: Sensitivity | None) -> tuple[TuningWorth, str] | None:
     """The worth of tuning over the study's default, with its words; where the study has none, over the one learning
-    rate that is best for all sizes. runs: of one family; sweep: what was found of them."""
+    rate that is best for all sizes, of each parametrisation its own. runs: of one family; sweep: of
+    them."""
     if has_default(runs):
         searched = "search" in runs.columns and runs["search"].notna().any()
         return tuning_worth(runs, sweep=sweep), f"the study's own setting{'' if searched else ' (1 times its rule)'}"
-    rate = _one_for_all(runs)
-    if rate is None:
+    kinds = runs["parametrisation"].fillna("") if "parametrisation" in runs.columns else pd.Series("", runs.index)
+    by_kind = {kind: _one_for_all(rows) for kind, rows in runs.groupby(kinds)}  # rates of two do not compare
+    rates = {kind: rate for kind, rate in by_kind.items() if rate is not None}
+    if not rates:
         return None
-    words = f"the one learning rate, {rate:.3g}, that does best over all sizes"
-    return tuning_worth(runs, default={"learning_rate": rate}, sweep=sweep), words
+    told = ", ".join(f"{rate:.3g}{f' under {kind}' if len(by_kind) > 1 else ''}" for kind, rate in rates.items())
+    found = []
+    for kind, rate in rates.items():
+        own = sweep
+        if sweep is not None:
+            own = replace(sweep, optima=tuple(o for o in sweep.optima if o.group.get("parametrisation", "") == kind))
+        found.append(tuning_worth(runs[kinds == kind], default={"learning_rate": rate}, sweep=own))
+    return _together(found), f"the one learning rate, {told}, that does best over all sizes"
+
+
+def _together(found: Sequence[TuningWorth]) -> TuningWorth:
+    """What was found of several parametrisations, as one."""
+    return replace(
+        found[0],
+        axes=tuple(dict.fromkeys(axis for one in found for axis in one.axes)),
+        worths=tuple(worth for one in found for worth in one.worths),
+        laws={kind: law for one in found for kind, law in one.laws.items()},
+        verdicts=tuple(verdict for one in found for verdict in one.verdicts),
+    )
 
 
 def best_worth(found: TuningWorth) -> str:

@@ -398,6 +398,27 @@ def test_sweep_of_the_same_rates_everywhere_is_held_against_the_one_that_is_best
     assert text.count("<tr>") == 1 + 12
 
 
+def test_each_parametrisation_is_held_against_its_own_one_rate() -> None:
+    """One rate over both is right for neither, and makes tuning look worth more than it is."""
+    N, D, rate = (
+        a.ravel() for a in np.meshgrid(np.geomspace(2e4, 3e5, 4), [2e6, 8e6, 3e7], 0.0025 * 2.0 ** np.arange(7))
+    )
+    table = surface(N, D).assign(seed=0, excluded=None, is_default=None)
+    kinds = [
+        tuned_by(table, rate / (best_rate(N, D) * times)).assign(parametrisation=kind, learning_rate=rate)
+        for kind, times in (("mup", 4.0), ("standard", 1.0))
+    ]
+    runs = pd.concat(kinds, ignore_index=True).rename(columns={"loss": "val_loss_final"})
+    both = find_worth(runs, None)
+    assert both is not None
+    assert "0.04 under mup, 0.01 under standard" in both[1]
+    for kind, rows in runs.groupby("parametrisation"):
+        alone = find_worth(rows, None)
+        assert alone is not None
+        told = [w.percent.value for w in both[0].worths if w.group["parametrisation"] == kind]
+        assert told == pytest.approx([w.percent.value for w in alone[0].worths])
+
+
 def test_references_of_a_study_without_a_sweep_come_from_the_store(good_store) -> None:
     from analysis import load_runs
 
