@@ -116,7 +116,7 @@ def heat_map(optimum: Optimum) -> Figure:
 
 def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
     """The optimum against N, D and, where it varies, the batch, with its 95% intervals; and the fitted power law with
-    its 95% band, the other variables at a middle value of theirs."""
+    its 95% band, the other variables at the geometric middle of their range."""
     known = [one for one in found.optima if not one.refused and axis in one.best]
     levels = {name: sorted({one.group[name] for one in known if name in one.group}) for name in ("N", "D", BATCH)}
     names = [name for name, values in levels.items() if len(values) > 1] or ["N"]
@@ -131,7 +131,9 @@ def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
             group = sorted((one for one in known if one.group[other] == level), key=lambda one: one.group[name])
             _moves(axes, group, name, axis, COLOURS(norm(level)), f"{other} = {human(level)}")
         for law in laws:
-            _line(axes, law, name, {v: values[len(values) // 2] for v, values in levels.items() if values})
+            _line(
+                axes, law, name, {v: float(np.sqrt(values[0] * values[-1])) for v, values in levels.items() if values}
+            )
         axes.set(xscale="log", yscale="log", xlabel=NAMES.get(name, AXES.get(name, name)))
         axes.margins(0.08)
         log_ticks(axes, "x", human, 8 if len(names) < 3 else 4)
@@ -197,7 +199,8 @@ def _fan(axes: Axes, group: Sequence[Optimum], curve: str, norm: LogNorm) -> Non
     losses = pd.concat([one.points["loss"].dropna() for one in group])
     if losses.empty:
         return
-    top, low = float(losses.min() * np.exp(HIGH)), float(losses.min())
+    vertices = [one.loss.value for one in group if not one.refused]  # may lie below every point
+    top, low = float(losses.min() * np.exp(HIGH)), float(min([losses.min(), *vertices]))
     top = min(top, float(losses.max() * 1.02))
     for one in sorted(group, key=lambda one: one.group[curve]):
         colour = COLOURS(norm(one.group[curve]))

@@ -101,6 +101,22 @@ def test_the_law_is_drawn_over_what_it_was_fitted_on(sweep: pd.DataFrame) -> Non
     assert not [line for axes in optimum_moves(refused).axes for line in axes.lines if line.get_linestyle() == "--"]
 
 
+def test_the_law_is_drawn_at_the_middle_of_the_other_variable(sweep: pd.DataFrame) -> None:
+    found = sensitivity(sweep, resamples=100)
+    (law,) = found.laws.values()
+    (dashed,) = [line for line in optimum_moves(found).axes[0].lines if line.get_linestyle() == "--"]
+    x, y = (np.asarray(data, dtype=float) for data in (dashed.get_xdata(), dashed.get_ydata()))
+    assert y == pytest.approx(law.predict(N=x, D=1e8)), "between 50M and 200M tokens"
+
+
+def test_an_optimum_below_every_point_is_in_the_picture(sweep: pd.DataFrame) -> None:
+    optima = sensitivity(sweep, resamples=50).optima
+    low = [replace(one, loss=replace(one.loss, value=0.7 * one.loss.value)) for one in optima]
+    for axes in fans(low).axes:
+        diamonds = [float(np.asarray(line.get_ydata())[0]) for line in axes.lines if line.get_marker() == "D"]
+        assert all(axes.get_ylim()[0] < y for y in diamonds)
+
+
 def test_the_audit_rings_what_loses_more_than_noise() -> None:
     table = fan(sizes=SIZES, tokens=(1e8, 4e8), seeds=2).assign(family="llama", C=lambda t: 6 * t["N"] * t["D"])
     rate = RATES[np.abs(np.log(np.array(RATES) / 0.01)).argmin()]
