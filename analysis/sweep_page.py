@@ -161,10 +161,11 @@ def _moves(law: OptimumLaw) -> str:
 
 
 def _places(known: Sequence[Optimum]) -> str:
-    """What the optima are of: pairs of size and length, or with batches too."""
-    batches = {one.group.get("batch_tokens") for one in known}
-    what = "of size, length and batch" if len(batches) > 1 else "of size and length"
-    return f"{plural(len(known), 'combination')} {what}"
+    """What the optima are of: pairs of size and length, or with batches and parametrisations too."""
+    words = {"batch_tokens": "batch", "parametrisation": "parametrisation"}
+    more = [word for key, word in words.items() if len({one.group.get(key) for one in known}) > 1]
+    *first, last = ["size", "length", *more]
+    return f"{plural(len(known), 'combination')} of {', '.join(first)} and {last}"
 
 
 def _factor(one: Optimum) -> float:

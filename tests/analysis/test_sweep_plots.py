@@ -155,3 +155,8 @@ def test_laws_of_settings_that_were_crossed_are_told_apart_on_the_page() -> None
         assert f"<td>llama weight_decay={decay}</td>" in section(found)
         assert f" under weight_decay={decay}" in answer(found)
     assert " under " not in answer(sensitivity(fan(family="llama"), resamples=50))
+
+
+def test_optima_of_two_parametrisations_are_counted_as_such() -> None:
+    runs = pd.concat([fan(parametrisation=kind) for kind in ("mup", "standard")], ignore_index=True)
+    assert "over 10 combinations of size, length and parametrisation" in answer(sensitivity(runs, resamples=50))
