@@ -177,13 +177,17 @@ class Backtest:
         if failed is None:
             return f"the backtest reaches no further than {supported:g} times, where {law} held."
         ratio, error, inside, cells = failed
-        held = (
-            "had no intervals" if np.isnan(inside) else f"held {inside:.0%} of them in its {self.level:.0%} intervals"
-        )
-        return (
-            f"in the backtest at {ratio:g} times, {law} was off by {error:.1%} on average over {plural(cells, 'cell')} "
-            f"and {held} (asked for: at most {ERROR_BOUND:.0%}, and at least {HOLDS * self.level:.0%})."
-        )
+        least = HOLDS * self.level
+        digits = 1 if f"{error:.1%}" != f"{ERROR_BOUND:.1%}" else 2 if f"{error:.2%}" != f"{ERROR_BOUND:.2%}" else 4
+        off = f"off by {error:.{digits}%} on average over {plural(cells, 'cell')}"
+        bounds = [] if error <= ERROR_BOUND else [f"{ERROR_BOUND:.0%} is the most that is asked for"]
+        if np.isnan(inside):
+            held = "had no intervals"
+            bounds.append("without them nothing holds")
+        else:
+            held = f"held {inside:.0%} of them in its {self.level:.0%} intervals"
+            bounds += [] if inside >= least else [f"{least:.0%}, {HOLDS:g} of {self.level:.0%}, is the least"]
+        return f"in the backtest at {ratio:g} times, {law} was {off} and {held}: {', and '.join(bounds)}."
 
     def to_json(self) -> dict[str, Any]:
         rows = {"scores": [vars(s) for s in self.scores], "choices": [vars(c) for c in self.choices]}

@@ -69,7 +69,12 @@ class Forecast:
 
 
 def forecast_dearest(
-    runs: pd.DataFrame, *, loss: str | None = None, noise: float | None = None, resamples: int = 1000, seed: int = 0
+    runs: pd.DataFrame,
+    *,
+    loss: str | None = None,
+    noise: float | None = None,
+    resamples: int | None = None,
+    seed: int = 0,
 ) -> Forecast:
     """Leave the dearest budget out, fit the rest, predict it, and score the prediction.
 

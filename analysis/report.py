@@ -229,7 +229,16 @@ def _budget_table(path: Fit) -> str:
             page.plain(b.loss, "{:.4f}".format),
         )
         rows.append([flops(b.budget), flops(b.C), str(len(b.sizes)), *numbers, "yes" if b.accepted else "refused"])
-    head = ["budget (FLOPs)", "spent", "sizes", "best N", "best D", "tokens per parameter", "loss there", "used"]
+    head = [
+        "budget (FLOPs)",
+        "mean of the runs",
+        "sizes",
+        "best N",
+        "best D",
+        "tokens per parameter",
+        "loss there",
+        "used",
+    ]
     return "<h3>The best size at each budget</h3>" + page.table(head, rows)
 
 
@@ -279,14 +288,14 @@ def _forecast(found: Forecast | None) -> str:
     if np.isfinite(found.N_error):
         lines.append(
             f"Best size: forecast {page.estimate(found.N_predicted)}, found {page.estimate(found.N_found)}, "
-            f"<b>{found.N_error:+.1%}</b> off{_hit(found.N_inside)}."
+            f"<b>{_apart(found.N_error)}</b> the forecast{_hit(found.N_inside)}."
         )
     if found.sizes:
         inside = sum(bool(s.inside) for s in found.sizes)
         lines.append(
             f"Loss: off by <b>{found.mean_absolute_error:.2%}</b> on average over {len(found.sizes)} sizes, {inside} "
             "of them inside their 95% interval"
-            + (f"; at the minimum {found.loss_error:+.2%}." if np.isfinite(found.loss_error) else ".")
+            + (f"; at the minimum {_apart(found.loss_error)} the forecast." if np.isfinite(found.loss_error) else ".")
         )
     lines += [escape(v.message[0].upper() + v.message[1:]) for v in found.verdicts]
     return "<h3>Did the cheaper budgets foretell the dearest?</h3>" + "".join(f"<p>{line}</p>" for line in lines)
@@ -330,11 +339,15 @@ def _backtest(found: Backtest) -> str:
 
 def _score(score: Score | None) -> str:
     if score is None:
-        return ""
+        return page.DASH
     if score.refused:
-        return f"refused <span class=code>{escape(score.refused)}</span>"
+        return f"refused: {escape(score.refused.replace('_', ' '))}"
     inside = f"{score.inside * score.runs:.0f} of {score.runs}" if np.isfinite(score.inside) else "no intervals"
     return f"{score.error:.2%} <span class=range>{inside}</span>"
+
+
+def _apart(error: float) -> str:
+    return f"{abs(error):.2%} {'above' if error > 0 else 'below'}"
 
 
 def _hit(inside: bool | None) -> str:
@@ -344,6 +357,14 @@ def _hit(inside: bool | None) -> str:
 def _verdicts(fits: Sequence[Fit]) -> str:
     said = page.verdicts((f.law, verdict) for f in fits for verdict in f.verdicts)
     return f"<h3>What to keep in mind</h3>{said or '<p>Nothing: no verdict was raised.</p>'}"
+
+
+def _evaluated(runs: pd.DataFrame) -> str:
+    """On what the final losses were taken."""
+    tokens = runs["validation_tokens"].dropna()
+    parts = sorted({int(one) for one in tokens if one > 0})
+    named = " or ".join(f"{one:,} tokens of it" for one in parts)
+    return " or ".join(filter(None, ["all of it" if (tokens == 0).any() or not parts else "", named]))
 
 
 def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
@@ -376,7 +397,7 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
                 page.picture(
                     figure,
                     f"Validation loss during training against {text}, on a small fixed part of the validation text. "
-                    "Dots are final losses, on all of it, which can be a little harder or easier.",
+                    f"Dots are final losses, on {_evaluated(runs)}, which can be a little harder or easier.",
                 )
             )
     if np.isfinite(list(law.solved.values())).all():

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis import fit, judge_targets, read_table, write_report
-from analysis.backtest import ERROR_BOUND, RATIOS, Backtest, backtest
+from analysis.backtest import ERROR_BOUND, RATIOS, Backtest, Score, backtest
 from analysis.report import _backtest
 from analysis.verdicts import Verdict
 from sweeps.errors import InputError
@@ -290,11 +291,29 @@ def test_scores_are_gathered_until_there_are_cells_enough_however_many_seeds_the
     assert few.supports("chinchilla") == 4.0
 
 
+@pytest.mark.parametrize(
+    ("error", "inside", "said"),
+    [
+        (0.0204, 1.0, "off by 2.04% on average over 10 cells and held 100% of them in its 95% intervals: 2% is"),
+        (0.05, 0.5, "5.0% on average over 10 cells and held 50% .*: 2% is the most that is asked for, and 57%, 0.6"),
+        (0.01, 0.5, "1.0% on average over 10 cells and held 50% of them in its 95% intervals: 57%, 0.6 of 95%, is the"),
+        (0.01, float("nan"), "had no intervals: without them nothing holds"),
+    ],
+)
+def test_a_limit_says_which_bound_was_missed_with_the_digits_that_show_it(
+    error: float, inside: float, said: str
+) -> None:
+    own: dict[str, Any] = {"law": "chinchilla", "fitted": 20, "runs": 10, "cells": 10, "reach": 2.0, "chosen": True}
+    scores = (Score(cut=1.0, ratio=2.0, error=error, inside=inside, **own),)
+    found = Backtest(laws=("chinchilla",), dearest=2.0, scores=scores, chosen="chinchilla")
+    assert re.search(said, found.limit("chinchilla"))
+
+
 def test_report_shows_the_backtest(good_store, tmp_path) -> None:
     text = text_of(write_report("demo", good_store, tmp_path / "page.html"))
     assert "How far can the loss surface be extrapolated?" in text
     assert "fitted up to (FLOPs)" in text
-    assert "one_path" in text
+    assert "refused: one path" in text
 
 
 def test_report_says_that_the_span_is_too_small(study) -> None:
