@@ -22,6 +22,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import fdtrc, stdtrit
 
 from analysis.resampling import trunk_labels
+from analysis.uncertainty import merged
 
 MIN_PAIRS = 5
 """Fewer pairs than this cannot tell how much of their noise is shared."""
@@ -137,7 +138,7 @@ class Joint:
 
 def join(one: pd.DataFrame, two: pd.DataFrame) -> Joint:
     """Both tables in one, pairs first."""
-    keys = [_place(own, other).reset_index(names="row") for own, other in ((one, two), (two, one))]
+    keys = [place.reset_index(names="row") for place in _places(one, two)]
     matched = keys[0].merge(keys[1], on=[c for c in keys[0].columns if c != "row"])
     first, second = matched["row_x"].to_numpy(dtype=int), matched["row_y"].to_numpy(dtype=int)
     if len(first) < MIN_PAIRS:
@@ -206,21 +207,25 @@ def by_cells(joint: Joint, best: "Solution") -> Joint:
     return replace(joint, unit=pd.factorize(connected_components(links, directed=False)[1][:n])[0])
 
 
-def _place(own: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    """What a run must share with its partner. Lattice sizes and budgets stand for the N and D that they round to."""
+def _places(one: pd.DataFrame, two: pd.DataFrame) -> list[pd.DataFrame]:
+    """What a run of each table must share with its partner in the other. Lattice sizes and budgets stand for the N and
+    D that they round to."""
 
-    def labelled(label: str, number: str) -> pd.Series:
-        values = own[number].astype(float)
-        if label in own.columns and label in other.columns:
-            values = own[label].astype(float).fillna(values)
-        return values.map(np.log).round(2)
+    def labelled(label: str, number: str) -> np.ndarray:
+        values = [table[number].astype(float) for table in (one, two)]
+        if label in one.columns and label in two.columns:
+            values = [table[label].astype(float).fillna(own) for table, own in zip((one, two), values)]
+        return merged(np.concatenate(values))
 
     key = pd.DataFrame({"size": labelled("size", "N"), "place": labelled("budget", "D")})
     for seed in ("seed", "data_seed"):
-        if seed in own.columns and seed in other.columns:
-            key[seed] = own[seed].to_numpy()
+        if seed in one.columns and seed in two.columns:
+            key[seed] = np.concatenate([one[seed], two[seed]])
     # Replicates without seeds of their own pair up in order.
-    return key.assign(order=key.groupby(list(key.columns), dropna=False).cumcount())
+    return [
+        part.reset_index(drop=True).assign(order=part.groupby(list(key.columns), dropna=False).cumcount().to_numpy())
+        for part in (key.iloc[: len(one)], key.iloc[len(one) :])
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

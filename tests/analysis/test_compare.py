@@ -108,6 +108,14 @@ def test_what_the_tuning_of_a_cell_misses_does_not_average_out_over_its_seeds() 
     assert np.median(told) > 0.7 * np.std(found)
 
 
+@pytest.mark.parametrize("N", [1.0e8, 1.00423e8, 1.0049e8])
+def test_runs_pair_up_wherever_their_sizes_lie(N: float) -> None:
+    """Of one seed and length, at sizes half a thousandth apart."""
+    D = 2e9 * 1.3 ** np.arange(14)
+    one, two = noisy(1.1, 4, shared=0.9, N=np.full(14, N), D=D)
+    assert compare_recipes(one, two.assign(N=1.0005 * two["N"]), resamples=100).pairs == 14
+
+
 def test_seeds_that_say_nothing_new_make_no_interval_narrower() -> None:
     """Their cells are off by far more than they differ."""
     N, D = (axis.ravel() for axis in np.meshgrid(1e8 * 4.0 ** np.arange(3), 2e9 * 4.0 ** np.arange(3)))
