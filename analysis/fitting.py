@@ -77,7 +77,7 @@ def fit(
     objective: of the residuals of ln loss: huber, lad (least absolute deviations), l2, student (4 degrees of freedom).
     threshold: Huber's, and the scale of Student's t, in ln loss; by default 1.5 times the noise, measured between
         seeds, else robustly from the residuals. 1e-3 is Hoffmann's, which at .5% noise is nearly lad.
-    raw: residuals of the response itself in place of its logarithm.
+    raw: residuals of the response itself in place of its logarithm; their scatter is taken for the noise.
     fixed: parameters held at a value. drop_worst: leave out so many of the worst-fitting runs (a verdict says so).
     resample: where intervals come from. noise: a parametric bootstrap with the seeds' noise, or the residuals' scale;
         rows: rows drawn with replacement, or whole groups of equal `cluster` (a configuration), by default the cells
@@ -101,6 +101,10 @@ def fit(
         selection = _with_noise(select(runs, loss), noise)
         return fit_isoflop(
             selection, targets=targets, method=ISOFLOP[law], resamples=resamples or 2000, level=level, seed=seed
+        )
+    if raw and noise is not None:
+        raise InputError(
+            "noise is that of ln loss, and raw fits the loss itself, by its own scatter: give one of them."
         )
     form = find_law(law)
     check_fixed(form, fixed or {})
@@ -171,6 +175,12 @@ def fit_law(
         spread, freedom = repeats.sd, repeats.freedom
     else:  # nothing is seen that the runs of a place have in common
         repeats = None
+    if settings.raw and noise.source == "residuals":
+        message = (
+            f"residuals of {form.response} itself: their scatter ({noise.sd:.3g}, in its unit) is taken for the noise, "
+            "and also holds what the law misses. What seeds differ by is known of the logarithm alone."
+        )
+        said = [Verdict("noise_from_residuals", "info", "fit", None, message)]
     verdicts += said
     robust = _robust(settings, noise if np.isfinite(noise.sd) else Noise(sd=1e-3, freedom=0, source="unknown"))
     best = solve(problem, robust)

@@ -45,6 +45,16 @@ def test_clean_replicated_runs_raise_no_verdict() -> None:
     assert target["N"].interval[0] < float(closed_form(1e21, BES).N) < target["N"].interval[1]
 
 
+def test_a_fit_of_the_loss_itself_takes_its_own_scatter_for_the_noise_and_says_so() -> None:
+    found = fit(replicated(), raw=True, resamples=20)
+    (said,) = [v.message for v in found.verdicts if v.code == "noise_from_residuals"]
+    assert "in its unit" in said
+    assert "no seeds are replicated" not in said, "they are"
+    assert 0.005 < found.noise["sd"] < 0.015, "in nats, of losses of two to four"
+    with pytest.raises(InputError, match="give one of them"):
+        fit(replicated(), raw=True, noise=0.003)
+
+
 def test_json_of_a_fit_is_complete_and_strict() -> None:
     written = fit(replicated(), targets=[1e21]).to_json()
     assert json.loads(json.dumps(written, allow_nan=False)) == written
