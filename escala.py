@@ -125,10 +125,12 @@ def plan(
         }
         print(json.dumps(printed | {"estimate": timed.to_json() if timed else None}))
         return
-    from cluster.display import cell_table, console, estimate_lines
+    from cluster.display import cell_table, console, estimate_lines, rows_shown
     from sweeps.units import flops, plural
 
-    console.print(cell_table(rows, title=planned.study.name, width=console.width))
+    console.print(
+        cell_table(rows, planned.study.name, console.width, rows_shown(), " that are not shown; --json prints all")
+    )
     console.print(
         f"{plural(len(rows), 'cell')}, {flops(totals['C'])} FLOPs ({flops(totals['C_missing'])} to do), "
         f"{totals['D']:,} tokens. {compare(place, planned)}."

@@ -47,12 +47,24 @@ _FOLLOWS = ("steps", "timescale", "D/N", "epochs", "spent")
 """Columns that a narrow terminal goes without, one after the other: they follow from the others."""
 _SHORT = {"batch_tokens": "batch", "learning_rate": "lr", "weight_decay": "wd"}
 _SHOWN = 200
-"""Rows of a table on a terminal; --json prints all."""
+"""Rows of a table on a terminal."""
+_ORDER = {"failed": 0, "running": 1, "diverged": 2, "planned": 3}
+"""Of the states, where a table has no room for all cells: what a person looks for first."""
 
 
-def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) -> RenderableType:
+def rows_shown() -> int | None:
+    """How many cells a table has room for: all of them in a pipe, where a program may look for some."""
+    return _SHOWN if console.is_terminal else None
+
+
+def cell_table(
+    rows: Sequence[Mapping[str, Any]], title: str, width: int = 0, most: int | None = None, rest: str = ""
+) -> RenderableType:
     """The cells of a study, one a line; batch and decay where they vary. Of what does not fit into `width` columns,
-    those go that follow from others."""
+    those go that follow from others. Of more than `most` cells those that have failed or run are shown; `rest` says
+    where the others are."""
+    shown = rows if most is None or len(rows) <= most else sorted(rows, key=lambda row: _ORDER.get(row["state"], 4))
+    shown = shown[:most]
     families = {row["family"] for row in rows}
     varied = sorted({key for row in rows for key in row["labels"] if key.endswith("_times")})
     varied += [key for key in ("trial", "rung") if any(key in row["labels"] for row in rows)]
@@ -64,7 +76,7 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     names += [*factors.values(), "timescale", "steps", "epochs", "seed", "loss"]
     names += ["parametrisation"] if len({row["parametrisation"] for row in rows}) > 1 else []
     names += ["time"] if any("seconds_predicted" in row for row in rows) else []
-    lines = [_cell_line(row, factors) for row in rows[:_SHOWN]]
+    lines = [_cell_line(row, factors) for row in shown]
     widths = {name: max([len(name), *(cell_len(str(line[name])) for line in lines)]) + 1 for name in [*names, "state"]}
     for name in _FOLLOWS:
         if width and name in names and sum(widths[kept] for kept in [*names, "state"]) > width:
@@ -75,9 +87,9 @@ def cell_table(rows: Sequence[Mapping[str, Any]], title: str, width: int = 0) ->
     table.add_column("state", no_wrap=True, overflow="ellipsis")
     for line in lines:
         table.add_row(*(line[name] for name in names), line["state"])
-    if len(rows) <= _SHOWN:
+    if len(shown) == len(rows):
         return table
-    return Group(table, Text(f"... and {len(rows) - _SHOWN:,} more cells; --json prints all", style="dim"))
+    return Group(table, Text(f"... and {plural(len(rows) - len(shown), 'more cell')}{rest}", style="dim"))
 
 
 def _cell_line(row: Mapping[str, Any], factors: Mapping[str, str]) -> dict[str, str | Text]:

@@ -25,22 +25,24 @@ WATCH_SECONDS = 2.0
 def study_picture(
     rows: list[dict[str, Any]],
     name: str,
-    everything: list[dict[str, Any]] | None = None,
+    most: int | None = None,
+    rest: str = "",
     searched: Sequence[Mapping[str, Any]] = (),
 ) -> RenderableType:
-    """The cells, then those that run with how far they are, then the counts. everything: where `rows` are a part.
-    searched: the summary of a search (sweeps/summary.py)."""
-    parts: list[RenderableType] = [cell_table(rows, title=name, width=console.width)]
+    """The cells, or `most` of them and where the `rest` is; then those that run with how far they are, then the counts
+    of all. searched: the summary of a search (sweeps/summary.py)."""
+    parts: list[RenderableType] = [cell_table(rows, name, console.width, most, rest)]
     if running := [row for row in rows if row["progress"]]:
-        parts += [Text(), running_table(running)]
+        parts += [Text(), running_table(running[:most])]
     ends = _sum_of(rows)
     counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
     told = ", ".join(f"{count} {kind}" for kind, count in ends.items())
     parts.append(Text(counts + (f"   (attempts that failed: {told})" if told else "")))
-    if shared := sharing(everything or rows):
+    if shared := sharing(rows):
         parts.append(Text(f"{sharing_words(shared)}."))
     parts += [Text(line) for one in searched for line in summary_lines(one)]
-    parts += [Text(f"{row['id'][:8]} other numerics since {row['numerics']}") for row in rows if row["numerics"]]
+    changed = [row for row in rows if row["numerics"]]
+    parts += [Text(f"{row['id'][:8]} other numerics since {row['numerics']}") for row in changed[:most]]
     return Group(*parts)
 
 
@@ -89,14 +91,9 @@ def watch_study(store: Store, name: str) -> None:
 
 
 def _newest(rows: list[dict[str, Any]], name: str, searched: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """What fits the screen: the cells that run or wait come first where there are too many."""
+    """What fits the screen."""
     room = max(5, console.height - 8 - sum(row["state"] == "running" for row in rows))
-    if len(rows) <= room or not console.is_terminal:
-        return study_picture(rows, name, searched=searched)
-    order = {"running": 0, "failed": 1, "diverged": 2, "planned": 3}
-    shown = sorted(rows, key=lambda row: order.get(row["state"], 4))[:room]
-    counts = ", ".join(f"{count} {state}" for state, count in count_states(rows).items())
-    return Group(study_picture(shown, name, rows, searched), Text(f"of all {len(rows):,} cells: {counts}"))
+    return study_picture(rows, name, room if console.is_terminal else None, searched=searched)
 
 
 def _sum_of(rows: list[dict[str, Any]]) -> dict[str, int]:

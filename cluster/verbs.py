@@ -37,6 +37,9 @@ def status(
     watch: Annotated[
         bool, typer.Option("--watch", help="Draw it anew every 2 s, until nothing is left to do.")
     ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every cell also on a terminal, however many there are.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is."""
@@ -46,6 +49,8 @@ def status(
     from sweeps.errors import InputError
     from sweeps.summary import search_summary
 
+    if watch and everything:
+        raise InputError("--watch shows what fits the screen; for all cells ask without it.")
     if watch and as_json:
         raise InputError("--watch draws for people; for JSON ask again and again without it.")
     place = existing_store(store)
@@ -63,10 +68,11 @@ def status(
         told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows)}
         print(json.dumps(told | {"search": searched, "cells": rows}))
         return
-    from cluster.display import console
+    from cluster.display import console, rows_shown
     from cluster.overview import study_picture
 
-    console.print(study_picture(rows, name, searched=searched))
+    most = None if everything else rows_shown()
+    console.print(study_picture(rows, name, most, " that are not shown; --all shows them", searched))
     if paused:
         console.print(f"{paused}; go on with: escala resume {name}")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import ROOT, TINY, Escala, ids, refused
+from commandline import ROOT, TINY, Escala, FrontDoor, ids, refused
 
 import analysis
-from cluster import verbs, watching
+from cluster import display, verbs, watching
 from cluster.arguments import find_cell
 from cluster.claims import Claim
 from cluster.watching import cells_named, explain
@@ -80,6 +80,32 @@ def test_the_status_table_is_whole_on_narrow_terminals(place: tuple[Escala, Stor
     assert ("timescale" in run.stdout) == (columns >= 120)
 
 
+def test_of_many_cells_a_terminal_shows_those_that_failed_or_run_and_a_pipe_all(
+    place: tuple[Escala, Store], front_door: FrontDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = place
+    begin_attempt(store, ids(store)[5], {"numerics": {}})
+    rows = watching.status_rows(store, "demo")
+    rows = [*(300 * rows[:1]), *rows[1:]]
+    monkeypatch.setattr(watching, "status_rows", lambda *_: rows)
+
+    def listed(*options: str) -> list[str]:
+        shown = front_door("status", "demo", "--store", store.root, *options).out.partition("\n\n")[0]
+        return [line.split()[-1] for line in shown.splitlines()[2:]]
+
+    assert len(listed()) == 305, "in a pipe a program looks for some of them"
+    monkeypatch.setattr(display, "_SHOWN", 5)
+    monkeypatch.setattr(display.console, "_force_terminal", True)
+    text = front_door("status", "demo", "--store", store.root).out
+    first, second = text.splitlines()[2:4]
+    assert ids(store)[4][:8] in first
+    assert ids(store)[5][:8] in second
+    assert "300 more cells" in text
+    assert "--all shows them" in text
+    assert "303 finished, 1 failed, 1 running" in text, "the counts are of all"
+    assert len(listed("--all")) == 305
+
+
 def test_watching_ends_by_itself_when_nothing_is_left(tmp_path: Path) -> None:
     store = open_store(write_study(tmp_path / "store", [Run(width=width, budget=1.2e11) for width in (16, 24, 32)]))
     cell = ids(store)[0]
@@ -94,6 +120,7 @@ def test_watching_ends_by_itself_when_nothing_is_left(tmp_path: Path) -> None:
     assert "3 finished" in text
     assert "--json" not in text
     assert "--watch" in refused(escala, "status", "demo", "--watch", "--json", "--store", store.root)
+    assert "--watch" in refused(escala, "status", "demo", "--watch", "--all", "--store", store.root)
 
 
 # --- logs --------------------------------------------------------------------------------------------------------
