@@ -86,7 +86,10 @@ def find_cell(prefix: str, store: "Store") -> str:
 
     found = cells_named(store, prefix)
     if not found:
-        raise InputError(f"no cell in {store.root} with an id that begins with {prefix!r}. `escala status` lists them.")
+        raise InputError(
+            f"no cell in {store.root} with an id that begins with {prefix!r}. `escala status STUDY` lists a study's "
+            "cells, `escala status` the studies."
+        )
     if len(found) > 1:
         raise ambiguous(store, prefix, found)
     return found[0]

@@ -46,6 +46,19 @@ def study_picture(
     return Group(*parts)
 
 
+def study_table(studies: Sequence[Mapping[str, Any]]) -> Table:
+    """The studies of a store, as `study_rows` tells them: their cells by state, and who drives them."""
+    states = ["finished", "failed", "running", "planned"]
+    states += [one for one in ("diverged", "quarantined") if any(one in study["counts"] for study in studies)]
+    table = plain_table("study", "cells", *states)
+    table.add_column("driver", overflow="ellipsis", no_wrap=True)
+    for study in studies:
+        driver = f"lives on {study['driver']['host']}" if study["driver"] else "-"
+        counts = (study["cells"], *(study["counts"].get(one, 0) for one in states))
+        table.add_row(study["study"], *(f"{count:,}" for count in counts), driver + ", paused" * bool(study["paused"]))
+    return table
+
+
 def running_table(rows: list[dict[str, Any]]) -> Table:
     """What runs: how far, how fast, how long silent, where, and how earlier attempts ended."""
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))

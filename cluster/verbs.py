@@ -32,7 +32,9 @@ STEER = "See and steer"
 
 @app.command(rich_help_panel=STEER)
 def status(
-    study: StudyArgument,
+    study: Annotated[
+        str | None, typer.Argument(help="A study file or name. Default: the studies of the store, in short.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     watch: Annotated[
         bool, typer.Option("--watch", help="Draw it anew every 2 s, until nothing is left to do.")
@@ -42,10 +44,13 @@ def status(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is."""
+    """The state of every cell of a study, with its reason, as the store's files tell it; what runs, how far it is.
+
+    Without a study: those of the store, how many of their cells are in which state, and who drives them.
+    """
     from cluster.control import read_pause
     from cluster.ledger import count_states, sharing
-    from cluster.watching import status_rows
+    from cluster.watching import status_rows, study_rows
     from sweeps.errors import InputError
     from sweeps.summary import search_summary
 
@@ -53,7 +58,21 @@ def status(
         raise InputError("--watch shows what fits the screen; for all cells ask without it.")
     if watch and as_json:
         raise InputError("--watch draws for people; for JSON ask again and again without it.")
+    if watch and study is None:
+        raise InputError("--watch shows one study: name it.")
     place = existing_store(store)
+    if study is None:
+        studies = study_rows(place)
+        if as_json:
+            print(json.dumps({"studies": studies}))
+        elif studies:
+            from cluster.display import console
+            from cluster.overview import study_table
+
+            console.print(study_table(studies))
+        else:
+            say(f"the store {place.root} has no study yet.")
+        return
     name = study_name(study, place)
     if watch:
         from cluster.overview import watch_study

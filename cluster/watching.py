@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.claims import living_drivers
+from cluster.claims import living_drivers, read_holder
+from cluster.control import read_pause
 from cluster.ledger import is_recorded, ledger_rows
 from sweeps.cell import differences
 from sweeps.errors import InputError
@@ -49,6 +50,26 @@ def status_rows(store: Store, name: str) -> list[Json]:
             row["progress"] = progress(store, row["id"], row["D"])
             row["host"] = _attempts(store, row["id"])[-1].get("host")
     return rows
+
+
+def study_rows(store: Store) -> list[Json]:
+    """The studies of a store: {"study", "cells", "counts" (cells by state), "paused", "driver" (as `driver_of`)}."""
+    found = []
+    for name in study_names(store):
+        cells = [entry["id"] for entry in read_plan(store, name)["cells"]]
+        marked = read_quarantine(store, name)
+        states = Counter("quarantined" if one in marked else cell_state(store, one).state for one in cells)
+        stands = read_pause(store, name)
+        paused = None if stands is None else str(stands)
+        row = {"study": name, "cells": len(cells), "counts": dict(states), "paused": paused}
+        found.append(row | {"driver": driver_of(store, name)})
+    return found
+
+
+def driver_of(store: Store, name: str) -> Json | None:
+    """The driver that lives: {"host", "pid", "started"}."""
+    holder = read_holder(store, name)
+    return {key: holder.record[key] for key in ("host", "pid", "started")} if holder and holder.lives else None
 
 
 def attempt_ends(store: Store, cell_id: str) -> dict[str, int]:

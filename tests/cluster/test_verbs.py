@@ -22,7 +22,16 @@ from cluster.claims import Claim
 from cluster.watching import cells_named, explain
 from sweeps.errors import InputError
 from sweeps.records import append_rows, read_json, write_json
-from sweeps.store import Store, begin_attempt, commit_result, open_store, read_plan, read_quarantine, record_error
+from sweeps.store import (
+    Store,
+    begin_attempt,
+    commit_result,
+    open_store,
+    quarantine_cell,
+    read_plan,
+    read_quarantine,
+    record_error,
+)
 from tests.analysis.synthetic import Run, write_study
 
 SECONDS = 180.0
@@ -121,6 +130,34 @@ def test_watching_ends_by_itself_when_nothing_is_left(tmp_path: Path) -> None:
     assert "--json" not in text
     assert "--watch" in refused(escala, "status", "demo", "--watch", "--json", "--store", store.root)
     assert "--watch" in refused(escala, "status", "demo", "--watch", "--all", "--store", store.root)
+
+
+def test_status_without_a_study_lists_those_of_the_store_and_who_drives_them(
+    place: tuple[Escala, Store], front_door: FrontDoor
+) -> None:
+    _, store = place
+    write_study(store.root, [Run(width=64, budget=1.2e11, state="planned")], name="other")
+    quarantine_cell(store, "demo", ids(store)[0], "odd", "me")
+    with Claim(store, "other"):
+        shown = front_door("status", "--store", store.root).out
+        demo, other = json.loads(front_door("status", "--store", store.root, "--json").out)["studies"]
+    assert demo == {
+        "study": "demo",
+        "cells": 6,
+        "counts": {"quarantined": 1, "finished": 3, "failed": 1, "planned": 1},
+        "paused": None,
+        "driver": None,
+    }
+    assert (other["counts"], other["driver"]["pid"]) == ({"planned": 1}, os.getpid())
+    assert [line.split()[:6] for line in shown.splitlines()[1:]] == [
+        ["demo", "6", "3", "1", "0", "1"],
+        ["other", "1", "0", "0", "0", "1"],
+    ]
+    assert f"lives on {other['driver']['host']}" in shown
+    assert "`escala status STUDY` lists" in front_door("logs", "ffff", "--store", store.root).err
+    assert "name it" in front_door("status", "--watch", "--store", store.root).err
+    open_store(store.root / "empty")
+    assert "no study yet" in front_door("status", "--store", store.root / "empty").out
 
 
 # --- logs --------------------------------------------------------------------------------------------------------
