@@ -37,14 +37,21 @@ def run_name(record: Json, labels: Mapping[str, Any], varied: Iterable[str] = ()
     identity = described(record)["identity"]
     name = f"{identity['family']} N={human(record['counts']['N'])} D={human(identity['tokens'])}"
     name += f" C={flops(labels['budget'])}" if "budget" in labels else ""
-    name += f" trial {labels['trial']}" if "trial" in labels else ""
+    return name + told_apart(record, labels, varied)
+
+
+def told_apart(record: Json, labels: Mapping[str, Any], varied: Iterable[str]) -> str:
+    """What sets a cell off from others of its size and length, each value after a space: its trial, its values of the
+    hyperparameters that the study varies, its seed."""
+    identity = described(record)["identity"]
+    words = f" trial {labels['trial']}" if "trial" in labels else ""
     parts = (identity, identity["optimizer"], identity["schedule"])
     for key in varied:
         value = next((part[key] for part in parts if key in part), "standard" if key == "parametrisation" else None)
         value = value.get("kind", value.get("name")) if isinstance(value, Mapping) else value
         if value is not None:
-            name += f" {value}" if isinstance(value, str) else f" {_SHORT.get(key, key)}={value:.4g}"
-    return name + (f" seed {identity['seed']}" if identity["seed"] and not is_foreign(record) else "")
+            words += f" {value}" if isinstance(value, str) else f" {_SHORT.get(key, key)}={value:.4g}"
+    return words + (f" seed {identity['seed']}" if identity["seed"] and not is_foreign(record) else "")
 
 
 def run_params(record: Json, labels: Mapping[str, Any]) -> dict[str, str]:

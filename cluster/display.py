@@ -251,10 +251,14 @@ class LiveProgress:
         )
         bar.add_task(f"[bold]{eta}[/]", total=progress.total, completed=ended)
         lines = Table.grid(padding=(0, 2))
+        for name in ("cell", "which", "done", "loss", "pace"):
+            lines.add_column(no_wrap=name != "which")
         for one in progress.running:
+            which = Text(f"N={human(one.N)}{one.apart}", no_wrap=True, overflow="ellipsis")  # what a narrow one cuts
             lines.add_row(
-                f"  N={human(one.N)}",
-                f"{one.tokens / one.horizon:4.0%} of {human(one.horizon)} tokens",
+                one.cell_id[:8],
+                which,
+                f"{one.tokens / one.horizon:4.0%} of {human(one.horizon)}",
                 f"loss {one.loss:.3f}" if one.loss else "starting",
                 f"{human(one.tokens_per_second)} tokens/s",
             )

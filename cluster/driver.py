@@ -406,7 +406,7 @@ class _Run:
 
     def _progress(self) -> Progress:
         hands = self.tasks.hands()
-        running = tuple(hand.running() for hand in hands)
+        running = tuple(hand.running(self.plan.study.vary) for hand in hands)
         done = self.standing.work_done + sum(work_won(self.queue, hand, hand.tail.tokens) for hand in hands)
         left = work_left(self.queue, [*self.queue.cells(), *self.standing.elsewhere.values()], hands)
         more, flops = self.search.to_come()

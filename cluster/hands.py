@@ -1,8 +1,9 @@
 """A cell in a worker's hands, and how its driver follows it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.progress import Running, Tail
+from cluster.progress import Running, Tail, apart_words
 from cluster.pulse import Pulse, begun_attempt
 from sweeps.planned import PlannedCell
 from sweeps.store import (
@@ -46,11 +47,12 @@ class Hand:
             ask_to_stop(attempt, kind, why)
             self.stopping = why
 
-    def running(self) -> Running:
-        """How far it is, as its log tells."""
+    def running(self, varied: Iterable[str]) -> Running:
+        """How far it is, as its log tells; and which cell, of a study that varies these hyperparameters."""
         self.tail.read()
         one, tail = self.one, self.tail
-        return Running(one.cell.id, one.counts["N"], tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
+        which = (one.cell.id, one.counts["N"], apart_words(one, varied))
+        return Running(*which, tail.tokens, one.cell.tokens, tail.loss, tail.tokens_per_second)
 
     def record_death(self, kind: str, message: str) -> None:
         """Charge a death to the cell, where the attempt did not say itself how it ended. InputError at a full disk."""

@@ -1,7 +1,9 @@
 """How a run stands at a moment, for displays: read from the logs of the cells that run; and what it did, at its end."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from cluster.cellruns import told_apart
 from sweeps.planned import PlannedCell
 from sweeps.records import read_rows
 from sweeps.store import CellState, Store, attempt_epochs
@@ -33,6 +35,8 @@ class Running:
 
     cell_id: str
     N: int
+    apart: str
+    """What sets it off from others of its size, as `apart_words` tells."""
     tokens: int
     horizon: int
     loss: float | None
@@ -59,10 +63,17 @@ class Progress:
     """The study's experiment in MLflow, where that is a server."""
 
 
-def ended_words(one: PlannedCell, state: CellState) -> str:
-    """How a cell ended, for people: with its final loss, as its result has it."""
+def apart_words(one: PlannedCell, varied: Iterable[str]) -> str:
+    """What sets a cell off from others of its size and length, each value after a space."""
+    return told_apart({"identity": one.cell.identity, "counts": one.counts}, one.labels, varied)
+
+
+def ended_words(one: PlannedCell, state: CellState, varied: Iterable[str]) -> str:
+    """How a cell ended, for people: which it is of a study that varies these hyperparameters, and its final loss, as
+    its result has it."""
     loss = (state.result or {}).get("val_loss_final")
-    words = f"{one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}: {state.state}"
+    words = f"{one.cell.id[:8]} {one.cell.family} N={one.counts['N']:,} D={one.cell.tokens:,}{apart_words(one, varied)}"
+    words += f": {state.state}"
     return words + (f" ({state.reason})" if state.reason else f", loss {loss:.4f}" if loss else "")
 
 

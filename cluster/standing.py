@@ -13,7 +13,7 @@ from cluster.searching import Searching
 from sweeps.errors import InputError
 from sweeps.planned import PlannedCell
 from sweeps.records import FREE_SPACE
-from sweeps.store import Store, cell_state, read_end
+from sweeps.store import CellState, Store, cell_state, read_end
 
 
 class Standing:
@@ -79,7 +79,7 @@ class Standing:
                 self.work_done += own_work(self._queue, one)
             elif state.state == "failed":
                 self._note_failed(one, state.reason)
-                self._say(ended_words(one, state))
+                self._say(self._ended(one, state))
             else:
                 self._queue.put(one)
             del self.elsewhere[one.cell.id]
@@ -125,11 +125,14 @@ class Standing:
         if state.result is not None:
             self._spend(one, state.result)
             self.work_done += evaluation_work(self._queue, one) if state.state == "finished" else 0.0
-        words, branches = ended_words(one, state), self._search.plan.branches
+        words, branches = self._ended(one, state), self._search.plan.branches
         if cell_id in branches and state.result is not None and state.result.get("trunk") is None:
             words += f" (from the start: its trunk {branches[cell_id].parent[:8]} left no checkpoint for it)"
         self._say(words)
         return counted
+
+    def _ended(self, one: PlannedCell, state: CellState) -> str:
+        return ended_words(one, state, self._search.plan.study.vary)
 
     def _spend(self, one: PlannedCell, result: Mapping[str, Any]) -> None:
         """A result is there: its FLOPs are spent, whoever trained it."""

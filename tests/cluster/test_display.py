@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 from commandline import TINY, FrontDoor
+from rich.console import Console
 
 from analysis.verdicts import Verdict
 from cluster import display
-from cluster.progress import Progress, Tally
+from cluster.planning import read_study
+from cluster.progress import Progress, Running, Tally, apart_words, ended_words
+from sweeps.store import CellState
 
 
 def test_cells_that_end_are_numbered_and_notes_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,6 +66,37 @@ def test_that_ray_starts_is_said_when_it_does(
     assert "starting Ray" not in front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s").out
     starts = True
     assert "starting Ray and MLflow ..." in front_door("run", tmp_path / "study.yaml", "--store", tmp_path / "s").out
+
+
+def test_cells_of_one_size_are_told_apart_where_they_end_and_where_they_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = "vary: {learning_rate: [0.001, 0.002]}\n"
+    (tmp_path / "study.yaml").write_text(TINY + rates)
+    cells = read_study(str(tmp_path / "study.yaml"), tmp_path / "s", False, False)[1].cells
+    ended = [
+        ended_words(one, CellState("finished", None, 1, {"val_loss_final": 2.5}), ["learning_rate"]) for one in cells
+    ]
+    assert len(set(ended)) == len(cells)
+    assert all(words.startswith(f"{one.cell.id[:8]} llama N=") for words, one in zip(ended, cells, strict=True))
+    assert any(" lr=0.002 seed 1: finished, loss 2.5000" in words for words in ended)
+    console = Console(width=80)
+    monkeypatch.setattr(display, "console", console)
+    running = [
+        Running(
+            one.cell.id, 123_456_789, apart_words(one, ["learning_rate"]) + add, 4_560_000, 7_890_000, 2.345, 12_345.0
+        )
+        for one, add in zip(cells[:2], ("", " and much more of what is long here"), strict=True)
+    ]
+    counts = {"finished": 0, "diverged": 0, "failed": 0, "running": 2}
+    shown = display.LiveProgress()
+    with console.capture() as captured:
+        console.print(shown._picture(Progress(counts, 9, tuple(running), None, 1, None, ()), 0, "ETA unknown yet"))
+    rows = captured.get().splitlines()[1:3]
+    assert [row.split()[:3] for row in rows] == [
+        [one.cell_id[:8], "N=123M", f"lr={rate}"] for one, rate in zip(running, ("0.001", "0.002"), strict=True)
+    ]
+    assert all(row.rstrip().endswith("58% of 7.89M  loss 2.345  12.3k tokens/s") for row in rows)
 
 
 def test_what_is_said_of_two_targets_in_the_same_words_is_said_once() -> None:
