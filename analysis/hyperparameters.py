@@ -176,8 +176,8 @@ def _sweep_pictures(found: Sensitivity, crossed: Sequence[Optimum]) -> Iterator[
             name=f"best-{axis.replace('_', '-')}",
             figure=sweep_plots.optimum_moves(found, axis),
             caption=f"The best {sweep_page.WORDS[axis]} against size, tokens and, where it varies, the batch, with "
-            "95% intervals. The dashed line is the fitted power law with its 95% band, the other variables at "
-            "the geometric middle of their range.",
+            "95% intervals. Lines are fitted power laws with their 95% band, the other variables at the geometric "
+            "middle of their range.",
         )
 
 

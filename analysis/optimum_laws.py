@@ -7,7 +7,7 @@ power along that path and none of D. Refused optima do not enter; optima that sc
 noise explains widen its intervals.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,16 +99,21 @@ def optimum_laws(
     Paule & Mandel 1982). The bootstrap takes the optima's own draws and draws the groups' scatter anew, with as many
     degrees of freedom as it was estimated from.
     """
+    laws = {}
+    for axis in optima[0].axes if optima else ():
+        for name, members in by_law(optima, axis).items():
+            labels = {k: v for k, v in members[0].group.items() if k not in _SHAPE}
+            laws[name] = _law(axis, members, labels, _recipe(runs, labels, axis), level, seed)
+    return laws
+
+
+def by_law(optima: Iterable[Optimum], axis: str) -> dict[str, list[Optimum]]:
+    """The optima that each law goes through, by its name."""
     kinds: dict[tuple[Any, ...], list[Optimum]] = {}
     for one in optima:
         kinds.setdefault(tuple((k, v) for k, v in one.group.items() if k not in _SHAPE), []).append(one)
     named = _telling(kinds)
-    laws = {}
-    for kind, members in kinds.items():
-        labels = dict(kind)
-        for axis in members[0].axes:
-            laws[_name(kind, named, axis)] = _law(axis, members, labels, _recipe(runs, labels, axis), level, seed)
-    return laws
+    return {_name(kind, named, axis): members for kind, members in kinds.items()}
 
 
 def near_best_laws(

@@ -4,7 +4,8 @@ Every function returns a matplotlib Figure of its own. What is refused has no ma
 upper edge, so that a curve that ends is not taken for one that was not tried.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.audits import Audit
 from analysis.optima import Optimum
-from analysis.optimum_laws import OptimumLaw
+from analysis.optimum_laws import OptimumLaw, by_law
 from analysis.sensitivities import Sensitivity
 from analysis.style import (
     BAND,
@@ -29,6 +31,7 @@ from analysis.style import (
     dress,
     figure,
     human_ticks,
+    kind,
     log_norm,
     log_ticks,
     plain,
@@ -116,30 +119,37 @@ def heat_map(optimum: Optimum) -> Figure:
 
 def optimum_moves(found: Sensitivity, axis: str = "learning_rate") -> Figure:
     """The optimum against N, D and, where it varies, the batch, with its 95% intervals; and the fitted power law with
-    its 95% band, the other variables at the geometric middle of their range."""
+    its 95% band, the other variables at the geometric middle of their range. Of several laws each has its own colour,
+    marker and dash."""
     known = [one for one in found.optima if not one.refused and axis in one.best]
     levels = {name: sorted({one.group[name] for one in known if name in one.group}) for name in ("N", "D", BATCH)}
     names = [name for name, values in levels.items() if len(values) > 1] or ["N"]
-    laws = [law for law in found.laws.values() if law.hyperparameter == axis and not law.refused]
+    middle = {name: float(np.sqrt(values[0] * values[-1])) for name, values in levels.items() if values}
+    kinds = by_law(found.optima, axis)
     picture = Figure(figsize=(WIDTH, 3.6))
     picture.set_layout_engine("constrained", wspace=0.06)
     for axes, name in zip(np.atleast_1d(picture.subplots(1, len(names), sharey=True)), names):
         dress(axes)
         other = next((other for other in names if other != name), "D" if name == "N" else "N")
-        norm = log_norm(levels[other] or [1.0])
-        for level in levels[other]:
-            group = sorted((one for one in known if one.group[other] == level), key=lambda one: one.group[name])
-            _moves(axes, group, name, axis, COLOURS(norm(level)), f"{other} = {human(level)}")
-        for law in laws:
-            _line(
-                axes, law, name, {v: float(np.sqrt(values[0] * values[-1])) for v, values in levels.items() if values}
-            )
+        if len(kinds) == 1:  # of one law the colours are free for the other variable
+            norm = log_norm(levels[other] or [1.0])
+            for level in levels[other]:
+                group = sorted((one for one in known if one.group[other] == level), key=lambda one: one.group[name])
+                _moves(axes, group, name, axis, (COLOURS(norm(level)), "o", ""), f"{other} = {human(level)}")
+        for order, (law, members) in enumerate(kinds.items()):
+            look = kind(order) if len(kinds) > 1 else (INK, "", "--")
+            if len(kinds) > 1:
+                _moves(axes, [one for one in members if not one.refused and axis in one.best], name, axis, look)
+            if law in found.laws and not found.laws[law].refused:
+                _line(axes, found.laws[law], name, middle, look)
         axes.set(xscale="log", yscale="log", xlabel=NAMES.get(name, AXES.get(name, name)))
         axes.margins(0.08)
         log_ticks(axes, "x", human, 8 if len(names) < 3 else 4)
         log_ticks(axes, "y", human if axis == BATCH else lambda v: f"{v:g}", 6)
-        if 1 < len(levels[other]) <= 6:
+        if len(kinds) == 1 and 1 < len(levels[other]) <= 6:
             axes.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    if len(kinds) > 1:
+        _name_laws(picture, kinds)
     picture.axes[0].set_ylabel(f"best {AXES[axis]}")
     return picture
 
@@ -233,30 +243,41 @@ def _region(optimum: Optimum, eps: float = 0.01) -> np.ndarray:
     return np.asarray(np.exp(center[:, None] + around))
 
 
-def _moves(axes: Axes, group: Sequence[Optimum], name: str, axis: str, colour: object, label: str) -> None:
+def _moves(
+    axes: Axes, group: Sequence[Optimum], name: str, axis: str, look: tuple[Any, str, str], label: str | None = None
+) -> None:
+    colour, marker, _ = look
     for order, one in enumerate(group):
         best = one.best[axis]
         low, high = closed(best.interval, (best.value, best.value))
         axes.plot([one.group[name]] * 2, [low, high], color=colour, lw=1.2)
-        axes.plot(
-            one.group[name],
-            best.value,
-            "o",
-            color=colour,
-            ms=5,
-            label=label if order == 0 else None,
-        )
+        axes.plot(one.group[name], best.value, marker, color=colour, ms=5, label=label if order == 0 else None)
 
 
-def _line(axes: Axes, law: OptimumLaw, name: str, held: dict[str, float]) -> None:
+def _line(axes: Axes, law: OptimumLaw, name: str, held: dict[str, float], look: tuple[str, str, str]) -> None:
     """The law along one variable, the others held, over the range that it was fitted in, with its 95% band."""
     if name not in law.powers:
         return
+    colour, marker, dash = look
     grid = np.geomspace(*law.range[name], 50)
     steps = {v: np.full(len(grid), np.log(held[v] / law.at[v])) for v in law.powers if v != name}
     steps[name] = np.log(grid / law.at[name])
-    axes.plot(grid, law.value.value * np.exp(sum(law.powers[v].value * s for v, s in steps.items())), "--", color=INK)
+    path = law.value.value * np.exp(sum(law.powers[v].value * s for v, s in steps.items()))
+    axes.plot(grid, path, dash, color=colour)
     if law.draws:
         paths = law.draws["ln value"][:, None] + sum(law.draws[v][:, None] * s for v, s in steps.items())
         low, high = np.nanquantile(paths, [0.025, 0.975], axis=0)
-        axes.fill_between(grid, np.exp(low), np.exp(high), color=BAND, alpha=0.15, lw=0)
+        band = colour if marker else BAND  # one law alone has no marker of its own
+        axes.fill_between(grid, np.exp(low), np.exp(high), color=band, alpha=0.15, lw=0)
+
+
+def _name_laws(picture: Figure, kinds: Mapping[str, Sequence[Optimum]]) -> None:
+    """The legend of several laws; the family is named where there are several."""
+    families = {str(members[0].group.get("family", "")) for members in kinds.values()}
+    handles = []
+    for order, law in enumerate(kinds):
+        colour, marker, dash = kind(order)
+        name = law.rpartition("/")[0]
+        name = name.removeprefix(next(iter(families))).strip() if len(families) == 1 else name
+        handles.append(Line2D([], [], color=colour, marker=marker, ls=dash, ms=5, label=plain(name)))
+    picture.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize=8)

@@ -109,6 +109,23 @@ def test_the_law_is_drawn_at_the_middle_of_the_other_variable(sweep: pd.DataFram
     assert y == pytest.approx(law.predict(N=x, D=1e8)), "between 50M and 200M tokens"
 
 
+def test_each_law_has_its_own_colour_marker_and_dash_and_is_named(sweep: pd.DataFrame) -> None:
+    wide = fan(sizes=SIZES[:3], tokens=(5e7, 2e8), seed=1).assign(parametrisation="mup")
+    both = pd.concat([sweep.assign(parametrisation="standard"), wide]).assign(family="llama")
+    picture = optimum_moves(sensitivity(both, resamples=50))
+    picture.canvas.draw()
+    (legend,) = picture.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"mup", "standard"}
+    for axes in picture.axes:
+        points = {(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() not in ("", "None")}
+        lines = {
+            (line.get_color(), line.get_linestyle()) for line in axes.lines if len(np.asarray(line.get_xdata())) > 2
+        }
+        for looks in (points, lines):
+            assert len({colour for colour, _ in looks}) == len({form for _, form in looks}) == len(looks) == 2
+    assert not optimum_moves(sensitivity(sweep, resamples=50)).legends, "one law needs no name"
+
+
 def test_an_optimum_below_every_point_is_in_the_picture(sweep: pd.DataFrame) -> None:
     optima = sensitivity(sweep, resamples=50).optima
     low = [replace(one, loss=replace(one.loss, value=0.7 * one.loss.value)) for one in optima]
