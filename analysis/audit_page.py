@@ -107,10 +107,24 @@ def _together(found: Sequence[TuningWorth]) -> TuningWorth:
     )
 
 
-def best_worth(found: TuningWorth) -> str:
-    """The sentence of the place where tuning is worth most; empty where no gain can be told from noise."""
-    told = [(w.percent.value, line) for w, line in zip(found.worths, str(found).splitlines()) if w.told_apart]
-    return f"{escape(_capital(max(told)[1]))}." if told else ""
+def worth_words(found: TuningWorth) -> str:
+    """What tuning is worth over the places, and where most; empty where no gain can be told from noise."""
+    told = [(w, name) for w, name in zip(found.worths, found.names) if w.told_apart]
+    if not told:
+        return ""
+    most, name = max(told, key=lambda one: one[0].percent.value)
+    where = f"{name}, {most.place}" if name else most.place
+    sized = any(np.isfinite(w.size.estimate.value) for w, _ in told)
+    more = "" if sized else "; how much larger a model that is, these runs do not tell"
+    if len(found.worths) == 1:
+        return f"Tuning at {escape(where)} is worth {most.gained}{more}."
+    span = " to ".join(dict.fromkeys(f"{end(w.percent.value for w, _ in told):.1f}" for end in (min, max)))
+    of = f"{len(told)} of {len(found.worths)}" if len(told) < len(found.worths) else str(len(told))
+    others = ", at the others nothing that can be told from noise" if len(told) < len(found.worths) else ""
+    return (
+        f"Tuning is worth {span}% of the loss {'at' if others else 'over'} {of} places{others}; most at "
+        f"{escape(where)}: {most.gained}{more}."
+    )
 
 
 def _one_for_all(runs: pd.DataFrame) -> float | None:
@@ -153,7 +167,7 @@ def worth_section(found: TuningWorth, default: str) -> str:
     )
     labels = [label.replace("_", " ") for label in found.labels]
     head = [*labels, "N", "D", "default", "best", "loss", "tuned", "gain (%)", "compute (times)", "size (times)", ""]
-    return title + f"<p>{best_worth(found)}</p>" + note + page.table(head, rows) + _verdicts(found.verdicts)
+    return title + f"<p>{worth_words(found)}</p>" + note + page.table(head, rows) + _verdicts(found.verdicts)
 
 
 def _setting(value: Any) -> str:

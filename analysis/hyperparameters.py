@@ -100,7 +100,7 @@ def answers(found: Hyperparameters) -> Iterator[str]:
 def _answers(found: Hyperparameters) -> Iterator[str]:
     if found.transfers:
         yield " ".join(_transfer_words(one) for one in found.transfers)
-    if found.worth is not None and found.own_default and (words := audit_page.best_worth(found.worth[0])):
+    if found.worth is not None and found.own_default and (words := audit_page.worth_words(found.worth[0])):
         yield words
     if found.sweep is not None:
         yield sweep_page.answer(found.sweep)

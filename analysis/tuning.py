@@ -156,13 +156,23 @@ class Worth:
         return bool(np.isfinite(self.gain.interval).any())
 
     def __str__(self) -> str:
-        """One sentence: "tuning at 1 M is worth a 1.8x larger model, 1.5 to 2.1"."""
-        N, D = (human(float(self.group[v])) for v in ("N", "D"))
-        start = f"tuning at {N} parameters on {D} tokens"
+        """One sentence: "tuning at 1M parameters on 20M tokens is worth 2.10% of the loss (1.90 to 2.30)"."""
+        start = f"tuning at {self.place}"
         if not self.noise_known:
             return f"{start} gains {self.percent.value:.2f}% of the loss, if that is no noise, which nothing tells"
         if not self.told_apart:
             return f"{start} gains nothing that can be told from noise ({self.percent.value:.2f}% of the loss)"
+        return f"{start} is worth {self.gained}"
+
+    @property
+    def place(self) -> str:
+        """Where it is: "10k parameters on 82k tokens"."""
+        N, D = (human(float(self.group[v])) for v in ("N", "D"))
+        return f"{N} parameters on {D} tokens"
+
+    @property
+    def gained(self) -> str:
+        """The gain in loss, compute and size, as far as each is known, with intervals."""
         more = "at least " if self.at_least else ""
         parts = [f"{more}{self.percent.value:.2f}% of the loss{_range(self.percent, '{:.2f}')}"]
         if np.isfinite(self.compute.value):
@@ -170,7 +180,7 @@ class Worth:
         if np.isfinite(self.size.estimate.value):
             sign = "more than " if self.size.bounded else ""
             parts.append(f"a {sign}{self.size.estimate.value:.3g}x larger model{_range(self.size.estimate, '{:.3g}')}")
-        return f"{start} is worth {', '.join(parts)}"
+        return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         own = {k: v for k, v in vars(self).items() if k != "size"}
@@ -182,8 +192,8 @@ class Worth:
 def _range(estimate: Estimate, form: str) -> str:
     low, high = estimate.interval
     if np.isfinite([low, high]).all():
-        return f", {form.format(low)} to {form.format(high)}"
-    return f", above {form.format(low)}" if np.isfinite(low) else ""
+        return f" ({form.format(low)} to {form.format(high)})"
+    return f" (above {form.format(low)})" if np.isfinite(low) else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,15 +219,19 @@ class TuningWorth:
     def __str__(self) -> str:
         if not self.worths:
             return "Not known: " + next((v.message for v in self.verdicts if v.severity == "refuse"), "no runs.")
+        return "\n".join(f"{name}: {worth}" if name else str(worth) for name, worth in zip(self.names, self.worths))
+
+    @property
+    def names(self) -> list[str]:
+        """What each place is called beside N and D: "llama mup, weight decay 0.1", empty where nothing else differs."""
         kinds = _kinds(self.worths)
         several = len(set(kinds)) > 1
         settings = [k for k in self.labels if k not in ALWAYS]
-        lines = []
+        names = []
         for kind, worth in zip(kinds, self.worths):
             own = [f"{k.replace('_', ' ')} {_plain(worth.group[k])}" for k in settings if k in worth.group]
-            head = ", ".join([*([kind] if several else []), *own])
-            lines.append(f"{head}: {worth}" if head else str(worth))
-        return "\n".join(lines)
+            names.append(", ".join([*([kind] if several else []), *own]))
+        return names
 
     @property
     def labels(self) -> list[str]:

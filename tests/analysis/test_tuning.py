@@ -9,11 +9,12 @@ import pytest
 
 from analysis import read_table
 from analysis.allocation import compute_for_loss
-from analysis.audit_page import best_worth, worth_section
+from analysis.audit_page import worth_section, worth_words
 from analysis.laws import CHINCHILLA
-from analysis.multipliers import size_multiplier, tuned_frontier
+from analysis.multipliers import NO_SIZE, size_multiplier, tuned_frontier
 from analysis.sensitivities import sensitivity
 from analysis.tuning import tuning_worth
+from analysis.verdicts import Estimate
 from sweeps.errors import InputError
 from tests.analysis.sweeps_of_rates import CURVATURE, RATES, best_rate, sweep, tuned_by
 from tests.analysis.synthetic import LAW, codes, published, surface
@@ -448,7 +449,22 @@ def test_a_default_that_is_clearly_the_best_setting_gains_nothing(seed: int) -> 
     assert not any(w.told_apart for w in found.worths)
     for w in found.worths:
         assert (w.gain.value, *w.gain.interval) == (0.0, 0.0, 0.0)
-    assert best_worth(found) == ""
+    assert worth_words(found) == ""
+
+
+def test_the_answer_tells_the_range_over_the_places_and_not_the_best_of_them_alone() -> None:
+    found = tuning_worth(sweep(SIZES, TOKENS, seeds=2), default=off(4.0))
+    low, high = (end(w.percent.value for w in found.worths) for end in (min, max))
+    most = max(found.worths, key=lambda w: w.percent.value)
+    start = (
+        f"Tuning is worth {low:.1f} to {high:.1f}% of the loss over {len(found.worths)} places; most at {most.place}"
+    )
+    assert worth_words(found).startswith(f"{start}: {most.gained}")
+    assert "larger model" in worth_words(found)
+    silent = replace(found, worths=(replace(most, size=NO_SIZE), replace(most, gain=Estimate(value=0.0))))
+    assert "at 1 of 2 places, at the others nothing that can be told from noise; most at" in worth_words(silent)
+    assert worth_words(silent).endswith("; how much larger a model that is, these runs do not tell.")
+    assert worth_words(replace(found, worths=(most,))) == f"Tuning at {most.place} is worth {most.gained}."
 
 
 # --- published runs ----------------------------------------------------------------------------------------------
