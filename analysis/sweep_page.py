@@ -64,12 +64,12 @@ def answer(found: Sensitivity) -> str:
     for axis in known[0].axes:
         laws = {k: law for k, law in found.laws.items() if law.hyperparameter == axis and not law.refused}
         kinds = [_kind(k).removeprefix(law.family or "").strip() for k, law in laws.items()]
-        under = [f" under {escape(kind)}" if kind and len(laws) > 1 else "" for kind in kinds]
-        moves = [_moves(law) + kind for law, kind in zip(laws.values(), under)]
+        under = [f"under {escape(kind)} " if kind and len(laws) > 1 else "" for kind in kinds]
+        moves = [kind + _moves(law) for law, kind in zip(laws.values(), under)]
         values = [one.best[axis].value for one in known]
         span = " to ".join(dict.fromkeys(page.number(end(values), 3) for end in (min, max)))
         text = f"The best {WORDS[axis]} is {span} over {_places(known)}"
-        parts.append(f"{text}{'; it ' + ', and '.join(moves) if moves else '; how it moves is not settled by them'}.")
+        parts.append(f"{text}; {'; '.join(moves) if moves else 'how it moves is not settled by them'}.")
     wide = [_factor(one) for one in known if np.isfinite(_factor(one))]
     if wide:
         parts.append(
@@ -153,11 +153,18 @@ def _kind(name: str) -> str:
 
 
 def _moves(law: OptimumLaw) -> str:
-    texts = [
-        f"{escape(name)}<sup>{power.value:.2f}</sup> ({page.interval(power.interval)})"
-        for name, power in law.powers.items()
-    ]
-    return "moves as " + " and ".join(texts)
+    """How the optimum moves, by the powers whose interval excludes 0, and which ones cannot be told from it."""
+    told, silent = [], []
+    for name, power in law.powers.items():
+        low, high = power.interval
+        if low <= 0 <= high:
+            silent.append(f"of {escape(name)}, {power.value:.2f} ({page.interval(power.interval)}),")
+        else:
+            told.append(f"{escape(name)}<sup>{power.value:.2f}</sup> ({page.interval(power.interval)})")
+    parts = [f"it moves as {' and '.join(told)}"] if told else []
+    if silent:
+        parts.append(f"its power{'s' if len(silent) > 1 else ''} {' and '.join(silent)} cannot be told from 0")
+    return "; ".join(parts)
 
 
 def _places(known: Sequence[Optimum]) -> str:

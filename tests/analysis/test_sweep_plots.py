@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from analysis import audit, sensitivity
 from analysis.sweep_page import answer, find_sweep, section
 from analysis.sweep_plots import audit_plot, fans, heat_map, optimum_moves
+from analysis.verdicts import Estimate
 from tests.analysis.fans import RATES, SIZES, crossed, fan
 
 
@@ -157,6 +158,17 @@ def test_an_answer_names_the_range_of_optima_and_how_they_move(sweep: pd.DataFra
     alone = find_sweep(sweep[(sweep["N"] == sweep["N"].max()) & (sweep["D"] == sweep["D"].max())])
     assert alone is not None
     assert re.match(r"The best learning rate is \S+ over 1 combination of size and length", answer(alone))
+
+
+def test_a_power_whose_interval_holds_0_is_not_said_to_move_the_optimum(sweep: pd.DataFrame) -> None:
+    found = sensitivity(sweep, resamples=50)
+    ((key, law),) = found.laws.items()
+    size, length = Estimate(value=-0.5, interval=(-0.6, -0.4)), Estimate(value=-0.14, interval=(-0.32, 0.04))
+    text = answer(replace(found, laws={key: replace(law, powers={"N": size, "D": length})}))
+    assert "it moves as N<sup>-0.50</sup> (-0.6 to -0.4); its power of D, -0.14 (-0.32 to 0.04), cannot" in text
+    neither = answer(replace(found, laws={key: replace(law, powers={"N": length, "D": length})}))
+    assert "its powers of N, -0.14 (-0.32 to 0.04), and of D, -0.14 (-0.32 to 0.04), cannot be told from 0." in neither
+    assert "it moves" not in neither
 
 
 def test_no_optimum_is_said_and_not_shown(sweep: pd.DataFrame) -> None:
