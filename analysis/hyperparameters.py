@@ -279,18 +279,24 @@ def _importance_section(found: Sequence[Importance]) -> str:
     for one in found:
         for row in one.table().to_dict("records"):
             share = page.plain(row["share"], "{:.1%}".format)
-            bounds = (row["low"], row["high"])
+            low, high = row["low"], row["high"]
+            spread = f" <span class=range>{low:.1%} to {high:.1%}</span>" if np.isfinite([low, high]).all() else ""
             rows.append(
                 [
                     _place(one.group),
                     escape(row["effect"].replace("_", " ")),
-                    f"{share} <span class=range>{page.interval(bounds)}</span>" if np.isfinite(bounds).all() else share,
+                    share + spread,
                     escape(f"{row['evaluator']}, {row['region']}"),
                 ]
             )
     said = page.verdicts(("", v) for one in found for v in one.verdicts)
     head = ["", "hyperparameter", "share of the variance", "by"]
-    return "<h3>Which hyperparameters matter?</h3>" + page.table(head, rows) + said
+    resampled = any("Optuna" in evaluation.evaluator for one in found for evaluation in one.evaluations)
+    note = (
+        "<p class=note>A share by Optuna is that of all settings; its interval is over resamples of them, in which "
+        "some stand twice and others not at all, so the share may lie outside.</p>"
+    )
+    return "<h3>Which hyperparameters matter?</h3>" + (note if resampled else "") + page.table(head, rows) + said
 
 
 def _apart(groups: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -95,6 +95,11 @@ def test_a_search_shows_its_best_trials_and_what_they_gain(tmp_path: Path) -> No
     assert worth.startswith("Tuning at 20k parameters on 164k tokens is worth")
     assert "What matters most" in matters
     html = (root / "studies" / "search" / "report.html").read_text()
+    matter = html.partition("Which hyperparameters matter?")[2].partition("</table>")[0]
+    assert "so the share may lie outside" in matter
+    shares = re.findall(r"<td>\S+ <span class=range>.*?</span>", matter)
+    assert len(shares) >= 6
+    assert all(re.fullmatch(r"<td>\S+% <span class=range>\S+% to \S+%</span>", one) for one in shares)
     assert "The best settings found" in html
     assert html.count("0 (the recipe)") >= 1
     assert "best setting, less the luck of the draw" in html
