@@ -34,7 +34,7 @@ LEAST = 0.001
 ONE_RATE_SPAN = 8.0
 """Sizes so many times apart at one learning rate are a finding: the best rate falls with size under most recipes."""
 WARMUP_SHARE, WARMUP_SHORT = 0.2, 0.1
-"""Share of a run that is too much warm-up in any case, and from which warm-up beyond N tokens is."""
+"""Share of a run above which warm-up is too much in any case, and above which it is where it is beyond N tokens."""
 COPIES = 200
 """Noisy copies of the penalties."""
 
@@ -331,7 +331,7 @@ def _one_rate(rows: pd.DataFrame, cells: pd.DataFrame) -> list[Verdict]:
 
 
 def _warmup(cells: pd.DataFrame) -> list[Verdict]:
-    """Warm-up that is a large part of a run, or longer than N tokens and not a small part (Porian et al. 2024)."""
+    """Warm-up over a fifth of a run, or over a tenth of it and longer than N tokens (after Porian et al. 2024)."""
     share, length = cells["warmup_share"], cells["warmup_per_parameter"]
     long = (share > WARMUP_SHARE) | ((length > 1.0) & (share > WARMUP_SHORT))
     if not long.any():
@@ -340,7 +340,8 @@ def _warmup(cells: pd.DataFrame) -> list[Verdict]:
     message = (
         f"{int(long.sum())} of {plural(len(cells), 'run')} spend much of their tokens on warm-up, up to "
         f"{worst['warmup_share']:.0%} ({worst['warmup_per_parameter']:.2g} tokens per parameter): short runs lose most "
-        "by it, which tilts the law. Keep it below N tokens and a tenth of the run (Porian et al. 2024)."
+        f"by it, which tilts the law. Counted are warm-ups over {WARMUP_SHARE:.0%} of a run, and those over "
+        f"{WARMUP_SHORT:.0%} that are longer than N tokens too (after Porian et al. 2024); keep it to a tenth."
     )
     return [Verdict("long_warmup", "caution", "fit", None, message, {"cells": cells.loc[long, "cell"].tolist()})]
 

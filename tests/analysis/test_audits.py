@@ -183,6 +183,17 @@ def test_warmup_that_fills_short_runs_is_a_finding() -> None:
     assert "long_warmup" not in codes(audit(runs.assign(warmup_tokens=0.02 * D), laws=()))
 
 
+def test_the_warmup_that_is_counted_is_the_one_that_the_message_names() -> None:
+    N = np.geomspace(1e4, 1.6e5, 4)
+    runs = surface(N, 2.0 * N, noise=0.002).assign(learning_rate=best_rate(N, 2.0 * N), family="llama")
+    short = surface(N, 20.0 * N, noise=0.002).assign(learning_rate=best_rate(N, 20.0 * N), family="llama")
+    for rows, share, counted in ((runs, 0.15, False), (runs, 0.21, True), (short, 0.09, False), (short, 0.11, True)):
+        found = audit(rows.assign(warmup_tokens=share * rows["D"]), laws=())
+        said = [v.message for v in found.verdicts if v.code == "long_warmup"]
+        assert bool(said) == counted
+        assert all("over 20% of a run, and those over 10% that are longer than N tokens" in text for text in said)
+
+
 def test_decay_and_published_rules_are_shown_and_judge_nothing() -> None:
     runs = a_grid(4.0).assign(weight_decay=0.1, batch_tokens=4096.0)
     found = audit(runs, laws=())
