@@ -545,6 +545,10 @@ def doctor(
 
     if address is None:
         findings = check(store)
+        if tracking_uri is not None and all(one.ok for one in findings if one.what == "mlflow"):  # else it cannot ask
+            from cluster.clusterdoctor import check_mlflow
+
+            findings.append(check_mlflow(store, tracking_uri))
     else:
         from cluster.clusterdoctor import check_cluster
 

@@ -47,7 +47,7 @@ def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[F
             findings += examine(report, here, root)
     finally:
         stop_ray(ray)
-    return [*findings, _auth(address), _mlflow(store, tracking_uri)]
+    return [*findings, _auth(address), check_mlflow(store, tracking_uri)]
 
 
 def _driver_store(store: Path) -> Finding:
@@ -128,7 +128,8 @@ def _auth(address: str) -> Finding:
     return Finding("Ray token auth", True, "off: the cluster let this process in without a token", advice)
 
 
-def _mlflow(store: Path, tracking_uri: str | None) -> Finding:
+def check_mlflow(store: Path, tracking_uri: str | None) -> Finding:
+    """The database in the store, or whether a server answers this process and lets it write."""
     if tracking_uri is None:
         found = f"the database in the store ({store.expanduser().resolve() / 'mlflow' / 'mlflow.db'})"
         return Finding("MLflow", True, found, "only this driver writes it; a team wants a server: --tracking-uri.")

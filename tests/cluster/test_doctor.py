@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from commandline import Escala, refused
+from commandline import Escala, FrontDoor, refused
 from raynodes import free_port, over, ray_node, wait_for
 
 import cluster.doctor as doctor_alone
 from cluster import nodeprobe
-from cluster.clusterdoctor import SKEW_SECONDS, _driver_store, _mlflow, examine
+from cluster.clusterdoctor import SKEW_SECONDS, _driver_store, check_mlflow, examine
 from cluster.nodeprobe import Report, this_process
 from cluster.nodes import LivingNode, Members
 from cluster.placement import Fleet
@@ -257,7 +257,7 @@ def test_what_an_mlflow_server_refuses_is_said_as_it_is_and_what_is_tried_is_tak
     handler = type("Handler", (Tracking,), {"answers": (search, create), "written": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        told = _mlflow(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        told = check_mlflow(tmp_path, f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
     assert told.ok is (search == FOUND and create == MADE)
     assert handler.written == written
@@ -271,7 +271,7 @@ def test_a_password_that_others_can_read_is_a_fault_before_the_server_is_asked(t
     file = tmp_path / ".mlflow" / "credentials"
     file.parent.mkdir()
     file.touch(0o644)
-    found = _mlflow(tmp_path, f"http://127.0.0.1:{free_port()}")
+    found = check_mlflow(tmp_path, f"http://127.0.0.1:{free_port()}")
     assert not found.ok
     assert f"chmod 600 {file}" in found.found
 
@@ -280,17 +280,38 @@ def test_a_password_that_others_can_read_is_a_fault_before_the_server_is_asked(t
 def test_the_number_of_a_port_is_no_refusal(tmp_path: Path) -> None:
     """Nothing listens at 4013 and 4030, which hold the numbers of refusals."""
     for port in (4013, 4030):
-        found = _mlflow(tmp_path, f"http://127.0.0.1:{port}")
+        found = check_mlflow(tmp_path, f"http://127.0.0.1:{port}")
         assert not found.ok
         assert found.advice.startswith("start the server, or correct --tracking-uri")
 
 
 @pytest.mark.parametrize("uri", ["ftp://host/mlflow", "postgresql+asyncdriver://127.0.0.1:1/mlflow"])
 def test_a_tracking_address_that_mlflow_cannot_open_is_a_fault_of_the_drivers(uri: str, tmp_path: Path) -> None:
-    found = _mlflow(tmp_path, uri)
+    found = check_mlflow(tmp_path, uri)
     assert not found.ok
     assert f"not reachable at {uri} from here" in found.found
     assert "correct --tracking-uri" in found.advice
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("given", ["option", "variable"])
+def test_the_server_is_checked_without_a_cluster_too(
+    given: str, tmp_path: Path, front_door: FrontDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    handler = type("Handler", (Tracking,), {"answers": (FOUND, MADE), "written": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        if given == "variable":
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        option = ["--tracking-uri", uri] if given == "option" else []
+        told = front_door("doctor", "--json", "--store", tmp_path / "none", *option)
+        server.shutdown()
+    (found,) = (one for one in json.loads(told.out) if one["what"] == "MLflow")
+    assert found["ok"]
+    assert f"reachable at {uri} from here" in found["found"]
+    assert handler.written == ["create", "delete"]
 
 
 @pytest.mark.slow
