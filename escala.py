@@ -520,13 +520,16 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 5000,
     open_browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open a browser.")] = True,
 ) -> None:
-    """The MLflow UI on this store, on 127.0.0.1."""
-    from cluster.interface import serve
+    """The MLflow UI on this store, on 127.0.0.1; where MLFLOW_TRACKING_URI names a server, that server's."""
+    from cluster.interface import serve, show_server
     from sweeps.store import study_names
 
     place = existing_store(store)
     known = study_names(place)
     name = study_name(study, place) if study else known[0] if len(known) == 1 else None
+    if (server := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith(("http://", "https://")):
+        show_server(server, name, open_browser)
+        return
     with _terminable():
         serve(place, name, port, open_browser)
 

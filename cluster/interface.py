@@ -1,4 +1,5 @@
-"""The MLflow UI on a store, for `escala ui`: bound to 127.0.0.1, opened where the curves are."""
+"""The MLflow UI on a store, for `escala ui`: bound to 127.0.0.1, opened where the curves are. Where runs go to a server
+that MLFLOW_TRACKING_URI names, the UI is that server's."""
 
 import os
 import socket
@@ -10,6 +11,7 @@ import urllib.request
 import webbrowser
 
 from cluster.charts import SHARE_KEY
+from cluster.credentials import check_file, check_uri, refusal
 from cluster.terminal import say
 from cluster.tracking import words
 from sweeps.errors import InputError
@@ -37,7 +39,48 @@ def experiment_url(store: Store, study: str | None, port: int) -> str:
         ) from None
     if experiment is None:
         raise InputError(f"study {study} is not in MLflow yet: run it, or `escala sync {study}`.")
-    return f"{base}/#/experiments/{experiment.experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={SHARE_KEY}"
+    return _charts(base, experiment.experiment_id)
+
+
+def _charts(base: str, experiment_id: str) -> str:
+    return f"{base}/#/experiments/{experiment_id}/runs?compareRunsMode=CHART&viewStateShareKey={SHARE_KEY}"
+
+
+def server_url(uri: str, study: str | None) -> str:
+    """The page of a study's charts on a tracking server, or its list of experiments. InputError where the server does
+    not tell."""
+    base = check_uri(uri).rstrip("/")
+    if study is None:
+        return base
+    check_file()
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        experiment = MlflowClient(tracking_uri=uri).get_experiment_by_name(study)
+    except (MlflowException, OSError) as error:
+        if refused := refusal(error, uri):
+            raise InputError(refused) from None
+        raise InputError(
+            f"MLflow is not reachable at {uri}, which MLFLOW_TRACKING_URI names: {words(error)}. Start the server, or "
+            "unset the variable to see the database in the store."
+        ) from None
+    if experiment is None:
+        raise InputError(
+            f"study {study} is not in MLflow at {uri}, which MLFLOW_TRACKING_URI names: `escala sync {study}` sends it "
+            "there. Unset the variable to see the database in the store."
+        )
+    return _charts(base, experiment.experiment_id)
+
+
+def show_server(uri: str, study: str | None, open_browser: bool) -> None:
+    """Say where a tracking server shows the study, and open it."""
+    url = server_url(uri, study)
+    say(f"MLflow UI: {url}   (the server of MLFLOW_TRACKING_URI)")
+    if open_browser:
+        webbrowser.open(url)
 
 
 def serve(store: Store, study: str | None, port: int, open_browser: bool) -> None:
