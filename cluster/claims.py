@@ -18,7 +18,7 @@ from types import TracebackType
 from sweeps.errors import InputError
 from sweeps.faults import fault
 from sweeps.life import BEAT_SECONDS, SILENCE_SECONDS, here, is_alive
-from sweeps.records import Json, disk_error, read_json, timestamp, write_beside, write_json
+from sweeps.records import Json, disk_error, read_json, read_or_none, timestamp, write_beside, write_json
 from sweeps.store import STUDY_NAME, Store
 
 AGAIN_SECONDS = 0.5
@@ -74,6 +74,22 @@ def driver_lives(store: Store, study: str, number: int) -> bool:
     return holder is not None and holder.number == number and holder.lives
 
 
+def read_eta(store: Store, study: str) -> float | None:
+    """In how many seconds the study's driver expects to be done; None where none lives, or it does not know."""
+    holder = read_holder(store, study)
+    path = _eta_path(store, study)
+    told = read_or_none(path) if holder is not None and holder.lives else None
+    if holder is None or told is None or told["driver"] != holder.number or told["seconds"] is None:
+        return None
+    with suppress(FileNotFoundError):  # it has just ended
+        return max(0.0, float(told["seconds"]) - max(0.0, time.time() - path.stat().st_mtime))
+    return None
+
+
+def _eta_path(store: Store, study: str) -> Path:
+    return store.study(study) / "eta.json"
+
+
 class Claim:
     """This process as a study's driver, from entering to leaving its `with` block. A thread keeps it alive.
 
@@ -84,6 +100,8 @@ class Claim:
         self.store, self.study = store, study
         self.number = -1
         self._path = Path()
+        self._eta: tuple[float, float | None] = (0.0, None)
+        """When it was expected, and what."""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="escala-claim", daemon=True)
 
@@ -102,6 +120,10 @@ class Claim:
                         "study again: nothing that was finished is lost."
                     ) from error
             time.sleep(AGAIN_SECONDS)
+
+    def expect(self, eta_seconds: float | None) -> None:
+        """In how long the driver will be done, as far as it knows: told with the next sign of life."""
+        self._eta = (time.monotonic(), eta_seconds)
 
     def __enter__(self) -> "Claim":
         folder = self.store.study(self.study)
@@ -139,6 +161,7 @@ class Claim:
         self._thread.join()
         with suppress(InputError):  # a disk that refuses: the next driver sees that this process is gone
             if self.holds():
+                _eta_path(self.store, self.study).unlink(missing_ok=True)
                 write_json(self._path, {**read_json(self._path), "ended": timestamp()})
 
     def _loop(self) -> None:
@@ -146,6 +169,15 @@ class Claim:
             with suppress(OSError, InputError):  # a disk that refuses for a moment must not end the signs for good
                 if self.holds():
                     os.utime(self._path)
+                    self._tell_eta()
+
+    def _tell_eta(self) -> None:
+        since, seconds = self._eta
+        path = _eta_path(self.store, self.study)
+        if seconds is None and not path.exists():
+            return
+        left = None if seconds is None else max(0.0, seconds - (time.monotonic() - since))
+        write_json(path, {"driver": self.number, "seconds": left}, sync=False)
 
 
 def _held(study: str, holder: Holder) -> str:

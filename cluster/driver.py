@@ -297,6 +297,7 @@ class _Run:
         with self.showing:
             now = self._progress()
         if now is not None:
+            self.claim.expect(now.eta_seconds if now.wish is None else None)  # nobody knows how long a pause takes
             self.watch(now)
 
     def _over(self) -> str | None:

@@ -9,12 +9,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.claims import living_drivers
 from cluster.control import read_pause, read_wish
 from cluster.display import cell_table, console, plain_table
 from cluster.ledger import count_states, sharing, sharing_words
 from cluster.terminal import visible
-from cluster.watching import status_rows
+from cluster.watching import driver_of, status_rows
 from sweeps.store import Store
 from sweeps.summary import search_summary, summary_lines
 from sweeps.units import duration, human
@@ -53,7 +52,7 @@ def study_table(studies: Sequence[Mapping[str, Any]]) -> Table:
     table = plain_table("study", "cells", *states)
     table.add_column("driver", overflow="ellipsis", no_wrap=True)
     for study in studies:
-        driver = f"lives on {study['driver']['host']}" if study["driver"] else "-"
+        driver = driver_words(study) if study["driver"] else "-"
         counts = (study["cells"], *(study["counts"].get(one, 0) for one in states))
         table.add_row(study["study"], *(f"{count:,}" for count in counts), driver + ", paused" * bool(study["paused"]))
     return table
@@ -82,6 +81,14 @@ def running_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def driver_words(told: Mapping[str, Any]) -> str:
+    """Who drives a study and when it expects to be done, as `driver_of` tells."""
+    if told["driver"] is None:
+        return "no driver runs"
+    eta = "unknown" if told["eta_seconds"] is None else duration(told["eta_seconds"])
+    return f"driver {told['driver']['pid']} on {told['driver']['host']}, ETA {eta}"
+
+
 def watch_study(store: Store, name: str) -> None:
     """Draw the status anew every 2 s, until nothing is planned or running any more, or Ctrl-C."""
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
@@ -89,13 +96,12 @@ def watch_study(store: Store, name: str) -> None:
             while True:
                 rows = status_rows(store, name)
                 searched = search_summary(store, name, rows)
-                drivers = [holder for study, holder in living_drivers(store) if study == name]
-                by = f"driver {drivers[0]['pid']} on {drivers[0]['host']}" if drivers else "no driver runs"
-                wish = read_wish(store, name) if drivers else read_pause(store, name)
-                by += f", {wish}" if wish is not None else ""
+                told = driver_of(store, name)
+                wish = read_wish(store, name) if told["driver"] else read_pause(store, name)
+                by = driver_words(told) + (f", {wish}" if wish is not None else "")
                 dim = Text(f"{time.strftime('%H:%M:%S')}, {by}; Ctrl-C ends this view, not the study", style="dim")
                 live.update(Group(_newest(rows, name, searched), dim), refresh=True)
-                left = any(one["to_come"] for one in searched) and drivers
+                left = any(one["to_come"] for one in searched) and told["driver"]
                 if not left and not {"planned", "running"} & {row["state"] for row in rows}:
                     return
                 time.sleep(WATCH_SECONDS)

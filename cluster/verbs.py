@@ -50,7 +50,7 @@ def status(
     """
     from cluster.control import read_pause
     from cluster.ledger import count_states, sharing
-    from cluster.watching import status_rows, study_rows
+    from cluster.watching import driver_of, status_rows, study_rows
     from sweeps.errors import InputError
     from sweeps.summary import search_summary
 
@@ -83,15 +83,17 @@ def status(
     searched = search_summary(place, name, rows)
     stands = read_pause(place, name)
     paused = None if stands is None else str(stands)
+    driver = driver_of(place, name)
     if as_json:
-        told = {"study": name, "counts": count_states(rows), "paused": paused, "shared": sharing(rows)}
+        told = {"study": name, "counts": count_states(rows), "paused": paused, **driver, "shared": sharing(rows)}
         print(json.dumps(told | {"search": searched, "cells": rows}))
         return
     from cluster.display import console, rows_shown
-    from cluster.overview import study_picture
+    from cluster.overview import driver_words, study_picture
 
     most = None if everything else rows_shown()
     console.print(study_picture(rows, name, most, " that are not shown; --all shows them", searched))
+    console.print(driver_words(driver))
     if paused:
         console.print(f"{paused}; go on with: escala resume {name}")
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.claims import living_drivers, read_holder
+from cluster.claims import living_drivers, read_eta, read_holder
 from cluster.control import read_pause
 from cluster.ledger import is_recorded, ledger_rows
 from sweeps.cell import differences
@@ -53,7 +53,8 @@ def status_rows(store: Store, name: str) -> list[Json]:
 
 
 def study_rows(store: Store) -> list[Json]:
-    """The studies of a store: {"study", "cells", "counts" (cells by state), "paused", "driver" (as `driver_of`)}."""
+    """The studies of a store: {"study", "cells", "counts" (cells by state), "paused", "driver" and "eta_seconds"
+    (as `driver_of`)}."""
     found = []
     for name in study_names(store):
         cells = [entry["id"] for entry in read_plan(store, name)["cells"]]
@@ -62,14 +63,19 @@ def study_rows(store: Store) -> list[Json]:
         stands = read_pause(store, name)
         paused = None if stands is None else str(stands)
         row = {"study": name, "cells": len(cells), "counts": dict(states), "paused": paused}
-        found.append(row | {"driver": driver_of(store, name)})
+        found.append(row | driver_of(store, name))
     return found
 
 
-def driver_of(store: Store, name: str) -> Json | None:
-    """The driver that lives: {"host", "pid", "started"}."""
+def driver_of(store: Store, name: str) -> Json:
+    """{"driver": {"host", "pid", "started"} of the one that lives, or None, "eta_seconds": until it expects to be done,
+    None where that is not known}."""
     holder = read_holder(store, name)
-    return {key: holder.record[key] for key in ("host", "pid", "started")} if holder and holder.lives else None
+    if holder is None or not holder.lives:
+        return {"driver": None, "eta_seconds": None}
+    eta = read_eta(store, name)
+    driver = {key: holder.record[key] for key in ("host", "pid", "started")}
+    return {"driver": driver, "eta_seconds": None if eta is None else round(eta, 1)}
 
 
 def attempt_ends(store: Store, cell_id: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import pytest
 from commandline import ROOT, TINY, Escala, FrontDoor, ids, refused
 
 import analysis
-from cluster import display, verbs, watching
+from cluster import claims, display, verbs, watching
 from cluster.arguments import find_cell
-from cluster.claims import Claim
+from cluster.claims import Claim, read_eta
 from cluster.watching import cells_named, explain
 from sweeps.errors import InputError
 from sweeps.records import append_rows, read_json, write_json
@@ -147,17 +147,55 @@ def test_status_without_a_study_lists_those_of_the_store_and_who_drives_them(
         "counts": {"quarantined": 1, "finished": 3, "failed": 1, "planned": 1},
         "paused": None,
         "driver": None,
+        "eta_seconds": None,
     }
     assert (other["counts"], other["driver"]["pid"]) == ({"planned": 1}, os.getpid())
     assert [line.split()[:6] for line in shown.splitlines()[1:]] == [
         ["demo", "6", "3", "1", "0", "1"],
         ["other", "1", "0", "0", "0", "1"],
     ]
-    assert f"lives on {other['driver']['host']}" in shown
+    assert f"driver {os.getpid()} on {other['driver']['host']}, ETA unknown" in shown
     assert "`escala status STUDY` lists" in front_door("logs", "ffff", "--store", store.root).err
     assert "name it" in front_door("status", "--watch", "--store", store.root).err
     open_store(store.root / "empty")
     assert "no study yet" in front_door("status", "--store", store.root / "empty").out
+
+
+def test_status_says_who_drives_the_study_and_when_it_is_done(
+    place: tuple[Escala, Store], front_door: FrontDoor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = place
+
+    def told() -> tuple[dict[str, Any] | None, float | None, str]:
+        found = json.loads(front_door("status", "demo", "--store", store.root, "--json").out)
+        return found["driver"], found["eta_seconds"], front_door("status", "demo", "--store", store.root).out
+
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.02)
+    with Claim(store, "demo") as claim:
+        driver, eta, text = told()
+        assert driver is not None
+        assert (driver["pid"], eta) == (os.getpid(), None)
+        assert f"driver {os.getpid()} on {driver['host']}, ETA unknown" in text
+        claim.expect(7_000.0)
+        wait_until(lambda: read_eta(store, "demo") is not None)
+        _, eta, text = told()
+        assert eta is not None
+        assert 6_000 < eta <= 7_000
+        assert ", ETA 1h 5" in text
+        claim.expect(None)  # of a pause nobody knows how long it takes
+        wait_until(lambda: read_eta(store, "demo") is None)
+        claim.expect(7_000.0)
+        wait_until(lambda: read_eta(store, "demo") is not None)
+    assert told()[:2] == (None, None)
+    assert "no driver runs" in told()[2]
+    assert not (store.study("demo") / "eta.json").exists()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # --- logs --------------------------------------------------------------------------------------------------------
