@@ -203,7 +203,7 @@ def audit_section(found: Audit, kind: str = "") -> str:
         lead = (
             f"<p>Held against the optimum measured by {escape(rate.source)}, <b>{off} of {int(known.sum())}</b> runs "
             f"lose more than {found.floor:.1%} of their loss by their learning rate, at the lower end of the interval"
-            f"{apart}; the mean estimated loss is {found.cells['penalty'].mean():.2%}.</p>"
+            f"{apart}; the mean estimated penalty is {found.cells['penalty'].mean():.2%} of the loss.</p>"
         )
     return title + lead + _changes(found) + _cells(found) + _verdicts(found.verdicts)
 

@@ -393,6 +393,7 @@ def test_report_of_a_sweep_says_what_tuning_is_worth(tmp_path) -> None:
     assert "the study's own setting (1 times its rule)" in page.text
     assert "larger model" in page.text
     assert "optimum measured by its own sweep" in page.text
+    assert re.search(r"the mean estimated penalty is \d+\.\d+% of the loss", page.text)
 
 
 def test_sweep_of_the_same_rates_everywhere_is_held_against_the_one_that_is_best_for_all() -> None:

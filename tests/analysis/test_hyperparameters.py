@@ -60,6 +60,7 @@ def test_where_the_smallest_batch_is_best_the_rate_at_each_batch_is_told(sweeps:
     html = (sweeps / "studies" / "batch-size" / "report.html").read_text()
     assert "the loss falls towards the smallest batch tried (128)" in html
     assert "The critical batch" in html
+    assert "20% beyond linear is the batch, between those tried, from which on a target takes 20% more tokens" in html
     assert "exact fANOVA" in html
     assert "loss above the lowest at each learning rate and batch" in html, "a map needs no optimum"
     assert (sweeps / "studies" / "batch-size" / "pictures" / "rate-and-batch-0.png").exists()
