@@ -46,7 +46,7 @@ class Change:
     def __str__(self) -> str:
         if self.first:
             return plural(self.new, "cell") + (f", {self.done} of them done already in this store" if self.done else "")
-        parts = [f"+{plural(self.new, 'cell')}, {self.kept} reused"]
+        parts = [f"+{plural(self.new, 'cell')}, {self.kept} kept"]
         if self.dropped:
             parts.append(f"{self.dropped} no longer planned")
         return ", ".join([*parts, f"{self.done} done"])

@@ -1,11 +1,11 @@
-"""A plan on record, after a power cut."""
+"""A plan on record: after a power cut, and what is said of its changes."""
 
 from pathlib import Path
 
 import pytest
 from searched import end, make_corpus, search_plan
 
-from cluster.ledger import register
+from cluster.ledger import Change, register
 from cluster.searching import Searching
 from sweeps.errors import InputError
 from sweeps.store import open_store, read_cell
@@ -32,3 +32,8 @@ def test_a_record_of_a_cell_that_a_power_cut_left_empty_or_half_is_written_anew(
         read_cell(store, one.cell.id)
     register(store, search.plan, b"")
     assert path.read_bytes() == before
+
+
+def test_cells_that_a_study_planned_before_are_kept_and_not_called_reused() -> None:
+    """MLflow's tag escala.reused is of cells that another study trained."""
+    assert str(Change(new=4, kept=6, dropped=1, done=6, first=False)) == "+4 cells, 6 kept, 1 no longer planned, 6 done"

@@ -113,7 +113,7 @@ def test_an_edited_study_trains_only_what_is_new_and_says_so(copy_of_finished: C
     plan = json.loads(copy.escala("plan", study, "--store", copy.store, "--json").stdout)
     assert Counter(cell["state"] for cell in plan["cells"])["planned"] == plan["totals"]["missing"]
     run = copy.escala("run", study, "--store", copy.store, "--workers", 2)
-    assert "+4 cells, 6 reused, 1 no longer planned, 6 done" in run.stdout
+    assert "+4 cells, 6 kept, 1 no longer planned, 6 done" in run.stdout
     after = results(copy.store)
     assert len(after) == 11
     assert all(after[cell_id] == result for cell_id, result in before.items())
