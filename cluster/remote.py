@@ -62,10 +62,10 @@ def submit(
     ] = None,
     allow_code: CodeOption = False,
     checkpoint_seconds: Annotated[
-        float | None, typer.Option(min=0, help="Wall-clock time between the checkpoints of a cell. [default: run's]")
+        float | None, typer.Option(min=0, help="Wall-clock time between the checkpoints of a cell. Default: run's.")
     ] = None,
     give_up_after: Annotated[
-        int | None, typer.Option(min=1, help="End when its first so many attempts all fail alike. [default: run's]")
+        int | None, typer.Option(min=1, help="End when its first so many attempts all fail alike. Default: run's.")
     ] = None,
     accept_corpus: AcceptOption = False,
     refit: RefitOption = False,
