@@ -107,13 +107,15 @@ def logs(
 ) -> None:
     """A cell's metric rows, and the traceback of an attempt that failed. With --follow, JSON is one row a line."""
     from cluster import watching
-    from sweeps.store import cell_state, read_metrics
+    from sweeps.store import read_metrics
 
     place = existing_store(store)
     cell_id = find_cell(cell, place)
     if follow:
+        shown = False
         try:
             for row in watching.follow(place, cell_id):
+                shown = True
                 if as_json:
                     print(json.dumps(row), flush=True)
                 else:
@@ -121,6 +123,9 @@ def logs(
         except KeyboardInterrupt:
             if not as_json:
                 say()
+            return
+        if not shown and not as_json:
+            say(_nothing_logged(place, cell_id))
         return
     rows = read_metrics(place, cell_id) + watching.failures(place, cell_id)
     if as_json:
@@ -129,7 +134,13 @@ def logs(
     if rows:
         say("\n".join(map(_log_line, rows)))
     else:
-        say(f"{cell_id} is {cell_state(place, cell_id).state} and has logged nothing.")
+        say(_nothing_logged(place, cell_id))
+
+
+def _nothing_logged(store: "Store", cell_id: str) -> str:
+    from sweeps.store import cell_state
+
+    return f"{cell_id} is {cell_state(store, cell_id).state} and has logged nothing."
 
 
 def _log_line(row: dict[str, Any]) -> str:

@@ -108,6 +108,10 @@ def test_the_log_of_a_cell_that_has_not_begun_says_so(
     planned = ids(store)[5]
     verbs.logs(planned, store.root)
     assert capsys.readouterr().out == f"{planned} is planned and has logged nothing.\n"
+    verbs.logs(planned, store.root, follow=True)
+    assert capsys.readouterr().out == f"{planned} is planned and has logged nothing.\n", "no driver lives"
+    verbs.logs(planned, store.root, follow=True, as_json=True)
+    assert capsys.readouterr().out == ""
 
 
 # --- why ---------------------------------------------------------------------------------------------------------
