@@ -32,13 +32,9 @@ def test_help_lists_every_verb(escala: Escala) -> None:
         assert f" {verb} " in text
 
 
-def test_the_defaults_of_a_run_are_named_in_the_help_of_submit(
-    front_door: FrontDoor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_defaults_of_a_run_are_named_in_the_help_of_submit(front_door: FrontDoor) -> None:
     """The help is rich's markup, where what stands in brackets is lost."""
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")  # no line is broken
-    shown = front_door("submit", "--help").out
-    assert shown.count("Default: run's") == 2
+    assert front_door("submit", "--help").out.count("run's.") == 2, "wherever lines are broken"
 
 
 def test_a_version_and_a_missing_address_are_said_in_a_sentence(front_door: FrontDoor) -> None:
