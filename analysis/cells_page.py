@@ -9,22 +9,33 @@ import numpy as np
 import pandas as pd
 
 from analysis import page, plots
+from analysis.uncertainty import SETTINGS
 from sweeps.records import timestamp
 from sweeps.units import flops, human, plural
 
 MAX_CELLS = 1000
 """Rows of the table of cells; a page with more cannot be read."""
+ID_DIGITS = 8
+"""Digits of a cell's id that are shown, more where these do not tell the cells apart; every verb takes them."""
+_MORE = (*(name for name in SETTINGS if name != "learning_rate"), "trial", "rung")
+"""Columns that are shown where they differ between the cells."""
 
 
 def cells_section(runs: pd.DataFrame) -> str:
-    """Every cell, up to `MAX_CELLS`, with its recipe, loss, time and state; no column of which nothing is known."""
+    """Every cell, up to `MAX_CELLS`, with its id, recipe, loss, time and state; no column of which nothing is known."""
+    differ = [name for name in _MORE if runs[name].nunique(dropna=False) > 1]
+    digits = ID_DIGITS
+    while runs["cell"].str[:digits].nunique() < runs["cell"].nunique():
+        digits += 1
     rows = []
     for row in runs.head(MAX_CELLS).to_dict("records"):
         rows.append(
             [
+                escape(row["cell"][:digits]),
                 escape(str(row["family"])),
                 *(human(row["N"]), human(row["D"]), flops(row["C"]), page.number(row["tokens_per_parameter"], 3)),
                 *(page.number(row["learning_rate"], 3), page.number(row["adamw_timescale"], 3)),
+                *(page.written(row[name]) for name in differ),
                 _whole(row["steps"]),
                 *(
                     page.number(row["epochs"], 2),
@@ -36,8 +47,9 @@ def cells_section(runs: pd.DataFrame) -> str:
                 escape(str(row["excluded"] or row["state"])),
             ]
         )
-    head = ["family", "N", "D", "C (FLOPs)", "tokens per parameter", "learning rate", "AdamW timescale", "steps"]
-    head += ["epochs", "seed", "final loss", "seconds", "planned", "state"]
+    head = ["cell", "family", "N", "D", "C (FLOPs)", "tokens per parameter", "learning rate", "AdamW timescale"]
+    head += [name.replace("_", " ") for name in differ]
+    head += ["steps", "epochs", "seed", "final loss", "seconds", "planned", "state"]
     told = [order for order in range(len(head)) if not rows or any(row[order] != page.DASH for row in rows)]
     head, rows = [head[order] for order in told], [[row[order] for order in told] for row in rows]
     more = f"<p class=note>The first {MAX_CELLS} of {len(runs)} cells.</p>" if len(runs) > MAX_CELLS else ""

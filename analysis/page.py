@@ -4,6 +4,7 @@ import base64
 import io
 from collections.abc import Iterable, Sequence
 from html import escape
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,13 @@ def number(value: Any, digits: int = 4) -> str:
         return DASH
     text = f"{value:.{digits}g}"
     return flops(value) if "e" in text else text
+
+
+def written(value: Any) -> str:
+    """A setting: a whole number in full, any other in three digits, a word as it is; a dash where there is none."""
+    if not isinstance(value, Real):
+        return DASH if value is None else escape(str(value))
+    return f"{value:,.0f}" if float(value).is_integer() else number(value, 3)
 
 
 def plain(value: Any, form: Any) -> str:

@@ -35,7 +35,7 @@ def section(runs: pd.DataFrame, names: Sequence[str]) -> str:
         own = [trial for trial in losses.index[SHOWN:] if trials["is_default"][trial] is True]
         for trial in [*losses.index[:SHOWN], *own]:
             row = trials.loc[trial]
-            setting = [_written(row[name]) for name in known]
+            setting = [page.written(row[name]) for name in known]
             label = f"{trial:.0f}{' (the recipe)' if row['is_default'] is True else ''}"
             rows.append([human(row["N"]), human(row["D"]), label, *setting, f"{np.exp(losses[trial]):.4f}"])
     if not rows:
@@ -60,7 +60,7 @@ def best_words(runs: pd.DataFrame, names: Sequence[str]) -> str:
         losses = np.exp(logs.groupby("trial")["y"].mean())
         trials = group.drop_duplicates("trial").set_index("trial")
         best = trials.loc[losses.idxmin()]
-        setting = ", ".join(f"{n.replace('_', ' ')} {_written(best[n])}" for n in names if n in runs.columns)
+        setting = ", ".join(f"{n.replace('_', ' ')} {page.written(best[n])}" for n in names if n in runs.columns)
         own = losses[trials["is_default"].eq(True).reindex(losses.index)]
         beside = f", where the recipe's own has {own.iloc[0]:.4f}" if len(own) else ""
         place = f"{human(best['N'])} parameters on {human(best['D'])} tokens"
@@ -71,10 +71,6 @@ def best_words(runs: pd.DataFrame, names: Sequence[str]) -> str:
         f"The lowest losses that the trials found: {'; '.join(parts)}. How much of that is the luck of the best of "
         "many, these runs do not tell."
     )
-
-
-def _written(value: Any) -> str:
-    return page.number(value, 3) if _is_number(value) else escape(str(value))
 
 
 def rank_correlations(runs: pd.DataFrame, plan: Mapping[str, Any]) -> tuple[tuple[str, Correlation], ...]:
@@ -140,7 +136,3 @@ def importance_words(found: Sequence[Importance]) -> str:
 def _full(runs: pd.DataFrame) -> pd.DataFrame:
     """Trials of full length that a fit may use."""
     return runs[runs["excluded"].isna() & runs["trial"].notna() & (runs["rung"] == 1)]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and np.isfinite(value)

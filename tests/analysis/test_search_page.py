@@ -11,7 +11,7 @@ from searched import drive, make_corpus, search_plan
 
 from analysis.importance import importances
 from analysis.runs import load_runs
-from analysis.search_page import importance_words, rank_correlations, rungs_section
+from analysis.search_page import importance_words, rank_correlations, rungs_section, section
 from cluster.ledger import ledger_rows
 from sweeps.rungs import Correlation, is_control
 from sweeps.store import open_store, read_plan
@@ -60,3 +60,11 @@ def test_a_size_with_too_few_trials_keeps_no_words_from_the_others() -> None:
     words = importance_words(found)
     assert "at 400k parameters on 1M tokens learning rate" in words
     assert found[1].evaluations[0].evaluator in words
+
+
+def test_a_batch_is_shown_as_it_was_trained() -> None:
+    runs = pd.DataFrame({"batch_tokens": [1024.0, 512.0], "learning_rate": [0.01, 0.0123456], "trial": [0.0, 1.0]})
+    runs = runs.assign(N=1e5, D=1e6, search="s", rung=1.0, is_default=False, excluded=None, state="finished")
+    text = section(runs.assign(val_loss_final=[2.0, 3.0]), ("batch_tokens", "learning_rate"))
+    assert "<td>1,024</td><td>0.01</td><td>2.0000</td>" in text
+    assert "<td>512</td><td>0.0123</td>" in text
