@@ -93,7 +93,7 @@ def recorded_seconds(store: Store, name: str) -> dict[str, float]:
 
 def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
     for one in cells:
-        if not is_recorded(store, one.cell.id):
+        if not _is_kept(store, one.cell.id):
             record = {"format": FORMAT, "id": one.cell.id, "identity": one.cell.identity, "counts": dict(one.counts)}
             write_json(store.cell(one.cell.id) / "cell.json", record, sync=False)
         note_lineage(store, one.cell)
@@ -102,8 +102,16 @@ def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
 def is_recorded(store: Store, cell_id: str) -> bool:
     """Whether it is on record what the cell is: a plan that is killed may leave half a cell, and a power cut an empty
     record, which is written without waiting for the disk."""
+    return is_whole(store.cell(cell_id) / "cell.json")
+
+
+def _is_kept(store: Store, cell_id: str) -> bool:
+    """The same for a start, which opens no record of cells that have ended: these are told by their size alone, since
+    the disk had long enough."""
     folder = store.cell(cell_id)
-    return is_whole(folder / "cell.json", settled=(folder / "result.json").exists())
+    if (folder / "result.json").exists() and (folder / "cell.json").exists():
+        return (folder / "cell.json").stat().st_size > 0
+    return is_recorded(store, cell_id)
 
 
 def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, float]) -> None:

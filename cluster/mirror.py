@@ -7,7 +7,7 @@ delivery is exactly once: after a fault, a lost reply or a crash the mirror goes
 and sends again.
 
 A cell that the server refuses rests for a while and is named; the others go on. A server that is gone is asked again
-after 2, 4, ... 60 seconds, and gets what it missed.
+after 4, 8, ... 60 seconds, and gets what it missed.
 """
 
 import threading
@@ -147,7 +147,7 @@ class Mirror:
             if answers:
                 wait, again = min(max(INTERVAL_SECONDS, took), SLOW_SECONDS), INTERVAL_SECONDS
             else:
-                wait, again = again, min(2 * again, LONGEST_SECONDS)
+                wait = again = min(2 * again, LONGEST_SECONDS)
         self.sync()
 
     def sync(self, *, final: bool = True, progress: Callable[[str, float], None] | None = None) -> bool:

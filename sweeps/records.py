@@ -74,17 +74,16 @@ def read_or_none(path: Path) -> Json | None:
         return None
 
 
-def is_whole(path: Path, *, settled: bool = False) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a record is there that a power cut has not emptied. Told by its ends, since decoding thousands would take
-    its time; by its first byte alone where it is `settled`: the disk had long enough to take it all, or has lost it."""
+    its time."""
     try:
-        with path.open("rb", buffering=0) as stream:
-            content = stream.read(1 if settled else -1)
+        content = path.read_bytes()
     except FileNotFoundError:
         return False
     except OSError:  # whoever needs it says what is wrong
         return True
-    return content.startswith(b"{") and (settled or content.endswith(b"}\n"))
+    return content.startswith(b"{") and content.endswith(b"}\n")
 
 
 def write_beside(path: Path, content: bytes, *, sync: bool = True) -> str:

@@ -341,7 +341,7 @@ def test_a_failure_that_a_killed_driver_did_not_tell_is_not_complete(
     assert tags_of(mlflow_server, dict(active_runs(mlflow_server, name))[cell])["escala.state"] == "failed"
 
 
-def test_a_server_that_is_gone_is_asked_again_after_2_4_and_more_seconds_also_after_a_slow_pass(
+def test_a_server_that_is_gone_is_asked_again_after_4_8_and_more_seconds_also_after_a_slow_pass(
     study: tuple[Store, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror, clock, waits = Mirror(*study), [0.0], list[float]()
@@ -362,4 +362,4 @@ def test_a_server_that_is_gone_is_asked_again_after_2_4_and_more_seconds_also_af
     monkeypatch.setattr(mirror, "sync", sync)
     monkeypatch.setattr(mirrors, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     mirror._loop()
-    assert waits == [2, 2, 10, 2, 4, 8, 2, 2]
+    assert waits == [2, 2, 10, 4, 8, 16, 2, 4]
