@@ -26,10 +26,11 @@ def search_summary(store: Store, name: str, rows: Sequence[Mapping[str, Any]]) -
     """One entry per group of a study on record, in the order of its plan; empty where the study searches nothing.
 
     rows: the study's ledger rows. {"group", "planned": trials, "asked", "to_come", "running", "told", "ended at a
-    rung", "failed", "diverged", "best": {"trial", "loss" (nats), "setting"} or None, "rungs": [rank correlations],
-    "C_spent": FLOPs of all that are asked, "to_come", "C_to_come": trials still to be asked and about what they will
-    cost, as far as the search's budget goes, "C_trial": about what one costs, "C_left": what is left of the budget for
-    all groups together}. C_to_come and C_trial are None where none has run, C_left where there is no budget.
+    rung", "failed", "diverged", "best": {"trial", "loss" (nats), "setting": as trained} or None, "rungs": [rank
+    correlations], "C_spent": FLOPs of all that are asked, "to_come", "C_to_come": trials still to be asked and about
+    what they will cost, as far as the search's budget goes, "C_trial": about what one costs, "C_left": what is left of
+    the budget for all groups together}. C_to_come and C_trial are None where none has run, C_left where there is no
+    budget.
     """
     declared = read_plan(store, name)["study"].get("search") if name in study_names(store) else None
     if not declared:
@@ -74,10 +75,25 @@ def summary_lines(one: Mapping[str, Any]) -> Iterator[str]:
         line += f"; what is left of the budget, {flops(one['C_left'])} FLOPs, has room for {one['to_come'] or 'none'}"
         line += f" of the {wanted} to come (about {flops(one['C_trial'])} each)"
     if best := one["best"]:
-        setting = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best["setting"].items())
+        setting = ", ".join(f"{name} {_written(value)}" for name, value in best["setting"].items())
         line += f"; best loss {best['loss']:.4f} at {setting} (trial {best['trial']})"
     yield line
     yield from (f"  {Correlation.from_json(rung)}" for rung in one["rungs"])
+
+
+def _written(value: Any) -> str:
+    """A whole number in full, any other in four digits, a word as it is."""
+    if isinstance(value, int | float):
+        return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+    return str(value)
+
+
+def _trained(trial: Trial, rows: Sequence[Mapping[str, Any]]) -> Json:
+    """A trial's setting with the batch that its cells train with: a sampler asks for any number of tokens, of which a
+    cell takes a whole number of sequences."""
+    batches = {row["batch_tokens"] for row in rows if row["labels"].get("trial") == trial.number}
+    told = dict(trial.setting)
+    return told | {"batch_tokens": batches.pop()} if "batch_tokens" in told and len(batches) == 1 else told
 
 
 def _of_group(
@@ -98,7 +114,7 @@ def _of_group(
         "to_come": to_come,
         **{word: states.get(word, 0) for word in STATES.values()},
         "diverged": sum(row["state"] == "diverged" for row in rows),
-        "best": best and {"trial": best.number, "loss": loss, "setting": dict(best.setting)},
+        "best": best and {"trial": best.number, "loss": loss, "setting": _trained(best, rows)},
         "rungs": [correlation(share, pairs_of(trials, search.seed, group, share)).to_json() for share in search.rungs],
         "C_spent": spent,
         "C_to_come": to_come * cost if cost is not None else None,

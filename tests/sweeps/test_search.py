@@ -365,6 +365,15 @@ def test_what_is_to_come_is_as_much_as_the_budget_leaves(store: Store, make_plan
     assert "has room for none of the 6 to come" in next(summary_lines(nothing[0]))
 
 
+def test_the_best_setting_is_told_with_the_batch_that_was_trained(store: Store, make_plan: Callable[..., Plan]) -> None:
+    plan = make_plan(space={**RATE, "batch_tokens": {"log": [1_024, 1_300]}})
+    trained = {one.labels["trial"]: one.cell.batch_tokens for one in drive(store, plan)}
+    (told,) = search_summary(store, "s", ledger_rows(store, "s"))
+    asked = told["best"]["setting"]["batch_tokens"]
+    assert asked == trained[told["best"]["trial"]]
+    assert f"batch_tokens {asked:,}" in next(summary_lines(told))
+
+
 # --- rungs -------------------------------------------------------------------------------------------------------
 
 WSD = {"schedule": "wsd", "final_fraction": 0.0}
