@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis import page
 from analysis.importance import Importance
+from analysis.verdicts import Estimate
 from sweeps.rungs import Correlation, correlation, is_control
 from sweeps.units import human, plural
 
@@ -116,21 +117,31 @@ def _judged(one: Correlation) -> str:
 
 
 def importance_words(found: Sequence[Importance]) -> str:
-    """Which hyperparameter matters most at each size and length, by the first evaluator; empty where none is told."""
-    parts, evaluator = [], ""
+    """Which hyperparameter matters most at each size and length; empty where none is told. It is not settled where the
+    evaluators put different ones first, or where the first two of one have intervals that overlap: all are named."""
+    parts = []
     for one in found:  # some of them may have no evaluation: too few runs
-        first = next(iter(one.evaluations), None)
-        shares = {} if first is None else {k: v for k, v in first.shares.items() if np.isfinite(v.value)}
-        if first is None or not shares:
-            continue
-        name, share = max(shares.items(), key=lambda item: item[1].value)
-        place = f"{human(one.group['N'])} parameters on {human(one.group['D'])} tokens"
-        bounds = f" ({share.interval[0]:.0%} to {share.interval[1]:.0%})" if np.isfinite(share.interval).all() else ""
-        evaluator = evaluator or escape(first.evaluator)
-        parts.append(f"at {place} {name.replace('_', ' ')}, {share.value:.0%}{bounds}")
-    if not parts:
-        return ""
-    return f"What matters most, as a share of the loss's variance ({evaluator}): {'; '.join(parts)}."
+        leaders = {}
+        for each in one.evaluations:
+            shares = {k: v for k, v in each.shares.items() if np.isfinite(v.value)}
+            ranked = sorted(shares.items(), key=lambda item: -item[1].value)
+            if ranked:
+                rivals = len(ranked) > 1 and ranked[1][1].interval[1] >= ranked[0][1].interval[0]
+                leaders[each.evaluator] = ranked[: 2 if rivals else 1]
+        named = {name for ranked in leaders.values() for name, _ in ranked}
+        told = [
+            f"{' and '.join(_share_words(name, share) for name, share in ranked)} by {escape(evaluator)}"
+            for evaluator, ranked in leaders.items()
+        ]
+        place = f"at {human(one.group['N'])} parameters on {human(one.group['D'])} tokens"
+        if told:
+            parts.append(f"not settled {place}: {', '.join(told)}" if len(named) > 1 else f"{place} {told[0]}")
+    return f"What matters most, as a share of the loss's variance: {'; '.join(parts)}." if parts else ""
+
+
+def _share_words(name: str, share: Estimate) -> str:
+    bounds = f" ({share.interval[0]:.0%} to {share.interval[1]:.0%})" if np.isfinite(share.interval).all() else ""
+    return f"{name.replace('_', ' ')} {share.value:.0%}{bounds}"
 
 
 def _full(runs: pd.DataFrame) -> pd.DataFrame:

@@ -1,17 +1,21 @@
 """What the report says of a search's rungs is what the search itself goes by."""
 
 import itertools
+import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from searched import drive, make_corpus, search_plan
 
+from analysis.effects import Evaluation
 from analysis.importance import importances
 from analysis.runs import load_runs
 from analysis.search_page import importance_words, rank_correlations, rungs_section, section
+from analysis.verdicts import Estimate
 from cluster.ledger import ledger_rows
 from sweeps.rungs import Correlation, is_control
 from sweeps.store import open_store, read_plan
@@ -58,7 +62,8 @@ def test_a_size_with_too_few_trials_keeps_no_words_from_the_others() -> None:
     found = importances(pd.concat([runs[:3].assign(N=1e5), runs]))
     assert [bool(one.evaluations) for one in found] == [False, True]
     words = importance_words(found)
-    assert "at 400k parameters on 1M tokens learning rate" in words
+    assert re.search("at 400k parameters on 1M tokens:? learning rate", words)
+    assert "100k" not in words
     assert found[1].evaluations[0].evaluator in words
 
 
@@ -68,3 +73,26 @@ def test_a_batch_is_shown_as_it_was_trained() -> None:
     text = section(runs.assign(val_loss_final=[2.0, 3.0]), ("batch_tokens", "learning_rate"))
     assert "<td>1,024</td><td>0.01</td><td>2.0000</td>" in text
     assert "<td>512</td><td>0.0123</td>" in text
+
+
+@pytest.mark.parametrize(
+    ("second", "other", "settled"),
+    [("rate", (0.1, 0.2), True), ("batch", (0.1, 0.2), False), ("rate", (0.3, 0.7), False)],
+)
+def test_what_matters_most_is_settled_only_where_evaluators_and_intervals_agree(second, other, settled) -> None:
+    def evaluation(name: str, first: str) -> Evaluation:
+        rest = "batch" if first == "rate" else "rate"
+        return Evaluation(
+            evaluator=name,
+            region="",
+            shares={first: Estimate(value=0.6, interval=(0.5, 0.8)), rest: Estimate(value=0.15, interval=other)},
+        )
+
+    one = SimpleNamespace(
+        group={"N": 1e5, "D": 1e6}, evaluations=(evaluation("fANOVA", "rate"), evaluation("PED-ANOVA", second))
+    )
+    words = importance_words([one])
+    assert ("not settled at 100k parameters on 1M tokens" in words) != settled
+    assert ("batch" in words) != settled
+    assert "rate 60% (50% to 80%)" in words
+    assert "by fANOVA" in words
