@@ -146,7 +146,11 @@ def optimum_paths(fit: Fit) -> Figure:
             bars = [closed(getattr(b, name).interval, (v, v)) for b, v in zip(kept, values)]
             spread = np.abs(np.array(bars).T - values)
             told = f"minima, {fit.level:.0%}"
-            axes.errorbar(C, values, spread, fmt="o", color=INK, ms=5, capsize=2, lw=1.0, label=told, zorder=4)
+            axes.errorbar(C, values, spread, fmt="none", color=INK, capsize=2, lw=1.0, zorder=4)
+            sure = np.array([np.isfinite(getattr(b, name).interval).all() for b in kept])
+            axes.plot(C[sure], values[sure], "o", color=INK, ms=5, label=told, zorder=5)
+            if not sure.all():
+                axes.plot(C[~sure], values[~sure], "o", color=INK, mfc="white", ms=5, label="an end open", zorder=5)
             axes.legend(frameon=False, fontsize=8, loc="upper left")
         axes.set(xscale="log", yscale="log", xlabel="training compute C (FLOPs)", ylabel=label)
         human_ticks(axes, "y")

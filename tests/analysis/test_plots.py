@@ -1,6 +1,7 @@
 """Pictures hold what they claim, for good fits and refused ones, and leave no global state behind."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -92,6 +93,19 @@ def test_intervals_of_budgets_are_labelled_with_their_own_level() -> None:
     narrow = fit(budgets_table(BUDGETS, seeds=3, noise=0.002), "isoflop", level=0.8)
     assert "minimum, 80%" in labels(plots.isoflop_curves(narrow))
     assert {"80% band", "minima, 80%"} <= labels(plots.optimum_paths(narrow))
+
+
+def test_a_minimum_with_an_open_end_is_hollow() -> None:
+    found = fit(budgets_table(BUDGETS, seeds=3, noise=0.002), "isoflop")
+    first, *others = found.budgets
+    loose = replace(first, N=replace(first.N, interval=(first.N.interval[0], np.nan)))
+    lines = {
+        line.get_label(): line for line in plots.optimum_paths(replace(found, budgets=(loose, *others))).axes[0].lines
+    }
+    assert lines["an end open"].get_markerfacecolor() == "white"
+    assert lines["an end open"].get_xdata() == [first.C]
+    assert len(lines["minima, 95%"].get_xdata()) == len(others)
+    assert "an end open" not in labels(plots.optimum_paths(found))
 
 
 def test_paths_of_a_refused_power_law_show_the_minima_alone() -> None:
