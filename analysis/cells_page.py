@@ -95,7 +95,8 @@ def provenance_section(plan: Mapping[str, Any], runs: pd.DataFrame) -> str:
         f"on ({corpus.get('validation_documents', 0):,} documents)",
         "cells": f"{len(runs)} planned: " + ", ".join(f"{count} {state}" for state, count in states.items()),
         "left out of fits": "; ".join(f"{count} {why}" for why, count in left_out.items()) or "none",
-        "training time": f"{runs['seconds'].sum() / 3600:.2f} hours, {_compute(runs)}",
+        "training time": f"{runs['seconds'].sum() / 3600:.2f} worker-hours (of the attempts that ended the cells), "
+        f"{_compute(runs)}",
         "versions": ", ".join(f"{name} {_version(name)}" for name in ("escala", "numpy", "scipy", "pandas")),
         "written": timestamp(),
     }

@@ -21,6 +21,7 @@ from analysis.fitting import fit
 from analysis.forecast import Forecast, forecast_dearest
 from analysis.hyperparameters import Hyperparameters, answers, find_hyperparameters, pictures, sections
 from analysis.isoflop import ONE_BUDGET
+from analysis.portraits import used_runs
 from analysis.runs import load_curves, load_runs
 from analysis.selection import PENDING
 from analysis.sensitivities import write_optimum
@@ -74,7 +75,8 @@ def write_report(study: str, store: str | Path | Store, path: str | Path | None 
 
 @dataclass(frozen=True, kw_only=True)
 class _Finding:
-    """What one family's runs say. isoflop and forecast are None where the study has no budgets."""
+    """What one family's runs say. isoflop and forecast are None where the study has no budgets; fitted_noise is the
+    noise between seeds of the runs that the loss surface is fitted to, None where they have no second seeds."""
 
     family: str
     runs: pd.DataFrame
@@ -83,6 +85,7 @@ class _Finding:
     backtest: Backtest
     forecast: Forecast | None
     noise: Noise | None
+    fitted_noise: Noise | None
     pairs: pd.DataFrame
     hyperparameters: Hyperparameters
 
@@ -93,14 +96,16 @@ def _find(family: Any, runs: pd.DataFrame, pairs: pd.DataFrame, hyperparameters:
     dearest = [float(usable["C"].max())] if len(usable) else []
     budgets = usable["budget"].nunique()
     tested = backtest(runs, [LAW])
+    law = fit(runs, LAW, targets=dearest)
     return _Finding(
         family=str(family),
         runs=runs,
         isoflop=fit(runs, "isoflop") if runs["budget"].notna().any() else None,
-        chinchilla=judge_targets(fit(runs, LAW, targets=dearest), tested),
+        chinchilla=judge_targets(law, tested),
         backtest=tested,
         forecast=forecast_dearest(runs) if budgets >= 2 else None,
         noise=seed_noise(runs),
+        fitted_noise=seed_noise(used_runs(law, runs)),
         pairs=pairs[pairs["cell_small"].isin(runs["cell"])],
         hyperparameters=hyperparameters,
     )
@@ -262,11 +267,16 @@ def _noise(finding: _Finding) -> str:
     if finding.noise is None:
         lines.append("No cell is replicated with another seed, so the noise between seeds is not known.")
     else:
-        lines.append(
-            f"Runs that differ only in their seed differ by <b>{finding.noise.sd:.2%}</b> of the loss (standard "
-            f"deviation, pooled over {plural(finding.noise.groups, 'replicated cell')}, "
-            f"{plural(round(finding.noise.freedom), 'degree')} of freedom)."
+        noise, every = finding.fitted_noise or finding.noise, finding.noise
+        fitted = " that the loss surface is fitted to" if finding.fitted_noise else ""
+        line = (
+            f"Runs that differ only in their seed differ by <b>{noise.sd:.2%}</b> of the loss (standard deviation, "
+            f"pooled over {plural(noise.groups, 'setting')} with several seeds{fitted}, "
+            f"{plural(round(noise.freedom), 'degree')} of freedom)."
         )
+        if every.groups > noise.groups:  # mistuned runs are noisier
+            line += f" Over all {every.groups} settings with several seeds, mistuned ones too, it is {every.sd:.2%}."
+        lines.append(line)
     pairs = finding.pairs
     if len(pairs):
         closest = float(pairs["difference"].abs().min())
@@ -385,9 +395,9 @@ def _pictures(finding: _Finding, curves: pd.DataFrame) -> str:
                 page.picture(
                     plots.optimum_paths(path),
                     "Best size and best token count against compute, with the fitted power law and its 95% band "
-                    "unless it is refused; an interval's end that the noise leaves open is not drawn. The "
-                    "dashed line has the slope published by Hoffmann et al. (2022, approach 2), drawn through the "
-                    "centre of the minima.",
+                    "unless it is refused; an interval's end that the noise leaves open is not drawn, "
+                    "and a minimum with such an end is hollow. The dashed line has the slope published by Hoffmann et "
+                    "al. (2022, approach 2), drawn through the centre of the minima.",
                 )
             )
     if len(own) and own["val_loss"].notna().any():

@@ -80,6 +80,8 @@ def test_answer_gives_exponents_intervals_and_tokens_per_parameter(page) -> None
 def test_all_sections_and_pictures_are_there(page) -> None:
     for phrase in (
         "differ only in their seed differ by",
+        "settings with several seeds that the loss surface is fitted to",
+        "worker-hours (of the attempts that ended the cells)",
         "neighbouring sizes can be told apart",
         "Did the cheaper budgets foretell the dearest?",
         "What to keep in mind",
