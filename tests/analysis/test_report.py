@@ -236,3 +236,17 @@ def test_a_search_whose_own_setting_does_not_count_is_reported_all_the_same(stud
     ]
     text = page_of(study(runs)).text
     assert "left out of fits 1 diverged: the loss is not finite" in text
+
+
+def test_the_noise_of_mistuned_runs_is_told_apart_from_that_of_the_fit(study) -> None:
+    runs = []
+    for width, steps, times, seed in product((16, 32, 64, 96), (400, 1500, 6000), (1.0, 8.0), (0, 1)):
+        run = Run(width=width, tokens=steps * 512, seed=seed, changes={"learning_rate": 0.01 * times})
+        told = record(run)
+        loss = float(surface(float(told["counts"]["N"]), float(told["identity"]["tokens"]))["loss"].iloc[0])
+        runs.append(replace(run, loss=loss * times**0.1 * (1 + 0.005 * times * seed)))
+    text = page_of(study(runs)).text
+    assert "pooled over 12 settings with several seeds that the loss surface is fitted to" in text
+    fitted, every = (float(found) for found in re.findall(r"(?:differ by|it is) ([\d.]+) ?%", text)[:2])
+    assert "Over all 24 settings with several seeds, mistuned ones too" in text
+    assert fitted < 0.5 < every
