@@ -236,7 +236,7 @@ def _budget_table(path: Fit) -> str:
         rows.append([flops(b.budget), flops(b.C), str(len(b.sizes)), *numbers, "yes" if b.accepted else "refused"])
     head = [
         "budget (FLOPs)",
-        "mean of the runs",
+        "mean C (FLOPs)",
         "sizes",
         "best N",
         "best D",

@@ -21,7 +21,7 @@ from sweeps.units import plural
 
 SKEW_SECONDS = 2.0
 """Clocks may differ by so much. Escala times out by the clock of who waits, but logs and claims show wall clocks."""
-MLFLOW_SECONDS = "10"
+MLFLOW_SECONDS = 10
 
 
 def check_cluster(address: str, store: Path, tracking_uri: str | None) -> list[Finding]:
@@ -133,14 +133,13 @@ def check_mlflow(store: Path, tracking_uri: str | None) -> Finding:
     if tracking_uri is None:
         found = f"the database in the store ({store.expanduser().resolve() / 'mlflow' / 'mlflow.db'})"
         return Finding("MLflow", True, found, "only this driver writes it; a team wants a server: --tracking-uri.")
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", MLFLOW_SECONDS)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
-    from cluster.tracking import ask_database, words
+    from cluster.tracking import ask_database, try_once, words
 
+    try_once(MLFLOW_SECONDS)
     try:
         if check_uri(tracking_uri).startswith(("http://", "https://")):
             check_file()

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.claims import living_drivers
-from cluster.ledger import is_recorded
 from cluster.watching import cell_names
 from sweeps.errors import InputError, nearest
 from sweeps.paths import inside
+from sweeps.records import read_or_none
 from sweeps.store import (
     CELL_ID,
     CORPUS_NAME,
@@ -25,7 +25,6 @@ from sweeps.store import (
     attempt_lives,
     checkpoint_paths,
     is_permanent,
-    read_cell,
     read_end,
     read_plan,
     study_names,
@@ -188,8 +187,9 @@ def _leftovers(store: Store, gone: set[str]) -> Iterator[Item]:
 def _corpora(store: Store, cells: set[str]) -> Iterator[Item]:
     used = {read_plan(store, name)["corpus"].get("fingerprint") for name in study_names(store)}
     for cell_id in cells:
-        if is_recorded(store, cell_id):
-            used.add(read_cell(store, cell_id)["identity"].get("corpus"))
+        record = read_or_none(store.cell(cell_id) / "cell.json")
+        if record is not None:  # a plan that is killed may leave half a cell, and a power cut an empty record
+            used.add(record["identity"].get("corpus"))
     folder = store.root / "corpora"
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if CORPUS_NAME.fullmatch(path.name) and path.name not in used and _is_old(path):

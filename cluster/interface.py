@@ -13,7 +13,7 @@ import webbrowser
 from cluster.charts import SHARE_KEY
 from cluster.credentials import check_file, check_uri, refusal
 from cluster.terminal import say
-from cluster.tracking import words
+from cluster.tracking import try_once, words
 from sweeps.errors import InputError
 from sweeps.store import Store
 
@@ -53,8 +53,7 @@ def server_url(uri: str, study: str | None) -> str:
     if study is None:
         return base
     check_file()
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    try_once()
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 

@@ -99,19 +99,14 @@ def _note_cells(store: Store, cells: Sequence[PlannedCell]) -> None:
         note_lineage(store, one.cell)
 
 
-def is_recorded(store: Store, cell_id: str) -> bool:
-    """Whether it is on record what the cell is: a plan that is killed may leave half a cell, and a power cut an empty
-    record, which is written without waiting for the disk."""
-    return is_whole(store.cell(cell_id) / "cell.json")
-
-
 def _is_kept(store: Store, cell_id: str) -> bool:
-    """The same for a start, which opens no record of cells that have ended: these are told by their size alone, since
-    the disk had long enough."""
-    folder = store.cell(cell_id)
-    if (folder / "result.json").exists() and (folder / "cell.json").exists():
-        return (folder / "cell.json").stat().st_size > 0
-    return is_recorded(store, cell_id)
+    """Whether it is on record what the cell is: a plan that is killed may leave half a cell, and a power cut an empty
+    record, which is written without waiting for the disk. A start opens no record of cells that have ended: these are
+    told by their size alone, since the disk had long enough."""
+    record = store.cell(cell_id) / "cell.json"
+    if record.with_name("result.json").exists() and record.exists():
+        return record.stat().st_size > 0
+    return is_whole(record)
 
 
 def _write_plan(store: Store, plan: Plan, seconds: Mapping[str, float]) -> None:

@@ -40,15 +40,19 @@ class Reached:
     """Unix milliseconds. Another value than before is another database, whatever the ids say."""
 
 
+def try_once(seconds: int = 20) -> None:
+    """From now on MLflow's client asks a server once, and waits so long unless the user says otherwise: the mirror has
+    its own back-off, and a request that the client repeats after a lost reply would make a second run."""
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(seconds))
+
+
 def reach(store: Store, study: str, tracking_uri: str) -> Reached:
     """Reach the server, or make the embedded database, and find or make the experiment. InputError where it fails, or
     where the server refuses the account."""
     if check_uri(tracking_uri).startswith(("http://", "https://")):
         check_file()
-    # One try and a short wait: the mirror has its own back-off, and a request that the client repeats after a lost
-    # reply would make a second run.
-    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    try_once()
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is the command's own
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient

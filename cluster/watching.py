@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.claims import living_drivers, read_eta, read_holder
 from cluster.control import read_pause
-from cluster.ledger import is_recorded, ledger_rows
+from cluster.ledger import ledger_rows
 from sweeps.cell import differences
 from sweeps.errors import InputError
 from sweeps.records import read_json, read_or_none, read_rows
@@ -210,9 +210,10 @@ def explain(store: Store, cell_id: str) -> Json:
     near: list[tuple[int, str, list[Any]]] = []
     least = None
     for name in cell_names(store):
-        if name == cell_id or not is_recorded(store, name):
+        record = read_or_none(store.cell(name) / "cell.json") if name != cell_id else None
+        if record is None:  # a plan that is killed may leave half a cell, and a power cut an empty record
             continue
-        fields = list(differences(own, read_cell(store, name)["identity"]))
+        fields = list(differences(own, record["identity"]))
         if least is None or len(fields) <= least:
             least = len(fields)
             near.append((len(fields), name, fields))
@@ -286,7 +287,8 @@ def cells_named(store: Store, prefix: str) -> list[str]:
 def ambiguous(store: Store, prefix: str, found: list[str]) -> InputError:
     """Several cells begin with a prefix: what tells them apart."""
     shown = found[:6]
-    known = {name: read_cell(store, name)["identity"] for name in shown if is_recorded(store, name)}
+    records = {name: read_or_none(store.cell(name) / "cell.json") for name in shown}
+    known = {name: record["identity"] for name, record in records.items() if record is not None}
     first, *others = list(known.values()) or [{}]
     fields = list(dict.fromkeys(field for other in others for field, _, _ in differences(first, other)))
     told = {name: ", ".join(f"{field} {_at(one, field)!r}" for field in fields[:6]) for name, one in known.items()}
